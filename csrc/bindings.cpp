@@ -1,0 +1,194 @@
+// The Python module vdcore._native: tensors come as DLPack capsules and go to the engines as TensorView. Arguments have
+// been checked in Python; what is checked here is what would corrupt memory.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+
+#include "common/dlpack.h"
+#include "common/visible_frames.h"
+#include "cpu/engine.h"
+#include "cuda/device.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using namespace vdcore;
+
+namespace {
+
+const dlpack::Tensor& tensor_of(py::handle capsule) {
+  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (!managed) throw py::error_already_set();
+  return managed->tensor;
+}
+
+TensorView view(py::handle capsule, int rank) {
+  TensorView v;
+  if (capsule.is_none()) return v;
+  const dlpack::Tensor& t = tensor_of(capsule);
+  if (t.ndim != rank) throw py::value_error("a tensor of " + std::to_string(rank) + " dimensions was expected");
+  if (t.dtype.code == 2 && t.dtype.bits == 32)
+    v.dtype = DType::f32;
+  else if (t.dtype.code == 2 && t.dtype.bits == 16)
+    v.dtype = DType::f16;
+  else if (t.dtype.code == 4 && t.dtype.bits == 16)
+    v.dtype = DType::bf16;
+  else
+    throw py::type_error("float32, float16 or bfloat16 was expected");
+  v.data = static_cast<char*>(t.data) + t.byte_offset;
+  v.ndim = rank;
+  int64_t dense = 1;
+  for (int axis = rank - 1; axis >= 0; --axis) {
+    v.size[axis] = t.shape[axis];
+    v.stride[axis] = t.strides ? t.strides[axis] : dense;
+    dense *= t.shape[axis];
+  }
+  if (v.size[rank - 1] > 1 && v.stride[rank - 1] != 1) throw py::value_error("the innermost stride must be 1");
+  return v;
+}
+
+TensorView cpu_view(py::handle capsule, int rank) {
+  if (!capsule.is_none() && tensor_of(capsule).device.type != 1) throw py::value_error("a CPU tensor was expected");
+  return view(capsule, rank);
+}
+
+// A table that is broadcast where its size is 1.
+TensorView table_view(py::handle capsule) {
+  TensorView v = cpu_view(capsule, 4);
+  for (int axis = 0; axis < 3; ++axis)
+    if (v && v.size[axis] == 1) v.stride[axis] = 0;
+  return v;
+}
+
+float* floats(py::handle capsule) {
+  if (capsule.is_none()) return nullptr;
+  const dlpack::Tensor& t = tensor_of(capsule);
+  if (t.dtype.code != 2 || t.dtype.bits != 32 || t.device.type != 1)
+    throw py::type_error("a float32 CPU tensor was expected");
+  return reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
+}
+
+FrameMask mask_of(const std::vector<int64_t>& numbers) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
+
+// (kind, over_all, eps, q_weight, k_weight, q_bias, k_bias) or None.
+cpu::Norm norm_of(py::handle given) {
+  cpu::Norm norm;
+  if (given.is_none()) return norm;
+  const auto t = py::reinterpret_borrow<py::tuple>(given);
+  norm.kind = static_cast<cpu::NormKind>(t[0].cast<int>());
+  norm.over_all = t[1].cast<bool>();
+  norm.eps = t[2].cast<float>();
+  norm.q_weight = floats(t[3]);
+  norm.k_weight = floats(t[4]);
+  norm.q_bias = floats(t[5]);
+  norm.k_bias = floats(t[6]);
+  return norm;
+}
+
+// (style, cos, sin) or None.
+cpu::Rope rope_of(py::handle given) {
+  cpu::Rope rope;
+  if (given.is_none()) return rope;
+  const auto t = py::reinterpret_borrow<py::tuple>(given);
+  rope.style = static_cast<cpu::RopeStyle>(t[0].cast<int>());
+  rope.cos = table_view(t[1]);
+  rope.sin = table_view(t[2]);
+  return rope;
+}
+
+// Waking a thread costs tens of microseconds: worth it from about this much arithmetic on.
+int worthwhile_threads(int threads, double multiply_adds) {
+  const double most = multiply_adds / 1e6;
+  return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
+}
+
+struct TemporalCall {
+  cpu::TemporalAttention args;
+  VisibleTables tables;
+
+  TemporalCall(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+               std::optional<std::vector<int64_t>> lengths, const std::vector<int64_t>& mask, int64_t q_start,
+               float scale, py::handle norm, py::handle rope, int threads, int64_t queries, int64_t keys, int64_t batch)
+      : tables(mask_of(mask), queries, keys, q_start, lengths ? lengths->data() : nullptr, batch) {
+    args.q = cpu_view(q, 5);
+    args.k = cpu_view(k, 5);
+    args.v = cpu_view(v, 5);
+    args.out = cpu_view(out, 5);
+    args.lse = cpu_view(lse, 4);
+    args.q_start = q_start;
+    args.scale = scale;
+    args.norm = norm_of(norm);
+    args.rope = rope_of(rope);
+    args.visible = {tables.begin.data(),      tables.end.data(),      tables.sink.data(), tables.seen_begin.data(),
+                    tables.seen_end.data(), tables.per_sample, tables.dense};
+    const TensorView& x = args.q;
+    args.threads = worthwhile_threads(
+        threads, 2. * x.size[0] * x.size[1] * x.size[2] * x.size[3] * x.size[4] * args.k.size[1]);
+  }
+};
+
+void temporal_attention_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                std::optional<std::vector<int64_t>> lengths, const std::vector<int64_t>& mask,
+                                int64_t q_start, float scale, py::handle norm, py::handle rope, int threads) {
+  const dlpack::Tensor &tq = tensor_of(q), &tk = tensor_of(k);
+  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads, tq.shape[1],
+                          tk.shape[1], tq.shape[0]);
+  py::gil_scoped_release unlocked;
+  cpu::kernels().temporal_attention_forward(call.args);
+}
+
+void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                 std::optional<std::vector<int64_t>> lengths, const std::vector<int64_t>& mask,
+                                 int64_t q_start, float scale, py::handle norm, py::handle rope, int threads,
+                                 py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv,
+                                 int64_t items, const std::vector<py::object>& weight_sums, py::handle dcos,
+                                 py::handle dsin, int64_t table_item_stride) {
+  const dlpack::Tensor &tq = tensor_of(q), &tk = tensor_of(k);
+  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads, tq.shape[1],
+                          tk.shape[1], tq.shape[0]);
+  cpu::TemporalAttentionBackward args;
+  args.forward = call.args;
+  args.dout = cpu_view(dout, 5);
+  args.dlse = cpu_view(dlse, 4);
+  args.dq = cpu_view(dq, 5);
+  args.dk = cpu_view(dk, 5);
+  args.dv = cpu_view(dv, 5);
+  args.items = items;
+  args.dq_weight = floats(weight_sums[0]);
+  args.dk_weight = floats(weight_sums[1]);
+  args.dq_bias = floats(weight_sums[2]);
+  args.dk_bias = floats(weight_sums[3]);
+  args.dcos = table_view(dcos);
+  args.dsin = table_view(dsin);
+  args.table_item_stride = table_item_stride;
+  py::gil_scoped_release unlocked;
+  cpu::kernels().temporal_attention_backward(args);
+}
+
+// For tests: the engine's view of a mask, [(sink_end, begin, end)] per query and [(begin, end)] per key.
+py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t keys, int64_t start) {
+  const VisibleTables t(mask_of(mask), queries, keys, start, nullptr, 1);
+  std::vector<std::array<int64_t, 3>> rows;
+  std::vector<std::array<int64_t, 2>> columns;
+  for (int64_t i = 0; i < queries; ++i)
+    rows.push_back(t.dense ? std::array<int64_t, 3>{0, 0, keys} : std::array<int64_t, 3>{t.sink[i], t.begin[i], t.end[i]});
+  for (int64_t i = 0; i < keys; ++i)
+    columns.push_back(t.dense ? std::array<int64_t, 2>{0, queries}
+                              : std::array<int64_t, 2>{t.seen_begin[i], t.seen_end[i]});
+  return py::make_tuple(rows, columns);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  m.doc() = "vdcore's compiled kernels. Use the functions of vdcore instead: they check their arguments.";
+  m.def("cpu_isa", [] { return cpu::kernels().isa; });
+  m.def("cuda_missing", []() -> std::optional<std::string> {
+    const std::string reason = cuda::missing();
+    return reason.empty() ? std::nullopt : std::optional(reason);
+  });
+  m.def("frame_runs", frame_runs);
+  m.def("temporal_attention_forward", temporal_attention_forward);
+  m.def("temporal_attention_backward", temporal_attention_backward);
+}

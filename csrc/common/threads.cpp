@@ -1,0 +1,114 @@
+#include "common/threads.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace vdcore {
+namespace {
+
+struct Job {
+  int64_t items;
+  void (*body)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(context, item);
+  }
+};
+
+// Threads that sleep between jobs and never spin: the processors then belong to torch's own threads.
+class Pool {
+ public:
+  // False when another caller has the pool: that caller's helpers are busy anyway.
+  bool run(Job& job, int helpers) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (; threads_ < helpers; ++threads_) std::thread([this] { serve(); }).detach();
+      job_ = &job;
+      places_ = helpers;
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    places_ = 0;  // a helper that has not woken by now need not come any more
+    done_.wait(lock, [this] { return working_ == 0; });
+    return true;
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return places_ > 0; });
+      --places_;
+      ++working_;
+      lock.unlock();
+      job_->work();
+      lock.lock();
+      if (--working_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  int threads_ = 0, places_ = 0, working_ = 0;
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Never destroyed: its threads outlive main().
+Pool& get_pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr);  // the child has none of the threads, and its copy of the locks may be held for ever
+  });
+  (void)registered;
+  Pool* current = pool.load();
+  if (!current) {
+    Pool* fresh = new Pool;
+    if (pool.compare_exchange_strong(current, fresh))
+      current = fresh;
+    else
+      delete fresh;
+  }
+  return *current;
+}
+
+struct Scratch {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, void (*body)(void* context, int64_t item), void* context) {
+  Job job{items, body, context};
+  const int64_t helpers = (threads < items ? threads : items) - 1;
+  if (helpers < 1 || !get_pool().run(job, static_cast<int>(helpers))) job.work();
+}
+
+char* scratch(size_t bytes) {
+  thread_local Scratch mine;
+  if (mine.size < bytes) {
+    std::free(mine.data);
+    mine.size = (bytes + 63) / 64 * 64;
+    mine.data = static_cast<char*>(std::aligned_alloc(64, mine.size));
+    if (!mine.data) {
+      mine.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return mine.data;
+}
+
+}  // namespace vdcore

@@ -1,0 +1,26 @@
+// What the operators of the CPU engine share in their arguments.
+#pragma once
+
+#include "common/frame_runs.h"
+#include "common/tensor_view.h"
+
+namespace vdcore::cpu {
+
+enum class NormKind : int32_t { none = 0, rms = 1, layer = 2 };
+enum class RopeStyle : int32_t { none = 0, interleaved = 1, half = 2 };
+
+// Weights and biases are float32 and contiguous: (D,), or (heads * D,) with over_all. Null: not given.
+struct Norm {
+  NormKind kind = NormKind::none;
+  bool over_all = false;  // one norm across all heads of a token
+  float eps = 1e-6f;
+  const float *q_weight = nullptr, *k_weight = nullptr, *q_bias = nullptr, *k_bias = nullptr;
+};
+
+// cos, sin: (F or 1, S or 1, H or 1, R / 2), unit stride last, 0 stride where the table is broadcast.
+struct Rope {
+  RopeStyle style = RopeStyle::none;
+  TensorView cos, sin;
+};
+
+}  // namespace vdcore::cpu

@@ -1,0 +1,19 @@
+// Compiled once per instruction set, like every file that includes vec.h: its table of operators.
+#include "cpu/kernels.h"
+
+#define VDCORE_STRING_(x) #x
+#define VDCORE_STRING(x) VDCORE_STRING_(x)
+
+namespace vdcore::cpu::VDCORE_ISA {
+
+void temporal_attention_forward(const TemporalAttention&);
+void temporal_attention_backward(const TemporalAttentionBackward&);
+
+extern const Kernels table;
+const Kernels table = {
+    VDCORE_STRING(VDCORE_ISA),
+    temporal_attention_forward,
+    temporal_attention_backward,
+};
+
+}  // namespace vdcore::cpu::VDCORE_ISA

@@ -1,0 +1,227 @@
+// Temporal attention, forward: the token at one position attends to the same position in the frames that its frame sees.
+//
+// Sequences are tiny (8 to 128 frames) and there are very many, so a head's whole problem lives in L1 and L2 and the
+// work is to feed it: see temporal_tiles.h. Longer sequences go block by block with the online softmax.
+#include "cpu/temporal_tiles.h"
+
+#include "common/threads.h"
+#include "cpu/kernels.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+namespace {
+
+constexpr int64_t kMaxQueryBlock = 64;
+constexpr int64_t kStageFloats = 112 * 1024;  // Q, K and V rows of one step: with scores and results, under 1 MB
+constexpr int64_t kStreamBytes = 8 << 20;     // a larger result has left the caches before anybody reads it
+
+struct Plan {
+  const TemporalAttention& a;
+  Shape shape;
+  int64_t query_block, key_block;  // frames
+  int64_t heads;                   // query heads of one step
+  int64_t positions;               // of one item
+  int64_t chunks, head_groups;
+  bool split_heads;  // head groups are items of their own
+  bool stream;
+
+  explicit Plan(const TemporalAttention& args) : a(args), shape(args) {
+    const Shape& n = shape;
+    query_block = smaller(round_up(n.T), kMaxQueryBlock);
+    heads = n.H;
+    // Fewer heads, at least one group, until the stage fits; then fewer keys.
+    while (heads > n.group && heads * query_block * n.row + 2 * heads / n.group * n.K * n.row > kStageFloats)
+      heads = next_smaller(heads);
+    const int64_t left = larger(kStageFloats - heads * query_block * n.row, W * 2 * n.row);
+    key_block = smaller(n.K, left / (2 * heads / n.group * n.row));
+    head_groups = n.H / heads;
+    positions = larger(1, smaller(64, n.B * n.S / (8 * a.threads)));
+    chunks = (n.S + positions - 1) / positions;
+    split_heads = n.B * chunks < 4 * a.threads;
+    const int64_t out_row = n.D * size_of(a.out.dtype), vector = W * size_of(a.out.dtype);
+    stream = n.B * n.T * n.S * n.H * out_row >= kStreamBytes && n.D % W == 0 &&
+             reinterpret_cast<uintptr_t>(a.out.data) % vector == 0 && aligned_strides();
+  }
+
+  int64_t items() const { return shape.B * chunks * (split_heads ? head_groups : 1); }
+
+ private:
+  // The largest multiple of the head group below `from` that divides H.
+  int64_t next_smaller(int64_t from) const {
+    for (int64_t n = from - shape.group; n > shape.group; n -= shape.group)
+      if (shape.H % n == 0) return n;
+    return shape.group;
+  }
+  bool aligned_strides() const {
+    for (int axis = 0; axis < 4; ++axis)
+      if (a.out.stride[axis] % W) return false;
+    return true;
+  }
+};
+
+struct Tiles {
+  Stage q, k, v, out;
+  Tile q_transposed, scores;
+  float *maximum, *sum, *factor, *buffer;  // (heads, query_block), the same, (query_block,), two rows
+  Run *windows, *sinks;
+
+  Tiles(const Plan& p, Arena& arena) {
+    const int64_t row = p.shape.row, kv_heads = p.heads / p.shape.group;
+    q = {arena.floats(p.heads * p.query_block * row), p.query_block, row};
+    k = {arena.floats(kv_heads * p.key_block * row), p.key_block, row};
+    v = {arena.floats(kv_heads * p.key_block * row), p.key_block, row};
+    out = {arena.floats(p.heads * p.query_block * row), p.query_block, row};
+    q_transposed = {arena.floats(row * p.query_block), p.query_block};
+    scores = {arena.floats(p.key_block * p.query_block), p.query_block};
+    maximum = arena.floats(p.heads * p.query_block);
+    sum = arena.floats(p.heads * p.query_block);
+    factor = arena.floats(p.query_block);
+    buffer = arena.floats(2 * row);
+    windows = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
+    sinks = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
+  }
+};
+
+// One head, one block of queries, one block of keys.
+void attend(const Plan& p, const Tiles& t, const VisibleKeys& visible, int64_t head, int64_t queries, int64_t first_key,
+            int64_t keys, bool first, Prefetch& prefetch) {
+  const Shape& n = p.shape;
+  const Tile k = t.k.head(head / n.group), v = t.v.head(head / n.group), out = t.out.head(head);
+  transpose(queries, n.D, t.q.head(head), p.a.scale * kLog2E, t.q_transposed);
+  score_products(visible, queries, first_key, keys, n.D, k, t.q_transposed, t.scores, prefetch);
+  for (int64_t i = 0; i < queries; i += W) {
+    SoftmaxState state;
+    float *maximum = t.maximum + head * p.query_block + i, *sum = t.sum + head * p.query_block + i;
+    if (!first) state = {load(maximum), load(sum)};
+    const vf factor =
+        softmax_column(t.scores.at(0, i), ColumnMask(visible, i, queries, first_key, keys), state);
+    store(maximum, state.maximum);
+    store(sum, state.sum);
+    store(t.factor + i, factor);
+  }
+  if (!first)
+    for (int64_t i = 0; i < queries; ++i)
+      for (int64_t c = 0; c < n.row; c += W) {
+        float* at = out.at(i, c).data;
+        store(at, load(at) * t.factor[i]);
+      }
+  const Scalars weights = {t.scores.data, 1, t.scores.row};
+  if (visible.dense) return product(queries, n.row, keys, weights, v, out, !first, prefetch);
+  product_over_runs(queries, n.row, t.windows, weights, v, out, !first, prefetch);
+  product_over_runs(queries, n.row, t.sinks, weights, v, out, true, prefetch);
+}
+
+template <DType T>
+void write_rows(const Plan& p, const Tiles& t, int64_t b, int64_t s, HeadRange heads, Run queries) {
+  const TensorView& out = p.a.out;
+  const int64_t head_bytes = out.stride[3] * size_of(T);
+  for (int64_t i = queries.begin; i < queries.end; ++i) {
+    char* row = out.at(b, i, s, heads.first);
+    for (int64_t h = 0; h < heads.count; ++h, row += head_bytes) {
+      const float* in = t.out.head(h).at(i - queries.begin, 0).data;
+      const float sum = t.sum[h * p.query_block + i - queries.begin];
+      const float factor = sum == 0 ? 0 : 1 / sum;
+      if (p.stream)
+        stream_row<T>(row, p.shape.D, in, factor);
+      else
+        write_row<T>(row, p.shape.D, in, factor);
+    }
+  }
+}
+
+void write_lse(const Plan& p, const Tiles& t, int64_t b, int64_t s, HeadRange heads, Run queries) {
+  for (int64_t h = 0; h < heads.count; ++h)
+    for (int64_t i = 0; i < queries.size(); i += W) {
+      const int64_t at = h * p.query_block + i;
+      float lanes[W];
+      store(lanes, log_sum_exp({load(t.maximum + at), load(t.sum + at)}));
+      for (int64_t lane = 0; lane < smaller(W, queries.size() - i); ++lane)
+        *reinterpret_cast<float*>(p.a.lse.at(b, queries.begin + i + lane, s, heads.first + h)) = lanes[lane];
+    }
+}
+
+void gather_keys(const Plan& p, const Tiles& t, const SeenKeys& seen, int64_t b, int64_t s, HeadRange heads,
+                 int64_t first_key) {
+  const Shape& n = p.shape;
+  const HeadRange kv = {heads.first / n.group, heads.count / n.group};
+  for (const Run& run : seen.runs) {
+    if (!run.size()) continue;
+    const Run frames = {first_key + run.begin, first_key + run.end};
+    gather(p.a.k, b, s, frames, kv, n.D, t.k, run.begin);
+    norm_rope_rows(p.a, key_side(p.a), p.a.k, b, s, frames, kv, t.k, run.begin, t.buffer);
+    gather(p.a.v, b, s, frames, kv, n.D, t.v, run.begin);
+  }
+}
+
+void step(const Plan& p, const Tiles& t, int64_t b, int64_t s, HeadRange heads, Prefetch& prefetch) {
+  const Shape& n = p.shape;
+  const bool one_key_block = p.key_block >= n.K;
+  if (one_key_block) gather_keys(p, t, SeenKeys(visible_keys(p.a, b, 0), n.T, 0, n.K), b, s, heads, 0);
+  for (int64_t q = 0; q < n.T; q += p.query_block) {
+    const Run queries = {q, smaller(n.T, q + p.query_block)};
+    const VisibleKeys visible = visible_keys(p.a, b, q);
+    gather(p.a.q, b, s, queries, heads, n.D, t.q, 0);
+    norm_rope_rows(p.a, query_side(p.a), p.a.q, b, s, queries, heads, t.q, 0, t.buffer);
+    bool first = true;
+    for (int64_t k = 0; k < n.K; k += p.key_block) {
+      const int64_t keys = smaller(p.key_block, n.K - k);
+      const SeenKeys seen(visible, queries.size(), k, keys);
+      if (!seen.any()) continue;
+      if (!one_key_block) gather_keys(p, t, seen, b, s, heads, k);
+      if (!visible.dense) key_runs(visible, queries.size(), k, keys, t.windows, t.sinks);
+      for (int64_t h = 0; h < heads.count; ++h) attend(p, t, visible, h, queries.size(), k, keys, first, prefetch);
+      first = false;
+    }
+    if (first) {  // these queries see nothing
+      memset(t.out.data, 0, heads.count * p.query_block * n.row * sizeof(float));
+      for (int64_t i = 0; i < heads.count * p.query_block; ++i) t.maximum[i] = -kInf, t.sum[i] = 0;
+    }
+    with_dtype(p.a.out.dtype, [&](auto type) { write_rows<decltype(type)::value>(p, t, b, s, heads, queries); });
+    if (p.a.lse) write_lse(p, t, b, s, heads, queries);
+  }
+}
+
+void run_item(const Plan& p, int64_t item) {
+  const Shape& n = p.shape;
+  Arena count(nullptr);
+  Tiles(p, count);
+  Arena arena(scratch(count.used()));
+  const Tiles tiles(p, arena);
+
+  int64_t first_group = 0, groups = p.head_groups;
+  if (p.split_heads) {
+    first_group = item % p.head_groups;
+    groups = 1;
+    item /= p.head_groups;
+  }
+  const int64_t b = item / p.chunks, s0 = item % p.chunks * p.positions;
+  const int64_t steps = smaller(p.positions, n.S - s0) * groups;
+
+  const TensorView* const tensors[] = {&p.a.q, &p.a.k, &p.a.v};
+  const int64_t bytes = (n.T * n.H + 2 * n.K * n.G) * n.D * size_of(p.a.q.dtype);
+  // Steps that the products of one position take: scores, then results.
+  const int64_t blocks = (n.K + block_rows(2) - 1) / block_rows(2) * ((round_up(n.T) / W + 2) / 3) * n.D +
+                         (n.T + block_rows(3) - 1) / block_rows(3) * ((n.row / W + 2) / 3) * n.K;
+  for (int64_t i = 0; i < steps; ++i) {
+    const auto position = [&](int64_t index) { return s0 + index / groups; };
+    const auto head = [&](int64_t index) { return (first_group + index % groups) * p.heads; };
+    NextRows next{tensors, 3, b, position(i + 1), head(i + 1), p.heads};
+    Prefetch prefetch;
+    if (i + 1 < steps && p.key_block >= n.K && p.query_block >= n.T) {
+      prefetch.source = NextRows::next;
+      prefetch.context = &next;
+      prefetch.stride = smaller(64, larger(1, bytes / larger(1, blocks * n.H)));
+    }
+    step(p, tiles, b, position(i), {head(i), p.heads}, prefetch);
+  }
+  stream_fence();
+}
+
+}  // namespace
+
+void temporal_attention_forward(const TemporalAttention& a) {
+  Plan plan(a);
+  parallel_for(
+      plan.items(), a.threads, [](void* p, int64_t item) { run_item(*static_cast<const Plan*>(p), item); }, &plan);
+}
+
+}  // namespace vdcore::cpu::VDCORE_ISA

@@ -1,0 +1,43 @@
+// Arguments of temporal attention on the CPU. Shapes: B batch, T frames, K key frames, S tokens per frame, H query
+// heads, G key/value heads, D head channels.
+#pragma once
+
+#include "cpu/arguments.h"
+
+namespace vdcore::cpu {
+
+// What each query frame sees, for every sample: the key frames [begin, end) and, before them, [0, sink). Where `lengths`
+// are equal (or not given) one row serves the whole batch.
+struct VisibleFrames {
+  const int32_t *begin = nullptr, *end = nullptr, *sink = nullptr;  // (B or 1, T)
+  const int32_t *seen_begin = nullptr, *seen_end = nullptr;         // (B or 1, K): query frames that see a key frame
+  bool per_sample = false;
+  bool dense = false;  // everybody sees everything
+};
+
+struct TemporalAttention {
+  TensorView q, k, v;  // (B, T, S, H, D), (B, K, S, G, D), (B, K, S, G, D)
+  TensorView out;      // (B, T, S, H, D)
+  TensorView lse;      // (B, T, S, H) float32, optional
+  VisibleFrames visible;
+  int64_t q_start = 0;
+  float scale = 1;
+  Norm norm;
+  Rope rope;
+  int threads = 1;
+};
+
+struct TemporalAttentionBackward {
+  TemporalAttention forward;  // q, k, v, out, lse as forward left them
+  TensorView dout;            // as out
+  TensorView dlse;            // as lse, optional
+  TensorView dq, dk, dv;      // as q, k, v; each optional
+  // Sums over positions go to one row per work item, which the caller adds up in order: same bits for any number of
+  // threads. Null: not wanted.
+  int64_t items = 1;
+  float *dq_weight = nullptr, *dk_weight = nullptr, *dq_bias = nullptr, *dk_bias = nullptr;  // (items, D or heads * D)
+  TensorView dcos, dsin;  // (F or 1, S or 1, H or 1, R / 2) float32 and zeroed, one such table per item where S is 1
+  int64_t table_item_stride = 0;
+};
+
+}  // namespace vdcore::cpu

@@ -1,0 +1,375 @@
+// Temporal attention, backward: with P recomputed from lse and delta = rowsum(dout * out) - dlse,
+//   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q,
+// then back through rope and norm. One pass where a head's frames fit one block; otherwise one pass for dq and one for
+// dk and dv, each owning what it writes, so that nothing is accumulated across threads.
+#include "cpu/temporal_tiles.h"
+
+#include <initializer_list>
+
+#include "common/threads.h"
+#include "cpu/kernels.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+namespace {
+
+constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kBlockFloats = 16 * 1024;   // of one tensor's rows of one head
+constexpr int64_t kStageFloats = 128 * 1024;  // rows and gradients of one step, in L2
+
+struct Plan {
+  const TemporalAttentionBackward& g;
+  const TemporalAttention& a;
+  Shape shape;
+  int64_t query_block, key_block, heads, head_groups;
+  bool one_block;
+  bool per_position;  // an item owns whole positions, all samples: their rope table rows get one writer
+  int64_t units;      // (sample, position) pairs, or positions
+
+  explicit Plan(const TemporalAttentionBackward& args) : g(args), a(args.forward), shape(args.forward) {
+    const Shape& n = shape;
+    const int64_t block = larger(W, smaller(kMaxBlock, kBlockFloats / n.row / W * W));
+    query_block = smaller(round_up(n.T), block);
+    key_block = smaller(n.K, block);
+    one_block = query_block >= n.T && key_block >= n.K;
+    heads = n.H;
+    const int64_t floats = 3 * query_block * n.row * n.group + 4 * key_block * n.row;  // of one group
+    // A norm over all heads mixes their gradients: they stay together.
+    while (!a.norm.over_all && heads > n.group && heads / n.group * floats > kStageFloats) heads = next_smaller(heads);
+    head_groups = n.H / heads;
+    per_position = static_cast<bool>(g.dcos) && g.dcos.size[1] > 1;
+    units = per_position ? n.S : n.B * n.S;
+  }
+
+ private:
+  int64_t next_smaller(int64_t from) const {
+    for (int64_t n = from - shape.group; n > shape.group; n -= shape.group)
+      if (shape.H % n == 0) return n;
+    return shape.group;
+  }
+};
+
+struct Tiles {
+  Stage q, dout, dq, k, v, dk, dv;
+  Tile q_transposed, dout_transposed, p, ds;
+  float *lse, *delta;  // (heads, query_block); lse in base 2
+  float *buffer;       // four rows
+  float *weight_sums[4];
+  Run *windows, *sinks, *seen_by;
+
+  Tiles(const Plan& plan, Arena& arena) {
+    const Shape& n = plan.shape;
+    const int64_t row = n.row, kv_heads = plan.heads / n.group, Q = plan.query_block, K = plan.key_block;
+    for (Stage* stage : {&q, &dout, &dq}) *stage = {arena.floats(plan.heads * Q * row), Q, row};
+    for (Stage* stage : {&k, &v, &dk, &dv}) *stage = {arena.floats(kv_heads * K * row), K, row};
+    for (Tile* tile : {&q_transposed, &dout_transposed}) *tile = {arena.floats(row * Q), Q};
+    for (Tile* tile : {&p, &ds}) *tile = {arena.floats(K * Q), Q};
+    lse = arena.floats(plan.heads * Q);
+    delta = arena.floats(plan.heads * Q);
+    buffer = arena.floats(4 * row);
+    for (float*& sum : weight_sums) sum = arena.floats(row);
+    for (Run** runs : {&windows, &sinks}) *runs = reinterpret_cast<Run*>(arena.floats(Q * sizeof(Run) / 4));
+    seen_by = reinterpret_cast<Run*>(arena.floats(K * sizeof(Run) / 4));
+  }
+};
+
+struct Position {
+  int64_t b, s;
+  HeadRange heads;
+  int64_t item;
+};
+
+class Backward {
+ public:
+  Backward(const Plan& plan, const Tiles& tiles, const Position& position, Prefetch& prefetch)
+      : p(plan), n(plan.shape), a(plan.a), g(plan.g), t(tiles), at(position), prefetch(prefetch),
+        kv_heads{position.heads.first / plan.shape.group, position.heads.count / plan.shape.group} {}
+
+  void run() {
+    if (p.one_block) {
+      const Run queries = {0, n.T}, keys = {0, n.K};
+      load_queries(queries);
+      load_keys(keys);
+      accumulate(queries, keys, true, static_cast<bool>(g.dq), g.dk || g.dv);
+      finish_queries(queries);
+      finish_keys(keys);
+      return;
+    }
+    if (g.dq)
+      for (int64_t q = 0; q < n.T; q += p.query_block) {
+        const Run queries = {q, smaller(n.T, q + p.query_block)};
+        load_queries(queries);
+        bool first = true;
+        for (int64_t k = 0; k < n.K; k += p.key_block) {
+          const Run keys = {k, smaller(n.K, k + p.key_block)};
+          if (!SeenKeys(visible_keys(a, at.b, q), queries.size(), k, keys.size()).any()) continue;
+          load_keys(keys);
+          accumulate(queries, keys, first, true, false);
+          first = false;
+        }
+        if (first) clear(t.dq, at.heads.count);
+        finish_queries(queries);
+      }
+    if (g.dk || g.dv)
+      for (int64_t k = 0; k < n.K; k += p.key_block) {
+        const Run keys = {k, smaller(n.K, k + p.key_block)};
+        load_keys(keys);
+        bool first = true;
+        for (int64_t q = 0; q < n.T; q += p.query_block) {
+          const Run queries = {q, smaller(n.T, q + p.query_block)};
+          if (!SeenKeys(visible_keys(a, at.b, q), queries.size(), k, keys.size()).any()) continue;
+          load_queries(queries);
+          accumulate(queries, keys, first, false, true);
+          first = false;
+        }
+        if (first) clear(t.dk, kv_heads.count), clear(t.dv, kv_heads.count);
+        finish_keys(keys);
+      }
+  }
+
+ private:
+  const Plan& p;
+  const Shape& n;
+  const TemporalAttention& a;
+  const TemporalAttentionBackward& g;
+  const Tiles& t;
+  const Position& at;
+  Prefetch& prefetch;
+  const HeadRange kv_heads;
+
+  static void clear(Stage stage, int64_t heads) { memset(stage.data, 0, heads * stage.frames * stage.row * 4); }
+
+  Run seen_by(int64_t key) const {
+    const VisibleFrames& v = a.visible;
+    if (v.dense) return {0, n.T};
+    const int64_t i = (v.per_sample ? at.b * n.K : 0) + key;
+    return {v.seen_begin[i], v.seen_end[i]};
+  }
+  bool sees_any(int64_t query) const {
+    const VisibleKeys v = visible_keys(a, at.b, query);
+    return v.dense ? n.K > 0 : v.end[0] > v.begin[0] || v.sink[0] > 0;
+  }
+
+  void load_queries(Run queries) {
+    gather(a.q, at.b, at.s, queries, at.heads, n.D, t.q, 0);
+    norm_rope_rows(a, query_side(a), a.q, at.b, at.s, queries, at.heads, t.q, 0, t.buffer);
+    gather(g.dout, at.b, at.s, queries, at.heads, n.D, t.dout, 0);
+    gather(a.out, at.b, at.s, queries, at.heads, n.D, t.dq, 0);  // dq is not in use yet
+    for (int64_t h = 0; h < at.heads.count; ++h)
+      for (int64_t i = 0; i < p.query_block; ++i) {
+        float *lse = t.lse + h * p.query_block + i, *delta = t.delta + h * p.query_block + i;
+        *lse = *delta = 0;
+        if (i >= queries.size()) continue;
+        const int64_t frame = queries.begin + i, head = at.heads.first + h;
+        *lse = *reinterpret_cast<const float*>(a.lse.at(at.b, frame, at.s, head)) * kLog2E;
+        if (*lse == -kInf) *lse = kInf;  // sees nothing: exp2(score - inf) is 0
+        const float *out = t.dq.head(h).at(i, 0).data, *dout = t.dout.head(h).at(i, 0).data;
+        vf total = {};
+        for (int64_t c = 0; c < n.row; c += W) total += load(out + c) * load(dout + c);
+        *delta = sum(total);
+        if (g.dlse) *delta -= *reinterpret_cast<const float*>(g.dlse.at(at.b, frame, at.s, head));
+      }
+  }
+
+  void load_keys(Run keys) {
+    gather(a.k, at.b, at.s, keys, kv_heads, n.D, t.k, 0);
+    norm_rope_rows(a, key_side(a), a.k, at.b, at.s, keys, kv_heads, t.k, 0, t.buffer);
+    gather(a.v, at.b, at.s, keys, kv_heads, n.D, t.v, 0);
+  }
+
+  // Adds one block's part to dq, and to dk and dv; `first`: sets it.
+  void accumulate(Run queries, Run keys, bool first, bool for_queries, bool for_keys) {
+    const VisibleKeys visible = visible_keys(a, at.b, queries.begin);
+    if (!visible.dense) {
+      key_runs(visible, queries.size(), keys.begin, keys.size(), t.windows, t.sinks);
+      for (int64_t j = 0; j < keys.size(); ++j) {
+        const Run run = seen_by(keys.begin + j);
+        t.seen_by[j] = intersect({run.begin - queries.begin, run.end - queries.begin}, {0, queries.size()});
+      }
+    }
+    for (int64_t h = 0; h < at.heads.count; ++h) {
+      const int64_t kv = h / n.group;
+      const bool first_of_group = first && h % n.group == 0;
+      const Tile q = t.q.head(h), dout = t.dout.head(h), k = t.k.head(kv), v = t.v.head(kv);
+      transpose(queries.size(), n.D, q, a.scale * kLog2E, t.q_transposed);
+      transpose(queries.size(), n.D, dout, 1.f, t.dout_transposed);
+      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.p, prefetch);
+      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, v, t.dout_transposed, t.ds, prefetch);
+      for (int64_t i = 0; i < queries.size(); i += W) {
+        const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
+        const vf lse = load(t.lse + h * p.query_block + i), delta = load(t.delta + h * p.query_block + i);
+        mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
+          float *p_at = t.p.at(j, i).data, *ds_at = t.ds.at(j, i).data;
+          vf weight = exp2(load(p_at) - lse);
+          vf ds = weight * (load(ds_at) - delta);
+          if (masked) {
+            const vi sees = mask.sees(j);
+            weight = select(sees, weight, vf{});
+            ds = select(sees, ds, vf{});
+          }
+          store(p_at, weight);
+          store(ds_at, ds);
+        });
+      }
+      const int64_t Q = queries.size(), K = keys.size();
+      const Scalars weights = {t.p.data, t.p.row, 1}, ds = {t.ds.data, t.ds.row, 1};
+      const Scalars ds_transposed = {t.ds.data, 1, t.ds.row};
+      if (visible.dense) {
+        if (for_keys) {
+          product(K, n.row, Q, weights, dout, t.dv.head(kv), !first_of_group, prefetch);
+          product(K, n.row, Q, ds, q, t.dk.head(kv), !first_of_group, prefetch);
+        }
+        if (for_queries) product(Q, n.row, K, ds_transposed, k, t.dq.head(h), !first, prefetch);
+      } else {
+        if (for_keys) {
+          product_over_runs(K, n.row, t.seen_by, weights, dout, t.dv.head(kv), !first_of_group, prefetch);
+          product_over_runs(K, n.row, t.seen_by, ds, q, t.dk.head(kv), !first_of_group, prefetch);
+        }
+        if (for_queries) {
+          product_over_runs(Q, n.row, t.windows, ds_transposed, k, t.dq.head(h), !first, prefetch);
+          product_over_runs(Q, n.row, t.sinks, ds_transposed, k, t.dq.head(h), true, prefetch);
+        }
+      }
+    }
+  }
+
+  void finish_queries(Run queries) {
+    if (!g.dq) return;
+    through_norm_rope(query_side(a), a.q, queries, at.heads, t.dq, g.dq_weight, g.dq_bias,
+                      [&](int64_t frame) { return sees_any(frame); });
+    write(g.dq, queries, at.heads, t.dq, 1.f);
+  }
+  void finish_keys(Run keys) {
+    if (g.dv) write(g.dv, keys, kv_heads, t.dv, 1.f);
+    if (!g.dk) return;
+    through_norm_rope(key_side(a), a.k, keys, kv_heads, t.dk, g.dk_weight, g.dk_bias,
+                      [&](int64_t frame) { return seen_by(frame).size() > 0; });
+    write(g.dk, keys, kv_heads, t.dk, 1.f);
+  }
+
+  void write(const TensorView& x, Run frames, HeadRange heads, Stage stage, float factor) {
+    with_dtype(x.dtype, [&](auto type) {
+      for (int64_t f = frames.begin; f < frames.end; ++f)
+        for (int64_t h = 0; h < heads.count; ++h)
+          write_row<decltype(type)::value>(x.at(at.b, f, at.s, heads.first + h), n.D,
+                                           stage.head(h).at(f - frames.begin, 0).data, factor);
+    });
+  }
+
+  // Gradient rows with respect to normed and rotated q or k, times scale, back to raw q or k, in place. A row that takes
+  // no part is left out of the sums: its values may be anything.
+  template <typename Live>
+  void through_norm_rope(const Side& side, const TensorView& x, Run frames, HeadRange heads, Stage grad,
+                         float* dweight, float* dbias, const Live& live) {
+    const bool norm = a.norm.kind != NormKind::none, over_all = a.norm.over_all;
+    const int64_t pairs = a.rope.style == RopeStyle::none ? 0 : a.rope.cos.size[3];
+    const int64_t width = over_all ? x.size[3] * n.D : n.D;  // of a weight
+    if (dweight) dweight += at.item * width;
+    if (dbias) dbias += at.item * width;
+    // Sums of this step first, then into the item's: shorter chains of additions.
+    float *local_weight = dweight, *local_bias = dbias;
+    if (!over_all) {
+      if (dweight) memset(local_weight = t.weight_sums[0], 0, n.row * 4);
+      if (dbias) memset(local_bias = t.weight_sums[1], 0, n.row * 4);
+    }
+    float *raw = t.buffer, *cos_row = t.buffer + n.row, *sin_row = t.buffer + 2 * n.row, *normed = t.buffer + 3 * n.row;
+    for (int64_t f = frames.begin; f < frames.end; ++f) {
+      const bool alive = live(f);
+      Moments moments;
+      NormSums token_sums;
+      if (norm && over_all && alive) moments = token_moments(a.norm, x, at.b, f, at.s, x.size[3], n.D, raw);
+      for (int64_t h = 0; h < heads.count; ++h) {
+        float* d = grad.head(h).at(f - frames.begin, 0).data;
+        for (int64_t c = 0; c < n.row; c += W) store(d + c, load(d + c) * a.scale);
+        if (!alive || !(norm || pairs)) continue;
+        const int64_t head = heads.first + h, w = over_all ? head * n.D : 0;
+        const float *weight = side.weight ? side.weight + w : nullptr, *bias = side.bias ? side.bias + w : nullptr;
+        if (norm || g.dcos) {
+          gather(x, at.b, at.s, {f, f + 1}, {head, 1}, n.D, {raw, 1, n.row}, 0);
+          if (norm && !over_all) moments = row_moments(a.norm, raw, n.D);
+        }
+        if (pairs) {
+          const int64_t row = side.first_frame + f;
+          if (g.dcos) {
+            memcpy(normed, raw, n.row * 4);
+            if (norm) normalize(normed, n.D, moments, weight, bias);
+            rotate_table_gradient(normed, d, pairs, a.rope.style, table_gradient(g.dcos, row, head),
+                                  table_gradient(g.dsin, row, head));
+          }
+          rotate(d, pairs, a.rope.style, table_row(a.rope.cos, row, at.s, head, cos_row),
+                 table_row(a.rope.sin, row, at.s, head, sin_row), -1.f);
+        }
+        if (!norm) continue;
+        const NormSums sums = norm_gradient_sums(raw, d, n.D, moments, weight);
+        if (over_all) {
+          token_sums.dy += sums.dy;
+          token_sums.dy_x += sums.dy_x;
+        } else {
+          norm_gradient(a.norm, raw, d, n.D, moments, weight, sums, n.D, local_weight, local_bias);
+        }
+      }
+      if (!(norm && over_all && alive)) continue;
+      for (int64_t h = 0; h < heads.count; ++h) {
+        const int64_t w = (heads.first + h) * n.D;
+        gather(x, at.b, at.s, {f, f + 1}, {heads.first + h, 1}, n.D, {raw, 1, n.row}, 0);
+        norm_gradient(a.norm, raw, grad.head(h).at(f - frames.begin, 0).data, n.D, moments,
+                      side.weight ? side.weight + w : nullptr, token_sums, x.size[3] * n.D,
+                      local_weight ? local_weight + w : nullptr, local_bias ? local_bias + w : nullptr);
+      }
+    }
+    if (over_all) return;
+    for (int64_t c = 0; c < n.D; ++c) {
+      if (dweight) dweight[c] += local_weight[c];
+      if (dbias) dbias[c] += local_bias[c];
+    }
+  }
+
+  float* table_gradient(const TensorView& table, int64_t row, int64_t head) const {
+    return reinterpret_cast<float*>(table.at(row, at.s, head)) + (p.per_position ? 0 : at.item * g.table_item_stride);
+  }
+};
+
+void run_item(const Plan& p, int64_t item) {
+  const Shape& n = p.shape;
+  Arena count(nullptr);
+  Tiles(p, count);
+  Arena arena(scratch(count.used()));
+  const Tiles tiles(p, arena);
+
+  const int64_t per_item = (p.units + p.g.items - 1) / p.g.items;
+  const int64_t samples = p.per_position ? n.B : 1;
+  const int64_t first = item * per_item, steps = (smaller(p.units, first + per_item) - first) * samples * p.head_groups;
+  const auto position = [&](int64_t i) -> Position {
+    const int64_t unit = first + i / p.head_groups / samples, group = i % p.head_groups;
+    const HeadRange heads = {group * p.heads, p.heads};
+    if (p.per_position) return {i / p.head_groups % samples, unit, heads, item};
+    return {unit / n.S, unit % n.S, heads, item};
+  };
+
+  const TensorView* const tensors[] = {&p.a.q, &p.g.dout, &p.a.out, &p.a.k, &p.a.v};
+  const int64_t bytes = (3 * n.T * n.H + 2 * n.K * n.G) * n.D * size_of(p.a.q.dtype);
+  const int64_t panels = (n.row / W + 2) / 3, lanes = (round_up(n.T) / W + 2) / 3;
+  const auto blocks = [](int64_t rows, int vectors) { return (rows + block_rows(vectors) - 1) / block_rows(vectors); };
+  const int64_t product_steps =
+      2 * blocks(n.K, 2) * lanes * n.D + (2 * blocks(n.K, 3) * n.T + blocks(n.T, 3) * n.K) * panels;
+  for (int64_t i = 0; i < steps; ++i) {
+    const Position now = position(i), then = position(i + 1);
+    NextRows next{tensors, 5, then.b, then.s, then.heads.first, then.heads.count};
+    Prefetch prefetch;
+    if (i + 1 < steps && p.one_block) {
+      prefetch.source = NextRows::next;
+      prefetch.context = &next;
+      prefetch.stride = smaller(64, larger(1, bytes / larger(1, product_steps * n.H)));
+    }
+    Backward(p, tiles, now, prefetch).run();
+  }
+}
+
+}  // namespace
+
+void temporal_attention_backward(const TemporalAttentionBackward& g) {
+  Plan plan(g);
+  parallel_for(
+      g.items, g.forward.threads, [](void* p, int64_t item) { run_item(*static_cast<const Plan*>(p), item); }, &plan);
+}
+
+}  // namespace vdcore::cpu::VDCORE_ISA

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <string>
+
+namespace vdcore::cuda {
+
+// Why no CUDA kernel can run here, empty if one can. Starts no context.
+std::string missing();
+
+}  // namespace vdcore::cuda

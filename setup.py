@@ -1,0 +1,58 @@
+"""Builds vdcore._native with CMake; everything else about the package is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """One CMake build folder per Python, kept, so that a second install compiles only what changed."""
+
+    def build_extension(self, ext):
+        tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build = Path(os.environ.get("VDCORE_BUILD_DIR", ROOT / "build" / f"cmake-{tag}"))
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        import pybind11
+
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(build)),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVDCORE_CUDA={os.environ.get('VDCORE_CUDA', 'ON')}",
+        ]
+        # A temporary build environment takes its ninja along when it goes: then the folder must be configured anew.
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and "CMAKE_MAKE_PROGRAM" in (text := cache.read_text()):
+            program = text.split("CMAKE_MAKE_PROGRAM:", 1)[1].split("=", 1)[1].splitlines()[0]
+            if not Path(program).exists():
+                cache.unlink()
+                shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+        if not cache.exists() and shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_native", "--parallel", jobs], check=True)
+        (module,) = build.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
+        shutil.copy2(module, target)
+
+
+setup(
+    packages=[
+        *("vdcore", "vdcore.backends", "vdcore.ops", "vdcore.reference"),
+        *("vdcore.kernels", "vdcore.bench"),
+    ],
+    package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
+    ext_modules=[Extension("vdcore._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,49 @@
+"""The attention engine of video diffusion.
+
+Tokens are ``(batch, frames, tokens, heads, channels)``, any strides; masks are :class:`FrameMask`. Every operator is
+differentiable and runs on the fastest backend that can run it exactly; :func:`explain` says which and why.
+"""
+
+from vdcore.backends import BackendError, backends, calls, use_backend
+from vdcore.geometry import as_frames
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.ops import (
+    cross_attention,
+    explain,
+    gate_residual,
+    gated_attention,
+    modulate,
+    patchify,
+    qk_norm_rope,
+    spatial_attention,
+    temporal_attention,
+    unpatchify,
+    video_attention,
+)
+from vdcore.rope import Rope, axial_rope
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "FrameMask",
+    "QKNorm",
+    "Rope",
+    "as_frames",
+    "axial_rope",
+    "backends",
+    "calls",
+    "cross_attention",
+    "explain",
+    "gate_residual",
+    "gated_attention",
+    "modulate",
+    "patchify",
+    "qk_norm_rope",
+    "spatial_attention",
+    "temporal_attention",
+    "unpatchify",
+    "use_backend",
+    "video_attention",
+]

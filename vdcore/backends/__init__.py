@@ -1,0 +1,111 @@
+"""Choosing a backend: data, not code. Every backend says why it cannot run a call; `auto` takes the first that can."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from vdcore.backends import cpu, cuda, reference, sdpa, triton
+from vdcore.backends.base import Backend, Implementation
+from vdcore.backends.call import Call
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND, sdpa.BACKEND)}
+
+# The order in which `auto` tries. Reasons are measured: bench/results says where.
+ORDER: dict[str, tuple[str, ...]] = {
+    # The native engine is ahead of torch's attention on every shape it serves.
+    "cpu": ("cpu", "sdpa", "reference"),
+    "cuda": ("cuda", "triton", "sdpa", "reference"),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the call; the message says why."""
+
+
+_chosen: ContextVar[str] = ContextVar("vdcore_backend", default="")
+
+
+def check_name(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Calls inside the block run on the named backend, unless they name one themselves; ``"auto"`` lets vdcore choose.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    token = _chosen.set(check_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested(backend: str | None) -> str:
+    """The name asked for: by the call, by ``use_backend``, by ``VDCORE_BACKEND``, in this order; else ``"auto"``."""
+    if backend is not None:
+        return check_name(backend)
+    return _chosen.get() or check_name(os.environ.get("VDCORE_BACKEND") or "auto")
+
+
+def candidates(call: Call) -> tuple[str, ...]:
+    return ORDER.get(call.main.device.type, ("reference",))
+
+
+def choose(call: Call, direction: str, backend: str) -> str:
+    """The name of the backend that will run this direction of the call.
+
+    Raises:
+        BackendError: if the backend was named and cannot.
+    """
+    if backend != "auto":
+        reason = BACKENDS[backend].why_not(call, direction)
+        if reason is not None:
+            what = call.op if direction == "fwd" else f"the backward of {call.op}"
+            raise BackendError(f"{call.op}: backend {backend!r} cannot run {what}: {reason}")
+        return backend
+    for name in candidates(call):
+        if BACKENDS[name].why_not(call, direction) is None:
+            return name
+    raise BackendError(f"{call.op}: no backend can run this call: {reasons(call)}")
+
+
+def implementation(call: Call, name: str) -> Implementation:
+    return BACKENDS[name].operators[call.op]
+
+
+def reasons(call: Call) -> list[tuple[str, str | None]]:
+    """Every backend with the reason why it cannot run the call, the usable ones first, in the order of `auto`."""
+    tried = candidates(call)
+    names = [*tried, *(name for name in BACKENDS if name not in tried)]
+    found = [(name, BACKENDS[name].why_not(call) or (call.grad and BACKENDS[name].why_not(call, "bwd")) or None) for name in names]
+    return sorted(found, key=lambda pair: pair[1] is not None)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it is usable on this machine and else the reason why it is not."""
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+_calls: Counter[tuple[str, str, str]] = Counter()
+_calls_lock = threading.Lock()
+
+
+def record(op: str, backend: str, direction: str) -> None:
+    with _calls_lock:
+        _calls[op, backend, direction] += 1
+
+
+def calls() -> Counter[tuple[str, str, str]]:
+    """How many calls each backend has served in this process so far, by ``(operator, backend, "fwd" or "bwd")``."""
+    with _calls_lock:
+        return Counter(_calls)

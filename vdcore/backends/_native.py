@@ -1,0 +1,28 @@
+"""The compiled module, if it is there."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("vdcore._native"), None
+    except ImportError as error:
+        return None, f"vdcore was installed without its compiled module ({error})"
+
+
+def native() -> ModuleType:
+    """The module ``vdcore._native``; only after :func:`why_no_native` has returned None."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def why_no_native() -> str | None:
+    """The reason why there is no compiled module, or None."""
+    return _load()[1]

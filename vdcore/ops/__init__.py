@@ -1,0 +1,24 @@
+"""The public operators, one file per family: checks, then one registered torch operator."""
+
+from vdcore.ops._operator import explain
+from vdcore.ops.adaln import gate_residual, modulate
+from vdcore.ops.cross_attention import cross_attention
+from vdcore.ops.frame_attention import spatial_attention, video_attention
+from vdcore.ops.gated_attention import gated_attention
+from vdcore.ops.patchify import patchify, unpatchify
+from vdcore.ops.qk_norm_rope import qk_norm_rope
+from vdcore.ops.temporal_attention import temporal_attention
+
+__all__ = [
+    "cross_attention",
+    "explain",
+    "gate_residual",
+    "gated_attention",
+    "modulate",
+    "patchify",
+    "qk_norm_rope",
+    "spatial_attention",
+    "temporal_attention",
+    "unpatchify",
+    "video_attention",
+]

@@ -1,0 +1,137 @@
+"""From a call to a torch operator: schema, fake, autograd, all from the call's own description.
+
+Every public function checks its arguments, makes a :class:`Call` and runs it here: one operator ``vdcore::<op>``, with
+``vdcore::<op>_backward`` behind it. Backends for both directions are chosen when forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.backends import choose, implementation, reasons, record, requested
+from vdcore.backends.call import Call
+
+_library = torch.library.Library("vdcore", "DEF")
+
+# Public function -> how its arguments become a call; for explain().
+PREPARE: dict[str, Callable[..., Call]] = {}
+
+
+def run(call: Call, backend: str | None) -> tuple[Tensor, ...]:
+    """Runs a checked call as a torch operator."""
+    op = getattr(torch.ops.vdcore, call.op)
+    return op(*call.tensors(), *call.attributes(), call.grad, requested(backend))
+
+
+def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
+    """Defines the operators ``vdcore::<op>`` and ``vdcore::<op>_backward``."""
+    PREPARE[op] = prepare
+    names = [name.rstrip("?") for name in kind.TENSORS]
+    inputs = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in kind.TENSORS]
+    inputs += kind.ATTRIBUTES
+    n, m, outputs = len(names), len(kind.ATTRIBUTES), kind.OUTPUTS
+    saved = outputs if kind.SAVES_OUTPUTS else 0
+    returns = ", ".join(["Tensor"] * outputs)
+    _library.define(f"{op}({', '.join([*inputs, 'bool grad', 'str backend'])}) -> ({returns})")
+    before = [f"Tensor? grad_{i}" for i in range(outputs)] + [f"Tensor output_{i}" for i in range(saved)]
+    _library.define(f"{op}_backward({', '.join([*before, *inputs, 'bool[] wanted', 'str backend'])}) -> Tensor[]")
+
+    def build(values: tuple[Any, ...], grad: bool) -> Call:
+        return kind.build(op, grad, values[:n], values[n : n + m])
+
+    def wanted_names(wanted: list[bool]) -> frozenset[str]:
+        return frozenset(name for name, yes in zip(names, wanted) if yes)
+
+    # ---- forward ----
+
+    def forward(*values: Any) -> Any:
+        call = build(values, values[-2])
+        chosen = choose(call, "fwd", values[-1])
+        if call.grad:
+            choose(call, "bwd", values[-1])  # a backward that cannot run is an error now, not later
+        record(op, chosen, "fwd")
+        results = implementation(call, chosen).forward(call)
+        return results if outputs > 1 else results[0]
+
+    def forward_fake(*values: Any) -> Any:
+        results = build(values, values[-2]).empty_outputs()
+        return results if outputs > 1 else results[0]
+
+    _library.impl(op, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vdcore::{op}", forward_fake, lib=_library)
+
+    # ---- backward ----
+
+    def split(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], Call, frozenset[str]]:
+        """grads, outputs, call, wanted."""
+        grads, kept, rest = values[:outputs], values[outputs : outputs + saved], values[outputs + saved :]
+        return grads, kept, build(rest, True), wanted_names(rest[-2])
+
+    def backward_op(*values: Any) -> list[Tensor]:
+        grads, kept, call, wanted = split(values)
+        record(op, values[-1], "bwd")
+        run_backward = implementation(call, values[-1]).backward
+        assert run_backward is not None
+        found = run_backward(call, kept, grads, wanted)
+        return [
+            found[name].to(x.dtype) if name in wanted else torch.empty(0, dtype=x.dtype, device=x.device)
+            for name, x in zip(names, call.tensors())
+            if x is not None
+        ]
+
+    def backward_fake(*values: Any) -> list[Tensor]:
+        _, _, call, wanted = split(values)
+        return [
+            torch.empty(x.shape if name in wanted else 0, dtype=x.dtype, device=x.device)
+            for name, x in zip(names, call.tensors())
+            if x is not None
+        ]
+
+    _library.impl(f"{op}_backward", backward_op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vdcore::{op}_backward", backward_fake, lib=_library)
+
+    # ---- autograd ----
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        results = output if outputs > 1 else (output,)
+        ctx.save_for_backward(*inputs[:n], *results[:saved])
+        ctx.attributes = inputs[n : n + m]
+        ctx.backend = choose(build(inputs, True), "bwd", inputs[-1])
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        tensors, kept = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        wanted = [bool(x) for x in ctx.needs_input_grad[:n]]
+        op_backward = getattr(torch.ops.vdcore, f"{op}_backward")
+        found = iter(op_backward(*grads, *kept, *tensors, *ctx.attributes, wanted, ctx.backend))
+        given = [None if x is None else next(found) for x in tensors]
+        return (*(dx if yes else None for dx, yes in zip(given, wanted)), *(None,) * (m + 2))
+
+    def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{op}: double backward is not supported")
+
+    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"vdcore::{op}_backward", no_double_backward, setup_context=setup_nothing, lib=_library
+    )
+
+
+def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
+    """Why each backend can or cannot run a call of a public function: ``(backend, None or the reason)``.
+
+    The usable backends come first, in the order in which they are tried. Takes the function's own arguments.
+
+    Raises:
+        ValueError: if there is no such function, or the arguments are wrong.
+    """
+    if op not in PREPARE:
+        raise ValueError(f"explain: op must be one of {', '.join(PREPARE)}, got {op!r}")
+    kwargs.pop("backend", None)
+    return reasons(PREPARE[op](*args, **kwargs))

@@ -1,0 +1,37 @@
+"""Oracle of gated attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm, compute_dtype
+from vdcore.reference.frame_attention import video_attention
+from vdcore.reference.temporal_attention import temporal_attention
+from vdcore.rope import Rope
+
+
+def gated_attention(
+    spatial: tuple[Tensor, Tensor, Tensor],
+    temporal: tuple[Tensor, Tensor, Tensor],
+    gate: Tensor,
+    *,
+    mask: FrameMask,
+    lengths: Tensor | None,
+    scale: float,
+    norm: tuple[QKNorm | None, QKNorm | None],
+    rope: tuple[Rope | None, Rope | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``gate * spatial_attention(*spatial) + (1 - gate) * temporal_attention(*temporal, mask)``, ``(B, T, S, H, D)``.
+
+    Returns the result, the spatial part in q's dtype, and the lse of both parts, ``(B, T, S, H)``.
+    """
+    dtype = compute_dtype(spatial[0].dtype)
+    wide = [x.to(dtype) for x in (*spatial, *temporal)]  # the mix rounds once, at the end
+    common = {"lengths": lengths, "scale": scale, "q_start": 0}
+    no_text = {"text": None, "text_lengths": None, "text_norm": None, "text_first": False, "text_sees": "all"}
+    a, lse_a = video_attention(*wide[:3], mask=FrameMask.same_frame(), norm=norm[0], rope=rope[0], **common, **no_text)
+    b, lse_b = temporal_attention(*wide[3:], mask=mask, norm=norm[1], rope=rope[1], **common)
+    a, g = a.reshape(b.shape), gate.to(dtype)
+    out_dtype = spatial[0].dtype
+    return (g * a + (1 - g) * b).to(out_dtype), a.to(out_dtype), lse_a.reshape(lse_b.shape), lse_b
