@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from vdcore.backends import cpu, cuda, reference, sdpa, triton
 from vdcore.backends.base import Backend, Implementation
@@ -27,34 +26,46 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run the call; the message says why."""
 
 
-_chosen: ContextVar[str] = ContextVar("vdcore_backend", default="")
+class _Chosen(threading.local):
+    """What `use_backend` chose in this thread. Not a ContextVar: torch.compile can guard on this, and not on that."""
+
+    name: str = ""
 
 
-def check_name(name: str) -> str:
+_chosen = _Chosen()
+
+
+def check_name(name: str, what: str = "backend") -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
     return name
+
+
+_environment = check_name(os.environ.get("VDCORE_BACKEND") or "auto", "VDCORE_BACKEND")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Calls inside the block run on the named backend, unless they name one themselves; ``"auto"`` lets vdcore choose.
+    """Calls of this thread inside the block run on the named backend, unless they name one themselves.
+
+    ``"auto"`` lets vdcore choose. The environment variable ``VDCORE_BACKEND`` does the same for a whole process.
 
     Raises:
         ValueError: if there is no such backend.
     """
-    token = _chosen.set(check_name(name))
+    before = _chosen.name
+    _chosen.name = check_name(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen.name = before
 
 
 def requested(backend: str | None) -> str:
     """The name asked for: by the call, by ``use_backend``, by ``VDCORE_BACKEND``, in this order; else ``"auto"``."""
     if backend is not None:
         return check_name(backend)
-    return _chosen.get() or check_name(os.environ.get("VDCORE_BACKEND") or "auto")
+    return _chosen.name or _environment
 
 
 def candidates(call: Call) -> tuple[str, ...]:

@@ -125,7 +125,12 @@ class AttentionCall(Call):
     scale: float
     norm: QKNorm | None
     rope: Rope | None
-    lse: bool  # is wanted
+    return_lse: bool
+
+    @property
+    def lse(self) -> bool:
+        """Forward is to write lse: asked for, or needed by backward."""
+        return self.return_lse or self.grad
 
     def _qkv(self) -> tuple[Tensor | None, ...]:
         return (self.q, self.k, self.v) if self.packed is None else (self.packed, None, None)
@@ -148,7 +153,7 @@ class TemporalCall(AttentionCall):
         "int[] mask",
         "SymInt q_start",
         "float scale",
-        "bool lse",
+        "bool return_lse",
         *NORM_ATTRIBUTES,
         *ROPE_ATTRIBUTES,
     )
@@ -158,11 +163,11 @@ class TemporalCall(AttentionCall):
 
     def attributes(self) -> tuple[Any, ...]:
         style = self.rope.style if self.rope is not None else ""
-        return (mask_numbers(self.mask), self.q_start, self.scale, self.lse, *_norm_attributes(self.norm), style)
+        return (mask_numbers(self.mask), self.q_start, self.scale, self.return_lse, *_norm_attributes(self.norm), style)
 
     @classmethod
     def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> TemporalCall:
-        mask, q_start, scale, lse, norm, eps, style = attributes
+        mask, q_start, scale, return_lse, norm, eps, style = attributes
         return cls(
             op,
             grad,
@@ -173,7 +178,7 @@ class TemporalCall(AttentionCall):
             scale,
             _build_norm(tensors[4:8], norm, eps),
             _build_rope(tensors[8:10], style),
-            lse,
+            return_lse,
         )
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
@@ -219,13 +224,13 @@ class FrameCall(AttentionCall):
     def attributes(self) -> tuple[Any, ...]:
         style = self.rope.style if self.rope is not None else ""
         return (
-            *(mask_numbers(self.mask), self.q_start, self.scale, self.lse, *_norm_attributes(self.norm), style),
+            *(mask_numbers(self.mask), self.q_start, self.scale, self.return_lse, *_norm_attributes(self.norm), style),
             *(*_norm_attributes(self.text_norm), self.text_first, self.text_sees),
         )
 
     @classmethod
     def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> FrameCall:
-        mask, q_start, scale, lse, norm, eps, style, text_norm, text_eps, text_first, text_sees = attributes
+        mask, q_start, scale, return_lse, norm, eps, style, text_norm, text_eps, text_first, text_sees = attributes
         return cls(
             op,
             grad,
@@ -236,7 +241,7 @@ class FrameCall(AttentionCall):
             scale,
             _build_norm(tensors[4:8], norm, eps),
             _build_rope(tensors[8:10], style),
-            lse,
+            return_lse,
             tensors[10:13] if tensors[10] is not None else None,  # type: ignore[arg-type]
             tensors[13],
             _build_norm(tensors[14:18], text_norm, text_eps),
@@ -322,7 +327,7 @@ class CrossCall(Call):
     """q ``(B, T, S, H, D)``, k and v ``(B, L, G, D)`` or ``(B, T, L, G, D)``, lengths ``(B,)`` or ``(B, T)``."""
 
     TENSORS: ClassVar[tuple[str, ...]] = ("q", "k", "v", "lengths?", *NORM)
-    ATTRIBUTES: ClassVar[tuple[str, ...]] = ("float scale", "bool lse", *NORM_ATTRIBUTES)
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = ("float scale", "bool return_lse", *NORM_ATTRIBUTES)
     OUTPUTS: ClassVar[int] = 2
     SAVES_OUTPUTS: ClassVar[bool] = True
 
@@ -332,18 +337,23 @@ class CrossCall(Call):
     lengths: Tensor | None
     scale: float
     norm: QKNorm | None
-    lse: bool
+    return_lse: bool
+
+    @property
+    def lse(self) -> bool:
+        """Forward is to write lse: asked for, or needed by backward."""
+        return self.return_lse or self.grad
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.q, self.k, self.v, self.lengths, *_norm_tensors(self.norm))
 
     def attributes(self) -> tuple[Any, ...]:
-        return (self.scale, self.lse, *_norm_attributes(self.norm))
+        return (self.scale, self.return_lse, *_norm_attributes(self.norm))
 
     @classmethod
     def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> CrossCall:
-        scale, lse, norm, eps = attributes
-        return cls(op, grad, *tensors[:4], scale, _build_norm(tensors[4:8], norm, eps), lse)  # type: ignore[arg-type]
+        scale, return_lse, norm, eps = attributes
+        return cls(op, grad, *tensors[:4], scale, _build_norm(tensors[4:8], norm, eps), return_lse)  # type: ignore[arg-type]
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         lse = self.q.shape[:-1] if self.lse else (0,)

@@ -19,12 +19,18 @@ _library = torch.library.Library("vdcore", "DEF")
 
 # Public function -> how its arguments become a call; for explain().
 PREPARE: dict[str, Callable[..., Call]] = {}
+OVERLOADS: dict[str, Any] = {}
 
 
 def run(call: Call, backend: str | None) -> tuple[Tensor, ...]:
     """Runs a checked call as a torch operator."""
-    op = getattr(torch.ops.vdcore, call.op)
-    return op(*call.tensors(), *call.attributes(), call.grad, requested(backend))
+    op = OVERLOADS[call.op]
+    arguments = (*call.tensors(), *call.attributes(), call.grad, requested(backend))
+    if call.grad or torch.compiler.is_compiling():
+        return op(*arguments)
+    # Nothing to record: going below autograd at once saves its Python kernel, half the cost of a small call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
@@ -117,6 +123,7 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
     def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise RuntimeError(f"{op}: double backward is not supported")
 
+    OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(
         f"vdcore::{op}_backward", no_double_backward, setup_context=setup_nothing, lib=_library

@@ -65,7 +65,7 @@ def _prepare(
     norm = check.check_norm(OP, norm, q, H, G, D)
     lengths = check.check_lengths(OP, "lengths", lengths, [(B,), (B, T)], "(B,) or (B, T)", q)
     grad = check.wants_grad(q, k, v, *norm_rope_tensors(norm, None))
-    return CrossCall(OP, grad, q, k, v, lengths, check.check_scale(OP, scale, D), norm, return_lse or grad)
+    return CrossCall(OP, grad, q, k, v, lengths, check.check_scale(OP, scale, D), norm, bool(return_lse))
 
 
 register(OP, CrossCall, _prepare)

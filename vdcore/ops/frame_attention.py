@@ -130,7 +130,7 @@ def _prepare_spatial(
     if args["k"].shape[1] != args["q"].shape[1]:
         check.check_shape(SPATIAL, "k", args["k"], (*args["q"].shape[:3], *args["k"].shape[3:]), "(B, T, S, G, D)")
     grad = check.wants_grad(args["q"], args["k"], args["v"], *norm_rope_tensors(args["norm"], args["rope"]))
-    return FrameCall(op=SPATIAL, grad=grad, lse=return_lse or grad, **args)
+    return FrameCall(op=SPATIAL, grad=grad, return_lse=bool(return_lse), **args)
 
 
 def _prepare_video(
@@ -170,7 +170,7 @@ def _prepare_video(
     return FrameCall(
         op=VIDEO,
         grad=grad,
-        lse=return_lse or grad,
+        return_lse=bool(return_lse),
         text=text,
         text_lengths=text_lengths,
         text_norm=text_norm,

@@ -116,7 +116,7 @@ def _prepare(
 ) -> TemporalCall:
     args = prepare_attention(OP, q, k, v, mask, q_start, lengths, scale, norm, rope)
     grad = check.wants_grad(args["q"], args["k"], args["v"], *norm_rope_tensors(args["norm"], args["rope"]))
-    return TemporalCall(op=OP, grad=grad, lse=return_lse or grad, **args)
+    return TemporalCall(op=OP, grad=grad, return_lse=bool(return_lse), **args)
 
 
 register(OP, TemporalCall, _prepare)

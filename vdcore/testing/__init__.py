@@ -1,0 +1,27 @@
+"""What tests, benchmarks and users share to judge a backend: one tolerance rule, layouts, cases of every operator.
+
+A new operator joins every contract test by adding its cases to :data:`CASES`, and a new backend by existing.
+"""
+
+from vdcore.testing.cases import CASES, Case, Inputs, cases_of
+from vdcore.testing.layouts import LAYOUTS, lay_out
+from vdcore.testing.run import Outcome, check, judge, run
+from vdcore.testing.tolerance import Ratio, error_ratio, ulp
+from vdcore.testing.torch_forms import TORCH_FORMS
+
+__all__ = [
+    "CASES",
+    "LAYOUTS",
+    "TORCH_FORMS",
+    "Case",
+    "Inputs",
+    "Outcome",
+    "Ratio",
+    "cases_of",
+    "check",
+    "error_ratio",
+    "judge",
+    "lay_out",
+    "run",
+    "ulp",
+]
