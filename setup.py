@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        *("vdcore", "vdcore.backends", "vdcore.ops", "vdcore.reference"),
+        *("vdcore", "vdcore.backends", "vdcore.ops", "vdcore.reference", "vdcore.testing"),
         *("vdcore.kernels", "vdcore.bench"),
     ],
     package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},

@@ -120,11 +120,11 @@ struct TemporalCall {
     args.scale = scale;
     args.norm = norm_of(norm);
     args.rope = rope_of(rope);
-    args.visible = {tables.begin.data(),      tables.end.data(),      tables.sink.data(), tables.seen_begin.data(),
+    args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
                     tables.seen_end.data(), tables.per_sample, tables.dense};
     const TensorView& x = args.q;
-    args.threads = worthwhile_threads(
-        threads, 2. * x.size[0] * x.size[1] * x.size[2] * x.size[3] * x.size[4] * args.k.size[1]);
+    args.threads =
+        worthwhile_threads(threads, 2. * x.size[0] * x.size[1] * x.size[2] * x.size[3] * x.size[4] * args.k.size[1]);
   }
 };
 
@@ -172,7 +172,8 @@ py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t 
   std::vector<std::array<int64_t, 3>> rows;
   std::vector<std::array<int64_t, 2>> columns;
   for (int64_t i = 0; i < queries; ++i)
-    rows.push_back(t.dense ? std::array<int64_t, 3>{0, 0, keys} : std::array<int64_t, 3>{t.sink[i], t.begin[i], t.end[i]});
+    rows.push_back(t.dense ? std::array<int64_t, 3>{0, 0, keys}
+                           : std::array<int64_t, 3>{t.sink[i], t.begin[i], t.end[i]});
   for (int64_t i = 0; i < keys; ++i)
     columns.push_back(t.dense ? std::array<int64_t, 2>{0, queries}
                               : std::array<int64_t, 2>{t.seen_begin[i], t.seen_end[i]});

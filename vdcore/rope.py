@@ -35,7 +35,9 @@ class Rope:
         if self.style not in STYLES:
             raise ValueError(f"Rope: style must be 'interleaved' or 'half', got {self.style!r}")
         if self.cos.shape != self.sin.shape:
-            raise ValueError(f"Rope: sin must have the shape of cos, {tuple(self.cos.shape)}, got {tuple(self.sin.shape)}")
+            raise ValueError(
+                f"Rope: sin must have the shape of cos, {tuple(self.cos.shape)}, got {tuple(self.sin.shape)}"
+            )
         if self.cos.ndim not in (3, 4):
             raise ValueError(
                 f"Rope: cos must be (F or 1, S or 1, R/2) or (F or 1, S or 1, H, R/2), got {tuple(self.cos.shape)}"

@@ -104,8 +104,8 @@ inline NormSums norm_gradient_sums(const float* x, const float* dy, int64_t n, c
   }
   return {sum(total), sum(total_x)};
 }
-inline void norm_gradient(const Norm& norm, const float* x, float* dy, int64_t n, const Moments& m,
-                          const float* weight, const NormSums& sums, int64_t channels, float* dweight, float* dbias) {
+inline void norm_gradient(const Norm& norm, const float* x, float* dy, int64_t n, const Moments& m, const float* weight,
+                          const NormSums& sums, int64_t channels, float* dweight, float* dbias) {
   const float mean_dy = norm.kind == NormKind::layer ? sums.dy / channels : 0, mean_dy_x = sums.dy_x / channels;
   for (int64_t i = 0; i < n; i += W) {
     const vf hat = first((load(x + i) - m.mean) * m.rstd, n - i);

@@ -1,11 +1,11 @@
-// Temporal attention, forward: the token at one position attends to the same position in the frames that its frame sees.
+// Temporal attention, forward: the token at one position attends to the same position in the frames that its frame
+// sees.
 //
 // Sequences are tiny (8 to 128 frames) and there are very many, so a head's whole problem lives in L1 and L2 and the
 // work is to feed it: see temporal_tiles.h. Longer sequences go block by block with the online softmax.
-#include "cpu/temporal_tiles.h"
-
 #include "common/threads.h"
 #include "cpu/kernels.h"
+#include "cpu/temporal_tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
@@ -92,8 +92,7 @@ void attend(const Plan& p, const Tiles& t, const VisibleKeys& visible, int64_t h
     SoftmaxState state;
     float *maximum = t.maximum + head * p.query_block + i, *sum = t.sum + head * p.query_block + i;
     if (!first) state = {load(maximum), load(sum)};
-    const vf factor =
-        softmax_column(t.scores.at(0, i), ColumnMask(visible, i, queries, first_key, keys), state);
+    const vf factor = softmax_column(t.scores.at(0, i), ColumnMask(visible, i, queries, first_key, keys), state);
     store(maximum, state.maximum);
     store(sum, state.sum);
     store(t.factor + i, factor);

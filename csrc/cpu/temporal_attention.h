@@ -6,8 +6,8 @@
 
 namespace vdcore::cpu {
 
-// What each query frame sees, for every sample: the key frames [begin, end) and, before them, [0, sink). Where `lengths`
-// are equal (or not given) one row serves the whole batch.
+// What each query frame sees, for every sample: the key frames [begin, end) and, before them, [0, sink). Where
+// `lengths` are equal (or not given) one row serves the whole batch.
 struct VisibleFrames {
   const int32_t *begin = nullptr, *end = nullptr, *sink = nullptr;  // (B or 1, T)
   const int32_t *seen_begin = nullptr, *seen_end = nullptr;         // (B or 1, K): query frames that see a key frame

@@ -2,12 +2,11 @@
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q,
 // then back through rope and norm. One pass where a head's frames fit one block; otherwise one pass for dq and one for
 // dk and dv, each owning what it writes, so that nothing is accumulated across threads.
-#include "cpu/temporal_tiles.h"
-
 #include <initializer_list>
 
 #include "common/threads.h"
 #include "cpu/kernels.h"
+#include "cpu/temporal_tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
@@ -52,8 +51,8 @@ struct Tiles {
   Stage q, dout, dq, k, v, dk, dv;
   Tile q_transposed, dout_transposed, p, ds;
   float *lse, *delta;  // (heads, query_block); lse in base 2
-  float *buffer;       // four rows
-  float *weight_sums[4];
+  float* buffer;       // four rows
+  float* weight_sums[4];
   Run *windows, *sinks, *seen_by;
 
   Tiles(const Plan& plan, Arena& arena) {
@@ -81,7 +80,13 @@ struct Position {
 class Backward {
  public:
   Backward(const Plan& plan, const Tiles& tiles, const Position& position, Prefetch& prefetch)
-      : p(plan), n(plan.shape), a(plan.a), g(plan.g), t(tiles), at(position), prefetch(prefetch),
+      : p(plan),
+        n(plan.shape),
+        a(plan.a),
+        g(plan.g),
+        t(tiles),
+        at(position),
+        prefetch(prefetch),
         kv_heads{position.heads.first / plan.shape.group, position.heads.count / plan.shape.group} {}
 
   void run() {
@@ -255,11 +260,11 @@ class Backward {
     });
   }
 
-  // Gradient rows with respect to normed and rotated q or k, times scale, back to raw q or k, in place. A row that takes
-  // no part is left out of the sums: its values may be anything.
+  // Gradient rows with respect to normed and rotated q or k, times scale, back to raw q or k, in place. A row that
+  // takes no part is left out of the sums: its values may be anything.
   template <typename Live>
-  void through_norm_rope(const Side& side, const TensorView& x, Run frames, HeadRange heads, Stage grad,
-                         float* dweight, float* dbias, const Live& live) {
+  void through_norm_rope(const Side& side, const TensorView& x, Run frames, HeadRange heads, Stage grad, float* dweight,
+                         float* dbias, const Live& live) {
     const bool norm = a.norm.kind != NormKind::none, over_all = a.norm.over_all;
     const int64_t pairs = a.rope.style == RopeStyle::none ? 0 : a.rope.cos.size[3];
     const int64_t width = over_all ? x.size[3] * n.D : n.D;  // of a weight

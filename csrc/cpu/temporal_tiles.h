@@ -18,8 +18,15 @@ struct Shape {
   int64_t group;  // query heads that share a key/value head
 
   explicit Shape(const TemporalAttention& a)
-      : B(a.q.size[0]), T(a.q.size[1]), K(a.k.size[1]), S(a.q.size[2]), H(a.q.size[3]), G(a.k.size[3]),
-        D(a.q.size[4]), row(round_up(D)), group(H / G) {}
+      : B(a.q.size[0]),
+        T(a.q.size[1]),
+        K(a.k.size[1]),
+        S(a.q.size[2]),
+        H(a.q.size[3]),
+        G(a.k.size[3]),
+        D(a.q.size[4]),
+        row(round_up(D)),
+        group(H / G) {}
 };
 
 // Scratch memory, handed out piece by piece. With no memory it only counts.
@@ -51,8 +58,8 @@ struct HeadRange {
 
 // Stage rows [0, frames.size()) = rows of x in `frames`.
 template <DType T>
-void gather_rows(const TensorView& x, int64_t b, int64_t s, Run frames, HeadRange heads, int64_t channels,
-                 Stage stage, int64_t offset) {
+void gather_rows(const TensorView& x, int64_t b, int64_t s, Run frames, HeadRange heads, int64_t channels, Stage stage,
+                 int64_t offset) {
   const int64_t head_bytes = x.stride[3] * size_of(T);
   for (int64_t t = frames.begin; t < frames.end; ++t) {
     const char* in = x.at(b, t, s, heads.first);
@@ -63,9 +70,8 @@ void gather_rows(const TensorView& x, int64_t b, int64_t s, Run frames, HeadRang
 }
 inline void gather(const TensorView& x, int64_t b, int64_t s, Run frames, HeadRange heads, int64_t channels,
                    Stage stage, int64_t offset) {
-  with_dtype(x.dtype, [&](auto type) {
-    gather_rows<decltype(type)::value>(x, b, s, frames, heads, channels, stage, offset);
-  });
+  with_dtype(x.dtype,
+             [&](auto type) { gather_rows<decltype(type)::value>(x, b, s, frames, heads, channels, stage, offset); });
 }
 
 // The side of a norm or table that a tensor is on.

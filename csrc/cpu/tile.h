@@ -136,8 +136,7 @@ void product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, bool ac
 // As product(), but row m sums over k in runs[m] only. What lies outside is not multiplied by zero, it is not read: a
 // NaN in a hidden frame stays there.
 template <typename P>
-void product_over_runs(int64_t m, int64_t n, const Run* runs, Scalars a, Tile b, Tile c, bool accumulate,
-                       P& prefetch) {
+void product_over_runs(int64_t m, int64_t n, const Run* runs, Scalars a, Tile b, Tile c, bool accumulate, P& prefetch) {
   constexpr int64_t kRows = block_rows(3);
   for (int64_t r = 0; r < m; r += kRows) {
     const int64_t rows = smaller(kRows, m - r);

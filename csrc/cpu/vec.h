@@ -197,10 +197,12 @@ VDCORE_INLINE vu16 to_f16(vf x) {
 template <typename V>
 VDCORE_INLINE void stream_bytes(void* p, V x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
 #endif
 #if defined(__AVX__)
-  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
 #endif
 #if defined(__SSE2__)
   if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(x));
@@ -283,9 +285,12 @@ struct Typed {
 template <typename Body>
 VDCORE_INLINE void with_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(Typed<DType::f32>{});
-    case DType::f16: return body(Typed<DType::f16>{});
-    case DType::bf16: return body(Typed<DType::bf16>{});
+    case DType::f32:
+      return body(Typed<DType::f32>{});
+    case DType::f16:
+      return body(Typed<DType::f16>{});
+    case DType::bf16:
+      return body(Typed<DType::bf16>{});
   }
 }
 

@@ -12,7 +12,9 @@ from vdcore.backends import cpu, cuda, reference, sdpa, triton
 from vdcore.backends.base import Backend, Implementation
 from vdcore.backends.call import Call
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND, sdpa.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND, sdpa.BACKEND)
+}
 
 # The order in which `auto` tries. Reasons are measured: bench/results says where.
 ORDER: dict[str, tuple[str, ...]] = {
@@ -98,7 +100,10 @@ def reasons(call: Call) -> list[tuple[str, str | None]]:
     """Every backend with the reason why it cannot run the call, the usable ones first, in the order of `auto`."""
     tried = candidates(call)
     names = [*tried, *(name for name in BACKENDS if name not in tried)]
-    found = [(name, BACKENDS[name].why_not(call) or (call.grad and BACKENDS[name].why_not(call, "bwd")) or None) for name in names]
+    found = [
+        (name, BACKENDS[name].why_not(call) or (call.grad and BACKENDS[name].why_not(call, "bwd")) or None)
+        for name in names
+    ]
     return sorted(found, key=lambda pair: pair[1] is not None)
 
 

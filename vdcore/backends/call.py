@@ -48,7 +48,7 @@ class Call:
         raise NotImplementedError
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> Call:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> Call:
         raise NotImplementedError
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
@@ -76,20 +76,22 @@ def _norm_attributes(norm: QKNorm | None) -> tuple[str, float]:
     return ("", 0.0) if norm is None else (f"{norm.kind}/{norm.over}", norm.eps)
 
 
-def _build_norm(tensors: tuple[Tensor | None, ...], name: str, eps: float) -> QKNorm | None:
+def _build_norm(tensors: tuple[Any, ...], name: str, eps: float) -> QKNorm | None:
     if not name:
         return None
+    kind: Any
+    over: Any
     kind, over = name.split("/")
     q_weight, k_weight, q_bias, k_bias = tensors
-    return QKNorm(q_weight, k_weight, kind, over, eps, q_bias, k_bias)  # type: ignore[arg-type]
+    return QKNorm(q_weight, k_weight, kind, over, eps, q_bias, k_bias)
 
 
 def _rope_tensors(rope: Rope | None) -> tuple[Tensor | None, ...]:
     return (None, None) if rope is None else (rope.cos, rope.sin)
 
 
-def _build_rope(tensors: tuple[Tensor | None, ...], style: str) -> Rope | None:
-    return Rope(*tensors, style) if style else None  # type: ignore[arg-type]
+def _build_rope(tensors: tuple[Any, ...], style: Any) -> Rope | None:
+    return Rope(tensors[0], tensors[1], style) if style else None
 
 
 _UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
@@ -110,7 +112,7 @@ def _build_mask(numbers: list[int]) -> FrameMask:
 
 @dataclass
 class AttentionCall(Call):
-    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``, or ``packed`` ``(B, T, S, 3, H, D)`` with q, k, v views of it."""
+    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; with ``packed``, views of ``(B, T, S, 3, H, D)``."""
 
     OUTPUTS: ClassVar[int] = 2
     SAVES_OUTPUTS: ClassVar[bool] = True
@@ -166,12 +168,12 @@ class TemporalCall(AttentionCall):
         return (mask_numbers(self.mask), self.q_start, self.scale, self.return_lse, *_norm_attributes(self.norm), style)
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> TemporalCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> TemporalCall:
         mask, q_start, scale, return_lse, norm, eps, style = attributes
         return cls(
             op,
             grad,
-            *cls._unpack(*tensors[:3]),  # type: ignore[arg-type]
+            *cls._unpack(*tensors[:3]),
             _build_mask(mask),
             q_start,
             tensors[3],
@@ -229,12 +231,12 @@ class FrameCall(AttentionCall):
         )
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> FrameCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> FrameCall:
         mask, q_start, scale, return_lse, norm, eps, style, text_norm, text_eps, text_first, text_sees = attributes
         return cls(
             op,
             grad,
-            *cls._unpack(*tensors[:3]),  # type: ignore[arg-type]
+            *cls._unpack(*tensors[:3]),
             _build_mask(mask),
             q_start,
             tensors[3],
@@ -242,7 +244,7 @@ class FrameCall(AttentionCall):
             _build_norm(tensors[4:8], norm, eps),
             _build_rope(tensors[8:10], style),
             return_lse,
-            tensors[10:13] if tensors[10] is not None else None,  # type: ignore[arg-type]
+            tensors[10:13] if tensors[10] is not None else None,
             tensors[13],
             _build_norm(tensors[14:18], text_norm, text_eps),
             text_first,
@@ -300,14 +302,14 @@ class GatedCall(Call):
         return (mask_numbers(self.mask), self.scale, *norms, *styles)
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> GatedCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> GatedCall:
         mask, scale, norm, eps, temporal_norm, temporal_eps, style, temporal_style = attributes
         return cls(
             op,
             grad,
-            tensors[:3],  # type: ignore[arg-type]
-            tensors[3:6],  # type: ignore[arg-type]
-            tensors[6],  # type: ignore[arg-type]
+            tensors[:3],
+            tensors[3:6],
+            tensors[6],
             _build_mask(mask),
             tensors[7],
             scale,
@@ -351,9 +353,10 @@ class CrossCall(Call):
         return (self.scale, self.return_lse, *_norm_attributes(self.norm))
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> CrossCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> CrossCall:
         scale, return_lse, norm, eps = attributes
-        return cls(op, grad, *tensors[:4], scale, _build_norm(tensors[4:8], norm, eps), return_lse)  # type: ignore[arg-type]
+        q, k, v, lengths = tensors[:4]
+        return cls(op, grad, q, k, v, lengths, scale, _build_norm(tensors[4:8], norm, eps), return_lse)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         lse = self.q.shape[:-1] if self.lse else (0,)
@@ -383,15 +386,13 @@ class QKNormRopeCall(Call):
         return (self.frame_start, *_norm_attributes(self.norm), style)
 
     @classmethod
-    def build(
-        cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]
-    ) -> QKNormRopeCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> QKNormRopeCall:
         frame_start, norm, eps, style = attributes
         return cls(
             op,
             grad,
-            tensors[0],  # type: ignore[arg-type]
-            tensors[1],  # type: ignore[arg-type]
+            tensors[0],
+            tensors[1],
             _build_norm(tensors[2:6], norm, eps),
             _build_rope(tensors[6:8], style),
             frame_start,
@@ -422,8 +423,8 @@ class PatchifyCall(Call):
         return ()
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> PatchifyCall:
-        return cls(op, grad, *tensors)  # type: ignore[arg-type]
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> PatchifyCall:
+        return cls(op, grad, *tensors)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         B, _, T, H, W = self.video.shape
@@ -453,11 +454,10 @@ class UnpatchifyCall(Call):
         return (self.channels, list(self.patch), list(self.grid), self.order)
 
     @classmethod
-    def build(
-        cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]
-    ) -> UnpatchifyCall:
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> UnpatchifyCall:
         channels, patch, grid, order = attributes
-        return cls(op, grad, *tensors, channels, tuple(patch), tuple(grid), order)  # type: ignore[arg-type]
+        tokens, weight, bias = tensors
+        return cls(op, grad, tokens, weight, bias, channels, tuple(patch), tuple(grid), order)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         (pt, ph, pw), (T, H, W) = self.patch, self.grid
@@ -489,8 +489,8 @@ class ModulateCall(Call):
         return (self.kind, self.eps)
 
     @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]) -> ModulateCall:
-        return cls(op, grad, *tensors, *attributes)  # type: ignore[arg-type]
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> ModulateCall:
+        return cls(op, grad, *tensors, *attributes)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         return (_empty(self.x, self.x.shape),)
@@ -514,10 +514,8 @@ class GateResidualCall(Call):
         return ()
 
     @classmethod
-    def build(
-        cls, op: str, grad: bool, tensors: tuple[Tensor | None, ...], attributes: tuple[Any, ...]
-    ) -> GateResidualCall:
-        return cls(op, grad, *tensors)  # type: ignore[arg-type]
+    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> GateResidualCall:
+        return cls(op, grad, *tensors)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         return (_empty(self.residual, self.residual.shape),)

@@ -86,13 +86,13 @@ def _temporal_backward(
     # Gradients of q, k and v; also where only a weight behind them wants one.
     if c.packed is not None:
         found["q"] = torch.empty(c.packed.shape, dtype=c.packed.dtype)
-        dq, dk, dv = found["q"].unbind(3)
+        gradients: tuple[Tensor | None, ...] = found["q"].unbind(3)
     else:
         for name, x in (("q", c.q), ("k", c.k), ("v", c.v)):
             behind = {"q": {"q_weight", "q_bias", "cos", "sin"}, "k": {"k_weight", "k_bias", "cos", "sin"}, "v": set()}
             if name in wanted or wanted & behind[name]:
                 found[name] = torch.empty(x.shape, dtype=x.dtype)
-        dq, dk, dv = (found.get(name) for name in "qkv")
+        gradients = tuple(found.get(name) for name in "qkv")
 
     names = ("q_weight", "k_weight", "q_bias", "k_bias")
     table = None if c.rope is None or not wanted & {"cos", "sin"} else c.rope.cos
@@ -102,9 +102,10 @@ def _temporal_backward(
     items = min(units, _SUM_PARTS) if sums else min(units, max(64 * torch.get_num_threads(), units // 64))
     weights: list[Tensor | None] = [None] * 4
     if c.norm is not None:
-        for i, (name, x) in enumerate(zip(names, (c.norm.q_weight, c.norm.k_weight, c.norm.q_bias, c.norm.k_bias))):
-            if name in wanted and x is not None:
-                weights[i] = torch.zeros(items, x.numel())
+        given = (c.norm.q_weight, c.norm.k_weight, c.norm.q_bias, c.norm.k_bias)
+        for i, (name, weight) in enumerate(zip(names, given)):
+            if name in wanted and weight is not None:
+                weights[i] = torch.zeros(items, weight.numel())
     tables: list[Tensor | None] = [None, None]
     if table is not None:
         shape = (table.shape[0], table.shape[1], table.shape[2] if table.ndim == 4 else 1, table.shape[-1])
@@ -114,7 +115,7 @@ def _temporal_backward(
     shared = _Shared(c.norm, c.rope)
     native().temporal_attention_backward(
         *_temporal_arguments(c, out, lse, shared),
-        *(_capsule(x) for x in (dout, dlse, dq, dk, dv)),
+        *(_capsule(x) for x in (dout, dlse, *gradients)),
         items,
         [_capsule(x) for x in weights],
         *(_capsule(x) for x in views),

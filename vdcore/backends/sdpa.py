@@ -14,8 +14,6 @@ from vdcore.backends.base import Backend, Gradients, Implementation, recording
 from vdcore.backends.call import AttentionCall, CrossCall, FrameCall, TemporalCall
 from vdcore.mask import FrameMask, Run
 
-# One dense problem for torch: q (N, H, n, D), k and v (N, H, m, D), and where its result belongs.
-
 
 def _shared_run(call: AttentionCall) -> Run | None:
     """The one run of key frames that all query frames see, if there is one."""
@@ -26,8 +24,13 @@ def _shared_run(call: AttentionCall) -> Run | None:
     return only[0] if len(only) == 1 else None
 
 
-def _is_spatial(call: FrameCall) -> bool:
-    return call.mask == FrameMask.same_frame() and call.q_start == 0 and call.q.shape[1] == call.k.shape[1]
+def _is_spatial(call: AttentionCall) -> bool:
+    return (
+        isinstance(call, FrameCall)
+        and call.mask == FrameMask.same_frame()
+        and call.q_start == 0
+        and call.q.shape[1] == call.k.shape[1]
+    )
 
 
 def _why_not_qkv(q: Tensor, k: Tensor) -> str | None:
@@ -73,7 +76,7 @@ def _why_not_results(call: AttentionCall | CrossCall) -> str | None:
     return None
 
 
-def _forward_one(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
+def _forward_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Dense attention on (N, H, n, D); lse (N, H, n)."""
     if q.device.type == "cpu":
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
@@ -89,41 +92,36 @@ def _backward_one(
     if dlse is not None:
         # d lse_i / d score_ij = P_ij: an attention with k in v's place, and the P^T product that dv is.
         weight = (scale * dlse)[..., None].to(q.dtype)
-        dq = dq + weight * _forward_one(q, k, k, scale, False)[0]
+        dq = dq + weight * _forward_one(q, k, k, scale)[0]
         dk = dk + run((weight * q).contiguous(), q, k, v, out, lse, 0.0, False, scale=scale)[2]
     return dq, dk, dv
 
 
-class _Problems:
-    """A call as a list of dense problems: views of the inputs, and the way back."""
+# ---- A call as dense problems: views of its tensors, and the way back ----
 
-    def __init__(self, call: AttentionCall | CrossCall, k: Tensor, v: Tensor, q: Tensor) -> None:
-        self.call, self.q, self.k, self.v = call, q, k, v
 
-    def split(self, x: Tensor, role: str) -> list[Tensor]:
-        """Views (N, heads, n, D) of a tensor in the role of q (also out and its gradient), or of k and v."""
-        if isinstance(self.call, TemporalCall):  # one problem a sample: batch and positions do not merge into a view
-            return [one.permute(1, 2, 0, 3) for one in x]
-        if isinstance(self.call, CrossCall):
-            if self.call.k.ndim == 5:
-                return [x.flatten(0, 1).transpose(1, 2)]
-            return [(x.flatten(1, 2) if role == "q" else x).transpose(1, 2)]
-        if _is_spatial(self.call):
-            return [x.flatten(0, 1).transpose(1, 2)]
-        return [x.flatten(1, 2).transpose(1, 2)]
+def _split(call: AttentionCall | CrossCall, x: Tensor, *, keys: bool = False) -> list[Tensor]:
+    """Views ``(N, heads, n, D)`` of a tensor of the shape of q, or of k and v."""
+    if isinstance(call, TemporalCall):  # one problem a sample: batch and positions do not merge into a view
+        return [one.permute(1, 2, 0, 3) for one in x]
+    if isinstance(call, CrossCall) and keys and x.ndim == 4:
+        return [x.transpose(1, 2)]
+    frames_apart = x.ndim == 5 and (call.k.ndim == 5 if isinstance(call, CrossCall) else _is_spatial(call))
+    return [x.flatten(0, 1).transpose(1, 2) if frames_apart else x.flatten(1, 2).transpose(1, 2)]
 
-    def join(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
-        """The reverse of split: (N, heads, n, D) -> the contiguous tensor of this shape."""
-        if isinstance(self.call, TemporalCall):
-            whole = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
-            for one, part in zip(whole, parts):
-                one.copy_(part.permute(2, 0, 1, 3))
-            return whole
-        return parts[0].transpose(1, 2).reshape(shape).contiguous()
+
+def _join(call: AttentionCall | CrossCall, parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The reverse: the contiguous tensor of this shape."""
+    if isinstance(call, TemporalCall):
+        whole = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
+        for one, part in zip(whole, parts):
+            one.copy_(part.permute(2, 0, 1, 3))
+        return whole
+    return parts[0].transpose(1, 2).reshape(shape).contiguous()
 
 
 def _key_frames(call: AttentionCall, x: Tensor) -> Tensor:
-    if isinstance(call, FrameCall) and _is_spatial(call):
+    if _is_spatial(call):
         return x
     run = _shared_run(call)
     assert run is not None
@@ -140,7 +138,7 @@ def _inputs(call: AttentionCall | CrossCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.norm is not None:
         q, k = call.norm.q(q), call.norm.k(k)
     if rope is not None and isinstance(call, AttentionCall):
-        first = 0 if isinstance(call, FrameCall) and _is_spatial(call) else (_shared_run(call) or (0, 0))[0]
+        first = 0 if _is_spatial(call) else (_shared_run(call) or (0, 0))[0]
         q, k = rope.rotate(q, call.q_start), rope.rotate(k, first)
     return q.to(dtype), k.to(dtype), v
 
@@ -148,21 +146,21 @@ def _inputs(call: AttentionCall | CrossCall) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(call: AttentionCall | CrossCall) -> tuple[Tensor, ...]:
     with torch.no_grad():
         q, k, v = _inputs(call)
-    problems = _Problems(call, k, v, q)
-    pairs = [
-        _forward_one(*one, call.scale, call.lse)
-        for one in zip(problems.split(q, "q"), problems.split(k, "k"), problems.split(v, "k"))
-    ]
+    triples = zip(_split(call, q), _split(call, k, keys=True), _split(call, v, keys=True))
+    parts = [_forward_one(*triple, call.scale) for triple in triples]
     out, lse = call.empty_outputs()
-    result = problems.join([o for o, _ in pairs], q.shape).view(out.shape)
+    out = _join(call, [o for o, _ in parts], q.shape).view(out.shape)
     if call.lse:
-        parts = [x[..., None] for _, x in pairs if x is not None]
-        lse = problems.join(parts, torch.Size((*q.shape[:-1], 1))).view(lse.shape)
-    return result, lse
+        rows = [x[..., None] for _, x in parts if x is not None]
+        lse = _join(call, rows, torch.Size((*q.shape[:-1], 1))).view(lse.shape)
+    return out, lse
 
 
 def _backward(
-    call: AttentionCall | CrossCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+    call: AttentionCall | CrossCall,
+    outputs: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+    wanted: frozenset[str],
 ) -> Gradients:
     names = [name.rstrip("?") for name in call.TENSORS]
     leaves = [
@@ -171,23 +169,21 @@ def _backward(
     inputs = {name: x for name, x in zip(names, leaves) if name in wanted and x is not None}
     with recording():
         q, k, v = _inputs(call.build(call.op, call.grad, tuple(leaves), call.attributes()))  # type: ignore[arg-type]
-    problems = _Problems(call, k, v, q)
+    shape, rows = call.q.shape, call.q.shape[:-1]
     dout, dlse = grads
     with torch.no_grad():
-        frames = outputs[0].view(call.q.shape)
-        dout = torch.zeros_like(frames) if dout is None else dout.reshape(call.q.shape)
-        rows = [outputs[1].view(call.q.shape[:-1]), None if dlse is None else dlse.reshape(call.q.shape[:-1])]
-        lse, dlse_parts = (None if x is None else [y[..., 0] for y in problems.split(x[..., None], "q")] for x in rows)
-        assert lse is not None
+        qs, ks, vs = (_split(call, x.detach(), keys=i > 0) for i, x in enumerate((q, k, v)))
+        out = _split(call, outputs[0].view(shape))
+        dout = torch.zeros_like(outputs[0]) if dout is None else dout
+        douts = _split(call, dout.reshape(shape))
+        lse = [x[..., 0].contiguous() for x in _split(call, outputs[1].view(rows)[..., None])]
+        dlses: list[Tensor] | list[None] = [None] * len(lse)
+        if dlse is not None:
+            dlses = [x[..., 0] for x in _split(call, dlse.reshape(rows)[..., None])]
         parts = [
-            _backward_one(*one, call.scale)
-            for one in zip(
-                *(problems.split(q.detach(), "q"), problems.split(k.detach(), "k"), problems.split(v.detach(), "k")),
-                *(problems.split(frames, "q"), [x.contiguous() for x in lse]),
-                *(problems.split(dout, "q"), dlse_parts or [None] * len(lse)),
-            )
+            _backward_one(qs[i], ks[i], vs[i], out[i], lse[i], douts[i], dlses[i], call.scale) for i in range(len(qs))
         ]
-        whole = [problems.join([part[i] for part in parts], x.shape) for i, x in enumerate((q, k, v))]
+        whole = [_join(call, [part[i] for part in parts], x.shape) for i, x in enumerate((q, k, v))]
     pairs = [(x, dx) for x, dx in zip((q, k, v), whole) if x.requires_grad]
     with recording():
         found = torch.autograd.grad(

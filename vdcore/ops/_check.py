@@ -127,7 +127,9 @@ def check_rope(
     return Rope(rope.cos.contiguous(), rope.sin.contiguous(), rope.style)
 
 
-def check_lengths(op: str, name: str, lengths: Any, shape: Sequence[Sequence[int]], dims: str, main: Tensor) -> Tensor | None:
+def check_lengths(
+    op: str, name: str, lengths: Any, shape: Sequence[Sequence[int]], dims: str, main: Tensor
+) -> Tensor | None:
     """Integer tensor of one of the shapes."""
     if lengths is None:
         return None

@@ -22,8 +22,8 @@ PREPARE: dict[str, Callable[..., Call]] = {}
 OVERLOADS: dict[str, Any] = {}
 
 
-def run(call: Call, backend: str | None) -> tuple[Tensor, ...]:
-    """Runs a checked call as a torch operator."""
+def run(call: Call, backend: str | None) -> Any:
+    """Runs a checked call as a torch operator: a tensor, or a tuple of them where the call has several outputs."""
     op = OVERLOADS[call.op]
     arguments = (*call.tensors(), *call.attributes(), call.grad, requested(backend))
     if call.grad or torch.compiler.is_compiling():

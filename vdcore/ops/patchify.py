@@ -93,7 +93,7 @@ def _triple(op: str, name: str, value: Any) -> tuple[int, int, int]:
     value = tuple(value)
     if len(value) != 3:
         check.wrong(op, name, "three sizes", value)
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _prepare_unpatchify(

@@ -94,4 +94,3 @@ def video_attention(
     if not out:
         return q.new_zeros(B, N, H, D), qr.new_zeros(B, N, H)
     return torch.stack(out).to(q.dtype), torch.stack(lse)
-

@@ -28,10 +28,29 @@ def gated_attention(
     """
     dtype = compute_dtype(spatial[0].dtype)
     wide = [x.to(dtype) for x in (*spatial, *temporal)]  # the mix rounds once, at the end
-    common = {"lengths": lengths, "scale": scale, "q_start": 0}
-    no_text = {"text": None, "text_lengths": None, "text_norm": None, "text_first": False, "text_sees": "all"}
-    a, lse_a = video_attention(*wide[:3], mask=FrameMask.same_frame(), norm=norm[0], rope=rope[0], **common, **no_text)
-    b, lse_b = temporal_attention(*wide[3:], mask=mask, norm=norm[1], rope=rope[1], **common)
+    a, lse_a = video_attention(
+        *(wide[0], wide[1], wide[2]),
+        mask=FrameMask.same_frame(),
+        q_start=0,
+        lengths=lengths,
+        text=None,
+        text_lengths=None,
+        text_norm=None,
+        text_first=False,
+        text_sees="all",
+        scale=scale,
+        norm=norm[0],
+        rope=rope[0],
+    )
+    b, lse_b = temporal_attention(
+        *(wide[3], wide[4], wide[5]),
+        mask=mask,
+        q_start=0,
+        lengths=lengths,
+        scale=scale,
+        norm=norm[1],
+        rope=rope[1],
+    )
     a, g = a.reshape(b.shape), gate.to(dtype)
     out_dtype = spatial[0].dtype
     return (g * a + (1 - g) * b).to(out_dtype), a.to(out_dtype), lse_a.reshape(lse_b.shape), lse_b

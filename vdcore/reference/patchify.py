@@ -30,7 +30,10 @@ def unpatchify(
     grid: tuple[int, int, int],
     order: str,
 ) -> Tensor:
-    """tokens ``(B, T', H'*W', E)``, weight ``(channels*pt*ph*pw, E)``, rows in ``order`` -> ``(B, channels, T, H, W)``."""
+    """tokens ``(B, T', H'*W', E)``, weight ``(channels*pt*ph*pw, E)`` -> video ``(B, channels, T, H, W)``.
+
+    The weight's rows come in ``order``; T, H, W are ``grid * patch``.
+    """
     dtype = compute_dtype(tokens.dtype)
     (pt, ph, pw), (T, H, W), B = patch, grid, tokens.shape[0]
     patches = tokens.to(dtype) @ weight.to(dtype).T

@@ -34,7 +34,13 @@ class Draw:
     def __init__(
         self, dtype: torch.dtype, stored: torch.dtype, device: str, layout: str, seed: int, requires_grad: bool
     ) -> None:
-        self.dtype, self.stored, self.device, self.layout, self.requires_grad = dtype, stored, device, layout, requires_grad
+        self.dtype, self.stored, self.device, self.layout, self.requires_grad = (
+            dtype,
+            stored,
+            device,
+            layout,
+            requires_grad,
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.leaves: dict[str, Tensor] = {}
 
@@ -105,7 +111,9 @@ def _add(op: str, name: str, *tags: str) -> Callable[[Callable[[Draw], dict[str,
     return keep
 
 
-def _qkv(d: Draw, B: int, T: int, S: int, H: int, D: int, T_k: int = 0, G: int = 0, prefix: str = "") -> dict[str, Tensor]:
+def _qkv(
+    d: Draw, B: int, T: int, S: int, H: int, D: int, T_k: int = 0, G: int = 0, prefix: str = ""
+) -> dict[str, Tensor]:
     T_k, G = T_k or T, G or H
     return {
         "q": d(prefix + "q", B, T, S, H, D),
@@ -114,13 +122,15 @@ def _qkv(d: Draw, B: int, T: int, S: int, H: int, D: int, T_k: int = 0, G: int =
     }
 
 
-def _norm(d: Draw, H: int, G: int, D: int, kind: str = "rms", over: str = "head", prefix: str = "", **kw: Any) -> QKNorm:
+def _norm(
+    d: Draw, H: int, G: int, D: int, kind: str = "rms", over: str = "head", prefix: str = "", **kw: Any
+) -> QKNorm:
     q, k = (D, D) if over == "head" else (H * D, G * D)
     weights = [d(prefix + name, n, around=1.0, spread=0.3, **kw) for name, n in (("q_weight", q), ("k_weight", k))]
     biases: list[Tensor | None] = [None, None]
     if kind == "layer":
         biases = [d(prefix + name, n, spread=0.3, **kw) for name, n in (("q_bias", q), ("k_bias", k))]
-    return QKNorm(*weights, kind, over, 1e-5, *biases)  # type: ignore[arg-type]
+    return QKNorm(weights[0], weights[1], kind, over, 1e-5, biases[0], biases[1])  # type: ignore[arg-type]
 
 
 def _rope(d: Draw, *shape: int, style: str = "interleaved", prefix: str = "", dtype: Any = None) -> Rope:
@@ -138,7 +148,10 @@ FRAME_ARGUMENTS: dict[str, tuple[Callable[[Draw], dict[str, Any]], tuple[str, ..
         ("layout", "masked"),
     ),
     "causal": (lambda d: {**_qkv(d, 2, 9, 3, 2, 24), "mask": FrameMask.causal()}, ("masked",)),
-    "chunks": (lambda d: {**_qkv(d, 1, 11, 2, 2, 8), "mask": FrameMask(past=1, future=0, chunk=3, sink=1)}, ("masked",)),
+    "chunks": (
+        lambda d: {**_qkv(d, 1, 11, 2, 2, 8), "mask": FrameMask(past=1, future=0, chunk=3, sink=1)},
+        ("masked",),
+    ),
     "new frames against a cache": (
         lambda d: {**_qkv(d, 2, 3, 4, 2, 32, T_k=8), "mask": FrameMask.window(4), "return_lse": True},
         ("masked",),
@@ -148,7 +161,12 @@ FRAME_ARGUMENTS: dict[str, tuple[Callable[[Draw], dict[str, Any]], tuple[str, ..
         ("masked",),
     ),
     "lengths": (
-        lambda d: {**_qkv(d, 3, 6, 3, 2, 20), "lengths": d.integers(6, 2, 0), "mask": FrameMask.causal(), "return_lse": True},
+        lambda d: {
+            **_qkv(d, 3, 6, 3, 2, 20),
+            "lengths": d.integers(6, 2, 0),
+            "mask": FrameMask.causal(),
+            "return_lse": True,
+        },
         ("layout", "masked"),
     ),
     "grouped heads": (lambda d: {**_qkv(d, 1, 6, 3, 6, 16, G=2), "mask": FrameMask.symmetric(2)}, ("layout",)),

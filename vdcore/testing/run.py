@@ -71,9 +71,7 @@ def judge(
         return case.inputs(dtype, seed=seed, requires_grad=gradients, **kwargs)
 
     function = getattr(vdcore, case.op)
-    ours = run(
-        draw(layout=layout, device=device), function, gradients=gradients, layout=layout, backend=backend
-    )
+    ours = run(draw(layout=layout, device=device), function, gradients=gradients, layout=layout, backend=backend)
     exact = run(draw(stored=torch.float64), function, gradients=gradients, backend="reference")
     forms = [run(draw(), form, gradients=gradients) for form in TORCH_FORMS[case.op].values()]
     ratios = {

@@ -1,4 +1,4 @@
-"""The tolerance rule: at most twice PyTorch's own error in the same dtype, and 2 ulp (FlashAttention's rule, made one)."""
+"""The tolerance rule: at most twice PyTorch's own error in the same dtype, and 2 ulp (after FlashAttention's tests)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def error_ratio(ours: Tensor, exact: Tensor, torch_results: Sequence[Tensor], *,
     exact = exact.detach().to(torch.float64)
     finite = exact.isfinite()
     strange = ours.detach().to(exact.device, torch.float64)[~finite]
-    if not torch.equal(strange.nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0), exact[~finite].nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0)):
+    if not torch.equal(
+        strange.nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0),
+        exact[~finite].nan_to_num(nan=0.5, posinf=2.0, neginf=-2.0),
+    ):
         return Ratio(math.inf, math.inf)
     if not finite.any():
         return Ratio(0.0, 0.0)

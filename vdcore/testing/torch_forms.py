@@ -114,8 +114,8 @@ def _temporal(
     seen = _frame_mask(mask, T, T_k, start, lengths, q.device)
     if seen is not None:
         seen = seen[:, None, None].expand(B, S, 1, T, T_k).flatten(0, 1)
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*S, T, heads, D)
-    out, lse = _dense(attend, *rows, seen, D**-0.5 if scale is None else scale, return_lse)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*S, T, heads, D)
+    out, lse = _dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse)
     out = out.unflatten(0, (B, S)).transpose(1, 2)
     return (out, lse.unflatten(0, (B, S)).transpose(1, 2)) if lse is not None else out
 
@@ -147,11 +147,11 @@ def _video(
     q, k = _norm_rope(q, k, norm, rope, start)
     frames = _frame_mask(mask, T, T_k, start, lengths, q.device)
     seen = None if frames is None else frames.repeat_interleave(S, 1).repeat_interleave(S, 2)
-    sequence = [q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)]
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     if text is not None:
         L = text[0].shape[1]
-        tq, tk = _norm_rope(*text[:2], text_norm, None, 0)  # type: ignore[arg-type]
-        sequence = [torch.cat(pair, 1) for pair in zip(sequence, (tq, tk, text[2]))]
+        tq, tk = _norm_rope(text[0], text[1], text_norm, None, 0)
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), (tq, tk, text[2])))
         n, m = T * S, T_k * S
         device = q.device
         whole = torch.ones(B, n + L, m + L, dtype=torch.bool, device=device)
@@ -169,7 +169,7 @@ def _video(
             whole[:, :, m:] &= live[:, None]
             whole[:, n:] &= live[..., None]
         seen = whole
-    out, lse = _dense(attend, *sequence, None if seen is None else seen[:, None], scale, return_lse)  # type: ignore[arg-type]
+    out, lse = _dense(attend, q, k, v, None if seen is None else seen[:, None], scale, return_lse)
 
     def split(x: Tensor) -> Any:
         if text is None:
@@ -193,8 +193,8 @@ def _spatial(
     q, k, v = _unpack(q, k, v)
     B, T = q.shape[:2]
     q, k = _norm_rope(q, k, norm, rope, 0)
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out, lse = _dense(attend, *rows, None, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = _dense(attend, q, k, v, None, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     out = out.unflatten(0, (B, T))
     return (out, lse.unflatten(0, (B, T))) if lse is not None else out
 
@@ -239,8 +239,8 @@ def _cross(
         valid = lengths.reshape(B, -1).expand(B, T)
         seen = (torch.arange(L, device=q.device) < valid[..., None]).flatten(0, 1)[:, None, None]
         seen = seen.expand(B * T, 1, S, L)
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out, lse = _dense(attend, *rows, seen, D**-0.5 if scale is None else scale, return_lse)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse = _dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse)
     out = out.unflatten(0, (B, T))
     return (out, lse.unflatten(0, (B, T))) if lse is not None else out
 

