@@ -1,4 +1,5 @@
-// Temporal attention, backward: with P recomputed from lse and delta = rowsum(dout * out) - dlse,
+// Temporal attention, backward: with P recomputed from lse and delta = rowsum(P * dP) - dlse = rowsum(dout * out) -
+// dlse,
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q,
 // then back through rope and norm. One pass where a head's frames fit one block; otherwise one pass for dq and one for
 // dk and dv, each owning what it writes, so that nothing is accumulated across threads.
@@ -158,7 +159,7 @@ class Backward {
     gather(a.q, at.b, at.s, queries, at.heads, n.D, t.q, 0);
     norm_rope_rows(a, query_side(a), a.q, at.b, at.s, queries, at.heads, t.q, 0, t.buffer);
     gather(g.dout, at.b, at.s, queries, at.heads, n.D, t.dout, 0);
-    gather(a.out, at.b, at.s, queries, at.heads, n.D, t.dq, 0);  // dq is not in use yet
+    if (!p.one_block) gather(a.out, at.b, at.s, queries, at.heads, n.D, t.dq, 0);  // dq is not in use yet
     for (int64_t h = 0; h < at.heads.count; ++h)
       for (int64_t i = 0; i < p.query_block; ++i) {
         float *lse = t.lse + h * p.query_block + i, *delta = t.delta + h * p.query_block + i;
@@ -167,10 +168,12 @@ class Backward {
         const int64_t frame = queries.begin + i, head = at.heads.first + h;
         *lse = *reinterpret_cast<const float*>(a.lse.at(at.b, frame, at.s, head)) * kLog2E;
         if (*lse == -kInf) *lse = kInf;  // sees nothing: exp2(score - inf) is 0
-        const float *out = t.dq.head(h).at(i, 0).data, *dout = t.dout.head(h).at(i, 0).data;
-        vf total = {};
-        for (int64_t c = 0; c < n.row; c += W) total += load(out + c) * load(dout + c);
-        *delta = sum(total);
+        if (!p.one_block) {
+          const float *out = t.dq.head(h).at(i, 0).data, *dout = t.dout.head(h).at(i, 0).data;
+          vf total = {};
+          for (int64_t c = 0; c < n.row; c += W) total += load(out + c) * load(dout + c);
+          *delta = sum(total);
+        }
         if (g.dlse) *delta -= *reinterpret_cast<const float*>(g.dlse.at(at.b, frame, at.s, head));
       }
   }
@@ -179,6 +182,31 @@ class Backward {
     gather(a.k, at.b, at.s, keys, kv_heads, n.D, t.k, 0);
     norm_rope_rows(a, key_side(a), a.k, at.b, at.s, keys, kv_heads, t.k, 0, t.buffer);
     gather(a.v, at.b, at.s, keys, kv_heads, n.D, t.v, 0);
+  }
+
+  // One column of scores becomes P, and one of dP becomes dS.
+  void score_gradients(const ColumnMask& mask, Tile weights, Tile gradients, vf lse, vf delta) const {
+    vf sum = {}, weighted = {};
+    mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
+      float* at = weights.at(j, 0).data;
+      vf weight = exp2(load(at) - lse), product = weight * load(gradients.at(j, 0).data);
+      if (masked) {
+        const vi sees = mask.sees(j);
+        weight = select(sees, weight, vf{});
+        product = select(sees, product, vf{});
+      }
+      store(at, weight);
+      sum += weight;
+      weighted += product;
+    });
+    // With all keys at hand, rowsum(P * dP) is delta too, and the more exact one: its rounding errors cancel in dP -
+    // delta.
+    if (p.one_block) delta += weighted / select(sum == 0.f, splat(1.f), sum);
+    mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
+      float* at = gradients.at(j, 0).data;
+      const vf ds = load(weights.at(j, 0).data) * (load(at) - delta);
+      store(at, masked ? select(mask.sees(j), ds, vf{}) : ds);
+    });
   }
 
   // Adds one block's part to dq, and to dk and dv; `first`: sets it.
@@ -200,20 +228,9 @@ class Backward {
       score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.p, prefetch);
       score_products(visible, queries.size(), keys.begin, keys.size(), n.D, v, t.dout_transposed, t.ds, prefetch);
       for (int64_t i = 0; i < queries.size(); i += W) {
-        const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
-        const vf lse = load(t.lse + h * p.query_block + i), delta = load(t.delta + h * p.query_block + i);
-        mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
-          float *p_at = t.p.at(j, i).data, *ds_at = t.ds.at(j, i).data;
-          vf weight = exp2(load(p_at) - lse);
-          vf ds = weight * (load(ds_at) - delta);
-          if (masked) {
-            const vi sees = mask.sees(j);
-            weight = select(sees, weight, vf{});
-            ds = select(sees, ds, vf{});
-          }
-          store(p_at, weight);
-          store(ds_at, ds);
-        });
+        const int64_t row = h * p.query_block + i;
+        score_gradients(ColumnMask(visible, i, queries.size(), keys.begin, keys.size()), t.p.at(0, i), t.ds.at(0, i),
+                        load(t.lse + row), load(t.delta + row));
       }
       const int64_t Q = queries.size(), K = keys.size();
       const Scalars weights = {t.p.data, t.p.row, 1}, ds = {t.ds.data, t.ds.row, 1};
@@ -350,15 +367,15 @@ void run_item(const Plan& p, int64_t item) {
     return {unit / n.S, unit % n.S, heads, item};
   };
 
-  const TensorView* const tensors[] = {&p.a.q, &p.g.dout, &p.a.out, &p.a.k, &p.a.v};
-  const int64_t bytes = (3 * n.T * n.H + 2 * n.K * n.G) * n.D * size_of(p.a.q.dtype);
+  const TensorView* const tensors[] = {&p.a.q, &p.g.dout, &p.a.k, &p.a.v};
+  const int64_t bytes = (2 * n.T * n.H + 2 * n.K * n.G) * n.D * size_of(p.a.q.dtype);
   const int64_t panels = (n.row / W + 2) / 3, lanes = (round_up(n.T) / W + 2) / 3;
   const auto blocks = [](int64_t rows, int vectors) { return (rows + block_rows(vectors) - 1) / block_rows(vectors); };
   const int64_t product_steps =
       2 * blocks(n.K, 2) * lanes * n.D + (2 * blocks(n.K, 3) * n.T + blocks(n.T, 3) * n.K) * panels;
   for (int64_t i = 0; i < steps; ++i) {
     const Position now = position(i), then = position(i + 1);
-    NextRows next{tensors, 5, then.b, then.s, then.heads.first, then.heads.count};
+    NextRows next{tensors, 4, then.b, then.s, then.heads.first, then.heads.count};
     Prefetch prefetch;
     if (i + 1 < steps && p.one_block) {
       prefetch.source = NextRows::next;

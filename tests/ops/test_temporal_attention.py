@@ -1,0 +1,92 @@
+"""Numbers of temporal attention: every case, dtype and backend against the float64 reference."""
+
+import pytest
+import torch
+from support import DTYPES, on_backends, skip_unless_runs
+
+import vdcore
+from vdcore import FrameMask, QKNorm, Rope
+from vdcore.testing import Case, cases_of, check
+
+
+@on_backends(cases_of("temporal_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_case(case, backend, dtype):
+    skip_unless_runs(case, backend, dtype, requires_grad=True)
+    check(case, backend, dtype)
+
+
+# Lengths around every tile edge of every instruction set, and masks whose runs start and end inside tiles.
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129])
+@pytest.mark.parametrize(
+    "mask", [FrameMask(), FrameMask.causal(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "causal", "runs"]
+)
+def test_frames(T, mask):
+    def build(d):
+        shape = (1, T, 3, 2, 20)
+        return {"q": d("q", *shape), "k": d("k", *shape), "v": d("v", *shape), "mask": mask, "return_lse": True}
+
+    check(Case("temporal_attention", f"{T} frames", build), "cpu")
+
+
+def test_partial_results_merge_through_lse():
+    """Attention over two halves of the keys, merged by their lse, is attention over all, and so are its gradients."""
+    q, k, v = (torch.randn(1, n, 4, 2, 16, requires_grad=True) for n in (5, 9, 9))
+    whole = vdcore.temporal_attention(q, k, v)
+    parts = [vdcore.temporal_attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 9))]
+    lse = torch.stack([lse for _, lse in parts])
+    merged = (lse.softmax(0)[..., None] * torch.stack([out for out, _ in parts])).sum(0)
+    torch.testing.assert_close(merged, whole)
+    dout = torch.randn_like(whole)
+    for a, b in zip(torch.autograd.grad(merged, (q, k, v), dout), torch.autograd.grad(whole, (q, k, v), dout)):
+        torch.testing.assert_close(a, b)
+
+
+def test_cached_keys_are_the_same_as_all_at_once():
+    """New frames against kept keys, normed and rotated when they came, are the last rows of the whole clip."""
+    T, new, D = 7, 2, 16
+    q, k, v = (torch.randn(2, T, 3, 2, D) for _ in range(3))
+    norm = QKNorm(torch.rand(D) + 0.5, torch.rand(D) + 0.5)
+    angle = torch.randn(T, 1, D // 2)
+    rope, mask = Rope(angle.cos(), angle.sin()), FrameMask.window(3)
+    whole = vdcore.temporal_attention(q, k, v, norm=norm, rope=rope, mask=mask)
+    cache = vdcore.qk_norm_rope(k[:, :-new], k[:, :-new], norm=norm, rope=rope)[1]
+    q_new, k_new = vdcore.qk_norm_rope(q[:, -new:], k[:, -new:], norm=norm, rope=rope, frame_start=T - new)
+    part = vdcore.temporal_attention(q_new, torch.cat((cache, k_new), 1), v, mask=mask)
+    torch.testing.assert_close(part, whole[:, -new:])
+
+
+def test_packed_gradient_is_one_tensor():
+    qkv = torch.randn(1, 4, 3, 3, 2, 16, requires_grad=True)
+    vdcore.temporal_attention(qkv).sum().backward()
+    q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(3))
+    vdcore.temporal_attention(q, k, v).sum().backward()
+    torch.testing.assert_close(qkv.grad, torch.stack([q.grad, k.grad, v.grad], 3))
+    assert qkv.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine(isa):
+    """The same source compiled for another instruction set obeys the same rule."""
+    from support import run_python
+
+    code = f"""
+import os
+os.environ["VDCORE_CPU_ISA"] = {isa!r}
+import torch
+from vdcore.backends._native import native
+try:
+    assert native().cpu_isa() == {isa!r}
+except ValueError as error:
+    print("skip", error)
+    raise SystemExit
+from vdcore.testing import cases_of, check
+for case in cases_of("temporal_attention"):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check(case, "cpu", dtype)
+print("ran")
+"""
+    said = run_python(code)
+    if said.startswith("skip"):
+        pytest.skip(said)
+    assert said.strip() == "ran"

@@ -1,0 +1,51 @@
+"""What the tests share: which backend can be tried on which case here."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vdcore
+from vdcore.backends import BACKENDS
+from vdcore.testing import CASES
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+
+# Interpreted kernels are slow: they run the cases, but not every sweep.
+FAST = [name for name, b in BACKENDS.items() if name not in ("triton", "cuda") and b.missing() is None]
+
+
+def backends_of(op, names=None):
+    """Backends that have the operator and can run on this machine."""
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if op in backend.operators and backend.missing() is None and (names is None or name in names)
+    ]
+
+
+def on_backends(cases=None, names=None):
+    """Decorator: parametrises over (case, backend) for every backend that has the case's operator."""
+    pairs = [(case, name) for case in (CASES if cases is None else cases) for name in backends_of(case.op, names)]
+    return pytest.mark.parametrize("case,backend", pairs, ids=[f"{case}-{name}" for case, name in pairs])
+
+
+def skip_unless_runs(case, backend, dtype, **kwargs):
+    """The inputs of the case, or a skip that says why the backend does not run them."""
+    inputs = case.inputs(dtype, **kwargs)
+    reason = dict(vdcore.explain(case.op, **inputs.args))[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    return inputs
+
+
+def run_python(code, *, timeout=300, **env):
+    """Runs code in a fresh interpreter and returns what it printed."""
+    import os
+
+    full = {**os.environ, **{k: str(v) for k, v in env.items()}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env=full)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
