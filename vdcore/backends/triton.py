@@ -1,22 +1,168 @@
-"""The Triton kernels as a backend."""
+"""The Triton kernels as a backend: on a GPU, or on CPU tensors under Triton's interpreter.
+
+The kernels are imported at the first call: ``import vdcore`` imports no triton.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from vdcore.backends.base import Backend
+from vdcore.backends.base import Backend, Gradients, Implementation
+from vdcore.backends.call import Call, GateResidualCall, ModulateCall, QKNormRopeCall
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+
+# Versions of Triton whose results are wrong, with the kernel and the configuration that shows it.
+VERSION_DENYLIST: dict[str, str] = {}
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @cache
 def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "no GPU is visible to torch"
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        installed = ""
+    if installed in VERSION_DENYLIST:
+        return f"triton {installed} gives wrong results: {VERSION_DENYLIST[installed]}"
+    if not interpreted() and not torch.cuda.is_available():
+        return "no GPU is visible to torch (with TRITON_INTERPRET=1 the kernels run on the CPU, interpreted)"
     return None
 
 
-BACKEND = Backend(name="triton", missing=missing)
+@cache
+def interpreted() -> bool:
+    """Triton decides this once, when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _why_not(x: Tensor) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"it has no {x.dtype}"
+    if x.device.type == "cuda":
+        return None
+    if x.device.type == "cpu" and interpreted():
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly" if x.dtype == torch.bfloat16 else None
+    return f"it runs on a GPU, and the tensors are on {x.device}"
+
+
+def _unit(x: Tensor) -> Tensor:
+    """An incoming gradient with innermost stride 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# ---- Adaptive norm ----
+
+
+def _adaln_why_not(c: Call) -> str | None:
+    from vdcore.kernels.adaln import MAX_CHANNELS
+
+    if c.main.shape[-1] > MAX_CHANNELS:
+        return f"it has at most {MAX_CHANNELS} channels, got {c.main.shape[-1]}"
+    return _why_not(c.main)
+
+
+def _modulate(c: ModulateCall) -> tuple[Tensor, ...]:
+    from vdcore.kernels.adaln import modulate_forward
+
+    return (modulate_forward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps),)
+
+
+def _modulate_backward(c: ModulateCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any) -> Gradients:
+    from vdcore.kernels.adaln import modulate_backward
+
+    dy = _unit(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
+    return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps, dy, wanted)
+
+
+def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
+    from vdcore.kernels.adaln import gate_residual_forward
+
+    return (gate_residual_forward(c.residual, c.x, c.gate),)
+
+
+def _gate_residual_backward(
+    c: GateResidualCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any
+) -> Gradients:
+    from vdcore.kernels.adaln import gate_residual_backward
+
+    dy = _unit(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
+    return gate_residual_backward(c.x, c.gate, dy, wanted)
+
+
+# ---- Norm and rope alone ----
+
+
+def _qk_norm_rope_why_not(c: QKNormRopeCall) -> str | None:
+    return _why_not(c.q) or _why_not_norm(c.q, c.k, c.norm)
+
+
+def _why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
+    from vdcore.kernels.qk_norm_rope import MAX_TOKEN, fits
+
+    if all(fits(x.shape[-2], x.shape[-1], norm) for x in (q, k)):
+        return None
+    return f"a norm over all heads holds at most {MAX_TOKEN} channels of a token"
+
+
+def _qk_norm_rope(c: QKNormRopeCall) -> tuple[Tensor, ...]:
+    from vdcore.kernels.qk_norm_rope import norm_rope_forward
+
+    return tuple(norm_rope_forward(x, c.norm, role, c.rope, c.frame_start) for role, x in (("q", c.q), ("k", c.k)))
+
+
+def _qk_norm_rope_backward(
+    c: QKNormRopeCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    found: Gradients = {}
+    for role, x, dy in (("q", c.q, grads[0]), ("k", c.k, grads[1])):
+        _norm_rope_gradients(found, x, dy, c.norm, role, c.rope, c.frame_start, wanted)
+    return found
+
+
+def _norm_rope_gradients(
+    found: Gradients,
+    x: Tensor,
+    dy: Tensor | None,
+    norm: QKNorm | None,
+    role: str,
+    rope: Rope | None,
+    start: int,
+    wanted: frozenset[str],
+    *,
+    prefix: str = "",
+    **where: Any,
+) -> None:
+    """Adds what the norm and rope of q or k give their tensors, under the names of the call."""
+    from vdcore.kernels.qk_norm_rope import norm_rope_backward
+
+    names = {"weight": f"{prefix}{role}_weight", "bias": f"{prefix}{role}_bias"}
+    names |= {"cos": f"{prefix}cos", "sin": f"{prefix}sin"}
+    inner = frozenset(short for short, name in names.items() if name in wanted)
+    dy = _unit(dy) if dy is not None else torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for short, dx in norm_rope_backward(x, dy, norm, role, rope, start, inner, **where).items():
+        name = names.get(short, prefix + role)
+        found[name] = found[name] + dx if short in ("cos", "sin") and name in found else dx
+
+
+BACKEND = Backend(
+    name="triton",
+    missing=missing,
+    operators={
+        "qk_norm_rope": Implementation(
+            _qk_norm_rope, _qk_norm_rope_backward, _qk_norm_rope_why_not, _qk_norm_rope_why_not
+        ),
+        "modulate": Implementation(_modulate, _modulate_backward, _adaln_why_not, _adaln_why_not),
+        "gate_residual": Implementation(_gate_residual, _gate_residual_backward, _adaln_why_not, _adaln_why_not),
+    },
+)

@@ -1,0 +1,183 @@
+"""What every launch shares: device guard, one-dimensional grids, strides in aligned steps, choice of a config row.
+
+A launcher runs three ways: on a GPU; on CPU tensors under ``TRITON_INTERPRET=1``; and on meta tensors inside
+:func:`recording`, which launches nothing and keeps what would have been launched, to be compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_PROGRAMS = 2**31 - 1  # of grid axis x; axes y and z end at 65,535 and are never used
+
+
+@dataclass(frozen=True)
+class Config:
+    """A row of a kernel's table: the first row that fits the device and the call is taken.
+
+    Args:
+        arch: prefixes of the architectures it is meant for ("sm_9" serves sm_90); "" serves all.
+        warps, stages: per program; depth of software pipelining.
+        why: the reason for these numbers.
+    """
+
+    arch: str
+    warps: int
+    stages: int
+    why: str
+
+    def serves(self, arch: str) -> bool:
+        return any(arch.startswith(prefix) for prefix in self.arch.split("|"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What would have been launched."""
+
+    kernel: Any
+    programs: int
+    config: Config
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class _State(threading.local):
+    arch: str = ""  # while recording
+    launches: list[Launch] | None = None
+    forced: tuple[Config, ...] = ()
+
+
+_state = _State()
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Launches of this thread are kept instead of run, with the configs of the named architecture."""
+    before = _state.arch, _state.launches
+    _state.arch, _state.launches = arch, []
+    try:
+        yield _state.launches
+    finally:
+        _state.arch, _state.launches = before
+
+
+@contextmanager
+def force(*configs: Config) -> Iterator[None]:
+    """Tables that hold one of these rows choose it, whatever the device and the call."""
+    before = _state.forced
+    _state.forced = configs
+    try:
+        yield
+    finally:
+        _state.forced = before
+
+
+@cache
+def _device_arch(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch_of(x: Tensor) -> str:
+    """``"sm_90"``, ``"gfx942"``, ... ; ``"interpreter"`` for tensors on the CPU."""
+    if _state.launches is not None:
+        return _state.arch
+    return _device_arch(x.device.index) if x.is_cuda else "interpreter"
+
+
+Row = TypeVar("Row", bound=Config)
+
+
+def pick(table: Sequence[Row], arch: str, fits: Any = None) -> Row:
+    """The first row that serves the architecture and for which ``fits(row)`` holds."""
+    for row in _state.forced:
+        if row in table:
+            return row  # type: ignore[return-value]
+    for row in table:
+        if row.serves(arch) and (fits is None or fits(row)):
+            return row
+    raise RuntimeError(f"no config for {arch} in a table of {len(table)} rows")
+
+
+def _guard(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, programs: int, like: Tensor, config: Config, *args: Any, **constants: Any) -> None:
+    """Runs ``programs`` programs on the device of ``like``, on its current stream. None: nothing to do."""
+    if programs == 0:
+        return
+    if programs > MAX_PROGRAMS:
+        raise ValueError(f"{kernel.__name__}: {programs} programs, and a grid holds {MAX_PROGRAMS}")
+    if _state.launches is not None:
+        _state.launches.append(Launch(kernel, programs, config, args, constants))
+        return
+    with _guard(like):
+        kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+
+
+def _loops_with_numpy_2_4() -> None:
+    """The interpreter takes loop bounds with ``int()`` of one-element arrays, which numpy 2.4 no longer converts."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.knobs.runtime.interpret:
+    _loops_with_numpy_2_4()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of two, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def parts(D: int) -> tuple[int, int]:
+    """A row of D channels as one or two power-of-two tiles (0: no second one): 72 = 64 + 16, not 128.
+
+    A tile has 16 channels at least, the depth of a tensor-core instruction. 104 = 64 + 64 is 128 in one.
+    """
+    whole = max(power_of_2(D), 16)
+    first = whole if whole == D or whole == 16 else whole // 2
+    second = max(power_of_2(D - first), 16) if D > first else 0
+    return (whole, 0) if first + second >= whole else (first, second)
+
+
+def step(*tensors: Tensor) -> int:
+    """The largest power of two, up to 16 bytes, that divides every stride but the innermost, in elements.
+
+    Kernels take strides in such steps and multiply by the constant, so that the compiler knows rows to be aligned where
+    strides are not multiples of 16: 72 channels. A caller's pointer alignment Triton looks at by itself.
+    """
+    A = 16 // max(x.element_size() for x in tensors)
+    for x in tensors:
+        for n, s in zip(x.shape[:-1], x.stride()[:-1]):
+            while n > 1 and s % A:
+                A //= 2
+    return A
+
+
+def steps(x: Tensor, A: int) -> tuple[int, ...]:
+    """Strides of all axes but the innermost, in steps of A elements; 0 where an axis has one entry."""
+    return tuple(s // A if n > 1 else 0 for n, s in zip(x.shape[:-1], x.stride()[:-1]))
