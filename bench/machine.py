@@ -1,0 +1,169 @@
+"""The machine under a measurement: what goes into every row, and the allocator that benchmarks need."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import vdcore
+from vdcore.backends._native import native, why_no_native
+
+# With glibc's defaults a tensor over 32 MB is a fresh mapping at every allocation, and its page faults take longer than
+# the kernel that fills it.
+RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+ADVICE = " ".join(f"{name}={value}" for name, value in RAISED.items())
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_PRELOADED = ("tcmalloc", "jemalloc", "mimalloc")
+
+
+def allocator() -> str:
+    """The C allocator of this process and its setting, in words."""
+    for name in _PRELOADED:
+        if name in os.environ.get("LD_PRELOAD", ""):
+            return name
+    libc = platform.libc_ver()[0] or f"the C library of {platform.system()}"
+    if libc != "glibc":
+        return libc
+    raised = all(os.environ.get(name) == value for name, value in RAISED.items())
+    return "glibc, thresholds raised" if raised else "glibc, default thresholds"
+
+
+def needs_relaunch() -> bool:
+    """Freed memory would go back to the system, and an environment variable can prevent that."""
+    return allocator() == "glibc, default thresholds"
+
+
+def relaunch(arguments: list[str]) -> int:
+    """Runs ``vdcore`` with these arguments in a child whose allocator keeps its memory; returns its exit code."""
+    child = subprocess.Popen([sys.executable, "-m", "vdcore.cli", *arguments], env={**os.environ, **RAISED})
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal sends it to the child as well, which finishes its files
+            continue
+
+
+def set_malloc(raised: bool) -> bool:
+    """Raises glibc's thresholds in this process, or sets them back; False where there is no glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    threshold = 2**31 - 1 if raised else 128 * 1024
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, threshold))
+
+
+def trim_malloc() -> None:
+    """Hands freed memory back to the system, so that a resident size means memory in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_isa() -> str:
+    """The instruction set that the native kernels use here; torch's, if they are not installed."""
+    if why_no_native() is None:
+        return str(native().cpu_isa())
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def gpu_model() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@cache
+def commit() -> str | None:
+    """The commit that vdcore runs from, with ``-dirty`` after changes; None outside a checkout."""
+    root = Path(vdcore.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("-dirty" if changes else "")
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """What the numbers depend on: software, processor and GPU."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "vdcore": vdcore.__version__,
+        "os": platform.system(),
+        "cpu": cpu_model(),
+        "isa": cpu_isa(),
+        "gpu": gpu_model(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that new allocations can have: free memory of the GPU, or of the machine and of the container around us."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            free = min(free, int(most) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def memory_limit(device: str = "cpu") -> int:
+    """What a benchmark may take: the available memory without a tenth of it, at least 1 GiB, for everybody else."""
+    free = available_memory(device)
+    return max(free - max(free // 10, 2**30), 0)
+
+
+def bytes_text(n: float) -> str:
+    """``1536 -> '1.5 KiB'``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:,.3g} GiB" if n < 1000 else f"{n:,.0f} GiB"
+
+
+def seconds_text(s: float) -> str:
+    """Three digits in the unit that fits: ``0.0123 -> '12.3 ms'``."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if s * factor >= 1:
+            return f"{s * factor:.3g} {unit}"
+    return f"{s * 1e9:.3g} ns"

@@ -1,0 +1,310 @@
+"""Runs jobs: every provider warmed up, judged and raced; every row written as soon as it exists."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vdcore.bench import machine
+from vdcore.bench.job import DTYPES, Job, Tensors
+from vdcore.bench.judge import Judge, flat, gradients, incoming
+from vdcore.bench.peers import PEERS
+from vdcore.bench.results import Journal, Row
+from vdcore.bench.rows import Function
+from vdcore.bench.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
+
+import vdcore
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+REFERENCE_FLOPS = 2e8  # the oracle is timed up to this size, and wherever it is all that vdcore has
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How jobs are run.
+
+    Args:
+        seconds: for the rounds of one job, without compiling and judging.
+        memory: bytes a provider may need.
+        peers: names to measure, ``"sdpa"`` for all ``"sdpa[...]"``; None: all.
+    """
+
+    seconds: float = 3.0
+    rounds: int = ROUNDS
+    memory: int = 2**62
+    peers: frozenset[str] | None = None
+
+    def wants(self, provider: str) -> bool:
+        return self.peers is None or bool(self.peers & {provider, provider.partition("[")[0]})
+
+
+class Watch:
+    """Is told how a run goes; this one keeps silent."""
+
+    def begin(self, job: Job, number: int, total: int) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def finish(self, job: Job, rows: list[Row]) -> None: ...
+
+
+@dataclass
+class Candidate:
+    """One variant of one provider: a function of the public arguments, or the reason why there is none."""
+
+    provider: str
+    variant: str = ""
+    function: Function | None = None
+    status: str = "ok"
+    reason: str = ""
+    need: int | None = None  # bytes, with status "predicted"
+    contender: Contender | None = None
+    error_ratio: float | None = None
+    estimate: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def blank(job: Job) -> Row:
+    """A row with everything that the job and the machine say."""
+    return Row(
+        op=job.op,
+        workload=job.workload.name,
+        provider="",
+        mode=job.mode,
+        case=job.case,
+        x=job.shape.T,
+        flops=job.flops() or None,
+        bytes=job.traffic(),
+        device=job.device,
+        dtype=DTYPE_NAMES[job.dtype],
+        threads=torch.get_num_threads(),
+        allocator="torch" if job.device.startswith("cuda") else heap(),
+        original=job.original.sizes(),
+        shape=job.shape.sizes(),
+        scaling=job.shape.describe(job.original),
+        versions=machine.versions(),
+        commit=machine.commit(),
+    )
+
+
+def row_of(base: Row, c: Candidate) -> Row:
+    row = replace(base, provider=c.provider, variant=c.variant, status=c.status, reason=c.reason, **c.extra)
+    if c.need is not None:
+        return replace(row, metric="memory", unit="bytes", p50=float(c.need))
+    if c.contender is None or not c.contender.samples:
+        return row
+    spread = Spread.of([s.seconds for s in c.contender.samples])
+    faults = [s.faults for s in c.contender.samples if s.faults is not None]
+    return replace(
+        row,
+        p20=spread.p20,
+        p50=spread.p50,
+        p80=spread.p80,
+        samples=spread.samples,
+        error_ratio=c.error_ratio,
+        page_faults=Spread.of([float(n) for n in faults]).p50 if faults else None,
+    )
+
+
+# ---- The allocator's memory ----
+
+_heap = 0
+
+
+def touch_heap(size: int) -> None:
+    """Touches memory and frees it, for the outputs of all calls to come.
+
+    Raised thresholds alone are not enough: outputs of one size do not fit into one another's place once a small
+    allocation has taken the beginning, and then every call grows the heap by fresh pages.
+    """
+    global _heap
+    if machine.allocator().endswith("thresholds raised") and size > _heap:
+        torch.empty(size, dtype=torch.uint8).fill_(0)
+        _heap = size
+
+
+def heap() -> str:
+    """The allocator and what was done for it, as rows say it."""
+    return machine.allocator() + (f", {machine.bytes_text(_heap)} touched" if _heap else "")
+
+
+# ---- Who takes part ----
+
+
+def candidates(job: Job, tensors: Tensors, settings: Settings) -> list[Candidate]:
+    """vdcore on every backend, the copy where memory is the limit, and every peer; each usable or with its reason."""
+    found = _ours(job, tensors) if settings.wants("vdcore") else []
+    if job.MEMORY_BOUND and settings.wants("copy"):
+        found += _copies(job)
+    for peer in PEERS:
+        if job.op not in peer.ops or not settings.wants(peer.name):
+            continue
+        reason = peer.why_not(job)
+        need = job.memory() + peer.workspace(job)
+        if reason is not None:
+            found.append(Candidate(peer.name, status="skipped", reason=reason))
+        elif need > settings.memory:
+            found.append(_too_large(peer.name, need, settings.memory))
+        else:
+            found += _variants(peer.name, peer.variants, job)
+    return found
+
+
+def _too_large(provider: str, need: int, limit: int) -> Candidate:
+    reason = f"needs {machine.bytes_text(need)}, the limit is {machine.bytes_text(limit)}"
+    return Candidate(provider, status="predicted", reason=reason, need=need)
+
+
+def _variants(name: str, variants: Callable[[Job], dict[str, Function]], job: Job) -> list[Candidate]:
+    try:
+        return [Candidate(name, variant, function) for variant, function in variants(job).items()]
+    except Exception as error:
+        return [Candidate(name, status="failed", reason=first_line(error))]
+
+
+def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
+    with torch.set_grad_enabled(job.has_backward):
+        reasons = vdcore.explain(job.op, **job.arguments(tensors))
+    found = []
+    for i, (backend, reason) in enumerate(reasons):
+        name = f"vdcore[{backend}]"
+        if reason is None and backend == "reference" and i and job.flops() > REFERENCE_FLOPS:
+            reason = "the oracle, too slow to be timed at this size"
+        if reason is None and backend == "triton" and not job.device.startswith("cuda"):
+            reason = "Triton's interpreter is for tests"
+        if reason is not None:
+            found.append(Candidate(name, status="skipped", reason=reason))
+        else:
+            function = partial(getattr(vdcore, job.op), backend=backend)
+            found.append(Candidate(name, "auto" if i == 0 else "named", function))
+    return found
+
+
+def _copies(job: Job) -> list[Candidate]:
+    """Half the job's traffic read and half written: what memory allows."""
+    half = max(job.traffic() // (2 * job.dtype.itemsize), 1)
+    source = torch.zeros(half, dtype=job.dtype, device=job.device)
+    target = torch.zeros_like(source)
+    return [
+        Candidate("copy", "existing memory", contender=Contender(lambda _: target.copy_(source))),
+        Candidate("copy", "fresh memory", contender=Contender(lambda _: source.clone())),
+    ]
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+# ---- One job ----
+
+
+class _Calls:
+    """A provider's function as forward, backward or both, on the job's tensors."""
+
+    def __init__(self, job: Job, tensors: Tensors) -> None:
+        self.job, self.tensors = job, tensors
+        self.leaves = [tensors[name] for name in job.learned] if job.has_backward else []
+        self.dout: list[Tensor] = []
+
+    def forward(self, function: Function) -> list[Tensor]:
+        with torch.set_grad_enabled(self.job.has_backward):
+            return flat(function(**self.job.arguments(self.tensors)))
+
+    def backward(self, outputs: list[Tensor]) -> list[Tensor]:
+        return gradients(outputs, self.leaves, self.dout)
+
+    def contender(self, function: Function) -> Contender:
+        if self.job.mode == "fwd":
+            return Contender(lambda _: self.forward(function))
+        if self.job.mode == "bwd":
+            return Contender(self.backward, prepare=lambda: self.forward(function))
+        return Contender(lambda _: self.backward(self.forward(function)))
+
+    def once(self, function: Function) -> tuple[list[Tensor], Tensors]:
+        """Outputs, and gradients by name."""
+        outputs = self.forward(function)
+        if not self.dout:
+            self.dout = incoming(outputs)
+        if not self.job.has_backward:
+            return outputs, {}
+        return outputs, dict(zip(self.job.learned, self.backward(outputs)))
+
+
+def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock: Clock | None = None) -> list[Row]:
+    """Measures one job; its rows stand in the journal even if it is interrupted."""
+    base, begin = blank(job), len(journal.rows)
+    if job.memory() > settings.memory:
+        journal.add([row_of(base, _too_large("all", job.memory(), settings.memory))])
+        return journal.rows[begin:]
+    tensors = job.tensors()
+    for name in job.learned if job.has_backward else ():
+        tensors[name].requires_grad_()
+    clock = clock or clock_for(job.device)
+    field_of = candidates(job, tensors, settings)
+    journal.add(row_of(base, c) for c in field_of if c.status != "ok")
+    calls, judge = _Calls(job, tensors), Judge(job, tensors)
+    ready = {}
+    for c in (c for c in field_of if c.status == "ok"):
+        watch.doing(f"{c.provider} {c.variant}".strip())
+        _warm_up(c, calls, judge, clock, settings.seconds)
+        if c.status == "ok":
+            ready[f"{c.provider} {c.variant}"] = c
+        else:
+            journal.add([row_of(base, c)])
+    contenders = {name: c.contender for name, c in ready.items() if c.contender is not None}
+    # The copy is no contender: it would make everybody slow.
+    estimates = {name: c.estimate for name, c in ready.items() if c.provider != "copy"}
+    ours = frozenset(name for name, c in ready.items() if c.variant == "auto")
+    rounds = rounds_for(estimates, settings.seconds, settings.rounds, ours)
+    most = max(rounds.values(), default=settings.rounds)
+    rounds = {name: rounds.get(name, most) for name in ready}
+    for name in (name for name, n in rounds.items() if n == 0):
+        contenders[name].samples.append(Sample(ready[name].estimate))
+    watch.doing(f"{most} rounds")
+    try:
+        race(contenders, rounds, clock)
+    finally:
+        journal.add(row_of(base, c) for c in ready.values() if c.contender and c.contender.samples)
+    return journal.rows[begin:]
+
+
+def _warm_up(c: Candidate, calls: _Calls, judge: Judge, clock: Clock, seconds: float) -> None:
+    """First call (which compiles), judgement of its result, one or two more as the estimate."""
+    try:
+        begin = time.perf_counter()
+        if c.function is not None:
+            c.contender = calls.contender(c.function)
+            outputs, found = calls.once(c.function)
+            first = time.perf_counter() - begin
+            c.error_ratio = judge.ratio(outputs, calls.dout, found)
+            c.reason = judge.note
+            del outputs, found
+            if first > seconds / 2 and "compiled" not in c.variant and calls.job.mode != "bwd":
+                c.estimate, c.reason = first, "one cold call"
+                return
+        assert c.contender is not None
+        c.estimate = c.contender.run(clock).seconds
+        if c.estimate < seconds / 10:
+            c.estimate = c.contender.run(clock).seconds
+    except Exception as error:
+        c.status, c.reason, c.contender = "failed", first_line(error), None
+
+
+def run_jobs(jobs: Iterable[Job], settings: Settings, journal: Journal, watch: Watch | None = None) -> None:
+    """Measures jobs one after another. ``KeyboardInterrupt`` passes through, after its job's rows were written."""
+    watch, jobs = watch or Watch(), list(jobs)
+    for number, job in enumerate(jobs):
+        watch.begin(job, number, len(jobs))
+        if job.device.startswith("cuda") and not torch.cuda.is_available():
+            row = replace(blank(job), provider="all", status="skipped", reason="no GPU is visible to torch")
+            journal.add([row])
+            watch.finish(job, [row])
+            continue
+        watch.finish(job, run_job(job, settings, journal, watch))
+        torch.compiler.reset()  # a compiled function of the next job is another one

@@ -1,0 +1,107 @@
+"""Which jobs are run: the default set, or what the command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vdcore.bench.job import DTYPES, Job
+from vdcore.bench.jobs import JOBS, make
+from vdcore.bench.results import Row
+from vdcore.bench.runner import blank
+from vdcore.bench.workloads import Budget, load
+
+BOTH = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An operator on a workload, in some modes and dtypes; ``share``: of the budget of one call."""
+
+    op: str
+    workload: str
+    modes: tuple[str, ...] = ("fwd",)
+    dtypes: tuple[str, ...] = BOTH
+    norm_rope: bool = False
+    share: float = 1.0
+
+
+TRAINING = ("fwd", "fwd+bwd")
+TEMPORAL = ("latte-1-512", "stdit3-720p-102f", "svd-xt-level1", "animatediff-level1")
+
+DEFAULT = (
+    *(Item("temporal_attention", name, TRAINING) for name in TEMPORAL),
+    Item("temporal_attention", "latte-1-512", norm_rope=True),
+    Item("temporal_attention", "stdit3-720p-102f", norm_rope=True),
+    Item("spatial_attention", "latte-1-512", TRAINING, share=0.6),
+    Item("video_attention", "wan2.2-5b-704p", TRAINING, ("float32",)),
+    Item("video_attention", "wan2.2-5b-704p", dtypes=("bfloat16",), share=0.5),
+    Item("video_attention", "long-video-60f", TRAINING, ("float32",)),
+    Item("video_attention", "long-video-60f", dtypes=("bfloat16",), share=0.5),
+    Item("video_attention", "self-forcing-1.3b", dtypes=("float32",), share=0.5),
+    Item("gated_attention", "latte-1-512", share=0.3),
+    Item("cross_attention", "latte-1-512", share=0.3),
+    Item("qk_norm_rope", "stdit3-720p-102f", share=0.5),
+    Item("patchify", "latte-1-512", share=0.3),
+    Item("unpatchify", "latte-1-512", share=0.3),
+    Item("modulate", "stdit3-720p-102f", share=0.5),
+    Item("gate_residual", "stdit3-720p-102f", share=0.5),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line names; an empty tuple: nothing named."""
+
+    ops: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    norm_rope: bool = False
+    batch: int = 1
+
+
+def items(choice: Choice) -> list[Item]:
+    """The default set, filtered; with workloads named, every operator of theirs, or those named."""
+    if choice.workloads:
+        found = [
+            Item(op, name, norm_rope=choice.norm_rope)
+            for name in choice.workloads
+            for op in choice.ops or load()[name].ops
+        ]
+    else:
+        found = [item for item in DEFAULT if not choice.ops or item.op in choice.ops]
+        if choice.norm_rope:
+            found = [replace(item, norm_rope=True) for item in found if not item.norm_rope]
+    return [replace(i, modes=choice.modes or i.modes, dtypes=choice.dtypes or i.dtypes) for i in found]
+
+
+def jobs(found: Sequence[Item], device: str, budget: Budget, batch: int = 1) -> tuple[list[Job], list[Row]]:
+    """The jobs, and a row with its reason for every item that is none."""
+    made: list[Job] = []
+    impossible: list[Row] = []
+    for item in found:
+        limit = Budget(budget.flops * item.share, budget.bytes * item.share)
+        workload = load()[item.workload]
+        reason = JOBS[item.op].why_not(workload)
+        if reason is not None:
+            like = blank(make("modulate", workload, device=device))
+            impossible.append(
+                replace(like, op=item.op, provider="all", status="skipped", reason=reason, flops=None, bytes=None)
+            )
+            continue
+        for dtype in item.dtypes:
+            for mode in item.modes:
+                job = make(
+                    item.op,
+                    workload,
+                    mode=mode,
+                    dtype=DTYPES[dtype],
+                    device=device,
+                    norm_rope=item.norm_rope,
+                    batch=batch,
+                    budget=limit,
+                )
+                if job not in made:
+                    made.append(job)
+    return made, impossible

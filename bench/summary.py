@@ -1,0 +1,172 @@
+"""Rows as one line a job: vdcore beside the best peer. Tables, report and README are made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vdcore.bench.jobs import JOBS
+from vdcore.bench.machine import seconds_text
+from vdcore.bench.results import Row
+
+HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
+
+
+@dataclass
+class Line:
+    """The rows of one job.
+
+    Args:
+        ours: the backend that vdcore chooses by itself.
+        peers: measured rows of everybody else, fastest first.
+        others: rows that were not measured, each with its reason.
+    """
+
+    job: Row
+    ours: Row | None = None
+    copy: Row | None = None
+    peers: list[Row] = field(default_factory=list)
+    backends: list[Row] = field(default_factory=list)
+    others: list[Row] = field(default_factory=list)
+
+    @property
+    def best(self) -> Row | None:
+        return self.peers[0] if self.peers else None
+
+    @property
+    def naive(self) -> Row | None:
+        return next((row for row in self.peers if row.provider == "naive"), None)
+
+    @property
+    def speedup(self) -> float | None:
+        if self.ours is None or self.best is None or not self.ours.p50 or not self.best.p50:
+            return None
+        return self.best.p50 / self.ours.p50
+
+    @property
+    def noise(self) -> bool:
+        """Whether the intervals p20 to p80 of vdcore and of the best peer overlap."""
+        return self.ours is not None and self.best is not None and overlap(self.ours, self.best)
+
+    @property
+    def over_copy(self) -> float | None:
+        if self.ours is None or self.copy is None or not self.ours.p50 or not self.copy.p50:
+            return None
+        return self.ours.p50 / self.copy.p50
+
+
+def overlap(a: Row, b: Row) -> bool:
+    """Whether the intervals p20 to p80 share a point."""
+    if None in (a.p20, a.p80, b.p20, b.p80):
+        return True
+    return a.p20 <= b.p80 and b.p20 <= a.p80  # type: ignore[operator]
+
+
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """One line a job of the ``time`` rows, in the order in which they were measured."""
+    found: dict[tuple, Line] = {}
+    for row in rows:
+        profile = row.op not in JOBS or row.case.startswith("profile")
+        if row.metric not in ("time", "memory") or profile:
+            continue
+        sizes = tuple(sorted(row.shape.items()))
+        key = (row.op, row.case, row.workload, row.mode, row.dtype, row.device, row.threads, sizes)
+        line = found.setdefault(key, Line(row))
+        if row.status != "ok" or row.metric != "time" or row.p50 is None:
+            line.others.append(row)
+        elif row.provider == "copy":
+            if line.copy is None or row.p50 < (line.copy.p50 or 0):
+                line.copy = row
+        elif not row.provider.startswith("vdcore"):
+            line.peers.append(row)
+        elif row.variant == "auto":
+            line.ours = row
+        else:
+            line.backends.append(row)
+    for line in found.values():
+        line.peers.sort(key=lambda row: row.p50 or 0)
+    return list(found.values())
+
+
+def name_of(row: Row) -> str:
+    return f"{row.provider} {row.variant}".strip() if row.variant not in ("", "auto", "named") else row.provider
+
+
+def rate(row: Row) -> str:
+    """GB/s of the least traffic where memory is the limit, else TFLOP/s or GFLOP/s of the visible pairs."""
+    if not row.p50:
+        return ""
+    if JOBS[row.op].MEMORY_BOUND and row.bytes:
+        return f"{row.bytes / row.p50 / 1e9:.3g} GB/s"
+    if not row.flops:
+        return ""
+    speed = row.flops / row.p50
+    return f"{speed / 1e12:.3g} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.3g} GFLOP/s"
+
+
+def time_of(row: Row | None, spread: bool = False) -> str:
+    if row is None or row.p50 is None:
+        return "-"
+    text = seconds_text(row.p50)
+    if not spread or row.p20 is None or row.p80 is None or row.samples < 2:
+        return text
+    number, unit = text.split()
+    factor = float(number) / row.p50 if row.p50 else 0
+    return f"{number} {unit} ({row.p20 * factor:.3g}..{row.p80 * factor:.3g})"
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """One table row, as :data:`HEADER` names it."""
+    ours, best = line.ours, line.best
+    speedup = "-" if line.speedup is None else f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
+    return (
+        line.job.workload,
+        line.job.dtype,
+        line.job.mode,
+        f"{time_of(ours, spread=True)} {backend_of(ours)}".strip(),
+        f"{time_of(best, spread=True)} {name_of(best)}" if best else "-",
+        speedup,
+        time_of(line.naive),
+        rate(ours) if ours else "-",
+        "-" if line.over_copy is None else f"{line.over_copy:.2f}",
+        error_text(ours),
+    )
+
+
+def backend_of(row: Row | None) -> str:
+    return "" if row is None else row.provider.removeprefix("vdcore")
+
+
+def error_text(row: Row | None) -> str:
+    if row is None or row.error_ratio is None:
+        return "-"
+    return f"{row.error_ratio:.2f}" + ("" if row.error_ratio <= 1 else " !")
+
+
+def groups(found: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines by operator and case, in order: one table each."""
+    tables: dict[str, list[Line]] = {}
+    for line in found:
+        title = line.job.op + ("" if line.job.case == "plain" else f", {line.job.case}")
+        tables.setdefault(title, []).append(line)
+    return tables
+
+
+def absent(found: Sequence[Line]) -> dict[str, list[str]]:
+    """Why providers are missing: reason -> providers, each once."""
+    reasons: dict[str, list[str]] = {}
+    for line in found:
+        for row in line.others:
+            names = reasons.setdefault(f"{row.reason}" if row.status != "failed" else f"failed: {row.reason}", [])
+            name = name_of(row)
+            if name not in names:
+                names.append(name)
+    return reasons
+
+
+LEGEND = (
+    "time: median (p20..p80) of interleaved rounds; ~: the intervals overlap, the difference is noise. "
+    "rate: of the least traffic (every input and output moved once) where memory is the limit, else of the visible "
+    "pairs' products. time / copy: over copying the same bytes in existing memory. "
+    "error: over what the tolerance rule allows against float64, fine up to 1."
+)
