@@ -160,7 +160,7 @@ def parts(D: int) -> tuple[int, int]:
     """
     whole = max(power_of_2(D), 16)
     first = whole if whole == D or whole == 16 else whole // 2
-    second = max(power_of_2(D - first), 16) if D > first else 0
+    second = max(power_of_2(D - first), 16) if first < D else 0
     return (whole, 0) if first + second >= whole else (first, second)
 
 

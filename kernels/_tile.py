@@ -1,19 +1,20 @@
 """Tiles of rows in registers: how a row of D channels is split, loaded, normed, rotated and stored.
 
-A row is held as one or two power-of-two tiles, so that 72 channels cost 64 + 16 and not 128. Tile 0 holds the first C0
-channels in W0 places, tile 1 the other D - C0 in W1 places (W1 = 0: there is none, and tile 1 is tile 0 again).
-With a "half" rotary table channel r turns with channel r + R/2: then tile 0 holds the first and tile 1 the second of
-every pair, and turning is elementwise. Places beyond the channels hold 0.
+A row is held as one or two power-of-two tiles, so that 72 channels cost 64 + 16 and not 128: a tuple ``(x0,)`` or
+``(x0, x1)``. Tile 0 holds the first C0 channels in W0 places, tile 1 the other D - C0 in W1 places. With a "half"
+rotary table channel r turns with channel r + R/2: then tile 0 holds the first and tile 1 the second of every pair, and
+turning is elementwise. Places beyond the channels hold 0.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from vdcore.kernels._launch import parts, power_of_2, steps
 
-from vdcore.kernels._launch import parts, power_of_2
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -21,216 +22,291 @@ KINDS = {"rms": 1, "layer": 2}
 STYLES = {"interleaved": 1, "half": 2}
 
 
-class Split(NamedTuple):
-    """How a row is split; the constants that kernels take. R2: rotated pairs, HALF: R2 where tiles have two runs."""
+class Row(NamedTuple):
+    """How a row is split, a constant of kernels. HALF: rotated pairs, where tiles hold two runs of channels each."""
 
     D: int
     C0: int
     W0: int
-    W1: int
-    HALF: int
+    W1: int = 0
+    HALF: int = 0
 
-    def constants(self) -> dict[str, int]:
-        return {"D": self.D, "C0": self.C0, "W0": self.W0, "W1": self.W1, "HALF": self.HALF}
+    @property
+    def width(self) -> int:
+        return self.W0 + self.W1
 
 
-def split_row(D: int, rope: Rope | None = None) -> Split:
+def split_row(D: int, rope: Rope | None = None) -> Row:
     if rope is not None and rope.style == "half":
         R2 = rope.cos.shape[-1]
         C0 = R2 + (D - 2 * R2 + 1) // 2
         W = max(power_of_2(C0), 16)
-        return Split(D, C0, W, W, R2 if 2 * R2 < D else 0)
+        return Row(D, C0, W, W, R2 if 2 * R2 < D else 0)
     first, second = parts(D)
-    return Split(D, first if second else D, first, second, 0)
+    return Row(D, first if second else D, first, second)
 
 
-def norm_arguments(norm: QKNorm | None, role: str) -> tuple[tuple, dict[str, int]]:
-    """What a kernel takes for the norm of q or of k: ``(p_w, p_b, eps)`` and its constants."""
+class Rows(NamedTuple):
+    """A tensor ``(B, T, S, heads, D)``: its pointer, and its strides in steps of A elements."""
+
+    p: Any
+    b: Any
+    t: Any
+    s: Any
+    h: Any
+
+
+def rows(x: Tensor, A: int) -> Rows:
+    return Rows(x, *steps(x, A))
+
+
+class Norm(NamedTuple):
+    """Weight and bias ``(D,)``, or ``(heads*D,)`` over all heads, each or None."""
+
+    w: Any
+    b: Any
+    eps: Any
+
+
+def norm_arguments(norm: QKNorm | None, role: str) -> tuple[Norm, dict[str, int]]:
+    """What a kernel takes for the norm of q or of k, and its constants."""
     if norm is None:
-        return (None, None, 0.0), {"KIND": 0, "ALL": 0}
+        return Norm(None, None, 0.0), {"KIND": 0, "ALL": 0}
     weight, bias = (norm.q_weight, norm.q_bias) if role == "q" else (norm.k_weight, norm.k_bias)
     tensors = (None if x is None else x.contiguous() for x in (weight, bias))
-    return (*tensors, norm.eps), {"KIND": KINDS[norm.kind], "ALL": int(norm.over == "all")}
+    return Norm(*tensors, norm.eps), {"KIND": KINDS[norm.kind], "ALL": int(norm.over == "all")}
 
 
-def rope_arguments(rope: Rope | None) -> tuple[tuple, dict[str, int]]:
-    """What a kernel takes for a rotary table: ``(p_cos, p_sin, strides of both over frame, token, head)``, constants."""
+class Angles(NamedTuple):
+    """Tables of cosines and sines ``(F, S, heads, R/2)``, strides 0 where they do not vary."""
+
+    cos: Any
+    sin: Any
+    cf: Any
+    cs: Any
+    ch: Any
+    sf: Any
+    ss: Any
+    sh: Any
+
+
+def rope_arguments(rope: Rope | None) -> tuple[Angles, dict[str, int]]:
+    """What a kernel takes for a rotary table, and its constants."""
     if rope is None:
-        return (None, None, 0, 0, 0, 0, 0, 0), {"STYLE": 0, "R2": 0}
+        return Angles(None, None, 0, 0, 0, 0, 0, 0), {"STYLE": 0, "R2": 0}
     tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
     strides = [s if n > 1 else 0 for x in tables for n, s in zip(x.shape[:3], x.stride()[:3])]
-    return (*tables, *strides), {"STYLE": STYLES[rope.style], "R2": rope.cos.shape[-1]}
+    return Angles(*tables, *strides), {"STYLE": STYLES[rope.style], "R2": rope.cos.shape[-1]}
+
+
+# ---- Tiles, elementwise ----
 
 
 @triton.jit
-def places(W: tl.constexpr, FIRST: tl.constexpr, JUMP: tl.constexpr, HALF: tl.constexpr):
-    """Channels of a tile: FIRST + place; JUMP more from place HALF on, where HALF is given."""
-    o = tl.arange(0, W)
-    if HALF > 0:
-        o += tl.where(o < HALF, 0, JUMP)
-    return FIRST + o
+def to(x, dtype: tl.constexpr):
+    if len(x) > 1:
+        return x[0].to(dtype), x[1].to(dtype)
+    else:
+        return (x[0].to(dtype),)
 
 
 @triton.jit
-def load_rows(
-    p, o_row, m_row, D: tl.constexpr, C0: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, HALF: tl.constexpr
-):
-    """Tiles [..., W0] and [..., W1] of the rows at offsets o_row [...]; 0 where m_row [...] is false."""
-    o_row = tl.expand_dims(o_row, -1)
-    m_row = tl.expand_dims(m_row, -1)
-    m0 = m_row
-    if C0 < W0:
-        m0 = m_row & (tl.arange(0, W0) < C0)
-    x0 = tl.load(p + (o_row + places(W0, 0, HALF, HALF)), mask=m0, other=0.0)
-    x1 = x0
-    if W1 > 0:
-        m1 = m_row
-        if D - C0 < W1:
-            m1 = m_row & (tl.arange(0, W1) < D - C0)
-        # In two runs: places below HALF hold the partners [HALF, 2 HALF), the others follow tile 0's last channel.
-        first: tl.constexpr = HALF if HALF > 0 else C0
-        x1 = tl.load(p + (o_row + places(W1, first, C0 - HALF, HALF)), mask=m1, other=0.0)
-    return x0, x1
+def add(a, b):
+    if len(a) > 1:
+        return a[0] + b[0], a[1] + b[1]
+    else:
+        return (a[0] + b[0],)
 
 
 @triton.jit
-def store_rows(
-    p, o_row, m_row, x0, x1, D: tl.constexpr, C0: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, HALF: tl.constexpr
-):
-    """Stores what load_rows loads, in p's dtype."""
-    o_row = tl.expand_dims(o_row, -1)
-    m_row = tl.expand_dims(m_row, -1)
-    m0 = m_row
-    if C0 < W0:
-        m0 = m_row & (tl.arange(0, W0) < C0)
-    tl.store(p + (o_row + places(W0, 0, HALF, HALF)), x0.to(p.dtype.element_ty), mask=m0)
-    if W1 > 0:
-        m1 = m_row
-        if D - C0 < W1:
-            m1 = m_row & (tl.arange(0, W1) < D - C0)
-        first: tl.constexpr = HALF if HALF > 0 else C0
-        tl.store(p + (o_row + places(W1, first, C0 - HALF, HALF)), x1.to(p.dtype.element_ty), mask=m1)
+def mul(a, b):
+    if len(a) > 1:
+        return a[0] * b[0], a[1] * b[1]
+    else:
+        return (a[0] * b[0],)
 
 
 @triton.jit
-def row_sum(x0, x1, W1: tl.constexpr, ALL: tl.constexpr):
+def scale(a, factor):
+    """Every row times its factor [..., 1], or all times one."""
+    if len(a) > 1:
+        return a[0] * factor, a[1] * factor
+    else:
+        return (a[0] * factor,)
+
+
+@triton.jit
+def filled(N: tl.constexpr, value, ROW: tl.constexpr):
+    """Tiles [N, W] of one value."""
+    if ROW.W1 > 0:
+        return tl.full([N, ROW.W0], value, tl.float32), tl.full([N, ROW.W1], value, tl.float32)
+    else:
+        return (tl.full([N, ROW.W0], value, tl.float32),)
+
+
+@triton.jit
+def column_sum(x):
+    """[N, W] -> [1, W]."""
+    if len(x) > 1:
+        return tl.sum(x[0], 0, keep_dims=True), tl.sum(x[1], 0, keep_dims=True)
+    else:
+        return (tl.sum(x[0], 0, keep_dims=True),)
+
+
+@triton.jit
+def row_sum(x, ALL: tl.constexpr):
     """[..., 1]: sums over channels; with ALL also over axis 0, the heads of one token: [1, 1]."""
-    axis: tl.constexpr = len(x0.shape) - 1
-    total = tl.sum(x0, axis, keep_dims=True)
-    if W1 > 0:
-        total += tl.sum(x1, axis, keep_dims=True)
+    axis: tl.constexpr = len(x[0].shape) - 1
+    total = tl.sum(x[0], axis, keep_dims=True)
+    if len(x) > 1:
+        total += tl.sum(x[1], axis, keep_dims=True)
     if ALL:
         total = tl.sum(total, 0, keep_dims=True)
     return total
 
 
+# ---- Memory ----
+
+
 @triton.jit
-def center(x0, x1, mean, m_row, D: tl.constexpr, C0: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
-    """Rows minus their mean [..., 1]; places that hold no channel, and rows where m_row [...] is false, stay 0."""
-    m_row = tl.expand_dims(m_row, -1)
-    x0 = tl.where(m_row & (tl.arange(0, W0) < C0), x0 - mean, 0.0)
-    if W1 > 0:
-        x1 = tl.where(m_row & (tl.arange(0, W1) < D - C0), x1 - mean, 0.0)
+def _channels_0(ROW: tl.constexpr):
+    o = tl.arange(0, ROW.W0)
+    if ROW.HALF > 0:
+        o += tl.where(o < ROW.HALF, 0, ROW.HALF)
+    return o
+
+
+@triton.jit
+def _channels_1(ROW: tl.constexpr):
+    # In two runs: places below HALF hold the partners [HALF, 2 HALF), the others follow tile 0's last channel.
+    o = tl.arange(0, ROW.W1)
+    if ROW.HALF > 0:
+        return o + tl.where(o < ROW.HALF, ROW.HALF, ROW.C0)
     else:
-        x1 = x0
-    return x0, x1
+        return o + ROW.C0
 
 
 @triton.jit
-def standardize(
-    x0,
-    x1,
-    m_row,
-    count,
-    eps,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    KIND: tl.constexpr,
-    ALL: tl.constexpr,
-):
+def _mask_0(m_row, ROW: tl.constexpr):
+    m = tl.expand_dims(m_row, -1)
+    if ROW.C0 < ROW.W0:
+        m = m & (tl.arange(0, ROW.W0) < ROW.C0)
+    return m
+
+
+@triton.jit
+def _mask_1(m_row, ROW: tl.constexpr):
+    m = tl.expand_dims(m_row, -1)
+    if ROW.D - ROW.C0 < ROW.W1:
+        m = m & (tl.arange(0, ROW.W1) < ROW.D - ROW.C0)
+    return m
+
+
+@triton.jit
+def load_rows(p, o_row, m_row, ROW: tl.constexpr):
+    """Tiles [..., W] of the rows at offsets o_row [...]; 0 where m_row [...] is false."""
+    o = tl.expand_dims(o_row, -1)
+    x0 = tl.load(p + (o + _channels_0(ROW)), mask=_mask_0(m_row, ROW), other=0.0)
+    if ROW.W1 > 0:
+        return x0, tl.load(p + (o + _channels_1(ROW)), mask=_mask_1(m_row, ROW), other=0.0)
+    else:
+        return (x0,)
+
+
+@triton.jit
+def store_rows(p, o_row, m_row, x, ROW: tl.constexpr):
+    """Stores what load_rows loads, in p's dtype."""
+    o = tl.expand_dims(o_row, -1)
+    tl.store(p + (o + _channels_0(ROW)), x[0].to(p.dtype.element_ty), mask=_mask_0(m_row, ROW))
+    if ROW.W1 > 0:
+        tl.store(p + (o + _channels_1(ROW)), x[1].to(p.dtype.element_ty), mask=_mask_1(m_row, ROW))
+
+
+# ---- Norm ----
+
+
+@triton.jit
+def center(x, mean, m_row, ROW: tl.constexpr):
+    """Rows minus their mean [..., 1]; places that hold no channel, and rows where m_row [...] is false, stay 0."""
+    m = tl.expand_dims(m_row, -1)
+    x0 = tl.where(m & (tl.arange(0, ROW.W0) < ROW.C0), x[0] - mean, 0.0)
+    if ROW.W1 > 0:
+        return x0, tl.where(m & (tl.arange(0, ROW.W1) < ROW.D - ROW.C0), x[1] - mean, 0.0)
+    else:
+        return (x0,)
+
+
+@triton.jit
+def standardize(x, m_row, count, eps, ROW: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr):
     """float32 rows over their root mean square (KIND 1) or, centred, over their deviation (2); and 1 over that."""
     if KIND == 2:
-        mean = row_sum(x0, x1, W1, ALL) / count
-        x0, x1 = center(x0, x1, mean, m_row, D, C0, W0, W1)
-    rstd = tl.rsqrt(row_sum(x0 * x0, x1 * x1, W1, ALL) / count + eps)
-    return x0 * rstd, x1 * rstd, rstd
+        x = center(x, row_sum(x, ALL) / count, m_row, ROW)
+    rstd = tl.rsqrt(row_sum(mul(x, x), ALL) / count + eps)
+    return scale(x, rstd), rstd
 
 
 @triton.jit
-def standardize_backward(
-    g0,
-    g1,
-    h0,
-    h1,
-    rstd,
-    m_row,
-    count,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    KIND: tl.constexpr,
-    ALL: tl.constexpr,
-):
+def standardize_backward(g, h, rstd, m_row, count, ROW: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr):
     """From the gradient g of standardized rows h to that of the rows."""
-    dot = row_sum(g0 * h0, g1 * h1, W1, ALL) / count
+    dot = row_sum(mul(g, h), ALL) / count
     if KIND == 2:
-        mean = row_sum(g0, g1, W1, ALL) / count
-        g0, g1 = center(g0, g1, mean, m_row, D, C0, W0, W1)
-    return (g0 - h0 * dot) * rstd, (g1 - h1 * dot) * rstd
+        g = center(g, row_sum(g, ALL) / count, m_row, ROW)
+    return scale(add(g, scale(h, -dot)), rstd)
 
 
 @triton.jit
-def load_weight(p, o_row, D: tl.constexpr, C0: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, HALF: tl.constexpr):
-    """A norm's weight or bias as float32 tiles, at row offsets o_row [...]."""
-    w0, w1 = load_rows(p, o_row, o_row >= 0, D, C0, W0, W1, HALF)
-    return w0.to(tl.float32), w1.to(tl.float32)
+def affine(x, norm, o_row, m_row, ROW: tl.constexpr):
+    """Rows times the norm's weight, plus its bias; o_row, m_row: where the rows' weights are."""
+    if norm.w is not None:
+        x = mul(x, to(load_rows(norm.w, o_row, m_row, ROW), tl.float32))
+    if norm.b is not None:
+        x = add(x, to(load_rows(norm.b, o_row, m_row, ROW), tl.float32))
+    return x
+
+
+# ---- Rope ----
 
 
 @triton.jit
-def load_angles(
-    p, o_row, m_row, REST, C0: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr
-):
-    """float32 table rows for both tiles; pairs and rows that do not turn get REST (1 for cos, 0 for sin)."""
-    o_row = tl.expand_dims(o_row, -1)
-    m_row = tl.expand_dims(m_row, -1)
-    W: tl.constexpr = W0 if STYLE == 2 else W0 // 2
-    r = tl.arange(0, W)
-    c0 = tl.load(p + (o_row + r), mask=(r < R2) & m_row, other=REST).to(tl.float32)
-    c1 = c0
-    if STYLE == 1 and W1 > 0:
-        r = C0 // 2 + tl.arange(0, W1 // 2)
-        c1 = tl.load(p + (o_row + r), mask=(r < R2) & m_row, other=REST).to(tl.float32)
-    return c0, c1
+def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr):
+    """float32 table rows for the tiles; pairs and rows that do not turn get REST (1 for cos, 0 for sin)."""
+    o = tl.expand_dims(o_row, -1)
+    m = tl.expand_dims(m_row, -1)
+    if STYLE == 2:
+        r = tl.arange(0, ROW.W0)
+        return (tl.load(p + (o + r), mask=m & (r < R2), other=REST).to(tl.float32),)
+    elif ROW.W1 > 0:
+        r = tl.arange(0, ROW.W0 // 2)
+        r1 = ROW.C0 // 2 + tl.arange(0, ROW.W1 // 2)
+        x0 = tl.load(p + (o + r), mask=m & (r < R2), other=REST).to(tl.float32)
+        return x0, tl.load(p + (o + r1), mask=m & (r1 < R2), other=REST).to(tl.float32)
+    else:
+        r = tl.arange(0, ROW.W0 // 2)
+        return (tl.load(p + (o + r), mask=m & (r < R2), other=REST).to(tl.float32),)
 
 
 @triton.jit
-def pairs(x):
-    """[..., W] -> the first and the second of neighbours, [..., W/2] each."""
-    W: tl.constexpr = x.shape[len(x.shape) - 1]
+def neighbours(x):
+    """[..., W] -> the first and the second of every pair, [..., W/2] each."""
     if len(x.shape) == 3:
-        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], W // 2, 2)))
-    return tl.split(tl.reshape(x, (x.shape[0], W // 2, 2)))
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+    else:
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
-def turn(x, cos, sin):
+def _turn(x, cos, sin):
     """Neighbours (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = pairs(x)
+    a, b = neighbours(x)
     return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
 
 
 @triton.jit
-def rotate(x0, x1, c0, c1, s0, s1, W1: tl.constexpr, STYLE: tl.constexpr):
-    """Both tiles turned; by the negative angle with -sin."""
+def rotate(x, cos, sin, STYLE: tl.constexpr):
+    """Rows turned; by the negative angle with -sin."""
     if STYLE == 2:
-        y0 = x0 * c0 - x1 * s0
-        y1 = x1 * c0 + x0 * s0
+        return x[0] * cos[0] - x[1] * sin[0], x[1] * cos[0] + x[0] * sin[0]
+    elif len(x) > 1:
+        return _turn(x[0], cos[0], sin[0]), _turn(x[1], cos[1], sin[1])
     else:
-        y0 = turn(x0, c0, s0)
-        y1 = y0
-        if W1 > 0:
-            y1 = turn(x1, c1, s1)
-    return y0, y1
+        return (_turn(x[0], cos[0], sin[0]),)

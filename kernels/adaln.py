@@ -12,17 +12,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2
 from vdcore.kernels._tile import (
     KINDS,
-    Split,
+    Norm,
+    Row,
+    Rows,
+    add,
+    affine,
+    column_sum,
+    filled,
     load_rows,
-    load_weight,
+    mul,
     split_row,
     standardize,
     standardize_backward,
     store_rows,
+    to,
 )
 
 
@@ -57,287 +63,196 @@ BACKWARD_ROWS = (
 MAX_CHANNELS = 16384
 
 
-@dataclass(frozen=True)
-class Table:
-    """A shift, scale or gate: ``(B, C)``, ``(B, T, C)`` or ``(B, T, S, C)``, and how rows find theirs."""
-
-    x: Tensor
-    strides: tuple[int, int, int]
-    per_token: int
-
-    @staticmethod
-    def of(x: Tensor) -> Table:
-        s = x.stride()
-        strides = (s[0], s[1] if x.ndim > 2 else 0, s[2] if x.ndim > 3 else 0)
-        return Table(x, strides, int(x.ndim == 4))
-
-
-def _rows(config: RowConfig, split: Split) -> int:
-    return max(power_of_2(config.values // (split.W0 + split.W1) + 1) // 2, 1)
+@triton.jit
+def table_rows(table, i_b, i_t, o_s, m_s, ROW: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """A shift, scale or gate for rows of a frame in float32: [BR, W], or [1, W] where tokens share it."""
+    p = table.p + i_b * table.b + i_t * table.t
+    if PER_TOKEN:
+        return to(load_rows(p, o_s * table.s, m_s, ROW), tl.float32)
+    else:
+        return to(load_rows(p, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW), tl.float32)
 
 
 @triton.jit
+def frame_rows(i, T, S, rows):
+    """Sample and frame of the i-th of all frames' blocks of ``rows`` rows, and its first row."""
+    blocks = tl.cdiv(S, rows)
+    i_bt = (i // blocks).to(tl.int64)
+    return i_bt // T, i_bt % T, (i % blocks) * rows
+
+
+@triton.jit(do_not_specialize=["T", "S"])
 def modulate_fwd_kernel(
-    p_x,  # (B, T, S, C)
+    x,  # Rows (B, T, S, C)
     p_y,  # (B, T, S, C), contiguous
-    p_w,  # (C,) or None
-    p_b,
-    p_shift,
-    p_scale,
-    s_xb,
-    s_xt,
-    s_xs,
-    s_fb,  # of shift over samples, frames, tokens; 0 where it does not vary
-    s_ft,
-    s_fs,
-    s_cb,  # of scale
-    s_ct,
-    s_cs,
+    norm,
+    shift,  # Rows, strides 0 where it does not vary
+    mult,
     T,
     S,
-    eps,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     BR: tl.constexpr,  # rows
     KIND: tl.constexpr,
     SHIFT_ROWS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
 ):
-    blocks = tl.cdiv(S, BR)
-    i_bt = (tl.program_id(0) // blocks).to(tl.int64)
-    i_b = i_bt // T
-    i_t = i_bt % T
-    o_s = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    i_b, i_t, first = frame_rows(tl.program_id(0), T, S, BR)
+    o_s = first + tl.arange(0, BR)
     m_s = o_s < S
     o_s = o_s.to(tl.int64)
-
-    x0, x1 = load_rows(p_x + i_b * s_xb + i_t * s_xt, o_s * s_xs, m_s, D, C0, W0, W1, HALF)  # [BR, W]
-    o_f = (o_s if SHIFT_ROWS else tl.arange(0, 1)) * s_fs
-    o_c = (o_s if SCALE_ROWS else tl.arange(0, 1)) * s_cs
-    m_f = m_s if SHIFT_ROWS else tl.arange(0, 1) < 1
-    m_c = m_s if SCALE_ROWS else tl.arange(0, 1) < 1
-    f0, f1 = load_rows(p_shift + i_b * s_fb + i_t * s_ft, o_f, m_f, D, C0, W0, W1, HALF)  # [BR or 1, W]
-    c0, c1 = load_rows(p_scale + i_b * s_cb + i_t * s_ct, o_c, m_c, D, C0, W0, W1, HALF)
-
-    y0, y1, _ = standardize(x0.to(tl.float32), x1.to(tl.float32), m_s, D, eps, D, C0, W0, W1, KIND, 0)
-    if p_w is not None:
-        w0, w1 = load_weight(p_w, tl.arange(0, 1), D, C0, W0, W1, HALF)
-        y0 *= w0
-        y1 *= w1
-    if p_b is not None:
-        b0, b1 = load_weight(p_b, tl.arange(0, 1), D, C0, W0, W1, HALF)
-        y0 += b0
-        y1 += b1
-    y0 = y0 * (1 + c0.to(tl.float32)) + f0.to(tl.float32)
-    y1 = y1 * (1 + c1.to(tl.float32)) + f1.to(tl.float32)
-    store_rows(p_y + i_bt * S * D, o_s * D, m_s, y0, y1, D, C0, W0, W1, HALF)
+    b_x = load_rows(x.p + i_b * x.b + i_t * x.t, o_s * x.s, m_s, ROW)  # [BR, W]
+    b_f = table_rows(shift, i_b, i_t, o_s, m_s, ROW, SHIFT_ROWS)  # [BR or 1, W]
+    b_c = table_rows(mult, i_b, i_t, o_s, m_s, ROW, SCALE_ROWS)
+    b_y, _ = standardize(to(b_x, tl.float32), m_s, ROW.D, norm.eps, ROW, KIND, 0)
+    b_y = affine(b_y, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
+    b_y = add(add(b_y, mul(b_y, b_c)), b_f)
+    store_rows(p_y, ((i_b * T + i_t) * S + o_s) * ROW.D, m_s, b_y, ROW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "rows"])
 def modulate_bwd_kernel(
-    p_x,
-    p_dy,
-    p_w,
-    p_b,
-    p_scale,
-    p_dx,  # (B, T, S, C), contiguous
+    x,
+    dy,
+    norm,
+    mult,
+    p_dx,  # (B, T, S, C), contiguous, or None
     p_dshift,  # partial sums (B*T, chunks, C), float32; rows (B, T, S, C) with SHIFT_ROWS; None: not wanted
     p_dscale,
     p_dw,  # partial sums (B*T, chunks, C), float32, or None
     p_db,
-    s_xb,
-    s_xt,
-    s_xs,
-    s_yb,
-    s_yt,
-    s_ys,
-    s_cb,
-    s_ct,
-    s_cs,
     T,
     S,
-    chunks,
     rows,  # of a chunk, a multiple of BR
-    eps,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     BR: tl.constexpr,
     KIND: tl.constexpr,
     SHIFT_ROWS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
 ):
-    i_bt = (tl.program_id(0) // chunks).to(tl.int64)
-    i_b = i_bt // T
-    i_t = i_bt % T
-    first = (tl.program_id(0) % chunks) * rows
-    # n = h w + b, y = n (1 + scale) + shift, with h the standardized row.
-    w0 = tl.full([1, W0], 1.0, tl.float32)
-    w1 = tl.full([1, W1 if W1 > 0 else W0], 1.0, tl.float32)
-    if p_w is not None:
-        w0, w1 = load_weight(p_w, tl.arange(0, 1), D, C0, W0, W1, HALF)
-    b0, b1 = w0 * 0, w1 * 0
-    if p_b is not None:
-        b0, b1 = load_weight(p_b, tl.arange(0, 1), D, C0, W0, W1, HALF)
-    f0, f1 = w0 * 0, w1 * 0  # sums of shift, scale, weight and bias, [1, W]
-    c0, c1 = f0, f1
-    dw0, dw1 = f0, f1
-    db0, db1 = f0, f1
+    i_b, i_t, first = frame_rows(tl.program_id(0), T, S, rows)
+    o_w, m_w = tl.arange(0, 1), tl.full([1], 1, tl.int1)
+    # n = h w + b and y = n (1 + scale) + shift, with h the standardized row.
+    b_w = filled(1, 1.0, ROW)
+    if norm.w is not None:
+        b_w = to(load_rows(norm.w, o_w, m_w, ROW), tl.float32)
+    b_dshift = filled(1, 0.0, ROW)
+    b_dscale, b_dw, b_db = b_dshift, b_dshift, b_dshift
     for i in range(0, rows, BR):
         o_s = first + i + tl.arange(0, BR)
         m_s = o_s < S
         o_s = o_s.to(tl.int64)
-        x0, x1 = load_rows(p_x + i_b * s_xb + i_t * s_xt, o_s * s_xs, m_s, D, C0, W0, W1, HALF)  # [BR, W]
-        g0, g1 = load_rows(p_dy + i_b * s_yb + i_t * s_yt, o_s * s_ys, m_s, D, C0, W0, W1, HALF)
-        o_c = (o_s if SCALE_ROWS else tl.arange(0, 1)) * s_cs
-        m_c = m_s if SCALE_ROWS else tl.arange(0, 1) < 1
-        a0, a1 = load_rows(p_scale + i_b * s_cb + i_t * s_ct, o_c, m_c, D, C0, W0, W1, HALF)
-        h0, h1, rstd = standardize(x0.to(tl.float32), x1.to(tl.float32), m_s, D, eps, D, C0, W0, W1, KIND, 0)
-        g0, g1 = g0.to(tl.float32), g1.to(tl.float32)
-        o_y = i_bt * S * D + o_s * D
+        b_x = to(load_rows(x.p + i_b * x.b + i_t * x.t, o_s * x.s, m_s, ROW), tl.float32)  # [BR, W]
+        b_g = to(load_rows(dy.p + i_b * dy.b + i_t * dy.t, o_s * dy.s, m_s, ROW), tl.float32)
+        b_c = table_rows(mult, i_b, i_t, o_s, m_s, ROW, SCALE_ROWS)
+        b_h, rstd = standardize(b_x, m_s, ROW.D, norm.eps, ROW, KIND, 0)
+        o_y = ((i_b * T + i_t) * S + o_s) * ROW.D
         if p_dshift is not None:
             if SHIFT_ROWS:
-                store_rows(p_dshift, o_y, m_s, g0, g1, D, C0, W0, W1, HALF)
+                store_rows(p_dshift, o_y, m_s, b_g, ROW)
             else:
-                f0 += tl.sum(g0, 0, keep_dims=True)
-                f1 += tl.sum(g1, 0, keep_dims=True)
+                b_dshift = add(b_dshift, column_sum(b_g))
         if p_dscale is not None:
-            d0, d1 = g0 * (h0 * w0 + b0), g1 * (h1 * w1 + b1)
+            b_d = mul(b_g, affine(b_h, norm, o_w, m_w, ROW))
             if SCALE_ROWS:
-                store_rows(p_dscale, o_y, m_s, d0, d1, D, C0, W0, W1, HALF)
+                store_rows(p_dscale, o_y, m_s, b_d, ROW)
             else:
-                c0 += tl.sum(d0, 0, keep_dims=True)
-                c1 += tl.sum(d1, 0, keep_dims=True)
-        g0 *= 1 + a0.to(tl.float32)
-        g1 *= 1 + a1.to(tl.float32)
+                b_dscale = add(b_dscale, column_sum(b_d))
+        b_g = add(b_g, mul(b_g, b_c))
         if p_dw is not None:
-            dw0 += tl.sum(g0 * h0, 0, keep_dims=True)
-            dw1 += tl.sum(g1 * h1, 0, keep_dims=True)
+            b_dw = add(b_dw, column_sum(mul(b_g, b_h)))
         if p_db is not None:
-            db0 += tl.sum(g0, 0, keep_dims=True)
-            db1 += tl.sum(g1, 0, keep_dims=True)
+            b_db = add(b_db, column_sum(b_g))
         if p_dx is not None:
-            x0, x1 = standardize_backward(g0 * w0, g1 * w1, h0, h1, rstd, m_s, D, D, C0, W0, W1, KIND, 0)
-            store_rows(p_dx, o_y, m_s, x0, x1, D, C0, W0, W1, HALF)
-    o_p = tl.program_id(0).to(tl.int64) * D + tl.arange(0, 1)
-    m_p = o_p >= 0
+            b_g = standardize_backward(mul(b_g, b_w), b_h, rstd, m_s, ROW.D, ROW, KIND, 0)
+            store_rows(p_dx, o_y, m_s, b_g, ROW)
+    o_p = tl.program_id(0).to(tl.int64) * ROW.D + o_w
     if p_dshift is not None and not SHIFT_ROWS:
-        store_rows(p_dshift, o_p, m_p, f0, f1, D, C0, W0, W1, HALF)
+        store_rows(p_dshift, o_p, m_w, b_dshift, ROW)
     if p_dscale is not None and not SCALE_ROWS:
-        store_rows(p_dscale, o_p, m_p, c0, c1, D, C0, W0, W1, HALF)
+        store_rows(p_dscale, o_p, m_w, b_dscale, ROW)
     if p_dw is not None:
-        store_rows(p_dw, o_p, m_p, dw0, dw1, D, C0, W0, W1, HALF)
+        store_rows(p_dw, o_p, m_w, b_dw, ROW)
     if p_db is not None:
-        store_rows(p_db, o_p, m_p, db0, db1, D, C0, W0, W1, HALF)
+        store_rows(p_db, o_p, m_w, b_db, ROW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def gate_residual_fwd_kernel(
-    p_r,  # (B, T, S, C)
-    p_x,
-    p_g,
+    residual,  # Rows (B, T, S, C)
+    x,
+    gate,  # Rows, strides 0 where it does not vary
     p_y,  # (B, T, S, C), contiguous
-    s_rb,
-    s_rt,
-    s_rs,
-    s_xb,
-    s_xt,
-    s_xs,
-    s_gb,
-    s_gt,
-    s_gs,
     T,
     S,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     BR: tl.constexpr,
     GATE_ROWS: tl.constexpr,
 ):
-    blocks = tl.cdiv(S, BR)
-    i_bt = (tl.program_id(0) // blocks).to(tl.int64)
-    i_b = i_bt // T
-    i_t = i_bt % T
-    o_s = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    i_b, i_t, first = frame_rows(tl.program_id(0), T, S, BR)
+    o_s = first + tl.arange(0, BR)
     m_s = o_s < S
     o_s = o_s.to(tl.int64)
-    r0, r1 = load_rows(p_r + i_b * s_rb + i_t * s_rt, o_s * s_rs, m_s, D, C0, W0, W1, HALF)  # [BR, W]
-    x0, x1 = load_rows(p_x + i_b * s_xb + i_t * s_xt, o_s * s_xs, m_s, D, C0, W0, W1, HALF)
-    o_g = (o_s if GATE_ROWS else tl.arange(0, 1)) * s_gs
-    m_g = m_s if GATE_ROWS else tl.arange(0, 1) < 1
-    g0, g1 = load_rows(p_g + i_b * s_gb + i_t * s_gt, o_g, m_g, D, C0, W0, W1, HALF)  # [BR or 1, W]
-    y0 = r0.to(tl.float32) + g0.to(tl.float32) * x0.to(tl.float32)
-    y1 = r1.to(tl.float32) + g1.to(tl.float32) * x1.to(tl.float32)
-    store_rows(p_y + i_bt * S * D, o_s * D, m_s, y0, y1, D, C0, W0, W1, HALF)
+    b_r = load_rows(residual.p + i_b * residual.b + i_t * residual.t, o_s * residual.s, m_s, ROW)  # [BR, W]
+    b_x = load_rows(x.p + i_b * x.b + i_t * x.t, o_s * x.s, m_s, ROW)
+    b_g = table_rows(gate, i_b, i_t, o_s, m_s, ROW, GATE_ROWS)  # [BR or 1, W]
+    b_y = add(to(b_r, tl.float32), mul(to(b_x, tl.float32), b_g))
+    store_rows(p_y, ((i_b * T + i_t) * S + o_s) * ROW.D, m_s, b_y, ROW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "rows"])
 def gate_residual_bwd_kernel(
-    p_x,
-    p_g,
-    p_dy,
+    x,
+    gate,
+    dy,
     p_dr,  # (B, T, S, C), contiguous, or None
     p_dx,
     p_dg,  # partial sums (B*T, chunks, C), float32; rows (B, T, S, C) with GATE_ROWS; None: not wanted
-    s_xb,
-    s_xt,
-    s_xs,
-    s_gb,
-    s_gt,
-    s_gs,
-    s_yb,
-    s_yt,
-    s_ys,
     T,
     S,
-    chunks,
-    rows,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    rows,  # of a chunk, a multiple of BR
+    ROW: tl.constexpr,
     BR: tl.constexpr,
     GATE_ROWS: tl.constexpr,
 ):
-    i_bt = (tl.program_id(0) // chunks).to(tl.int64)
-    i_b = i_bt // T
-    i_t = i_bt % T
-    first = (tl.program_id(0) % chunks) * rows
-    sum0 = tl.zeros([1, W0], tl.float32)
-    sum1 = tl.zeros([1, W1 if W1 > 0 else W0], tl.float32)
+    i_b, i_t, first = frame_rows(tl.program_id(0), T, S, rows)
+    b_sum = filled(1, 0.0, ROW)
     for i in range(0, rows, BR):
         o_s = first + i + tl.arange(0, BR)
         m_s = o_s < S
         o_s = o_s.to(tl.int64)
-        d0, d1 = load_rows(p_dy + i_b * s_yb + i_t * s_yt, o_s * s_ys, m_s, D, C0, W0, W1, HALF)  # [BR, W]
-        o_y = i_bt * S * D + o_s * D
+        b_d = load_rows(dy.p + i_b * dy.b + i_t * dy.t, o_s * dy.s, m_s, ROW)  # [BR, W]
+        o_y = ((i_b * T + i_t) * S + o_s) * ROW.D
         if p_dr is not None:
-            store_rows(p_dr, o_y, m_s, d0, d1, D, C0, W0, W1, HALF)
-        d0, d1 = d0.to(tl.float32), d1.to(tl.float32)
+            store_rows(p_dr, o_y, m_s, b_d, ROW)
+        b_d = to(b_d, tl.float32)
         if p_dx is not None:
-            o_g = (o_s if GATE_ROWS else tl.arange(0, 1)) * s_gs
-            m_g = m_s if GATE_ROWS else tl.arange(0, 1) < 1
-            g0, g1 = load_rows(p_g + i_b * s_gb + i_t * s_gt, o_g, m_g, D, C0, W0, W1, HALF)
-            store_rows(p_dx, o_y, m_s, g0.to(tl.float32) * d0, g1.to(tl.float32) * d1, D, C0, W0, W1, HALF)
+            store_rows(p_dx, o_y, m_s, mul(b_d, table_rows(gate, i_b, i_t, o_s, m_s, ROW, GATE_ROWS)), ROW)
         if p_dg is not None:
-            x0, x1 = load_rows(p_x + i_b * s_xb + i_t * s_xt, o_s * s_xs, m_s, D, C0, W0, W1, HALF)
-            x0, x1 = x0.to(tl.float32) * d0, x1.to(tl.float32) * d1
+            b_x = load_rows(x.p + i_b * x.b + i_t * x.t, o_s * x.s, m_s, ROW)
+            b_d = mul(b_d, to(b_x, tl.float32))
             if GATE_ROWS:
-                store_rows(p_dg, o_y, m_s, x0, x1, D, C0, W0, W1, HALF)
+                store_rows(p_dg, o_y, m_s, b_d, ROW)
             else:
-                sum0 += tl.sum(x0, 0, keep_dims=True)
-                sum1 += tl.sum(x1, 0, keep_dims=True)
+                b_sum = add(b_sum, column_sum(b_d))
     if p_dg is not None and not GATE_ROWS:
-        o_p = tl.program_id(0).to(tl.int64) * D + tl.arange(0, 1)
-        store_rows(p_dg, o_p, o_p >= 0, sum0, sum1, D, C0, W0, W1, HALF)
+        o_p = tl.program_id(0).to(tl.int64) * ROW.D + tl.arange(0, 1)
+        store_rows(p_dg, o_p, o_p >= 0, b_sum, ROW)
+
+
+def _table(x: Tensor) -> Rows:
+    """A shift, scale or gate ``(B, C)``, ``(B, T, C)`` or ``(B, T, S, C)`` as rows of every token."""
+    s = x.stride()
+    return Rows(x, s[0], s[1] if x.ndim > 2 else 0, s[2] if x.ndim > 3 else 0, 0)
+
+
+def _rows(x: Tensor) -> Rows:
+    return Rows(x, *x.stride()[:3], 0)
+
+
+def _config(table: tuple[RowConfig, ...], x: Tensor, row: Row) -> tuple[RowConfig, int]:
+    """Config and rows a program."""
+    config = pick(table, arch_of(x), lambda c: c.values >= row.width)
+    return config, min(max(power_of_2(config.values // row.width + 1) // 2, 1), power_of_2(x.shape[2]))
 
 
 def modulate_forward(
@@ -348,21 +263,20 @@ def modulate_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    split, f, c = split_row(C), Table.of(shift), Table.of(scale)
-    config = pick(ROWS, arch_of(x), lambda row: row.values >= split.W0 + split.W1)
-    BR = min(_rows(config, split), power_of_2(S))
-    weights = [None if w is None else w.contiguous() for w in (weight, bias)]
+    row = split_row(C)
+    config, BR = _config(ROWS, x, row)
+    norm = Norm(*(None if w is None else w.contiguous() for w in (weight, bias)), eps)
     launch(
         modulate_fwd_kernel,
         B * T * cdiv(S, BR),
         x,
         config,
-        *(x, y, *weights, shift, scale, *x.stride()[:3], *f.strides, *c.strides, T, S, eps),
-        **split.constants(),
+        *(_rows(x), y, norm, _table(shift), _table(scale), T, S),
+        ROW=row,
         BR=BR,
         KIND=KINDS[kind],
-        SHIFT_ROWS=f.per_token,
-        SCALE_ROWS=c.per_token,
+        SHIFT_ROWS=shift.ndim == 4,
+        SCALE_ROWS=scale.ndim == 4,
     )
     return y
 
@@ -408,9 +322,8 @@ def modulate_backward(
     tensors = {name: t for name, t in given.items() if name in wanted and t is not None}
     if not x.numel():
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=x.device) for name, t in tensors.items()}
-    split, f, c = split_row(C), Table.of(shift), Table.of(scale)
-    config = pick(BACKWARD_ROWS, arch_of(x), lambda row: row.values >= split.W0 + split.W1)
-    BR = min(_rows(config, split), power_of_2(S))
+    row = split_row(C)
+    config, BR = _config(BACKWARD_ROWS, x, row)
     chunks, rows = _chunks(B * T, S, BR)
     found: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -420,19 +333,18 @@ def modulate_backward(
             found[name] = _sum_buffer(x, t, chunks)
         else:
             found[name] = torch.empty(B * T * chunks, C, dtype=torch.float32, device=x.device)
-    weights = [None if w is None else w.contiguous() for w in (weight, bias)]
+    norm = Norm(*(None if w is None else w.contiguous() for w in (weight, bias)), eps)
     launch(
         modulate_bwd_kernel,
         B * T * chunks,
         x,
         config,
-        *(x, dy, *weights, scale, *(found.get(name) for name in given)),
-        *(*x.stride()[:3], *dy.stride()[:3], *c.strides, T, S, chunks, rows, eps),
-        **split.constants(),
+        *(_rows(x), _rows(dy), norm, _table(scale), *(found.get(name) for name in given), T, S, rows),
+        ROW=row,
         BR=BR,
         KIND=KINDS[kind],
-        SHIFT_ROWS=f.per_token,
-        SCALE_ROWS=c.per_token,
+        SHIFT_ROWS=shift.ndim == 4,
+        SCALE_ROWS=scale.ndim == 4,
     )
     for name, t in tensors.items():
         if name in ("shift", "scale"):
@@ -448,18 +360,17 @@ def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     if not y.numel():
         return y
-    split, g = split_row(C), Table.of(gate)
-    config = pick(ROWS, arch_of(x), lambda row: row.values >= split.W0 + split.W1)
-    BR = min(_rows(config, split), power_of_2(S))
+    row = split_row(C)
+    config, BR = _config(ROWS, x, row)
     launch(
         gate_residual_fwd_kernel,
         B * T * cdiv(S, BR),
         x,
         config,
-        *(residual, x, gate, y, *residual.stride()[:3], *x.stride()[:3], *g.strides, T, S),
-        **split.constants(),
+        *(_rows(residual), _rows(x), _table(gate), y, T, S),
+        ROW=row,
         BR=BR,
-        GATE_ROWS=g.per_token,
+        GATE_ROWS=gate.ndim == 4,
     )
     return y
 
@@ -468,11 +379,10 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
     """Gradients of the wanted among residual, x, gate; the gate's is summed in float32."""
     B, T, S, C = x.shape
     if not x.numel():
-        shapes = {"residual": x, "x": x, "gate": gate}
-        return {name: torch.zeros(shapes[name].shape, dtype=shapes[name].dtype, device=x.device) for name in wanted}
-    split, g = split_row(C), Table.of(gate)
-    config = pick(BACKWARD_ROWS, arch_of(x), lambda row: row.values >= split.W0 + split.W1)
-    BR = min(_rows(config, split), power_of_2(S))
+        like = {"residual": x, "x": x, "gate": gate}
+        return {name: torch.zeros(like[name].shape, dtype=like[name].dtype, device=x.device) for name in wanted}
+    row = split_row(C)
+    config, BR = _config(BACKWARD_ROWS, x, row)
     chunks, rows = _chunks(B * T, S, BR)
     found = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name in ("residual", "x") if name in wanted}
     if "gate" in wanted:
@@ -482,11 +392,10 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
         B * T * chunks,
         x,
         config,
-        *(x, gate, dy, *(found.get(name) for name in ("residual", "x", "gate"))),
-        *(*x.stride()[:3], *g.strides, *dy.stride()[:3], T, S, chunks, rows),
-        **split.constants(),
+        *(_rows(x), _table(gate), _rows(dy), *(found.get(name) for name in ("residual", "x", "gate")), T, S, rows),
+        ROW=row,
         BR=BR,
-        GATE_ROWS=g.per_token,
+        GATE_ROWS=gate.ndim == 4,
     )
     if "gate" in wanted:
         found["gate"] = _total(found["gate"], gate)

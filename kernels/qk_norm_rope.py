@@ -12,22 +12,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step, steps
+from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
 from vdcore.kernels._tile import (
-    Split,
+    KINDS,
+    Row,
+    add,
+    affine,
+    center,
+    column_sum,
+    filled,
     load_angles,
     load_rows,
-    load_weight,
+    mul,
+    neighbours,
     norm_arguments,
     rope_arguments,
     rotate,
     row_sum,
+    rows,
+    scale,
     split_row,
     standardize,
     standardize_backward,
     store_rows,
+    to,
 )
+
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -59,8 +69,8 @@ MAX_TOKEN = 16384  # heads times channels, each as wide as its tile, of a norm o
 
 
 @triton.jit
-def _frame_lines(i, T, S, H, BN: tl.constexpr, ALL: tl.constexpr):
-    """Of block i: sample and frame, and its lines (token, head) in the frame, [BN].
+def frame_lines(i, T, S, H, BN: tl.constexpr, ALL: tl.constexpr):
+    """Of the i-th of all frames' blocks: sample, frame, and its lines (token, head), [BN].
 
     With ALL a block is one token, else any BN lines of a frame.
     """
@@ -73,33 +83,24 @@ def _frame_lines(i, T, S, H, BN: tl.constexpr, ALL: tl.constexpr):
 
 
 @triton.jit
+def line_angles(angles, i_f, o_s, o_h, m_n, SIGN, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr):
+    """Cosines and SIGN times sines of lines (token, head) of frame i_f, [BN, W/2]."""
+    b_cos = load_angles(angles.cos, i_f * angles.cf + o_s * angles.cs + o_h * angles.ch, m_n, 1.0, ROW, STYLE, R2)
+    b_sin = load_angles(angles.sin, i_f * angles.sf + o_s * angles.ss + o_h * angles.sh, m_n, 0.0, ROW, STYLE, R2)
+    return b_cos, scale(b_sin, SIGN)
+
+
+@triton.jit(do_not_specialize=["T", "S", "H", "frame_start"])
 def norm_rope_fwd_kernel(
-    p_x,  # (B, T, S, H, D)
+    x,  # Rows (B, T, S, H, D)
     p_y,  # (B, T, S, H, D), contiguous
-    p_w,  # (D,), (H*D,) with ALL, or None
-    p_b,
-    eps,
-    p_cos,  # (F, S, H, R/2) with stride 0 where it does not vary, or None
-    p_sin,
-    s_cf,
-    s_cs,
-    s_ch,
-    s_sf,
-    s_ss,
-    s_sh,
-    s_xb,  # in steps of A elements
-    s_xt,
-    s_xs,
-    s_xh,
+    norm,
+    angles,
     T,
     S,
     H,
     frame_start,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     A: tl.constexpr,
     BN: tl.constexpr,  # lines
     KIND: tl.constexpr,
@@ -107,71 +108,40 @@ def norm_rope_fwd_kernel(
     STYLE: tl.constexpr,
     R2: tl.constexpr,
 ):
-    i_b, i_t, o_n, m_n = _frame_lines(tl.program_id(0), T, S, H, BN, ALL)
+    i_b, i_t, o_n, m_n = frame_lines(tl.program_id(0), T, S, H, BN, ALL)
     o_s = (o_n // H).to(tl.int64)
     o_h = (o_n % H).to(tl.int64)
-    o_x = (o_s * s_xs + o_h * s_xh) * A
-    x0, x1 = load_rows(p_x + (i_b * s_xb + i_t * s_xt) * A, o_x, m_n, D, C0, W0, W1, HALF)  # [BN, W]
-    y0, y1 = x0.to(tl.float32), x1.to(tl.float32)
+    b_x = load_rows(x.p + (i_b * x.b + i_t * x.t) * A, (o_s * x.s + o_h * x.h) * A, m_n, ROW)  # [BN, W]
+    b_y = to(b_x, tl.float32)
     if KIND > 0:
-        count = H * D if ALL else D
-        y0, y1, _ = standardize(y0, y1, m_n, count, eps, D, C0, W0, W1, KIND, ALL)
-        o_w = o_h * D if ALL else tl.arange(0, 1)
-        if p_w is not None:
-            w0, w1 = load_weight(p_w, o_w, D, C0, W0, W1, HALF)
-            y0 *= w0
-            y1 *= w1
-        if p_b is not None:
-            b0, b1 = load_weight(p_b, o_w, D, C0, W0, W1, HALF)
-            y0 += b0
-            y1 += b1
+        b_y, _ = standardize(b_y, m_n, H * ROW.D if ALL else ROW.D, norm.eps, ROW, KIND, ALL)
+        if ALL:
+            b_y = affine(b_y, norm, o_h * ROW.D, m_n, ROW)
+        else:
+            b_y = affine(b_y, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
     if STYLE > 0:
-        i_f = i_t + frame_start
-        c0, c1 = load_angles(p_cos, i_f * s_cf + o_s * s_cs + o_h * s_ch, m_n, 1.0, C0, W0, W1, STYLE, R2)  # [BN, W/2]
-        s0, s1 = load_angles(p_sin, i_f * s_sf + o_s * s_ss + o_h * s_sh, m_n, 0.0, C0, W0, W1, STYLE, R2)
-        y0, y1 = rotate(y0, y1, c0, c1, s0, s1, W1, STYLE)
-    o_y = ((i_b * T + i_t) * S * H + o_n) * D
-    store_rows(p_y, o_y, m_n, y0, y1, D, C0, W0, W1, HALF)
+        b_cos, b_sin = line_angles(angles, i_t + frame_start, o_s, o_h, m_n, 1.0, ROW, STYLE, R2)
+        b_y = rotate(b_y, b_cos, b_sin, STYLE)
+    store_rows(p_y, ((i_b * T + i_t) * S * H + o_n) * ROW.D, m_n, b_y, ROW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "H", "frame_start", "blocks"])
 def norm_rope_bwd_kernel(
-    p_x,
-    p_dy,  # (B, T, S, H, D)
-    p_dx,  # (B, T, S, H, D): token stride s_d, heads follow one another
+    x,  # Rows (B, T, S, H, D)
+    dy,
+    p_dx,  # (B, T, S, H, D): token stride s_dx, heads follow one another
+    s_dx,
     p_dw,  # partial sums (programs, D), with ALL (programs, H*D), float32; or None
     p_db,
     p_live,  # (B, T): frames that take part, or None: all
-    p_w,
-    p_b,
-    eps,
-    p_cos,
-    p_sin,
-    s_cf,
-    s_cs,
-    s_ch,
-    s_sf,
-    s_ss,
-    s_sh,
-    s_xb,  # in steps of A elements
-    s_xt,
-    s_xs,
-    s_xh,
-    s_yb,
-    s_yt,
-    s_ys,
-    s_yh,
-    s_d,
+    norm,
+    angles,
     T,
     S,
     H,
     frame_start,
     blocks,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     A: tl.constexpr,
     BN: tl.constexpr,
     KIND: tl.constexpr,
@@ -179,107 +149,110 @@ def norm_rope_bwd_kernel(
     STYLE: tl.constexpr,
     R2: tl.constexpr,
 ):
-    o_w = tl.arange(0, BN).to(tl.int64) * D if ALL else tl.arange(0, 1)
-    m_w = tl.arange(0, BN) < H if ALL else tl.arange(0, 1) < 1
-    w0 = tl.full([1, W0], 1.0, tl.float32)
-    w1 = tl.full([1, W1 if W1 > 0 else W0], 1.0, tl.float32)
-    if p_w is not None:
-        w0, w1 = load_rows(p_w, o_w, m_w, D, C0, W0, W1, HALF)  # [1 or BN, W]
-        w0, w1 = w0.to(tl.float32), w1.to(tl.float32)
-    dw0 = tl.zeros([BN, W0], tl.float32)
-    dw1 = tl.zeros([BN, W1 if W1 > 0 else W0], tl.float32)
-    db0, db1 = dw0, dw1
+    # Where the weights of the block's lines are: with ALL of every head, else of one for all.
+    NW: tl.constexpr = BN if ALL else 1
+    o_w = tl.arange(0, NW).to(tl.int64) * ROW.D
+    m_w = tl.arange(0, NW) < (H if ALL else 1)
+    b_w = filled(NW, 1.0, ROW)
+    if norm.w is not None:
+        b_w = to(load_rows(norm.w, o_w, m_w, ROW), tl.float32)  # [NW, W]
+    b_dw = filled(BN, 0.0, ROW)
+    b_db = b_dw
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i_b, i_t, o_n, m_n = _frame_lines(i, T, S, H, BN, ALL)
+        i_b, i_t, o_n, m_n = frame_lines(i, T, S, H, BN, ALL)
         m_x = m_n
         if p_live is not None:
             m_x = m_n & (tl.load(p_live + i_b * T + i_t) > 0)
         o_s = (o_n // H).to(tl.int64)
         o_h = (o_n % H).to(tl.int64)
-        o_y = (o_s * s_ys + o_h * s_yh) * A
-        g0, g1 = load_rows(p_dy + (i_b * s_yb + i_t * s_yt) * A, o_y, m_x, D, C0, W0, W1, HALF)  # [BN, W]
-        g0, g1 = g0.to(tl.float32), g1.to(tl.float32)
+        b_g = load_rows(dy.p + (i_b * dy.b + i_t * dy.t) * A, (o_s * dy.s + o_h * dy.h) * A, m_x, ROW)  # [BN, W]
+        b_g = to(b_g, tl.float32)
         if STYLE > 0:
-            i_f = i_t + frame_start
-            c0, c1 = load_angles(p_cos, i_f * s_cf + o_s * s_cs + o_h * s_ch, m_n, 1.0, C0, W0, W1, STYLE, R2)
-            s0, s1 = load_angles(p_sin, i_f * s_sf + o_s * s_ss + o_h * s_sh, m_n, 0.0, C0, W0, W1, STYLE, R2)
-            g0, g1 = rotate(g0, g1, c0, c1, -s0, -s1, W1, STYLE)
+            b_cos, b_sin = line_angles(angles, i_t + frame_start, o_s, o_h, m_n, -1.0, ROW, STYLE, R2)
+            b_g = rotate(b_g, b_cos, b_sin, STYLE)
         if KIND > 0:
-            o_x = (o_s * s_xs + o_h * s_xh) * A
-            x0, x1 = load_rows(p_x + (i_b * s_xb + i_t * s_xt) * A, o_x, m_x, D, C0, W0, W1, HALF)
-            count = H * D if ALL else D
-            h0, h1, rstd = standardize(x0.to(tl.float32), x1.to(tl.float32), m_x, count, eps, D, C0, W0, W1, KIND, ALL)
+            b_x = load_rows(x.p + (i_b * x.b + i_t * x.t) * A, (o_s * x.s + o_h * x.h) * A, m_x, ROW)
+            count = H * ROW.D if ALL else ROW.D
+            b_h, rstd = standardize(to(b_x, tl.float32), m_x, count, norm.eps, ROW, KIND, ALL)
             if p_dw is not None:
-                dw0 += g0 * h0
-                dw1 += g1 * h1
+                b_dw = add(b_dw, mul(b_g, b_h))
             if p_db is not None:
-                db0 += g0
-                db1 += g1
-            g0, g1 = standardize_backward(g0 * w0, g1 * w1, h0, h1, rstd, m_x, count, D, C0, W0, W1, KIND, ALL)
-        o_d = ((i_b * T + i_t) * S + o_s) * s_d + o_h * D
-        store_rows(p_dx, o_d, m_n, g0, g1, D, C0, W0, W1, HALF)
-    o_p = tl.program_id(0).to(tl.int64) * (H * D if ALL else D) + o_w
+                b_db = add(b_db, b_g)
+            b_g = standardize_backward(mul(b_g, b_w), b_h, rstd, m_x, count, ROW, KIND, ALL)
+        o_dx = ((i_b * T + i_t) * S + o_s) * s_dx + o_h * ROW.D
+        store_rows(p_dx, o_dx, m_n, b_g, ROW)
+    o_p = tl.program_id(0).to(tl.int64) * (H * ROW.D if ALL else ROW.D) + o_w
     if not ALL:
-        dw0, db0 = tl.sum(dw0, 0, keep_dims=True), tl.sum(db0, 0, keep_dims=True)
-        dw1, db1 = tl.sum(dw1, 0, keep_dims=True), tl.sum(db1, 0, keep_dims=True)
+        b_dw, b_db = column_sum(b_dw), column_sum(b_db)
     if p_dw is not None:
-        store_rows(p_dw, o_p, m_w, dw0, dw1, D, C0, W0, W1, HALF)
+        store_rows(p_dw, o_p, m_w, b_dw, ROW)
     if p_db is not None:
-        store_rows(p_db, o_p, m_w, db0, db1, D, C0, W0, W1, HALF)
+        store_rows(p_db, o_p, m_w, b_db, ROW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "H"])
 def row_stats_kernel(
-    p_x,  # (B, T, S, H, D)
+    x,  # Rows (B, T, S, H, D)
     p_stats,  # (B, T, S, 2): mean (0 with KIND 1) and 1 / deviation, over all heads
     eps,
-    s_xb,  # in steps of A elements
-    s_xt,
-    s_xs,
-    s_xh,
     T,
     S,
     H,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     A: tl.constexpr,
     BN: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    i_b, i_t, o_n, m_n = _frame_lines(tl.program_id(0), T, S, H, BN, 1)
-    o_x = ((o_n // H).to(tl.int64) * s_xs + (o_n % H).to(tl.int64) * s_xh) * A
-    x0, x1 = load_rows(p_x + (i_b * s_xb + i_t * s_xt) * A, o_x, m_n, D, C0, W0, W1, HALF)
-    x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-    mean = row_sum(x0, x1, W1, 1) / (H * D)  # [1, 1]
-    if KIND == 1:
-        mean *= 0
-    _, _, rstd = standardize(x0, x1, m_n, H * D, eps, D, C0, W0, W1, KIND, 1)
+    i_b, i_t, o_n, m_n = frame_lines(tl.program_id(0), T, S, H, BN, 1)
+    o_x = ((o_n // H).to(tl.int64) * x.s + (o_n % H).to(tl.int64) * x.h) * A
+    b_x = to(load_rows(x.p + (i_b * x.b + i_t * x.t) * A, o_x, m_n, ROW), tl.float32)
+    mean = tl.zeros([1, 1], tl.float32)
+    if KIND == 2:
+        mean = row_sum(b_x, 1) / (H * ROW.D)
+    _, rstd = standardize(b_x, m_n, H * ROW.D, eps, ROW, KIND, 1)
     p_row = p_stats + tl.program_id(0).to(tl.int64) * 2 + tl.zeros([1, 1], tl.int32)
     tl.store(p_row, mean)
     tl.store(p_row + 1, rstd)
 
 
 @triton.jit
+def _turned(x, g, STYLE: tl.constexpr):
+    """Gradients of cos and of sin from rows and the gradients of the turned rows, [BN, W/2].
+
+    (a cos - b sin, b cos + a sin) with gradients (da, db): d cos = a da + b db, d sin = a db - b da.
+    """
+    if STYLE == 2:
+        return (x[0] * g[0] + x[1] * g[1],), (x[0] * g[1] - x[1] * g[0],)
+    elif len(x) > 1:
+        a0, b0 = neighbours(x[0])
+        a1, b1 = neighbours(x[1])
+        da0, db0 = neighbours(g[0])
+        da1, db1 = neighbours(g[1])
+        return (a0 * da0 + b0 * db0, a1 * da1 + b1 * db1), (a0 * db0 - b0 * da0, a1 * db1 - b1 * da1)
+    else:
+        a, b = neighbours(x[0])
+        da, db = neighbours(g[0])
+        return (a * da + b * db,), (a * db - b * da,)
+
+
+@triton.jit
+def _store_angles(p, x, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr):
+    W: tl.constexpr = ROW.W0 if STYLE == 2 else ROW.W0 // 2
+    r = tl.arange(0, W)
+    tl.store(p + r, tl.sum(x[0], 0), mask=r < R2)
+    if len(x) > 1:
+        r1 = ROW.C0 // 2 + tl.arange(0, ROW.W1 // 2)
+        tl.store(p + r1, tl.sum(x[1], 0), mask=r1 < R2)
+
+
+@triton.jit(do_not_specialize=["T", "S", "H", "CT", "CS", "CH", "summed", "chunks"])
 def rope_table_bwd_kernel(
-    p_x,  # (B, T, S, H, D)
-    p_dy,
+    x,  # Rows (B, T, S, H, D)
+    dy,
     p_out,  # partial sums (chunks, 2, cells, R/2), float32: of cos and of sin
     p_stats,  # (B, T, S, 2) with ALL
     p_live,
-    p_w,
-    p_b,
-    eps,
-    s_xb,  # in steps of A elements
-    s_xt,
-    s_xs,
-    s_xh,
-    s_yb,
-    s_yt,
-    s_ys,
-    s_yh,
+    norm,
     T,
     S,
     H,
@@ -288,11 +261,7 @@ def rope_table_bwd_kernel(
     CH,
     summed,  # lines that share a cell
     chunks,
-    D: tl.constexpr,
-    C0: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    HALF: tl.constexpr,
+    ROW: tl.constexpr,
     A: tl.constexpr,
     BN: tl.constexpr,
     KIND: tl.constexpr,
@@ -302,13 +271,9 @@ def rope_table_bwd_kernel(
 ):
     i_cell = tl.program_id(0) // chunks
     i_chunk = tl.program_id(0) % chunks
-    W: tl.constexpr = W0 if STYLE == 2 else W0 // 2
-    V: tl.constexpr = W1 // 2 if STYLE == 1 and W1 > 0 else W
-    dc0 = tl.zeros([BN, W], tl.float32)
-    ds0 = dc0
-    dc1 = tl.zeros([BN, V], tl.float32)
-    ds1 = dc1
     NT, NS, NH = T // CT, S // CS, H // CH  # how many share
+    zero = filled(BN, 0.0, ROW)
+    b_dcos, b_dsin = _turned(zero, zero, STYLE)
     for i in range(i_chunk * BN, summed, chunks * BN):
         o_j = i + tl.arange(0, BN)
         m_j = o_j < summed
@@ -318,62 +283,34 @@ def rope_table_bwd_kernel(
         o_b = (o_j // NH // NS // NT).to(tl.int64)
         if p_live is not None:
             m_j = m_j & (tl.load(p_live + o_b * T + o_t, mask=m_j, other=0) > 0)
-        o_x = (o_b * s_xb + o_t * s_xt + o_s * s_xs + o_h * s_xh) * A
-        o_y = (o_b * s_yb + o_t * s_yt + o_s * s_ys + o_h * s_yh) * A
-        x0, x1 = load_rows(p_x, o_x, m_j, D, C0, W0, W1, HALF)  # [BN, W]
-        g0, g1 = load_rows(p_dy, o_y, m_j, D, C0, W0, W1, HALF)
-        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-        g0, g1 = g0.to(tl.float32), g1.to(tl.float32)
+        b_x = load_rows(x.p, (o_b * x.b + o_t * x.t + o_s * x.s + o_h * x.h) * A, m_j, ROW)  # [BN, W]
+        b_g = load_rows(dy.p, (o_b * dy.b + o_t * dy.t + o_s * dy.s + o_h * dy.h) * A, m_j, ROW)
+        b_x, b_g = to(b_x, tl.float32), to(b_g, tl.float32)
         if KIND > 0:
             if ALL:
                 o_r = ((o_b * T + o_t) * S + o_s) * 2
                 mean = tl.load(p_stats + o_r, mask=m_j, other=0.0)[:, None]
                 rstd = tl.load(p_stats + o_r + 1, mask=m_j, other=0.0)[:, None]
-                x0, x1 = (x0 - mean) * rstd, (x1 - mean) * rstd
+                b_x = affine(scale(center(b_x, mean, m_j, ROW), rstd), norm, o_h * ROW.D, m_j, ROW)
             else:
-                x0, x1, _ = standardize(x0, x1, m_j, D, eps, D, C0, W0, W1, KIND, 0)
-            o_w = o_h * D if ALL else tl.arange(0, 1)
-            if p_w is not None:
-                w0, w1 = load_weight(p_w, o_w, D, C0, W0, W1, HALF)
-                x0 *= w0
-                x1 *= w1
-            if p_b is not None:
-                b0, b1 = load_weight(p_b, o_w, D, C0, W0, W1, HALF)
-                x0 += b0
-                x1 += b1
-        # (a cos - b sin, b cos + a sin) with gradients (da, db): d cos = a da + b db, d sin = a db - b da.
-        if STYLE == 2:
-            dc0 += x0 * g0 + x1 * g1
-            ds0 += x0 * g1 - x1 * g0
-        else:
-            a, b = tl.split(tl.reshape(x0, (BN, W0 // 2, 2)))
-            da, db = tl.split(tl.reshape(g0, (BN, W0 // 2, 2)))
-            dc0 += a * da + b * db
-            ds0 += a * db - b * da
-            if W1 > 0:
-                a, b = tl.split(tl.reshape(x1, (BN, W1 // 2, 2)))
-                da, db = tl.split(tl.reshape(g1, (BN, W1 // 2, 2)))
-                dc1 += a * da + b * db
-                ds1 += a * db - b * da
+                b_x, _ = standardize(b_x, m_j, ROW.D, norm.eps, ROW, KIND, 0)
+                b_x = affine(b_x, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
+        dcos, dsin = _turned(b_x, b_g, STYLE)
+        b_dcos, b_dsin = add(b_dcos, dcos), add(b_dsin, dsin)
     cells = CT * CS * CH
     p_cos = p_out + (i_chunk.to(tl.int64) * 2 * cells + i_cell) * R2
-    p_sin = p_cos + cells.to(tl.int64) * R2
-    r = tl.arange(0, W)
-    tl.store(p_cos + r, tl.sum(dc0, 0), mask=r < R2)
-    tl.store(p_sin + r, tl.sum(ds0, 0), mask=r < R2)
-    if STYLE == 1 and W1 > 0:
-        r = C0 // 2 + tl.arange(0, V)
-        tl.store(p_cos + r, tl.sum(dc1, 0), mask=r < R2)
-        tl.store(p_sin + r, tl.sum(ds1, 0), mask=r < R2)
+    _store_angles(p_cos, b_dcos, ROW, STYLE, R2)
+    _store_angles(p_cos + cells.to(tl.int64) * R2, b_dsin, ROW, STYLE, R2)
 
 
-def _lines(table: tuple[LineConfig, ...], x: Tensor, split: Split, all_heads: int) -> tuple[LineConfig, int]:
+def _lines(table: tuple[LineConfig, ...], x: Tensor, row: Row, all_heads: int) -> tuple[LineConfig, int]:
     """Config and lines a program: one token's heads with a norm over all of them."""
-    W, H = split.W0 + split.W1, x.shape[3]
-    need = W * power_of_2(H) if all_heads else W
-    config = pick(table, arch_of(x), lambda row: row.values >= need)
-    most = power_of_2(x.shape[2] * H)
-    return config, power_of_2(H) if all_heads else min(max(power_of_2(config.values // W + 1) // 2, 1), most)
+    H = x.shape[3]
+    need = row.width * power_of_2(H) if all_heads else row.width
+    config = pick(table, arch_of(x), lambda c: c.values >= need)
+    if all_heads:
+        return config, power_of_2(H)
+    return config, min(max(power_of_2(config.values // row.width + 1) // 2, 1), power_of_2(x.shape[2] * H))
 
 
 def fits(heads: int, D: int, norm: QKNorm | None) -> bool:
@@ -381,26 +318,24 @@ def fits(heads: int, D: int, norm: QKNorm | None) -> bool:
     return norm is None or norm.over != "all" or power_of_2(heads) * power_of_2(D) <= MAX_TOKEN
 
 
-def norm_rope_forward(
-    x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None, frame_start: int = 0, out: Tensor | None = None
-) -> Tensor:
+def norm_rope_forward(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None, frame_start: int = 0) -> Tensor:
     """x ``(B, T, S, heads, D)`` -> the same, contiguous; ``role``: which of the norm's weights, ``"q"`` or ``"k"``."""
     B, T, S, H, D = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    split = split_row(D, rope)
+    row = split_row(D, rope)
     weights, norm_constants = norm_arguments(norm, role)
-    tables, rope_constants = rope_arguments(rope)
-    config, BN = _lines(LINES, x, split, norm_constants["ALL"])
+    angles, rope_constants = rope_arguments(rope)
+    config, BN = _lines(LINES, x, row, norm_constants["ALL"])
     A = step(x)
     launch(
         norm_rope_fwd_kernel,
         B * T * cdiv(S * H, H if norm_constants["ALL"] else BN),
         x,
         config,
-        *(x, y, *weights, *tables, *steps(x, A), T, S, H, frame_start),
-        **split.constants(),
+        *(rows(x, A), y, weights, angles, T, S, H, frame_start),
+        ROW=row,
         A=A,
         BN=BN,
         **norm_constants,
@@ -410,23 +345,22 @@ def norm_rope_forward(
 
 
 def row_stats(x: Tensor, norm: QKNorm) -> Tensor:
-    """Mean and 1 / deviation of each token over all its heads: x ``(B, T, S, heads, D)`` -> ``(B, T, S, 2)`` float32."""
+    """Mean and 1 / deviation of every token of x ``(B, T, S, heads, D)`` over all its heads: ``(B, T, S, 2)``."""
     B, T, S, H, D = x.shape
     stats = torch.empty(B, T, S, 2, dtype=torch.float32, device=x.device)
-    split = split_row(D)
-    _, constants = norm_arguments(norm, "q")
-    config, BN = _lines(LINES, x, split, 1)
+    row = split_row(D)
+    config, BN = _lines(LINES, x, row, 1)
     A = step(x)
     launch(
         row_stats_kernel,
         B * T * S,
         x,
         config,
-        *(x, stats, norm.eps, *steps(x, A), T, S, H),
-        **split.constants(),
+        *(rows(x, A), stats, norm.eps, T, S, H),
+        ROW=row,
         A=A,
         BN=BN,
-        KIND=constants["KIND"],
+        KIND=KINDS[norm.kind],
     )
     return stats
 
@@ -459,7 +393,7 @@ def norm_rope_backward(
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     found = {"x": dx}
     weights, norm_constants = norm_arguments(norm, role)
-    for name, w in zip(("weight", "bias"), weights):
+    for name, w in (("weight", weights.w), ("bias", weights.b)):
         if name in wanted and w is not None:
             found[name] = torch.zeros(w.shape, dtype=torch.float32, device=x.device)
     if rope is not None and wanted & {"cos", "sin"}:
@@ -468,9 +402,9 @@ def norm_rope_backward(
     if not x.numel():
         return found
 
-    split = split_row(D, rope)
-    tables, rope_constants = rope_arguments(rope)
-    config, BN = _lines(BACKWARD_LINES, x, split, norm_constants["ALL"])
+    row = split_row(D, rope)
+    angles, rope_constants = rope_arguments(rope)
+    config, BN = _lines(BACKWARD_LINES, x, row, norm_constants["ALL"])
     A = step(x, dy)
     blocks = B * T * cdiv(S * H, H if norm_constants["ALL"] else BN)
     programs = min(blocks, _PROGRAMS)
@@ -484,9 +418,9 @@ def norm_rope_backward(
         programs,
         x,
         config,
-        *(x, dy, dx, partial.get("weight"), partial.get("bias"), live, *weights, *tables),
-        *(*steps(x, A), *steps(dy, A), dx.stride(2), T, S, H, frame_start, blocks),
-        **split.constants(),
+        *(rows(x, A), rows(dy, A), dx, dx.stride(2), partial.get("weight"), partial.get("bias"), live),
+        *(weights, angles, T, S, H, frame_start, blocks),
+        ROW=row,
         A=A,
         BN=BN,
         **norm_constants,
@@ -512,17 +446,15 @@ def _table_gradients(
 ) -> None:
     """Fills the gradients of the tables: one more pass over x and dy, since a table learns in few models."""
     B, T, S, H, D = x.shape
-    split = split_row(D, rope)
+    row = split_row(D, rope)
     weights, norm_constants = norm_arguments(norm, role)
     _, rope_constants = rope_arguments(rope)
-    stats = None
-    if norm is not None and norm.over == "all":
-        stats = row_stats(x, norm)
+    stats = row_stats(x, norm) if norm is not None and norm.over == "all" else None
     shape = rope.cos.shape if rope.cos.ndim == 4 else (*rope.cos.shape[:2], 1, rope.cos.shape[2])
     cells = (T if shape[0] > 1 else 1, shape[1], shape[2])
     count = cells[0] * cells[1] * cells[2]
     summed = B * T * S * H // count
-    config, BN = _lines(BACKWARD_LINES, x, split, 0)
+    config, BN = _lines(BACKWARD_LINES, x, row, 0)
     chunks = max(min(cdiv(1024, count), cdiv(summed, BN)), 1)
     partial = torch.empty(chunks, 2, *cells, shape[3], dtype=torch.float32, device=x.device)
     A = step(x, dy)
@@ -531,8 +463,8 @@ def _table_gradients(
         count * chunks,
         x,
         config,
-        *(x, dy, partial, stats, live, *weights, *steps(x, A), *steps(dy, A), T, S, H, *cells, summed, chunks),
-        **split.constants(),
+        *(rows(x, A), rows(dy, A), partial, stats, live, weights, T, S, H, *cells, summed, chunks),
+        ROW=row,
         A=A,
         BN=BN,
         **norm_constants,
