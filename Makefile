@@ -35,7 +35,7 @@ build: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench

@@ -19,7 +19,9 @@ def test_case(case, backend, dtype):
 # Lengths around every tile edge of every instruction set, and masks whose runs start and end inside tiles.
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129])
 @pytest.mark.parametrize(
-    "mask", [FrameMask(), FrameMask.causal(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "causal", "runs"]
+    "mask",
+    [FrameMask(), FrameMask.causal(), FrameMask(past=3, future=2, chunk=2, sink=3)],
+    ids=["full", "causal", "runs"],
 )
 def test_frames(T, mask):
     def build(d):

@@ -37,8 +37,8 @@ class Implementation:
         backward: ``backward(call, outputs, grads, wanted)``, with ``outputs`` what forward returned, where the call
             saves it, and ``grads`` their gradients or None, returns contiguous gradients for at least the ``wanted``
             tensors. None: there is no backward.
-        why_not: the reason why forward cannot run a call, or None.
-        why_not_backward: the same for backward.
+        why_not: the reason why a call cannot run, forward or backward, or None.
+        why_not_backward: a reason that holds for backward alone.
     """
 
     forward: Callable[[Any], tuple[Tensor, ...]]
@@ -63,8 +63,9 @@ class Backend:
         implementation = self.operators.get(call.op)
         if implementation is None:
             return f"the {self.name} backend has no {call.op}"
-        if direction == "fwd":
-            return implementation.why_not(call)
-        if implementation.backward is None:
+        if direction == "bwd" and implementation.backward is None:
             return f"the {self.name} backend has no backward of {call.op}"
-        return implementation.why_not_backward(call)
+        reason = implementation.why_not(call)
+        if reason is None and direction == "bwd":
+            reason = implementation.why_not_backward(call)
+        return reason

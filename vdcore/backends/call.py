@@ -41,6 +41,11 @@ class Call:
         """The tensor whose device and dtype are the call's."""
         return self.tensors()[0]  # type: ignore[return-value]
 
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to compute with: no kernel need know what to do then."""
+        return self.main.numel() == 0
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         raise NotImplementedError
 
@@ -146,6 +151,10 @@ class AttentionCall(Call):
     @property
     def main(self) -> Tensor:
         return self.q
+
+    @property
+    def is_empty(self) -> bool:
+        return self.q.numel() == 0 or self.k.numel() == 0
 
 
 @dataclass
@@ -342,6 +351,10 @@ class CrossCall(Call):
     return_lse: bool
 
     @property
+    def is_empty(self) -> bool:
+        return self.q.numel() == 0 or self.k.numel() == 0
+
+    @property
     def lse(self) -> bool:
         """Forward is to write lse: asked for, or needed by backward."""
         return self.return_lse or self.grad
@@ -416,6 +429,10 @@ class PatchifyCall(Call):
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def is_empty(self) -> bool:
+        return self.video.numel() == 0 or self.weight.numel() == 0
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.video, self.weight, self.bias)
 
@@ -446,6 +463,10 @@ class UnpatchifyCall(Call):
     patch: tuple[int, int, int]
     grid: tuple[int, int, int]
     order: str
+
+    @property
+    def is_empty(self) -> bool:
+        return self.tokens.numel() == 0 or self.weight.numel() == 0
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.tokens, self.weight, self.bias)

@@ -80,7 +80,7 @@ def _temporal_backward(
     out, lse = outputs
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout, dlse = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (dout, dlse))
     found: Gradients = {}
 
     # Gradients of q, k and v; also where only a weight behind them wants one.

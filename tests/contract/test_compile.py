@@ -1,0 +1,64 @@
+"""Hazard 19: fakes whose strides differ from the real ones. opcheck on transposed inputs, and fullgraph compilation."""
+
+import pytest
+import torch
+from support import FAST, on_backends, skip_unless_runs
+
+import vdcore
+from vdcore.ops._operator import PREPARE
+from vdcore.testing import CASES, cases_of, run
+
+# A contiguous tensor hides a fake that says empty_like; these layouts do not.
+LAYOUTS = ["reversed_axes", "packed"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case, layout):
+    inputs = case.inputs(torch.float32, requires_grad=True, layout=layout)
+    call = PREPARE[case.op](**inputs.args)
+    arguments = (*call.tensors(), *call.attributes(), True, "auto")
+    torch.library.opcheck(getattr(torch.ops.vdcore, case.op).default, arguments)
+
+
+@on_backends(cases_of(tag="plain") + cases_of(tag="norm_rope"), FAST)
+def test_fullgraph(case, backend):
+    """Compiled, forward and backward, is what eager is; ``use_backend`` inside the graph counts."""
+    inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True, layout="heads_first")
+    function = getattr(vdcore, case.op)
+
+    def model(**args):
+        with vdcore.use_backend(backend):
+            return function(**args)
+
+    torch._dynamo.reset()
+    eager = run(inputs, model)
+    compiled = run(inputs, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled.outputs, eager.outputs):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+    for name, dx in compiled.gradients.items():
+        torch.testing.assert_close(dx, eager.gradients[name])
+
+
+def test_inductor_and_dynamic_shapes():
+    def model(q, k, v):
+        return vdcore.temporal_attention(q * 2, k, v, mask=vdcore.FrameMask.window(2)).relu()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for T in (4, 7, 9):
+        q, k, v = (torch.randn(2, T, 3, 2, 16) for _ in range(3))
+        torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
+
+
+def test_use_backend_is_guarded():
+    """A graph compiled under one backend is not reused under another."""
+    q, k, v = (torch.randn(1, 4, 3, 2, 16) for _ in range(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: vdcore.temporal_attention(*a), fullgraph=True, backend="aot_eager")
+    for name in ("cpu", "reference", "cpu"):
+        before = vdcore.calls()["temporal_attention", name, "fwd"]
+        with vdcore.use_backend(name):
+            compiled(q, k, v)
+        assert vdcore.calls()["temporal_attention", name, "fwd"] == before + 1

@@ -1,0 +1,52 @@
+"""Hazard 16: same inputs, same bits, run after run, whatever the number of threads; and a control that must fail."""
+
+import torch
+from support import FAST, on_backends, skip_unless_runs
+
+import vdcore
+from vdcore.testing import cases_of, run
+
+REPEATS = 100
+
+
+def bits(outcome):
+    return [
+        x.view(torch.int32) if x.dtype == torch.float32 else x for x in [*outcome.outputs, *outcome.gradients.values()]
+    ]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@on_backends(cases_of(tag="norm_rope") + cases_of(tag="plain") + cases_of(tag="long"), FAST)
+def test_repeats(case, backend):
+    inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+    function = getattr(vdcore, case.op)
+    first = bits(run(inputs, function, backend=backend))
+    # The reference shows what the others are held to; it is too slow for a hundred.
+    for _ in range(REPEATS if backend == "cpu" else 5):
+        assert same(first, bits(run(inputs, function, backend=backend)))
+
+
+@on_backends(cases_of(tag="norm_rope"), ["cpu"])
+def test_number_of_threads(case, backend):
+    """Work big enough to be split, at 1 to 4 threads."""
+    inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+    function, before = getattr(vdcore, case.op), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(bits(run(inputs, function, backend=backend)))
+        assert all(same(results[0], other) for other in results[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_control_fails():
+    """Summing in a random order, as atomics do, changes bits: the comparison above would see it."""
+    x = torch.randn(100_000)
+    place = torch.zeros(len(x), dtype=torch.int64)
+    sums = {torch.zeros(1).index_add_(0, place, x[torch.randperm(len(x))]).item() for _ in range(20)}
+    assert len(sums) > 1

@@ -1,0 +1,50 @@
+"""Hazards 4, 6, 7, 25: strides other than the contiguous ones, in every input and in the incoming gradients."""
+
+import pytest
+import torch
+from support import FAST, on_backends, skip_unless_runs
+
+from vdcore.testing import LAYOUTS, cases_of, check
+
+
+@on_backends(cases_of(tag="layout"), FAST)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_layout(case, backend, layout):
+    skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+    check(case, backend, layout=layout)
+
+
+@on_backends(cases_of(tag="plain"), ["triton"])
+@pytest.mark.parametrize("layout", ["innermost_apart", "heads_first", "packed"])
+def test_layout_interpreted(case, backend, layout):
+    skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+    check(case, backend, layout=layout)
+
+
+@on_backends(cases_of(tag="plain"))
+def test_expanded_gradient(case, backend):
+    """sum().backward() sends a gradient whose strides are all 0."""
+    import vdcore
+
+    function = getattr(vdcore, case.op)
+    grads = []
+    for name in (backend, "reference"):
+        inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+        result = function(**inputs.args, backend=name)
+        for y in result if isinstance(result, tuple) else (result,):
+            y.sum().backward(retain_graph=True)
+        grads.append([x.grad for x in inputs.leaves.values()])
+    for ours, expected in zip(*grads):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@on_backends(cases_of(tag="plain"))
+def test_results_are_contiguous(case, backend):
+    import vdcore
+
+    inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True, layout="heads_first")
+    result = getattr(vdcore, case.op)(**inputs.args, backend=backend)
+    outputs = result if isinstance(result, tuple) else (result,)
+    assert all(y.is_contiguous() for y in outputs)
+    sum(y.square().sum() for y in outputs).backward()
+    assert all(x.grad is not None for x in inputs.leaves.values())

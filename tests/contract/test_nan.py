@@ -1,0 +1,130 @@
+"""Hazard 11: nothing outside the visible runs reaches a result, not even as 0 * NaN; real NaN propagates."""
+
+import pytest
+import torch
+from support import backends_of
+
+import vdcore
+from vdcore import FrameMask, QKNorm, Rope
+
+FRAMES = [(op, b) for op in ("temporal_attention", "video_attention") for b in backends_of(op) if b != "sdpa"]
+
+
+def run(op, q, k, v, backend, **kwargs):
+    """Output, and gradients of q, k, v and of the norm's weights and the rope table, which all rows share."""
+    D = q.shape[-1]
+    shared = [torch.ones(D, requires_grad=True) for _ in range(2)]
+    angle = torch.linspace(0, 1, D // 2).expand(12, 1, D // 2)
+    table = [angle.cos().clone().requires_grad_(), angle.sin().clone().requires_grad_()]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    kwargs = {"norm": QKNorm(*shared), "rope": Rope(*table), **kwargs}
+    out = getattr(vdcore, op)(*leaves, backend=backend, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    if (lengths := kwargs.get("lengths")) is not None:  # the gradient of a padded frame may be anything, too
+        incoming[torch.arange(out.shape[1]) >= lengths[:, None]] = torch.nan
+    return out.detach(), torch.autograd.grad(out, [*leaves, *shared, *table], incoming)
+
+
+@pytest.mark.parametrize("op,backend", FRAMES)
+def test_frames_past_the_lengths(op, backend):
+    q, k, v = (torch.randn(2, 7, 3, 2, 16) for _ in range(3))
+    lengths = torch.tensor([4, 6])
+    expected = run(
+        op,
+        *(
+            x.masked_fill(torch.arange(7)[None, :, None, None, None] >= lengths.view(2, 1, 1, 1, 1), 0.5)
+            for x in (q, k, v)
+        ),
+        backend,
+        lengths=lengths,
+    )
+    poisoned = [x.clone() for x in (q, k, v)]
+    for x in poisoned:
+        x[0, 4:] = torch.nan
+        x[1, 6:] = torch.nan
+    out, grads = run(op, *poisoned, backend, lengths=lengths)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    for ours, theirs in zip(grads, expected[1]):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("op,backend", FRAMES)
+@pytest.mark.parametrize(
+    "mask", [FrameMask.causal(), FrameMask(past=1, future=0, sink=1), FrameMask(past=0, future=0, chunk=2)], ids=str
+)
+def test_hidden_frames(op, backend, name, mask):
+    """NaN in one key frame reaches exactly the query frames that see it, and their gradients."""
+    T, bad = 9, 4
+    tensors = {n: torch.randn(1, T, 2, 2, 16) for n in "qkv"}
+    clean, clean_grads = run(op, *tensors.values(), backend, mask=mask)
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, bad] = torch.nan
+    out, grads = run(op, *tensors.values(), backend, mask=mask)
+    sees = mask.visible(T)[:, bad]
+    assert out[0, sees].isnan().all(), "real NaN must propagate"
+    torch.testing.assert_close(out[0, ~sees], clean[0, ~sees], rtol=0, atol=0)
+    torch.testing.assert_close(grads[0][0, ~sees], clean_grads[0][0, ~sees], rtol=0, atol=0)
+    # A key whose every viewer is clean keeps its gradient.
+    touched = mask.visible(T)[sees].any(0)
+    for i in (1, 2):
+        torch.testing.assert_close(grads[i][0, ~touched], clean_grads[i][0, ~touched], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("cross_attention") if b != "sdpa"])
+def test_text_past_its_length(backend):
+    q, k, v = torch.randn(2, 2, 3, 2, 16), torch.randn(2, 6, 2, 16), torch.randn(2, 6, 2, 16)
+    lengths = torch.tensor([4, 1])
+    results = []
+    for filler in (0.5, torch.nan):
+        for x in (k, v):
+            x[0, 4:], x[1, 1:] = filler, filler
+        weights = [torch.ones(16, requires_grad=True) for _ in range(2)]
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = vdcore.cross_attention(*leaves, lengths=lengths, norm=QKNorm(*weights), backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, *weights])])
+    for clean, poisoned in zip(*results):
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("video_attention") if b != "sdpa"])
+@pytest.mark.parametrize("text_sees", ["all", "text"])
+def test_joint_text_past_its_length(backend, text_sees):
+    qkv = [torch.randn(2, 3, 4, 2, 16) for _ in range(3)]
+    text = [torch.randn(2, 5, 2, 16) for _ in range(3)]
+    results = []
+    for filler in (0.5, torch.nan):
+        for x in text:
+            x[0, 3:], x[1, 0:] = filler, filler
+        weights = [torch.ones(16, requires_grad=True) for _ in range(2)]
+        leaves = [x.clone().requires_grad_() for x in (*qkv, *text)]
+        out, out_text = vdcore.video_attention(
+            *leaves[:3],
+            text=tuple(leaves[3:]),
+            text_lengths=torch.tensor([3, 0]),
+            text_norm=QKNorm(*weights),
+            text_sees=text_sees,
+            mask=FrameMask.causal(),
+            backend=backend,
+        )
+        assert out_text[0, 3:].eq(0).all() and out_text[1].eq(0).all()
+        total = out.square().sum() + out_text.square().sum()
+        results.append([out.detach(), out_text.detach(), *torch.autograd.grad(total, [*leaves, *weights])])
+    for clean, poisoned in zip(*results):
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends_of("gated_attention"))
+def test_gated_frames_past_the_lengths(backend):
+    qkv = [torch.randn(1, 5, 3, 2, 16) for _ in range(3)]
+    results = []
+    for filler in (0.5, torch.nan):
+        for x in qkv:
+            x[0, 3:] = filler
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        gate = torch.full((16,), 0.3, requires_grad=True)
+        out = vdcore.gated_attention(leaves, leaves, gate, lengths=torch.tensor([3]), backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, gate])])
+    for clean, poisoned in zip(*results):
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
