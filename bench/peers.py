@@ -20,6 +20,7 @@ from vdcore.bench.job import Job
 from vdcore.bench.rows import (
     Attend,
     Function,
+    Makers,
     dense_mask,
     dense_only,
     masked,
@@ -42,37 +43,42 @@ class Peer:
     """One library, or one way of writing it in PyTorch.
 
     Args:
-        variants: functions by how they call it; made for a job, so that masks are built once, as models do.
+        variants: makers of functions by how they call it; made for a job: its mask is built once, as models do.
         why_not: the reason why it cannot run a job here, or None.
         workspace: bytes it needs beside inputs and outputs, where that is known to matter.
         module: what has to be installed.
+        slow_start: it compiles for many seconds.
     """
 
     name: str
     ops: tuple[str, ...]
-    variants: Callable[[Job], dict[str, Function]]
+    variants: Callable[[Job], Makers]
     why_not: Callable[[Job], str | None] = lambda job: None
     workspace: Callable[[Job], int] = lambda job: 0
     module: str = "torch"
+    slow_start: bool = False
 
 
 # ---- Attention in PyTorch ----
 
 
-def _naive(job: Job) -> dict[str, Function]:
-    seen = dense_mask(job)
-    hidden = None if seen is None else ~seen
-    del seen
+def _naive(job: Job) -> Makers:
+    def make() -> Function:
+        seen = dense_mask(job)
+        hidden = None if seen is None else ~seen
+        del seen
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.mT * scale
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            scores = q @ k.mT * scale
+            if hidden is not None:
+                scores = scores.masked_fill(hidden, -math.inf)
+            return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    return {"eager": whole_job(job.op, attend)}
+        return whole_job(job.op, attend)
+
+    return {"eager": make}
 
 
 _BACKENDS = {
@@ -83,8 +89,8 @@ _BACKENDS = {
 }
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[Job], dict[str, Function]]:
-    def variants(job: Job) -> dict[str, Function]:
+def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
+    def variants(job: Job) -> Makers:
         def call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
             groups = q.shape[1] != k.shape[1]
             with sdpa_kernel(backend):
@@ -100,22 +106,24 @@ def _sdpa(backend: SDPBackend) -> Callable[[Job], dict[str, Function]]:
             q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
             return call(q, k, v, scale, None).transpose(1, 2)
 
-        found: dict[str, Function] = {}
-        if masked(job):
-            if not text_tokens(job):
-                found["one call a run"] = whole_job(job.op, run_by_run(views(None), job))
-            if not (backend == SDPBackend.FLASH_ATTENTION and job.device != "cpu"):  # on CUDA flash takes no mask
-                found["dense mask"] = whole_job(job.op, views(dense_mask(job)))
-                if backend != SDPBackend.MATH:
-                    found["dense mask, compiled"] = compiled(found["dense mask"])
-            return found
-        found["strided"] = whole_job(job.op, views(None))
-        if backend == SDPBackend.MATH:
-            return found
-        if job.op == "temporal_attention" and job.shape.B > 1:
-            found["one call a sample"] = sample_by_sample(job.op, views(None))
-        found["permuted copies"] = whole_job(job.op, copies)
-        found["compiled"] = compiled(found["strided"])
+        def strided() -> Function:
+            return whole_job(job.op, views(dense_mask(job)))
+
+        found: Makers = {}
+        takes_mask = backend != SDPBackend.FLASH_ATTENTION or job.device == "cpu"
+        if masked(job) and not text_tokens(job):
+            found["one call a run"] = lambda: whole_job(job.op, run_by_run(views(None), job))
+        if masked(job) and takes_mask:
+            found["dense mask"] = strided
+            found["dense mask, compiled"] = lambda: compiled(strided())
+        if not masked(job):
+            found["strided"] = strided
+            if job.op == "temporal_attention" and job.shape.B > 1:
+                found["one call a sample"] = lambda: sample_by_sample(job.op, views(None))
+            found["permuted copies"] = lambda: whole_job(job.op, copies)
+            found["compiled"] = lambda: compiled(strided())
+        if backend == SDPBackend.MATH:  # never the fastest way, and slow: as people get it, and no variants
+            found = {name: make for name, make in found.items() if make is strided or name == "one call a run"}
         return found
 
     return variants
@@ -133,11 +141,12 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _flex(job: Job) -> dict[str, Function]:
+def _flex(job: Job) -> Makers:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    block_mask = None
-    if masked(job):
+    def block_mask() -> Any:
+        if not masked(job):
+            return None
         mask, tokens, video = job.mask, unit(job), job.shape.T * unit(job)
         text = text_tokens(job)
         seen = mask.visible(job.shape.T).to(job.device)
@@ -147,17 +156,20 @@ def _flex(job: Job) -> dict[str, Function]:
             return (i >= video) | (j >= video) | seen[tuple(frames)]
 
         n = video + text
-        block_mask = create_block_mask(visible, None, None, n, n, device=job.device)
+        return create_block_mask(visible, None, None, n, n, device=job.device)
 
-    flex = compiled(flex_attention)
+    def make() -> Function:
+        flex, blocks = compiled(flex_attention), block_mask()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        gqa = q.shape[2] != k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            gqa = q.shape[2] != k.shape[2]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return flex(q, k, v, block_mask=blocks, scale=scale, enable_gqa=gqa).transpose(1, 2)
 
-    # Compiled apart: in one graph with norm and rope, Inductor fails to lower FlexAttention on the CPU.
-    return {"compiled": whole_job(job.op, attend, compiled(norm_rope) if job.norm_rope else norm_rope)}
+        # Compiled apart: in one graph with norm and rope, Inductor fails to lower FlexAttention on the CPU.
+        return whole_job(job.op, attend, compiled(norm_rope) if job.norm_rope else norm_rope)
+
+    return {"compiled": make}
 
 
 def _flex_why_not(job: Job) -> str | None:
@@ -184,8 +196,8 @@ def _library(module: str, *, needs_half: bool = True, backward: bool = True) -> 
     return why_not
 
 
-def _flash_attn(module: str) -> Callable[[Job], dict[str, Function]]:
-    def variants(job: Job) -> dict[str, Function]:
+def _flash_attn(module: str) -> Callable[[Job], Makers]:
+    def variants(job: Job) -> Makers:
         function = importlib.import_module(module).flash_attn_func
         mask, arguments = job.mask, dict[str, Any]()
         windows = masked(job) and unit(job) == 1 and mask.chunk == 1 and not mask.sink
@@ -197,12 +209,12 @@ def _flash_attn(module: str) -> Callable[[Job], dict[str, Function]]:
             out = function(q, k, v, softmax_scale=scale, **arguments)
             return out[0] if isinstance(out, tuple) else out
 
-        return {"window": whole_job(job.op, attend)} if windows else dense_only(job, attend)
+        return {"window": lambda: whole_job(job.op, attend)} if windows else dense_only(job, attend)
 
     return variants
 
 
-def _xformers(job: Job) -> dict[str, Function]:
+def _xformers(job: Job) -> Makers:
     from xformers.ops import memory_efficient_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -212,7 +224,7 @@ def _xformers(job: Job) -> dict[str, Function]:
     return dense_only(job, attend)
 
 
-def _sage(job: Job) -> dict[str, Function]:
+def _sage(job: Job) -> Makers:
     from sageattention import sageattn
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -221,7 +233,7 @@ def _sage(job: Job) -> dict[str, Function]:
     return dense_only(job, attend)
 
 
-def _natten(job: Job) -> dict[str, Function]:
+def _natten(job: Job) -> Makers:
     from natten import na3d
 
     s, mask = job.shape, job.mask
@@ -234,7 +246,7 @@ def _natten(job: Job) -> dict[str, Function]:
         window = {"kernel_size": (frames, s.rows, s.columns), "is_causal": (mask.future == 0, False, False)}
         return na3d(q, k, v, scale=s.D**-0.5, **window).flatten(2, 3)
 
-    return {"whole frames as the window": attention}
+    return {"whole frames as the window": lambda: attention}
 
 
 def _natten_why_not(job: Job) -> str | None:
@@ -253,10 +265,13 @@ def _natten_why_not(job: Job) -> str | None:
 
 
 def _eager_or_compiled(name: str, functions: dict[str, Function], op: str) -> list[Peer]:
-    def compile_all(job: Job) -> dict[str, Function]:
-        return {f"{variant}, compiled": compiled(function) for variant, function in functions.items()}
+    def eager(job: Job) -> Makers:
+        return {variant: lambda f=f: f for variant, f in functions.items()}  # type: ignore[misc]
 
-    return [Peer(name, (op,), lambda job: functions), Peer("compiled", (op,), compile_all)]
+    def compile_all(job: Job) -> Makers:
+        return {f"{variant}, compiled": lambda f=f: compiled(f) for variant, f in functions.items()}  # type: ignore[misc]
+
+    return [Peer(name, (op,), eager), Peer("compiled", (op,), compile_all)]
 
 
 def _qk_norm_rope(q: Tensor, k: Tensor, norm: Any, rope: Any) -> tuple[Tensor, Tensor]:
@@ -310,7 +325,7 @@ PEERS: list[Peer] = [
         )
         for name, (backend, devices) in _BACKENDS.items()
     ),
-    Peer("flex", ATTENTION, _flex, _flex_why_not),
+    Peer("flex", ATTENTION, _flex, _flex_why_not, slow_start=True),
     Peer("flash-attn-2", ATTENTION, _flash_attn("flash_attn"), _library("flash_attn"), module="flash_attn"),
     Peer(
         *("flash-attn-3", ATTENTION, _flash_attn("flash_attn_interface"), _library("flash_attn_interface")),
@@ -323,8 +338,8 @@ PEERS: list[Peer] = [
     Peer(
         *("conv3d", ("patchify",)),
         lambda job: {
-            "channels first": _conv3d(torch.contiguous_format),
-            "channels last": _conv3d(torch.channels_last_3d),
+            "channels first": lambda: _conv3d(torch.contiguous_format),
+            "channels last": lambda: _conv3d(torch.channels_last_3d),
         },
     ),
     *_eager_or_compiled("linear", {"reshape + linear": _patches_linear}, "patchify"),

@@ -17,6 +17,7 @@ from vdcore.bench.job import Job
 from vdcore import FrameMask
 
 Function = Callable[..., Any]
+Makers = dict[str, Callable[[], Function]]  # variants by name; made only where they run, for masks take memory
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -129,11 +130,11 @@ def run_by_run(attend: Attend, job: Job) -> Attend:
     return sliced
 
 
-def dense_only(job: Job, attend: Attend) -> dict[str, Function]:
+def dense_only(job: Job, attend: Attend) -> Makers:
     """The variants of a library without masks of ours."""
     if masked(job):
-        return {"one call a run": whole_job(job.op, run_by_run(attend, job))}
-    return {"strided": whole_job(job.op, attend)}
+        return {"one call a run": lambda: whole_job(job.op, run_by_run(attend, job))}
+    return {"strided": lambda: whole_job(job.op, attend)}
 
 
 def scores(job: Job) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 from vdcore.bench import machine
 from vdcore.bench.job import DTYPES, Job, Tensors
 from vdcore.bench.judge import Judge, flat, gradients, incoming
-from vdcore.bench.peers import PEERS
+from vdcore.bench.peers import PEERS, Peer
 from vdcore.bench.results import Journal, Row
-from vdcore.bench.rows import Function
+from vdcore.bench.rows import Function, masked
 from vdcore.bench.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
 
 import vdcore
@@ -32,12 +32,14 @@ class Settings:
         seconds: for the rounds of one job, without compiling and judging.
         memory: bytes a provider may need.
         peers: names to measure, ``"sdpa"`` for all ``"sdpa[...]"``; None: all.
+        slow_start: also those that compile for many seconds, where they have no mask to show their strength.
     """
 
-    seconds: float = 3.0
+    seconds: float = 2.5
     rounds: int = ROUNDS
     memory: int = 2**62
     peers: frozenset[str] | None = None
+    slow_start: bool = True
 
     def wants(self, provider: str) -> bool:
         return self.peers is None or bool(self.peers & {provider, provider.partition("[")[0]})
@@ -145,13 +147,15 @@ def candidates(job: Job, tensors: Tensors, settings: Settings) -> list[Candidate
         if job.op not in peer.ops or not settings.wants(peer.name):
             continue
         reason = peer.why_not(job)
+        if reason is None and peer.slow_start and not settings.slow_start and not masked(job):
+            reason = f"it compiles for many seconds: left out of the default set, run it with --peer {peer.name}"
         need = job.memory() + peer.workspace(job)
         if reason is not None:
             found.append(Candidate(peer.name, status="skipped", reason=reason))
         elif need > settings.memory:
             found.append(_too_large(peer.name, need, settings.memory))
         else:
-            found += _variants(peer.name, peer.variants, job)
+            found += _variants(peer, job)
     return found
 
 
@@ -160,11 +164,14 @@ def _too_large(provider: str, need: int, limit: int) -> Candidate:
     return Candidate(provider, status="predicted", reason=reason, need=need)
 
 
-def _variants(name: str, variants: Callable[[Job], dict[str, Function]], job: Job) -> list[Candidate]:
+def _variants(peer: Peer, job: Job) -> list[Candidate]:
+    found = []
     try:
-        return [Candidate(name, variant, function) for variant, function in variants(job).items()]
+        for variant, make in peer.variants(job).items():
+            found.append(Candidate(peer.name, variant, make()))
     except Exception as error:
-        return [Candidate(name, status="failed", reason=first_line(error))]
+        found.append(Candidate(peer.name, status="failed", reason=first_line(error)))
+    return found
 
 
 def _ours(job: Job, tensors: Tensors) -> list[Candidate]:

@@ -30,14 +30,16 @@ TRAINING = ("fwd", "fwd+bwd")
 TEMPORAL = ("latte-1-512", "stdit3-720p-102f", "svd-xt-level1", "animatediff-level1")
 
 DEFAULT = (
-    *(Item("temporal_attention", name, TRAINING) for name in TEMPORAL),
+    *(Item("temporal_attention", name) for name in TEMPORAL),
+    *(Item("temporal_attention", name, ("fwd+bwd",), share=0.4) for name in TEMPORAL),
     Item("temporal_attention", "latte-1-512", norm_rope=True),
     Item("temporal_attention", "stdit3-720p-102f", norm_rope=True),
-    Item("spatial_attention", "latte-1-512", TRAINING, share=0.6),
+    Item("spatial_attention", "latte-1-512", share=0.6),
+    Item("spatial_attention", "latte-1-512", ("fwd+bwd",), share=0.3),
     Item("video_attention", "wan2.2-5b-704p", TRAINING, ("float32",)),
-    Item("video_attention", "wan2.2-5b-704p", dtypes=("bfloat16",), share=0.5),
+    Item("video_attention", "wan2.2-5b-704p", dtypes=("bfloat16",), share=0.4),
     Item("video_attention", "long-video-60f", TRAINING, ("float32",)),
-    Item("video_attention", "long-video-60f", dtypes=("bfloat16",), share=0.5),
+    Item("video_attention", "long-video-60f", dtypes=("bfloat16",), share=0.4),
     Item("video_attention", "self-forcing-1.3b", dtypes=("float32",), share=0.5),
     Item("gated_attention", "latte-1-512", share=0.3),
     Item("cross_attention", "latte-1-512", share=0.3),

@@ -128,23 +128,23 @@ def no_collection() -> Iterator[None]:
 
 
 def rounds_for(
-    estimates: dict[str, float], budget: float, rounds: int = ROUNDS, close: frozenset[str] = frozenset()
+    estimates: dict[str, float], budget: float, rounds: int = ROUNDS, ours: frozenset[str] = frozenset()
 ) -> dict[str, int]:
     """How many rounds each contender runs in.
 
-    One that takes over four times as long as the fastest needs no narrow interval and runs in the fewest rounds, or, if
-    a call takes an eighth of the budget, not again: its estimate is its sample. The others share what is left.
+    Close intervals matter for ours and for whoever may be the fastest of the others: within a quarter of it. The rest
+    runs in the fewest rounds, or, if a call takes an eighth of the budget, not again: its estimate is its sample.
 
     Args:
         estimates: seconds a call.
         budget: seconds for all rounds together.
-        close: those whose interval matters however slow they are.
+        ours: run in all rounds, however slow.
     """
-    fastest = min(estimates.values(), default=0.0)
-    slow = {name: t for name, t in estimates.items() if t > 4 * fastest and name not in close}
-    counts = {name: 0 if t > budget / 8 else FEWEST for name, t in slow.items()}
-    left = budget - sum(slow[name] * n for name, n in counts.items())
-    a_round = sum(t for name, t in estimates.items() if name not in slow)
+    fastest = min((t for name, t in estimates.items() if name not in ours), default=0.0)
+    behind = {name: t for name, t in estimates.items() if t > 1.25 * fastest and name not in ours}
+    counts = {name: 0 if t > budget / 8 else FEWEST for name, t in behind.items()}
+    left = budget - sum(behind[name] * n for name, n in counts.items())
+    a_round = sum(t for name, t in estimates.items() if name not in behind)
     affordable = int(left / a_round) if a_round > 0 else rounds
     return {name: counts.get(name, max(FEWEST, min(rounds, affordable))) for name in estimates}
 

@@ -136,6 +136,33 @@ def scale(a, factor):
 
 
 @triton.jit
+def keep(x, m):
+    """x where m, else 0."""
+    if len(x) > 1:
+        return tl.where(m, x[0], 0.0), tl.where(m, x[1], 0.0)
+    else:
+        return (tl.where(m, x[0], 0.0),)
+
+
+@triton.jit
+def settle(x):
+    """x, computed where it was loaded.
+
+    The compiler moves elementwise work on a dot's operand behind its change of layout, where warps repeat one another's
+    rows and values no longer lie as they were read; a sum over one element is where that stops, and costs nothing.
+    """
+    if len(x) > 1:
+        return _settle(x[0]), _settle(x[1])
+    else:
+        return (_settle(x[0]),)
+
+
+@triton.jit
+def _settle(x):
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 1)), 3).to(x.dtype)
+
+
+@triton.jit
 def filled(N: tl.constexpr, value, ROW: tl.constexpr):
     """Tiles [N, W] of one value."""
     if ROW.W1 > 0:
@@ -255,12 +282,36 @@ def standardize_backward(g, h, rstd, m_row, count, ROW: tl.constexpr, KIND: tl.c
 
 
 @triton.jit
-def affine(x, norm, o_row, m_row, ROW: tl.constexpr):
-    """Rows times the norm's weight, plus its bias; o_row, m_row: where the rows' weights are."""
+def load_channels(p, ROW: tl.constexpr):
+    """One row for all, in float32: tiles [W]. Loaded without leading axes, it takes on the layout of what it meets."""
+    x0 = tl.load(p + _channels_0(ROW), mask=tl.arange(0, ROW.W0) < ROW.C0, other=0.0).to(tl.float32)
+    if ROW.W1 > 0:
+        x1 = tl.load(p + _channels_1(ROW), mask=tl.arange(0, ROW.W1) < ROW.D - ROW.C0, other=0.0).to(tl.float32)
+        return x0, x1
+    else:
+        return (x0,)
+
+
+@triton.jit
+def by_weight(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
+    """Rows times the norm's weight; o_row, m_row: with ALL, where the weights of the rows' heads are."""
     if norm.w is not None:
-        x = mul(x, to(load_rows(norm.w, o_row, m_row, ROW), tl.float32))
+        if ALL:
+            x = mul(x, to(load_rows(norm.w, o_row, m_row, ROW), tl.float32))
+        else:
+            x = mul(x, load_channels(norm.w, ROW))
+    return x
+
+
+@triton.jit
+def affine(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
+    """The same, plus the norm's bias."""
+    x = by_weight(x, norm, o_row, m_row, ROW, ALL)
     if norm.b is not None:
-        x = add(x, to(load_rows(norm.b, o_row, m_row, ROW), tl.float32))
+        if ALL:
+            x = add(x, to(load_rows(norm.b, o_row, m_row, ROW), tl.float32))
+        else:
+            x = add(x, load_channels(norm.b, ROW))
     return x
 
 

@@ -20,6 +20,7 @@ from vdcore.kernels._tile import (
     Rows,
     add,
     affine,
+    by_weight,
     column_sum,
     filled,
     load_rows,
@@ -104,7 +105,7 @@ def modulate_fwd_kernel(
     b_f = table_rows(shift, i_b, i_t, o_s, m_s, ROW, SHIFT_ROWS)  # [BR or 1, W]
     b_c = table_rows(mult, i_b, i_t, o_s, m_s, ROW, SCALE_ROWS)
     b_y, _ = standardize(to(b_x, tl.float32), m_s, ROW.D, norm.eps, ROW, KIND, 0)
-    b_y = affine(b_y, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
+    b_y = affine(b_y, norm, o_s, m_s, ROW, 0)
     b_y = add(add(b_y, mul(b_y, b_c)), b_f)
     store_rows(p_y, ((i_b * T + i_t) * S + o_s) * ROW.D, m_s, b_y, ROW)
 
@@ -132,9 +133,6 @@ def modulate_bwd_kernel(
     i_b, i_t, first = frame_rows(tl.program_id(0), T, S, rows)
     o_w, m_w = tl.arange(0, 1), tl.full([1], 1, tl.int1)
     # n = h w + b and y = n (1 + scale) + shift, with h the standardized row.
-    b_w = filled(1, 1.0, ROW)
-    if norm.w is not None:
-        b_w = to(load_rows(norm.w, o_w, m_w, ROW), tl.float32)
     b_dshift = filled(1, 0.0, ROW)
     b_dscale, b_dw, b_db = b_dshift, b_dshift, b_dshift
     for i in range(0, rows, BR):
@@ -152,7 +150,7 @@ def modulate_bwd_kernel(
             else:
                 b_dshift = add(b_dshift, column_sum(b_g))
         if p_dscale is not None:
-            b_d = mul(b_g, affine(b_h, norm, o_w, m_w, ROW))
+            b_d = mul(b_g, affine(b_h, norm, o_s, m_s, ROW, 0))
             if SCALE_ROWS:
                 store_rows(p_dscale, o_y, m_s, b_d, ROW)
             else:
@@ -163,7 +161,7 @@ def modulate_bwd_kernel(
         if p_db is not None:
             b_db = add(b_db, column_sum(b_g))
         if p_dx is not None:
-            b_g = standardize_backward(mul(b_g, b_w), b_h, rstd, m_s, ROW.D, ROW, KIND, 0)
+            b_g = standardize_backward(by_weight(b_g, norm, o_s, m_s, ROW, 0), b_h, rstd, m_s, ROW.D, ROW, KIND, 0)
             store_rows(p_dx, o_y, m_s, b_g, ROW)
     o_p = tl.program_id(0).to(tl.int64) * ROW.D + o_w
     if p_dshift is not None and not SHIFT_ROWS:

@@ -18,6 +18,7 @@ from vdcore.kernels._tile import (
     Row,
     add,
     affine,
+    by_weight,
     center,
     column_sum,
     filled,
@@ -115,10 +116,7 @@ def norm_rope_fwd_kernel(
     b_y = to(b_x, tl.float32)
     if KIND > 0:
         b_y, _ = standardize(b_y, m_n, H * ROW.D if ALL else ROW.D, norm.eps, ROW, KIND, ALL)
-        if ALL:
-            b_y = affine(b_y, norm, o_h * ROW.D, m_n, ROW)
-        else:
-            b_y = affine(b_y, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
+        b_y = affine(b_y, norm, o_h * ROW.D, m_n, ROW, ALL)
     if STYLE > 0:
         b_cos, b_sin = line_angles(angles, i_t + frame_start, o_s, o_h, m_n, 1.0, ROW, STYLE, R2)
         b_y = rotate(b_y, b_cos, b_sin, STYLE)
@@ -153,9 +151,6 @@ def norm_rope_bwd_kernel(
     NW: tl.constexpr = BN if ALL else 1
     o_w = tl.arange(0, NW).to(tl.int64) * ROW.D
     m_w = tl.arange(0, NW) < (H if ALL else 1)
-    b_w = filled(NW, 1.0, ROW)
-    if norm.w is not None:
-        b_w = to(load_rows(norm.w, o_w, m_w, ROW), tl.float32)  # [NW, W]
     b_dw = filled(BN, 0.0, ROW)
     b_db = b_dw
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -178,7 +173,9 @@ def norm_rope_bwd_kernel(
                 b_dw = add(b_dw, mul(b_g, b_h))
             if p_db is not None:
                 b_db = add(b_db, b_g)
-            b_g = standardize_backward(mul(b_g, b_w), b_h, rstd, m_x, count, ROW, KIND, ALL)
+            b_g = standardize_backward(
+                by_weight(b_g, norm, o_h * ROW.D, m_n, ROW, ALL), b_h, rstd, m_x, count, ROW, KIND, ALL
+            )
         o_dx = ((i_b * T + i_t) * S + o_s) * s_dx + o_h * ROW.D
         store_rows(p_dx, o_dx, m_n, b_g, ROW)
     o_p = tl.program_id(0).to(tl.int64) * (H * ROW.D if ALL else ROW.D) + o_w
@@ -291,10 +288,10 @@ def rope_table_bwd_kernel(
                 o_r = ((o_b * T + o_t) * S + o_s) * 2
                 mean = tl.load(p_stats + o_r, mask=m_j, other=0.0)[:, None]
                 rstd = tl.load(p_stats + o_r + 1, mask=m_j, other=0.0)[:, None]
-                b_x = affine(scale(center(b_x, mean, m_j, ROW), rstd), norm, o_h * ROW.D, m_j, ROW)
+                b_x = scale(center(b_x, mean, m_j, ROW), rstd)
             else:
                 b_x, _ = standardize(b_x, m_j, ROW.D, norm.eps, ROW, KIND, 0)
-                b_x = affine(b_x, norm, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW)
+            b_x = affine(b_x, norm, o_h * ROW.D, m_j, ROW, ALL)
         dcos, dsin = _turned(b_x, b_g, STYLE)
         b_dcos, b_dsin = add(b_dcos, dcos), add(b_dsin, dsin)
     cells = CT * CS * CH

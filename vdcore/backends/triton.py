@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vdcore.backends.base import Backend, Gradients, Implementation
-from vdcore.backends.call import Call, GateResidualCall, ModulateCall, QKNormRopeCall
+from vdcore.backends.call import Call, GateResidualCall, ModulateCall, QKNormRopeCall, TemporalCall
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
 # Versions of Triton whose results are wrong, with the kernel and the configuration that shows it.
 VERSION_DENYLIST: dict[str, str] = {}
 
+MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -155,10 +156,41 @@ def _norm_rope_gradients(
         found[name] = found[name] + dx if short in ("cos", "sin") and name in found else dx
 
 
+# ---- Temporal attention ----
+
+
+def _temporal_why_not(c: TemporalCall) -> str | None:
+    return _why_not(c.q) or _why_not_head(c.q) or _why_not_norm(c.q, c.k, c.norm)
+
+
+def _why_not_head(q: Tensor) -> str | None:
+    return None if q.shape[-1] <= MAX_HEAD_DIM else f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+
+
+def _temporal(c: TemporalCall) -> tuple[Tensor, ...]:
+    from vdcore.kernels.temporal_attention import temporal_forward
+
+    out, lse = c.empty_outputs()
+    if not c.k.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    if out.numel():
+        temporal_forward(
+            *(c.q, c.k, c.v, out, lse if c.lse else None),
+            mask=c.mask,
+            q_start=c.q_start,
+            lengths=c.lengths,
+            scale=c.scale,
+            norm=c.norm,
+            rope=c.rope,
+        )
+    return out, lse
+
+
 BACKEND = Backend(
     name="triton",
     missing=missing,
     operators={
+        "temporal_attention": Implementation(_temporal, None, _temporal_why_not, _temporal_why_not),
         "qk_norm_rope": Implementation(
             _qk_norm_rope, _qk_norm_rope_backward, _qk_norm_rope_why_not, _qk_norm_rope_why_not
         ),

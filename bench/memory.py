@@ -1,0 +1,272 @@
+"""Peak memory and time of one point of the profile, each in a fresh process, and what the point should need.
+
+On the CPU the peak is the process's highest resident size (VmHWM, set back after the inputs were allocated) minus the
+size before the call; on CUDA it is the allocator's own count.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from vdcore.bench import machine
+from vdcore.bench.job import Job, Tensors
+from vdcore.bench.judge import flat, gradients
+from vdcore.bench.peers import PEERS
+from vdcore.bench.rows import Function, masked, materialised
+from vdcore.bench.timing import Spread, clock_for
+
+import vdcore
+
+ATTENTIONS = ("naive", "sdpa", "vdcore")
+LONG = 4.0  # seconds; a call that takes longer is not repeated
+ENOUGH = 1.5  # seconds of timed calls
+
+
+@dataclass(frozen=True)
+class Point:
+    """One attention at one number of frames.
+
+    Args:
+        jobs: run one after another: one job, or spatial and temporal attention.
+        attention: one of :data:`ATTENTIONS`.
+        variant: of the peer.
+    """
+
+    jobs: tuple[Job, ...]
+    attention: str
+    variant: str = ""
+
+    @property
+    def frames(self) -> int:
+        return self.jobs[0].shape.T
+
+    def flops(self) -> float:
+        """Of the pairs that this attention computes: naive and dense masks do not leave out the hidden ones."""
+        dense = self.attention == "naive" or "mask" in self.variant
+        return sum(replace(job, mask=vdcore.FrameMask()).flops() if dense else job.flops() for job in self.jobs)
+
+
+def function_of(job: Job, attention: str, variant: str) -> Function:
+    if attention == "vdcore":
+        return getattr(vdcore, job.op)  # type: ignore[no-any-return]
+    names = ("naive",) if attention == "naive" else ("sdpa[flash]", "sdpa[efficient]")
+    for peer in PEERS:
+        if peer.name in names and job.op in peer.ops and peer.why_not(job) is None:
+            makers = peer.variants(job)
+            if variant in makers or not variant:
+                return (makers[variant] if variant else next(iter(makers.values())))()
+    raise ValueError(f"{attention} has no variant {variant!r} of {job.op}")
+
+
+# ---- What it should need ----
+
+
+def count(point: Point) -> tuple[int, str]:
+    """Bytes beyond the inputs that a point should need, and the formula; N tokens, e bytes an element.
+
+    naive: scores and probabilities of all pairs are alive at once, H N N e each; backward adds a third. A dense mask
+    is N N bytes, and torch's CPU kernel makes it N N e more. The fused attentions need their outputs (twice, where the
+    result is laid out anew), a float32 log-sum-exp, and with gradients those of q, k and v, twice where they are packed
+    anew; the reference backend needs float32 copies and the scores of one frame.
+    """
+    needs = [_count_one(job, point) for job in point.jobs]
+    return max(needs)
+
+
+def _count_one(job: Job, point: Point) -> tuple[int, str]:
+    s, e = job.shape, job.dtype.itemsize
+    out = s.B * s.T * s.S * s.H * s.D * e
+    lse = s.B * s.T * s.S * s.H * 4
+    keys = s.B * s.T * s.S * 2 * s.G * s.D * e
+    back = 2 * (out + keys) if job.has_backward else 0
+    back_text = " + 2 gradients of q, k, v" if job.has_backward else ""
+    if point.attention == "naive":
+        n = "3" if job.has_backward else "2"
+        return materialised(job) + 2 * out + back, f"{n} H N N e + 2 outputs{back_text}" + " + N N" * masked(job)
+    if "mask" in point.variant:
+        n_squared = (s.T * s.S) ** 2
+        return n_squared * (1 + e) + 2 * out + lse + back, "N N (1 + e) of mask + 2 outputs + lse" + back_text
+    if point.attention == "vdcore" and _backend(job) == "reference":
+        scores = 3 * s.B * s.H * s.S * int(s.T * s.S * job.mask.density(s.T) + 1) * 4
+        copies = 3 * (out + keys) * 4 // e
+        if job.has_backward:
+            scores *= s.T
+        return scores + copies + out + back, "float32 copies and scores of the reference backend" + back_text
+    return 2 * out + lse + back, f"2 outputs + lse{back_text}"
+
+
+def _backend(job: Job) -> str:
+    """Who serves the job, asked with one token a frame."""
+    small = replace(job, shape=replace(job.shape, rows=1, columns=1))
+    with torch.set_grad_enabled(job.has_backward):
+        return vdcore.explain(job.op, **small.arguments(_leaves(small)))[0][0]
+
+
+# ---- What it needs ----
+
+
+def _leaves(job: Job) -> Tensors:
+    tensors = job.tensors()
+    for name in job.learned if job.has_backward else ():
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def _call(point: Point, tensors: Tensors, dout: list[list[torch.Tensor]]) -> Callable[[], None]:
+    """All jobs of the point in order; every result is freed before the next job."""
+    functions = [function_of(job, point.attention, point.variant) for job in point.jobs]
+
+    def call() -> None:
+        for job, function, dy in zip(point.jobs, functions, dout):
+            with torch.set_grad_enabled(job.has_backward):
+                outputs = flat(function(**job.arguments(tensors)))
+            if job.has_backward:
+                gradients(outputs, [tensors[name] for name in job.learned], dy)
+
+    return call
+
+
+def _incoming(point: Point) -> list[list[torch.Tensor]]:
+    return [
+        [torch.ones(size, dtype=job.dtype, device=job.device) for size in job.output_sizes()]
+        if job.has_backward
+        else []
+        for job in point.jobs
+    ]
+
+
+def _small(point: Point) -> Point:
+    """The same calls on two tokens: starts threads and loads code, so that the peak is not theirs."""
+    jobs = tuple(replace(job, shape=replace(job.shape, T=2, rows=1, columns=1)) for job in point.jobs)
+    return replace(point, jobs=jobs)
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _reset_peak() -> int:
+    """Sets the process's peak back to its present resident size, which is returned."""
+    machine.trim_malloc()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    try:
+        return _status("VmHWM")
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def measure_memory(point: Point, limit: int) -> dict[str, float]:
+    """Peak bytes of one call beyond its inputs, and its seconds. An allocation beyond the limit raises."""
+    device = point.jobs[0].device
+    _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
+    if device.startswith("cuda"):
+        tensors, dout = _leaves(point.jobs[0]), _incoming(point)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        begin = time.perf_counter()
+        _call(point, tensors, dout)()
+        torch.cuda.synchronize()
+        return {"bytes": torch.cuda.max_memory_allocated() - before, "seconds": time.perf_counter() - begin}
+    # A freed block must leave the process, else its place counts although nothing is in it.
+    machine.set_malloc(raised=False)
+    tensors, dout = _leaves(point.jobs[0]), _incoming(point)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit,) * 2)
+    before = _reset_peak()
+    begin = time.perf_counter()
+    _call(point, tensors, dout)()
+    return {"bytes": _peak() - before, "seconds": time.perf_counter() - begin}
+
+
+def measure_time(point: Point, need: int) -> dict[str, Any]:
+    """Seconds of warm calls in touched memory: as many as fit into :data:`ENOUGH`, at least three."""
+    from vdcore.bench.runner import heap, touch_heap
+
+    device = point.jobs[0].device
+    _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
+    tensors, dout = _leaves(point.jobs[0]), _incoming(point)
+    if not device.startswith("cuda"):
+        touch_heap(min(2 * need, machine.memory_limit()))
+    call, clock = _call(point, tensors, dout), clock_for(device)
+    call()
+    samples = [clock.measure(call).seconds]
+    while len(samples) < 9 and (len(samples) < 3 or sum(samples) < ENOUGH):
+        samples.append(clock.measure(call).seconds)
+    allocator = "torch" if device.startswith("cuda") else heap()
+    return {"spread": Spread.of(samples), "allocator": allocator}
+
+
+# ---- In a process of its own ----
+
+
+class PointError(RuntimeError):
+    """The process of a point failed; the message says how."""
+
+
+def _child(connection: Connection, threads: int, function: Callable[..., Any], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+    try:
+        connection.send((function(*arguments), None))
+    except BaseException as error:
+        connection.send((None, "".join(traceback.format_exception_only(error)).strip()))
+
+
+def in_process(function: Callable[..., Any], *arguments: Any, timeout: float = 600.0) -> Any:
+    """The function's result from a fresh process, forked off one that has only imported torch.
+
+    Raises:
+        PointError: if it fails, is killed, or takes longer than ``timeout`` seconds.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["vdcore.bench.memory"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_child, args=(theirs, torch.get_num_threads(), function, *arguments), daemon=True
+    )
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            raise PointError(f"it took longer than {timeout:.0f} s")
+        result, error = ours.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise PointError(f"its process ended with {how}" + (", out of memory" if code == -9 else "")) from None
+    finally:
+        if process.is_alive():
+            process.join(1)
+            process.kill()
+        process.join()
+        ours.close()
+    if error is not None:
+        raise PointError(error)
+    return result
