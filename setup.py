@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -48,10 +48,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        *("vdcore", "vdcore.backends", "vdcore.ops", "vdcore.reference", "vdcore.testing"),
-        *("vdcore.kernels", "vdcore.bench"),
-    ],
+    packages=[*find_packages(include=["vdcore", "vdcore.*"]), "vdcore.kernels", "vdcore.bench"],
     package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
     ext_modules=[Extension("vdcore._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

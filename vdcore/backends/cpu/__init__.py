@@ -1,0 +1,17 @@
+"""The native CPU engine as a backend: C++ kernels in csrc/cpu, one module here for each operator family there."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from vdcore.backends._native import why_no_native
+from vdcore.backends.base import Backend
+from vdcore.backends.cpu import temporal_attention
+
+
+@cache
+def missing() -> str | None:
+    return why_no_native()
+
+
+BACKEND = Backend(name="cpu", missing=missing, operators={**temporal_attention.OPERATORS})

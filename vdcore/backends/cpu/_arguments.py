@@ -1,0 +1,50 @@
+"""What the operators of the CPU engine share in their arguments: the native module takes DLPack capsules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = {"rms": 1, "layer": 2}
+_STYLES = {"interleaved": 1, "half": 2}
+
+# Sums over positions (gradients of weights and of shared rope tables) are taken in this many parts, whatever the number
+# of threads: the same bits on every machine.
+SUM_PARTS = 64
+
+
+def why_not(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device != "cpu":
+        return f"it runs on the CPU, and the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"it has no {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"
+    return None
+
+
+def float_weights(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def capsule(x: Tensor | None) -> object:
+    return None if x is None else to_dlpack(x.detach() if x.requires_grad else x)
+
+
+class NormRope:
+    """Norm and rope as the native module takes them. Keeps alive what it points to."""
+
+    def __init__(self, norm: QKNorm | None, rope: Rope | None) -> None:
+        self.norm = self.rope = None
+        if norm is not None:
+            self.weights = [float_weights(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
+            self.norm = (_KINDS[norm.kind], norm.over == "all", norm.eps, *map(capsule, self.weights))
+        if rope is not None:
+            self.tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+            self.rope = (_STYLES[rope.style], *map(capsule, self.tables))

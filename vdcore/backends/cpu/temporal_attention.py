@@ -1,0 +1,89 @@
+"""Temporal attention on the CPU engine: csrc/cpu/temporal_attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdcore.backends._native import native
+from vdcore.backends.base import Gradients, Implementation
+from vdcore.backends.call import TemporalCall, mask_numbers
+from vdcore.backends.cpu._arguments import SUM_PARTS, NormRope, capsule, why_not
+
+
+def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> tuple:
+    lengths = None if c.lengths is None else c.lengths.tolist()
+    return (
+        *(capsule(c.q), capsule(c.k), capsule(c.v), capsule(out), capsule(lse)),
+        *(lengths, mask_numbers(c.mask), c.q_start, c.scale, shared.norm, shared.rope, torch.get_num_threads()),
+    )
+
+
+def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
+    out, lse = c.empty_outputs()
+    native().temporal_attention_forward(*_arguments(c, out, lse if c.lse else None, NormRope(c.norm, c.rope)))
+    return out, lse
+
+
+def _backward(
+    c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    out, lse = outputs
+    dout, dlse = grads
+    dout = torch.zeros_like(out) if dout is None else dout
+    dout, dlse = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (dout, dlse))
+    found: Gradients = {}
+
+    # Gradients of q, k and v; also where only a weight behind them wants one.
+    if c.packed is not None:
+        found["q"] = torch.empty(c.packed.shape, dtype=c.packed.dtype)
+        gradients: tuple[Tensor | None, ...] = found["q"].unbind(3)
+    else:
+        for name, x in (("q", c.q), ("k", c.k), ("v", c.v)):
+            behind = {"q": {"q_weight", "q_bias", "cos", "sin"}, "k": {"k_weight", "k_bias", "cos", "sin"}, "v": set()}
+            if name in wanted or wanted & behind[name]:
+                found[name] = torch.empty(x.shape, dtype=x.dtype)
+        gradients = tuple(found.get(name) for name in "qkv")
+
+    names = ("q_weight", "k_weight", "q_bias", "k_bias")
+    table = None if c.rope is None or not wanted & {"cos", "sin"} else c.rope.cos
+    per_position = table is not None and table.shape[1] > 1
+    units = c.q.shape[2] if per_position else c.q.shape[0] * c.q.shape[2]
+    sums = any(name in wanted for name in names) or table is not None
+    items = min(units, SUM_PARTS) if sums else min(units, max(64 * torch.get_num_threads(), units // 64))
+    weights: list[Tensor | None] = [None] * 4
+    if c.norm is not None:
+        given = (c.norm.q_weight, c.norm.k_weight, c.norm.q_bias, c.norm.k_bias)
+        for i, (name, weight) in enumerate(zip(names, given)):
+            if name in wanted and weight is not None:
+                weights[i] = torch.zeros(items, weight.numel())
+    tables: list[Tensor | None] = [None, None]
+    if table is not None:
+        shape = (table.shape[0], table.shape[1], table.shape[2] if table.ndim == 4 else 1, table.shape[-1])
+        tables = [torch.zeros(shape if per_position else (items, *shape)) for _ in range(2)]
+    views = [x if x is None or per_position else x[0] for x in tables]
+
+    shared = NormRope(c.norm, c.rope)
+    native().temporal_attention_backward(
+        *_arguments(c, out, lse, shared),
+        *(capsule(x) for x in (dout, dlse, *gradients)),
+        items,
+        [capsule(x) for x in weights],
+        *(capsule(x) for x in views),
+        0 if per_position or views[0] is None else views[0].numel(),
+    )
+    for name, part in zip(names, weights):
+        if part is not None:
+            found[name] = part.sum(0, dtype=torch.float64)
+    for name, part in zip(("cos", "sin"), tables):
+        if part is not None and table is not None:
+            total = part if per_position else part.sum(0, dtype=torch.float64)
+            found[name] = total.reshape(table.shape)
+    return found
+
+
+def _why_not(c: TemporalCall) -> str | None:
+    return why_not(c.q.device.type, c.q.dtype, c.q.shape[-1])
+
+
+OPERATORS = {"temporal_attention": Implementation(_forward, _backward, _why_not)}
