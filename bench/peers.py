@@ -89,6 +89,13 @@ _BACKENDS = {
 }
 
 
+def _in_float32(attend: Attend) -> Attend:
+    def widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q.float(), k.float(), v.float(), scale).to(q.dtype)
+
+    return widened
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
     def variants(job: Job) -> Makers:
         def call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -122,6 +129,13 @@ def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
                 found["one call a sample"] = lambda: sample_by_sample(job.op, views(None))
             found["permuted copies"] = lambda: whole_job(job.op, copies)
             found["compiled"] = lambda: compiled(strided())
+            if (
+                job.device == "cpu" and job.dtype != torch.float32
+            ):  # torch's half precision can be slower than two casts
+                in_float32 = whole_job(job.op, _in_float32(views(None)))
+                found["in float32"] = lambda: in_float32
+                found["in float32, permuted copies"] = lambda: whole_job(job.op, _in_float32(copies))
+                found["in float32, compiled"] = lambda: compiled(in_float32)
         if backend == SDPBackend.MATH:  # never the fastest way, and slow: as people get it, and no variants
             found = {name: make for name, make in found.items() if make is strided or name == "one call a run"}
         return found
@@ -264,14 +278,31 @@ def _natten_why_not(job: Job) -> str | None:
 # ---- The other operators ----
 
 
+def _wide(function: Function) -> Function:
+    """In float32 and back: torch's half-precision products are slow on CPUs without instructions for them."""
+
+    def widened(*args: Any, **kwargs: Any) -> Tensor:
+        dtype = next(x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        wide = {name: x.float() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        return function(*(x.float() if isinstance(x, Tensor) else x for x in args), **wide).to(dtype)
+
+    return widened
+
+
 def _eager_or_compiled(name: str, functions: dict[str, Function], op: str) -> list[Peer]:
     def eager(job: Job) -> Makers:
-        return {variant: lambda f=f: f for variant, f in functions.items()}  # type: ignore[misc]
+        return {variant: lambda f=f: f for variant, f in _fitting(functions, job).items()}  # type: ignore[misc]
 
     def compile_all(job: Job) -> Makers:
-        return {f"{variant}, compiled": lambda f=f: compiled(f) for variant, f in functions.items()}  # type: ignore[misc]
+        fitting = _fitting(functions, job).items()
+        return {f"{variant}, compiled": lambda f=f: compiled(f) for variant, f in fitting}  # type: ignore[misc]
 
     return [Peer(name, (op,), eager), Peer("compiled", (op,), compile_all)]
+
+
+def _fitting(functions: dict[str, Function], job: Job) -> dict[str, Function]:
+    narrow = job.dtype != torch.float32 and job.device == "cpu"
+    return {name: f for name, f in functions.items() if narrow or name != "in float32"}
 
 
 def _qk_norm_rope(q: Tensor, k: Tensor, norm: Any, rope: Any) -> tuple[Tensor, Tensor]:
@@ -342,8 +373,12 @@ PEERS: list[Peer] = [
             "channels last": lambda: _conv3d(torch.channels_last_3d),
         },
     ),
-    *_eager_or_compiled("linear", {"reshape + linear": _patches_linear}, "patchify"),
-    *_eager_or_compiled("linear", {"linear + permute": _linear_patches}, "unpatchify"),
+    *_eager_or_compiled(
+        "linear", {"reshape + linear": _patches_linear, "in float32": _wide(_patches_linear)}, "patchify"
+    ),
+    *_eager_or_compiled(
+        "linear", {"linear + permute": _linear_patches, "in float32": _wide(_linear_patches)}, "unpatchify"
+    ),
     *_eager_or_compiled("eager", {"layer_norm": _modulate}, "modulate"),
     *_eager_or_compiled("eager", {"formula": _gate_residual, "addcmul": _addcmul}, "gate_residual"),
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from vdcore.bench import machine
+from vdcore.bench.curves import PROFILE
 from vdcore.bench.job import Job
 from vdcore.bench.jobs import SpatialJob, TemporalJob, VideoJob, make
 from vdcore.bench.memory import LONG, Point, PointError, count, in_process, measure_memory, measure_time
@@ -22,6 +23,7 @@ WORKLOAD = "ltx-2b-704p"
 WINDOW = 30  # latent frames: five seconds of most models
 SIZED_AT = 128  # frames at which full 3D attention costs what the shape is cut to
 FLOPS_PER_THREAD = 1.5e11
+SHORT = 2.5  # seconds that one call may take in the benchmark's default set
 FIRST_GUESS = 2e10  # FLOP/s of a thread, until a point of the series was measured
 
 
@@ -103,7 +105,7 @@ def row_for(point: Point) -> Row:
     return replace(
         row,
         op=op,
-        case=f"profile: {pattern_of(point)}",
+        case=PROFILE + pattern_of(point),
         provider=point.attention,
         variant=point.variant,
         flops=point.flops(),

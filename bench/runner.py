@@ -130,6 +130,11 @@ def touch_heap(size: int) -> None:
         _heap = size
 
 
+def heap_for(jobs: Iterable[Job], limit: int) -> int:
+    """Bytes that cover the results of the largest job and what its providers need beside them."""
+    return max((3 * job.memory() for job in jobs if job.memory() <= limit), default=0)
+
+
 def heap() -> str:
     """The allocator and what was done for it, as rows say it."""
     return machine.allocator() + (f", {machine.bytes_text(_heap)} touched" if _heap else "")

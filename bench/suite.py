@@ -32,8 +32,7 @@ TEMPORAL = ("latte-1-512", "stdit3-720p-102f", "svd-xt-level1", "animatediff-lev
 DEFAULT = (
     *(Item("temporal_attention", name) for name in TEMPORAL),
     *(Item("temporal_attention", name, ("fwd+bwd",), share=0.4) for name in TEMPORAL),
-    Item("temporal_attention", "latte-1-512", norm_rope=True),
-    Item("temporal_attention", "stdit3-720p-102f", norm_rope=True),
+    *(Item("temporal_attention", name, norm_rope=True) for name in TEMPORAL),
     Item("spatial_attention", "latte-1-512", share=0.6),
     Item("spatial_attention", "latte-1-512", ("fwd+bwd",), share=0.3),
     Item("video_attention", "wan2.2-5b-704p", TRAINING, ("float32",)),

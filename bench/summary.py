@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -164,9 +165,116 @@ def absent(found: Sequence[Line]) -> dict[str, list[str]]:
     return reasons
 
 
+def wrong(found: Sequence[Line]) -> list[str]:
+    """A sentence for every row of ours whose error is beyond the tolerance rule, or that failed."""
+    said = []
+    for line in found:
+        job = line.job
+        what = f"{job.op}, {job.case}, {job.workload}, {job.mode}, {job.dtype}"
+        for row in (line.ours, *line.backends):
+            if row is not None and row.error_ratio is not None and not row.error_ratio <= 1:
+                said.append(f"{row.provider} is {row.error_ratio:.2f} times as wrong as allowed: {what}")
+        said += [f"{r.provider} failed: {what}: {r.reason}" for r in line.others if _failed(r)]
+    return said
+
+
+def _failed(row: Row) -> bool:
+    return row.status == "failed" and row.provider.startswith("vdcore")
+
+
+OVERHEAD_HEADER = ("operator", "mode", "provider", "time of a call", "of it beside the kernel")
+
+
+def overhead_cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Table rows as :data:`OVERHEAD_HEADER` names them."""
+    rows = [row for row in rows if row.metric == "overhead" and row.p50]
+    kernels = {(row.op, row.mode): row.p50 or 0.0 for row in rows if row.variant == "kernel alone"}
+    made = []
+    for row in rows:
+        kernel = kernels.get((row.op, row.mode))
+        public = row.variant == "auto" and kernel is not None
+        beside = seconds_text((row.p50 or 0.0) - (kernel or 0.0)) if public else "-"
+        made.append((row.op, row.mode, name_of(row), time_of(row, spread=True), beside))
+    return made
+
+
 LEGEND = (
     "time: median (p20..p80) of interleaved rounds; ~: the intervals overlap, the difference is noise. "
     "rate: of the least traffic (every input and output moved once) where memory is the limit, else of the visible "
     "pairs' products. time / copy: over copying the same bytes in existing memory. "
     "error: over what the tolerance rule allows against float64, fine up to 1."
 )
+
+
+# ---- One number for many workloads ----
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One operator over several workloads, in one mode, dtype and case.
+
+    Args:
+        speedups: the fastest peer's time over vdcore's, one a workload.
+        over_copy: vdcore's time over that of copying the same bytes, one a workload.
+    """
+
+    op: str
+    case: str
+    mode: str
+    dtype: str
+    device: str
+    workloads: tuple[str, ...]
+    speedups: tuple[float, ...]
+    over_copy: tuple[float, ...]
+
+    @property
+    def what(self) -> str:
+        return self.mode + ("" if self.case == "plain" else f", {self.case}")
+
+
+def geomean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def bars(found: Sequence[Line], ops: Sequence[str] = ("temporal_attention",)) -> list[Bar]:
+    """Every mode, dtype and case of these operators, in the order of measurement; jobs without a peer are left out."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in found:
+        job = line.job
+        if job.op in ops and line.speedup is not None:
+            groups.setdefault((job.op, job.case, job.mode, job.dtype, job.device), []).append(line)
+    return [
+        Bar(
+            *key,
+            workloads=tuple(line.job.workload for line in group),
+            speedups=tuple(line.speedup for line in group if line.speedup is not None),
+            over_copy=tuple(line.over_copy for line in group if line.over_copy is not None),
+        )
+        for key, group in groups.items()
+    ]
+
+
+BAR_HEADER = (
+    *("operator", "mode", "dtype", "workloads"),
+    *("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean", "maximum"),
+)
+
+
+def bar_cells(bar: Bar) -> tuple[str, ...]:
+    """One table row, as :data:`BAR_HEADER` names it."""
+    worst = bar.workloads[bar.speedups.index(min(bar.speedups))]
+    copies = (f"{geomean(bar.over_copy):.2f}", f"{max(bar.over_copy):.2f}") if bar.over_copy else ("-", "-")
+    minimum = f"{min(bar.speedups):.2f}x ({worst})"
+    return (
+        *(bar.op, bar.what, bar.dtype, str(len(bar.workloads))),
+        *(f"{geomean(bar.speedups):.2f}x", minimum, *copies),
+    )
+
+
+def bar_text(bar: Bar) -> str:
+    """``"temporal_attention on cpu, float32, fwd, 4 workloads: 1.8x the best peer (minimum 1.7x), 2.7x copy time"``."""
+    copies = f", {geomean(bar.over_copy):.2f}x the time of a copy" if bar.over_copy else ""
+    return (
+        f"{bar.op} on {bar.device}, {bar.dtype}, {bar.what}, {len(bar.workloads)} workloads: "
+        f"{geomean(bar.speedups):.2f}x as fast as the best peer (minimum {min(bar.speedups):.2f}x){copies}"
+    )

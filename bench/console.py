@@ -1,0 +1,214 @@
+"""What a terminal shows: progress while a run goes on, and tables as its jobs are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from vdcore.bench import compare, curves, machine, summary
+from vdcore.bench.job import Job
+from vdcore.bench.memory import Point
+from vdcore.bench.profile import pattern_of
+from vdcore.bench.results import Row
+from vdcore.bench.runner import DTYPE_NAMES, Watch
+
+WIDTH_OF_FILES = 190  # columns, where the output is not a terminal
+
+
+def make_console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=WIDTH_OF_FILES)
+
+
+def table(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[RenderableType]] = (), text: bool = False
+) -> Table:
+    """``text``: words and no numbers, which are aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(header):
+        made.add_column(name, justify="left" if text or i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+class Screen(Watch):
+    """Shows a run: a bar below, and above it the table that is growing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.growing = console, Group()
+        self._title = ""
+        self._lines: list[summary.Line] = []
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._now = ""
+
+    @contextmanager
+    def live(self) -> Iterator[Screen]:
+        """The display is up inside; what is unfinished at its end is printed as it stands."""
+        renderable = Live(
+            console=self.console,
+            get_renderable=lambda: Group(self.growing, self._progress),
+            refresh_per_second=4,
+            transient=True,
+        )
+        with renderable:
+            try:
+                yield self
+            finally:
+                self.flush()
+                self.growing = Group()
+
+    def show(self, what: str, number: int, total: int) -> None:
+        """A step of a run that has no jobs."""
+        self._progress.update(self._task, description=what, completed=number, total=total)
+
+    # ---- jobs ----
+
+    def begin(self, job: Job, number: int, total: int) -> None:
+        case = "" if job.case == "plain" else f", {job.case}"
+        self._now = f"{job.op}{case}, {job.workload.name}, {job.mode}, {DTYPE_NAMES[job.dtype]}"
+        self.show(self._now, number, total)
+
+    def doing(self, what: str) -> None:
+        self._progress.update(self._task, description=f"{self._now}: {what}" if self._now else what)
+
+    def finish(self, job: Job, rows: list[Row]) -> None:
+        for line in summary.lines(rows):
+            (title,) = summary.groups([line])
+            if title != self._title:
+                self.flush()
+                self._title = title
+            self._lines.append(line)
+        self.growing = Group(job_table(self._title, self._lines))
+
+    def flush(self) -> None:
+        if self._lines:
+            self.console.print(job_table(self._title, self._lines))
+        self._title, self._lines, self._now = "", [], ""
+
+
+def job_table(title: str, found: Sequence[summary.Line]) -> Table:
+    return table(title, summary.HEADER, (summary.cells(line) for line in found))
+
+
+def bar_table(rows: Sequence[Row]) -> Table:
+    found = summary.bars(summary.lines(rows))
+    title = "Temporal attention over all workloads that were measured"
+    return table(title, summary.BAR_HEADER, map(summary.bar_cells, found))
+
+
+def print_summary(console: Console, rows: Sequence[Row]) -> None:
+    """After the tables: what they mean, over all workloads, and who is missing and why."""
+    found = summary.lines(rows)
+    console.print(Text(summary.LEGEND, style="dim"))
+    overhead = summary.overhead_cells(rows)
+    if overhead:
+        console.print(table("Time of a call on 16 tokens", summary.OVERHEAD_HEADER, overhead))
+    reasons = summary.absent(found)
+    if reasons:
+        console.print(table("Not measured", ("who", "why"), _swapped(reasons), text=True))
+    if summary.bars(found):
+        console.print(bar_table(rows))
+        for bar in summary.bars(found):
+            console.print(summary.bar_text(bar), soft_wrap=True)
+    for line in summary.wrong(found):
+        console.print(line, style="bold red", soft_wrap=True)
+
+
+def _swapped(reasons: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(", ".join(who), why) for why, who in reasons.items()]
+
+
+# ---- The profile ----
+
+
+def profile_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a workload and pattern: frames down, attentions across, each as peak memory and time."""
+    return [table(grid.title, ("frames", *grid.columns), grid.rows) for grid in curves.grids(rows)]
+
+
+class ProfileScreen(Screen):
+    """Shows a profile; ``rows`` are the journal's."""
+
+    def __init__(self, console: Console, rows: list[Row]) -> None:
+        super().__init__(console)
+        self.rows = rows
+
+    def at(self, point: Point, number: int, total: int) -> None:
+        self.show(f"{pattern_of(point)}, {point.attention} {point.variant}, {point.frames} frames", number, total)
+
+    def done(self, point: Point, rows: list[Row]) -> None:
+        self.growing = Group(*profile_tables(self.rows))
+
+
+def print_profile(console: Console, rows: Sequence[Row]) -> None:
+    for made in profile_tables(rows):
+        console.print(made)
+    console.print(Text(curves.LEGEND, style="dim"))
+    failed = [row for row in rows if curves.is_profile(row) and row.status not in ("ok", "predicted")]
+    for row in failed:
+        console.print(f"{row.provider} {row.variant}, {row.case}, {row.x:g} frames: {row.status}: {row.reason}")
+
+
+# ---- Comparing, doctor ----
+
+
+def print_comparison(console: Console, found: compare.Comparison) -> None:
+    for note in found.notes:
+        console.print(note, style="yellow", soft_wrap=True)
+    rows = []
+    for change in found.changes:
+        style = {"faster": "green", "less": "green", "slower": "red", "more": "red"}.get(change.verdict, "dim")
+        rows.append([Text(cell, style=style) for cell in compare.cells(change)])
+    console.print(table("B over A", compare.HEADER, rows))
+    for text in (*found.summary(), compare.LEGEND):
+        console.print(text, soft_wrap=True)
+
+
+def print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """``vdcore doctor`` for people."""
+    versions = {name: value for name, value in facts["versions"].items() if value}
+    missing = [name for name, value in facts["versions"].items() if not value]
+    machine_rows = [
+        *versions.items(),
+        ("commit", facts["commit"] or "not a checkout"),
+        ("threads", f"{facts['threads']['torch']} of torch on {facts['threads']['cores']} cores"),
+        ("memory", f"{machine.bytes_text(facts['memory']['available'])} available"),
+        ("allocator", facts["allocator"]["name"]),
+        *((f"GPU {i}", _gpu_text(gpu)) for i, gpu in enumerate(facts["gpus"])),
+        *((name, "none") for name in missing),
+    ]
+    console.print(table("Machine", ("what", "is"), machine_rows, text=True))
+    if facts["allocator"]["advice"]:
+        console.print(Text(facts["allocator"]["advice"], style="yellow"), soft_wrap=True)
+    backends = ((name, reason or "usable") for name, reason in facts["backends"].items())
+    console.print(table("Backends", ("backend", "here"), backends, text=True))
+    names = list(facts["backends"])
+    devices = list(next(iter(facts["chosen"].values())))
+    operators = (
+        (op, *(has[name] or "-" for name in names), *(facts["chosen"][op][device] for device in devices))
+        for op, has in facts["operators"].items()
+    )
+    header = ("operator", *names, *(f"auto on {device}" for device in devices))
+    console.print(table("What each backend has", header, operators, text=True))
+    console.print(
+        table("Peers", ("library", "version"), ((n, v or "not installed") for n, v in facts["peers"].items()))
+    )
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, {gpu['capability']}, {machine.bytes_text(gpu['memory'])}"

@@ -1,0 +1,118 @@
+"""What a call costs beside its kernel: the time of a call on so few tokens that there is nothing to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from vdcore.bench.job import Job
+from vdcore.bench.jobs import make
+from vdcore.bench.judge import flat
+from vdcore.bench.peers import PEERS
+from vdcore.bench.results import Journal, Row
+from vdcore.bench.runner import blank
+from vdcore.bench.timing import Contender, CpuClock, Spread, race
+from vdcore.bench.workloads import Shape, load
+
+import vdcore
+from vdcore.backends import implementation
+from vdcore.ops._operator import PREPARE
+
+TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)
+OPS = ("temporal_attention", "spatial_attention", "qk_norm_rope", "modulate", "gate_residual")
+ROUNDS = 31
+ROUND_SECONDS = 4e-3  # of one provider's calls in one round
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make the call; ``variant`` is ``"kernel alone"`` for what the others' overhead is beside."""
+
+    provider: str
+    variant: str
+    call: Callable[[], Any]
+
+
+def tiny_job(op: str, mode: str = "fwd", device: str = "cpu") -> Job:
+    """The operator on :data:`TINY`, float32."""
+    return make(op, replace(load()["latte-1-512"], name="tiny"), mode=mode, shape=TINY, device=device)
+
+
+def ways(job: Job) -> Iterator[Way]:
+    """vdcore's public function, its kernel without checks and registration, and PyTorch's shortest way."""
+    tensors = job.tensors()
+    leaves = [tensors[name].requires_grad_(job.has_backward) for name in job.learned]
+    arguments = job.arguments(tensors)
+    public = getattr(vdcore, job.op)
+
+    def with_backward(forward: Callable[[], Any]) -> Callable[[], Any]:
+        if not job.has_backward:
+            return forward
+        dout = [torch.ones_like(y) for y in flat(forward())]
+        return lambda: torch.autograd.grad(flat(forward()), leaves, dout, allow_unused=True)
+
+    with torch.set_grad_enabled(job.has_backward):
+        backend = vdcore.explain(job.op, **arguments)[0][0]
+        yield Way(f"vdcore[{backend}]", "auto", with_backward(lambda: public(**arguments)))
+        if not job.has_backward:
+            call = PREPARE[job.op](**arguments)
+            kernel = implementation(call, backend).forward
+            yield Way(f"vdcore[{backend}]", "kernel alone", lambda: kernel(call))
+    for peer in PEERS:
+        if job.op in peer.ops and peer.module == "torch" and not peer.slow_start and peer.why_not(job) is None:
+            for variant, maker in peer.variants(job).items():
+                if variant in ("strided", "eager", "formula", "layer_norm", "addcmul"):
+                    yield Way(peer.name, variant, with_backward(partial(maker(), **arguments)))
+    if job.op.endswith("attention"):
+        q, k, v = torch.randn(3, 4, 2, 4, 16, device=job.device, requires_grad=job.has_backward).unbind()
+
+        def bare() -> Any:
+            return F.scaled_dot_product_attention(q, k, v)
+
+        if job.has_backward:
+            dy = torch.ones_like(q)
+            yield Way("sdpa", "bare call", lambda: torch.autograd.grad(bare(), (q, k, v), dy))
+        else:
+            yield Way("sdpa", "bare call", bare)
+
+
+def measure(job: Job, rounds: int = ROUNDS) -> Iterator[Row]:
+    """One row a way: seconds of a call, from interleaved rounds of many calls. On a GPU the calls are only queued."""
+    base, clock = replace(blank(job), metric="overhead", scaling="", original={}), CpuClock()
+    racing: dict[Way, tuple[Contender, int]] = {}
+    with torch.set_grad_enabled(job.has_backward):
+        for way in ways(job):
+            for _ in range(20):
+                way.call()
+            once = min(clock.measure(way.call).seconds for _ in range(20))
+            count = max(1, round(ROUND_SECONDS / once))
+            racing[way] = (Contender(lambda _, f=way.call, n=count: _repeat(f, n)), count)
+        contenders = {f"{way.provider} {way.variant}": contender for way, (contender, _) in racing.items()}
+        race(contenders, dict.fromkeys(contenders, rounds), clock)
+    for way, (contender, count) in racing.items():
+        spread = Spread.of([sample.seconds / count for sample in contender.samples])
+        yield replace(
+            base,
+            provider=way.provider,
+            variant=way.variant,
+            p20=spread.p20,
+            p50=spread.p50,
+            p80=spread.p80,
+            samples=spread.samples,
+        )
+
+
+def _repeat(call: Callable[[], Any], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def run(journal: Journal, device: str = "cpu", doing: Callable[[str], None] = lambda what: None) -> None:
+    """Every operator of :data:`OPS` forward, and the first also with backward."""
+    for op, mode in (*((op, "fwd") for op in OPS), (OPS[0], "fwd+bwd")):
+        doing(f"call overhead of {op}, {mode}")
+        journal.add(measure(tiny_job(op, mode, device)))

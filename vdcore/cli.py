@@ -1,0 +1,321 @@
+"""The command line: what can run here, how fast it is, and what it needs as videos get longer."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+EXTRA = ("typer", "rich", "matplotlib", "psutil")
+
+
+def _need_extra() -> None:
+    """Ends the program where a package of the extra is missing, before anything was measured."""
+    import importlib.util
+
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"vdcore: {', '.join(missing)} missing here: pip install 'vdcore[bench]'", file=sys.stderr)
+        raise SystemExit(1)
+
+
+_need_extra()
+
+import typer  # noqa: E402
+
+if TYPE_CHECKING:
+    from vdcore.bench.results import Journal
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
+
+
+def several(help: str) -> Any:
+    return typer.Option(help=f"{help} Several: separate by commas, or repeat the option.", show_default=False)
+
+
+# ---- Reading options; whatever is wrong with them ends with exit code 2 ----
+
+
+def _split(values: Iterable[str] | None) -> tuple[str, ...]:
+    return tuple(name.strip() for value in values or () for name in value.split(",") if name.strip())
+
+
+def _known(option: str, values: Iterable[str] | None, names: Iterable[str]) -> tuple[str, ...]:
+    known, found = list(names), _split(values)
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: not known; known are {', '.join(known)}", param_hint=option)
+    return found
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """``"8GiB"``, ``"512 MiB"``, ``"2e9"``; GB are powers of ten."""
+    units = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6}
+    units |= {"GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    try:
+        assert match is not None
+        size = int(float(match[1]) * units[match[2].upper()])
+    except (AssertionError, KeyError, ValueError):
+        raise typer.BadParameter(f"{text!r}: not a size such as 8GiB", param_hint=option) from None
+    if size <= 0:
+        raise typer.BadParameter(f"{text!r}: not positive", param_hint=option)
+    return size
+
+
+def _parse_frames(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    numbers = [int(n) if n.isdecimal() else 0 for n in _split([text])]
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r}: not numbers of frames such as 8,16,32", param_hint="--frames")
+    return tuple(sorted(set(numbers)))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name}: not known; known are cpu, cuda, cuda:0, ...", param_hint="--device")
+    return name
+
+
+def _threads(number: int | None) -> None:
+    import torch
+
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def _relaunch(device: str) -> None:
+    """On the CPU goes on in a child whose allocator keeps its memory, if this one's does not; does not return then."""
+    from vdcore.bench import machine
+
+    if device == "cpu" and machine.needs_relaunch():
+        raise typer.Exit(machine.relaunch(sys.argv[1:]))
+
+
+# ---- doctor ----
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    compile_all: Annotated[
+        bool, typer.Option("--compile", help="Compile every Triton kernel ahead of time; needs no GPU.")
+    ] = False,
+    arch: Annotated[list[str] | None, several("Architectures for --compile, such as sm_90 or gfx942.")] = None,
+) -> None:
+    """What can run on this machine, and why the rest cannot."""
+    if compile_all:
+        _compile(_split(arch), as_json)
+        return
+    from vdcore.bench import console, doctor
+
+    facts = doctor.facts()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        console.print_facts(console.make_console(), facts)
+
+
+def _compile(archs: tuple[str, ...], as_json: bool) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("vdcore.aot") is None:
+        raise typer.BadParameter("this vdcore has no ahead-of-time compiler", param_hint="--compile")
+    raise NotImplementedError
+
+
+# ---- bench ----
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, several("Operators.")] = None,
+    workload: Annotated[list[str] | None, several("Models' shapes, from workloads.json.")] = None,
+    peer: Annotated[list[str] | None, several("Whom vdcore is measured against; default: everybody.")] = None,
+    mode: Annotated[list[str] | None, several("fwd, bwd, fwd+bwd.")] = None,
+    dtype: Annotated[list[str] | None, several("float32, bfloat16, float16.")] = None,
+    norm_rope: Annotated[bool, typer.Option("--norm-rope", help="With norm and rotary embedding of q and k.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Videos in a batch.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time for the rounds of one job.")] = 2.5,
+    rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
+    memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
+    full_size: Annotated[bool, typer.Option("--full-size", help="Do not cut workloads to this machine.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")
+    ] = None,
+    readme: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown file, and do no more.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/bench"),
+) -> None:
+    """Measures the operators against naive attention and every serious peer.
+
+    Without arguments: the default set of shapes, the cost of a call, and the profile over frames.
+    """
+    from vdcore.bench import console, job, jobs, machine, peers, runner, suite, workloads
+
+    if compare is not None:
+        _compare(*compare)
+        return
+    if readme is not None:
+        _readme(readme)
+        return
+    choice = suite.Choice(
+        ops=_known("--op", op, jobs.JOBS),
+        workloads=_known("--workload", workload, workloads.load()),
+        modes=_known("--mode", mode, job.MODES),
+        dtypes=_known("--dtype", dtype, job.DTYPES),
+        norm_rope=norm_rope,
+        batch=batch,
+    )
+    chosen_peers = frozenset(_known("--peer", peer, peers.names()))
+    device = _device(device)
+    _threads(threads)
+    limit = machine.memory_limit(device) if memory_limit is None else parse_bytes("--memory-limit", memory_limit)
+    _relaunch(device)
+
+    import torch
+
+    everything = not (chosen_peers or choice != suite.Choice())
+    budget = workloads.Budget.of(device, torch.get_num_threads(), machine.memory_limit(device))
+    wanted, impossible = suite.jobs(
+        suite.items(choice), device, workloads.Budget.unlimited() if full_size else budget, batch
+    )
+    settings = runner.Settings(
+        seconds=seconds,
+        rounds=rounds,
+        memory=limit,
+        peers=chosen_peers | {"vdcore", "copy"} if chosen_peers else None,
+        slow_start=not everything,
+    )
+
+    def measure(journal: Journal) -> None:
+        from vdcore.bench import overhead
+
+        journal.add(impossible)
+        with console.Screen(screen).live() as watch:
+            if device == "cpu":
+                watch.doing("touching memory")
+                runner.touch_heap(min(runner.heap_for(wanted, limit), limit // 2))
+            runner.run_jobs(wanted, settings, journal, watch)
+            if everything:
+                overhead.run(journal, device, watch.doing)
+        console.print_summary(screen, journal.rows)
+        if everything:
+            _profile(journal, device, default=True)
+
+    screen = console.make_console()
+    _write(out, measure)
+
+
+def _compare(a: str, b: str) -> None:
+    from vdcore.bench import compare, console, results
+
+    try:
+        rows = [results.load(source) for source in (a, b)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--compare") from None
+    console.print_comparison(console.make_console(), compare.compare(*rows))
+
+
+def _readme(path: Path) -> None:
+    from vdcore.bench import readme
+
+    try:
+        filled = readme.fill(path.read_text(), path.parent)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--readme") from None
+    path.write_text(filled)
+
+
+# ---- profile ----
+
+
+@app.command()
+def profile(
+    workload: Annotated[list[str] | None, several("Models' shapes, from workloads.json.")] = None,
+    frames: Annotated[str | None, typer.Option(help="Numbers of frames, such as 8,16,32.")] = None,
+    attention: Annotated[list[str] | None, several("naive, sdpa, vdcore.")] = None,
+    mode: Annotated[str, typer.Option(help="fwd, bwd or fwd+bwd.")] = "fwd",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Such as 8GiB; default: what is available.")] = None,
+    time_limit: Annotated[float, typer.Option(min=0, help="Seconds of one call; what takes longer is predicted.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
+) -> None:
+    """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
+    from vdcore.bench import job, memory, profile, workloads
+
+    names = _known("--workload", workload, workloads.load()) or (profile.WORKLOAD,)
+    device = _device(device)
+    (mode,) = _known("--mode", [mode], job.MODES)
+    (dtype,) = _known("--dtype", [dtype], job.DTYPES)
+    settings = {
+        "frames": _parse_frames(frames) or profile.FRAMES,
+        "attentions": _known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
+        "mode": mode,
+        "dtype": job.DTYPES[dtype],
+        "time_limit": time_limit,
+    }
+    if memory_limit is not None:
+        settings["memory_limit"] = parse_bytes("--memory-limit", memory_limit)
+    _threads(threads)
+    _relaunch(device)
+    _write(out, lambda journal: _profile(journal, device, names, **settings))
+
+
+def _profile(
+    journal: Journal, device: str, names: tuple[str, ...] = (), *, default: bool = False, **settings: Any
+) -> None:
+    from vdcore.bench import console, machine, profile
+
+    if default:
+        names, settings = (profile.WORKLOAD,), {"time_limit": profile.SHORT}
+    settings.setdefault("memory_limit", machine.memory_limit(device))
+    screen = console.make_console()
+    watch = console.ProfileScreen(screen, journal.rows)
+    with watch.live():
+        profile.run(names, profile.Settings(device=device, **settings), journal, watch.at, watch.done)
+    console.print_profile(screen, journal.rows)
+
+
+def _write(out: Path, measure: Callable[[Journal], None]) -> None:
+    """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
+    from vdcore.bench import report
+    from vdcore.bench.results import FILE, Journal
+
+    journal, interrupted = Journal(out / FILE), False
+    try:
+        measure(journal)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"interrupted: {len(journal.rows)} rows are in {out / FILE}", file=sys.stderr)
+    finally:
+        journal.close()
+    written = report.write(journal.rows, out)
+    print(f"{len(journal.rows)} rows in {out / FILE}; {', '.join(path.name for path in written)} beside it")
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
