@@ -108,7 +108,8 @@ class FrameMask:
 
     def runs(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> tuple[tuple[Run, ...], ...]:
         """Per query frame the visible key frames as 0 to 2 half-open runs, sorted, merged where they touch."""
-        return _runs(self, T_q, q_start + T_q if T_k is None else T_k, q_start)
+        T_k = q_start + T_q if T_k is None else T_k
+        return _runs(self, int(T_q), int(T_k), int(q_start))  # int: torch.compile specialises on symbolic frame counts
 
     def density(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> float:
         """Visible pairs over all pairs; 0 where there are none."""
