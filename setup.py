@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["vdcore", "vdcore.*"]), "vdcore.kernels", "vdcore.bench"],
     package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
+    package_data={"vdcore": ["py.typed"], "vdcore.bench": ["workloads.json"]},
     ext_modules=[Extension("vdcore._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

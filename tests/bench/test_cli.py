@@ -1,0 +1,129 @@
+"""The command line, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from vdcore.bench.results import load
+
+from vdcore.cli import parse_bytes
+
+VDCORE = [sys.executable, "-m", "vdcore.cli"]
+
+
+def vdcore(*arguments, code=0, **kwargs):
+    done = subprocess.run([*VDCORE, *arguments], capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_doctor_speaks_json():
+    facts = json.loads(vdcore("doctor", "--json").stdout)
+    assert facts["backends"]["reference"] is None
+    assert facts["operators"]["temporal_attention"]["cpu"] == "fwd + bwd"
+    assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
+    assert facts["peers"]["torch"]
+
+
+def test_doctor_speaks_to_people():
+    text = vdcore("doctor").stdout
+    for expected in ("temporal_attention", "reference", "MALLOC_MMAP_THRESHOLD_", "xformers", "threads"):
+        assert expected in text, expected
+
+
+def test_doctor_imports_neither_triton_nor_diffusers():
+    code = (
+        "import sys, vdcore.cli\n"
+        "try: vdcore.cli.app(['doctor', '--json'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'triton', 'diffusers', 'xformers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("bench", "--op", "attention"), "temporal_attention, video_attention"),
+        (("bench", "--workload", "sora"), "latte-1-512, stdit3-720p-102f"),
+        (("bench", "--peer", "naive,someone"), "sdpa[flash]"),
+        (("bench", "--mode", "train"), "fwd, bwd, fwd+bwd"),
+        (("bench", "--dtype", "fp8"), "float32, bfloat16, float16"),
+        (("bench", "--device", "abacus"), "cpu, cuda"),
+        (("bench", "--memory-limit", "lots"), "8GiB"),
+        (("bench", "--compare", "no-such-file", "nor-this"), "neither a file"),
+        (("profile", "--attention", "flash"), "naive, sdpa, vdcore"),
+        (("profile", "--frames", "8,many"), "8,16,32"),
+        (("profile", "--workload", "sora"), "latte-1-512"),
+        (("profile", "--dtype", "fp8"), "float32"),
+    ],
+)
+def test_unknown_names_end_with_2_and_the_known_ones(arguments, expected):
+    assert expected in vdcore(*arguments, code=2).stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "psutil"])
+def test_a_missing_package_names_the_extra(package, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hidden:\n"
+        f"    def find_spec(self, name, *args):\n        if name.split('.')[0] == {package!r}: raise ImportError(name)\n"
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        f"u.find_spec = lambda name, *args: None if name == {package!r} else find(name, *args)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+    )
+    done = vdcore("doctor", code=1, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert f"{package} missing here: pip install 'vdcore[bench]'" in done.stderr
+
+
+SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds", "0.05", "--peer", "eager")
+
+
+def test_a_benchmark_leaves_rows_plots_and_a_report(tmp_path):
+    text = vdcore("bench", *SMALL, "--dtype", "float32", "--out", tmp_path).stdout
+    assert "gate_residual" in text and "addcmul" in text
+    rows = load(str(tmp_path))
+    assert {row.provider for row in rows if row.status == "ok"} >= {"eager", "copy"}
+    assert any(row.provider.startswith("vdcore") and row.status == "ok" for row in rows)
+    assert all(row.allocator.startswith("glibc, thresholds raised") for row in rows if sys.platform == "linux")
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "operators.png", "report.html"}
+
+
+def test_two_results_are_compared(tmp_path):
+    for name in "ab":
+        vdcore("bench", *SMALL, "--dtype", "float32", "--out", tmp_path / name)
+    text = vdcore("bench", "--compare", tmp_path / "a", tmp_path / "b").stdout
+    assert "B / A" in text and "gate_residual, animatediff-level3, float32, fwd" in text and "drift" in text
+
+
+def test_a_profile_leaves_rows_plots_and_a_report(tmp_path):
+    arguments = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "64MiB", "--time-limit", "0.2")
+    text = vdcore("profile", *arguments, "--out", tmp_path).stdout
+    assert "~" in text and "full 3D" in text
+    assert {row.status for row in load(str(tmp_path))} == {"ok", "predicted"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "profile.png", "report.html"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupt_keeps_rows_and_writes_the_report(tmp_path):
+    arguments = ("bench", "--op", "gate_residual,modulate", "--seconds", "60", "--rounds", "100000", "--out", tmp_path)
+    running = subprocess.Popen([*VDCORE, *arguments], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    results = tmp_path / "results.jsonl"
+    while not (results.exists() and results.read_text().strip()):
+        assert running.poll() is None
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130 and "interrupted" in errors
+    assert (tmp_path / "report.html").exists() and load(str(tmp_path))
+
+
+def test_sizes():
+    assert parse_bytes("", "8GiB") == 8 * 2**30
+    assert parse_bytes("", "1.5 mib") == 3 * 2**19
+    assert parse_bytes("", "2GB") == parse_bytes("", "2e9") == 2 * 10**9

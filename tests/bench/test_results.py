@@ -1,0 +1,77 @@
+"""Rows and files."""
+
+import dataclasses
+import json
+import math
+import subprocess
+
+import pytest
+from small import row
+from vdcore.bench.results import FILE, Journal, Row, load, parse
+
+
+def test_a_row_survives_its_file():
+    for error in (None, 0.5, math.inf):
+        before = row(error_ratio=error, status="predicted", reason="why", page_faults=3.0, original={"T": 16})
+        line = before.to_json()
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert Row.from_json(line) == before
+
+
+def test_a_row_has_what_the_contract_names():
+    names = {field.name for field in dataclasses.fields(Row)}
+    assert names >= {"op", "workload", "provider", "mode", "metric", "unit", "x", "p20", "p50", "p80", "error_ratio"}
+    assert names >= {"status", "reason", "device", "dtype", "allocator", "versions", "commit", "time", "threads"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row().op = "other"
+
+
+def test_fields_of_another_version_are_left_out():
+    values = {**json.loads(row().to_json()), "from_the_future": 1}
+    assert Row.from_json(json.dumps(values)) == row(time=values["time"])
+
+
+def test_rows_are_in_the_file_as_soon_as_they_are_added(tmp_path):
+    journal = Journal(tmp_path / "deep" / FILE)
+    journal.add([row(), row(provider="naive")])
+    assert parse((tmp_path / "deep" / FILE).read_text()) == journal.rows
+    journal.close()
+
+
+def test_the_run_before_is_kept(tmp_path):
+    for p50 in (1.0, 2.0):
+        journal = Journal(tmp_path / FILE)
+        journal.add([row(p50=p50)])
+        journal.close()
+    assert load(str(tmp_path))[0].p50 == 2.0
+    assert parse((tmp_path / "results.previous.jsonl").read_text())[0].p50 == 1.0
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out_and_no_other():
+    line = row().to_json()
+    assert len(parse(f"{line}\n{line[:40]}")) == 1
+    with pytest.raises(json.JSONDecodeError):
+        parse(f"{line[:40]}\n{line}")
+
+
+def test_results_of_a_commit(tmp_path):
+    def git(*args):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
+
+    git("init")
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    for p50 in (1.0, 2.0):
+        (folder / "cpu.jsonl").write_text(row(p50=p50).to_json() + "\n")
+        git("add", ".")
+        git("commit", "-m", "results")
+    assert [r.p50 for r in load("HEAD~1", tmp_path)] == [1.0]
+    assert [r.p50 for r in load("HEAD", tmp_path)] == [2.0]
+    with pytest.raises(ValueError, match="neither a file"):
+        load("no-such-commit", tmp_path)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        load(str(tmp_path))

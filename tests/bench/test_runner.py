@@ -1,0 +1,140 @@
+"""The runner: every provider a row, measured or with its reason, whatever happens."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from small import tiny_job
+from vdcore.bench import runner
+from vdcore.bench.peers import Peer
+from vdcore.bench.results import FILE, Journal, parse
+from vdcore.bench.timing import Sample
+
+
+class FakeClock:
+    """Every call takes as long as it is told; the calls are really made."""
+
+    def __init__(self, seconds=1e-3):
+        self.seconds = seconds
+
+    def measure(self, call):
+        call()
+        return Sample(self.seconds)
+
+
+QUICK = runner.Settings(seconds=0.1, slow_start=False)
+
+
+def run(tmp_path, job, settings=QUICK, clock=None):
+    journal = Journal(tmp_path / FILE)
+    rows = runner.run_job(job, settings, journal, runner.Watch(), clock or FakeClock())
+    journal.close()
+    assert parse((tmp_path / FILE).read_text()) == rows
+    return rows
+
+
+@pytest.fixture
+def few_peers(monkeypatch):
+    """naive, and one that every test fills in."""
+
+    def use(*peers):
+        naive = next(peer for peer in runner.PEERS if peer.name == "naive")
+        monkeypatch.setattr(runner, "PEERS", [naive, *peers])
+
+    use()
+    return use
+
+
+def peer(name, function, **kwargs):
+    return Peer(name, ("temporal_attention",), lambda job: {"only": lambda: function}, **kwargs)
+
+
+def test_a_job_is_measured_judged_and_described(tmp_path, few_peers):
+    rows = run(tmp_path, tiny_job("temporal_attention"))
+    ours = next(r for r in rows if r.variant == "auto")
+    assert ours.provider == "vdcore[cpu]" and ours.status == "ok"
+    assert ours.p50 == 1e-3 and ours.samples >= 3
+    assert 0 <= ours.error_ratio <= 1
+    assert ours.versions["torch"] == torch.__version__ and ours.threads == torch.get_num_threads()
+    assert ours.scaling == "frames 30 -> 5, tokens 3600 -> 6, heads 16 -> 4"
+    assert {r.provider for r in rows} >= {"naive", "copy", "vdcore[triton]", "vdcore[cuda]"}
+    assert all(r.reason for r in rows if r.status != "ok")
+
+
+def test_a_peer_that_raises_is_a_failed_row(tmp_path, few_peers):
+    def broken(**kwargs):
+        raise RuntimeError("no kernel image\nand more lines")
+
+    few_peers(peer("broken", broken))
+    rows = run(tmp_path, tiny_job("temporal_attention"))
+    failed = next(r for r in rows if r.provider == "broken")
+    assert (failed.status, failed.reason, failed.p50) == ("failed", "RuntimeError: no kernel image", None)
+    assert any(r.provider == "naive" and r.status == "ok" for r in rows)
+
+
+def test_a_peer_that_cannot_be_made_is_a_failed_row(tmp_path, few_peers):
+    def variants(job):
+        raise ImportError("libcudart.so is missing")
+
+    few_peers(Peer("absent", ("temporal_attention",), variants))
+    rows = run(tmp_path, tiny_job("temporal_attention"))
+    assert next(r for r in rows if r.provider == "absent").reason == "ImportError: libcudart.so is missing"
+
+
+def test_a_wrong_peer_is_measured_and_its_error_shown(tmp_path, few_peers):
+    few_peers(peer("wrong", lambda q, **kwargs: torch.zeros_like(q.unbind(3)[0])))
+    rows = run(tmp_path, tiny_job("temporal_attention"))
+    wrong = next(r for r in rows if r.provider == "wrong")
+    assert wrong.status == "ok" and wrong.error_ratio > 100
+
+
+def test_what_does_not_fit_is_predicted(tmp_path, few_peers):
+    few_peers(peer("greedy", lambda **kwargs: pytest.fail("it must not run"), workspace=lambda job: 3 * 2**30))
+    rows = run(tmp_path, tiny_job("temporal_attention"), replace(QUICK, memory=2**30))
+    greedy = next(r for r in rows if r.provider == "greedy")
+    assert (greedy.status, greedy.metric, greedy.unit) == ("predicted", "memory", "bytes")
+    assert greedy.p50 >= 3 * 2**30 and "needs 3 GiB, the limit is 1 GiB" in greedy.reason
+
+
+def test_a_job_that_does_not_fit_is_predicted_whole(tmp_path):
+    (only,) = run(tmp_path, tiny_job("temporal_attention"), replace(QUICK, memory=10))
+    assert only.provider == "all" and only.status == "predicted"
+
+
+def test_an_interrupt_leaves_what_was_measured_in_the_file(tmp_path, few_peers):
+    count = itertools.count()
+
+    class Interrupted(FakeClock):
+        def measure(self, call):
+            if next(count) == 22:
+                raise KeyboardInterrupt
+            return super().measure(call)
+
+    journal = Journal(tmp_path / FILE)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_jobs([tiny_job("temporal_attention")], QUICK, journal, clock=Interrupted())
+    rows = parse((tmp_path / FILE).read_text())
+    assert any(r.status == "ok" and r.provider == "vdcore[cpu]" for r in rows)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("op", ["temporal_attention", "modulate", "video_attention"])
+def test_modes(tmp_path, few_peers, mode, op):
+    rows = run(tmp_path, tiny_job(op, mode=mode))
+    ours = next(r for r in rows if r.variant == "auto")
+    assert ours.mode == mode and ours.status == "ok" and ours.error_ratio <= 1
+
+
+def test_on_a_gpu_that_is_not_there_a_job_is_a_skipped_row(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    journal = Journal(tmp_path / FILE)
+    runner.run_jobs([replace(tiny_job("temporal_attention"), device="cuda")], QUICK, journal)
+    (only,) = journal.rows
+    assert (only.status, only.reason) == ("skipped", "no GPU is visible to torch")
+
+
+def test_peers_can_be_chosen():
+    settings = runner.Settings(peers=frozenset({"sdpa", "vdcore"}))
+    assert settings.wants("sdpa[flash]") and settings.wants("vdcore[cpu]") and not settings.wants("naive")

@@ -1,0 +1,78 @@
+"""Tables: rows as one line a job, and the numbers over all workloads."""
+
+import pytest
+from small import row
+from vdcore.bench import summary
+
+TIMES = [
+    row(p50=2.0),
+    row("copy", 1.0, variant="existing memory"),
+    row("naive", 9.0),
+    row("sdpa[flash]", 4.0),
+    row("sdpa[flash]", 5.0, variant="permuted copies"),
+    row("vdcore[sdpa]", 4.5, variant="named"),
+]
+
+
+def other(rows, **kwargs):
+    return [row(r.provider, r.p50, **{"variant": r.variant, **kwargs}) for r in rows]
+
+
+def test_the_fastest_variant_of_the_fastest_peer_counts():
+    (line,) = summary.lines(TIMES)
+    assert (line.best.provider, line.best.variant) == ("sdpa[flash]", "strided")
+    assert line.speedup == pytest.approx(2.0) and line.over_copy == pytest.approx(2.0)
+    assert line.naive.p50 == 9.0 and not line.noise
+
+
+def test_neither_our_other_backends_nor_the_copy_are_peers():
+    (line,) = summary.lines([row(p50=2.0), row("vdcore[sdpa]", 0.1, variant="named"), row("copy", 0.1)])
+    assert line.best is None and line.speedup is None
+
+
+def test_overlapping_intervals_are_called_noise():
+    (line,) = summary.lines([row(p50=2.0), row("naive", 2.03)])
+    assert line.noise and summary.cells(line)[5].endswith("~")
+
+
+def test_the_bar_is_the_geometric_mean_and_the_minimum_over_workloads():
+    rows = TIMES + other(TIMES, workload="svd-xt-level1")
+    rows += [row(p50=1.0, workload="a"), row("naive", 8.0, workload="a")]
+    (bar,) = summary.bars(summary.lines(rows))
+    assert bar.speedups == pytest.approx((2.0, 2.0, 8.0)) and bar.over_copy == pytest.approx((2.0, 2.0))
+    cells = summary.bar_cells(bar)
+    assert cells[4] == f"{(2 * 2 * 8) ** (1 / 3):.2f}x" and cells[5] == "2.00x (latte-1-512)"
+    assert "minimum 2.00x" in summary.bar_text(bar)
+
+
+def test_bars_are_apart_by_dtype_mode_and_case():
+    rows = TIMES + other(TIMES, dtype="bfloat16") + other(TIMES, mode="fwd+bwd") + other(TIMES, case="norm + rope")
+    found = summary.bars(summary.lines(rows))
+    assert [(bar.what, bar.dtype) for bar in found] == [
+        ("fwd", "float32"),
+        ("fwd", "bfloat16"),
+        ("fwd+bwd", "float32"),
+        ("fwd, norm + rope", "float32"),
+    ]
+
+
+def test_what_was_not_measured_is_listed_with_its_reason():
+    rows = [*TIMES, row("xformers", status="skipped", reason="xformers is not installed", p50=1.0)]
+    (line,) = summary.lines(rows)
+    assert summary.absent([line]) == {"xformers is not installed": ["xformers strided"]}
+
+
+def test_a_wrong_result_of_ours_is_shouted():
+    (line,) = summary.lines([row(error_ratio=3.0), *TIMES[1:]])
+    (said,) = summary.wrong([line])
+    assert "vdcore[cpu] is 3.00 times as wrong as allowed" in said
+    assert summary.wrong(summary.lines(TIMES)) == []
+
+
+def test_overhead_is_the_call_without_its_kernel():
+    rows = [
+        row(p50=10e-6, metric="overhead"),
+        row(p50=4e-6, metric="overhead", variant="kernel alone"),
+        row("sdpa", 7e-6, metric="overhead", variant="bare call"),
+    ]
+    assert [cells[-1] for cells in summary.overhead_cells(rows)] == ["6 us", "-", "-"]
