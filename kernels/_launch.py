@@ -127,21 +127,34 @@ def launch(kernel: Any, programs: int, like: Tensor, config: Config, *args: Any,
         kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 
-def _loops_with_numpy_2_4() -> None:
-    """The interpreter takes loop bounds with ``int()`` of one-element arrays, which numpy 2.4 no longer converts."""
+def _prepare_interpreter() -> None:
+    """Loop bounds for numpy 2.4, which no longer converts one-element arrays to numbers; and quicker calls.
+
+    The interpreter patches the language again at every call of a device function, which is half the time of a small
+    test: what the launch patched still holds, and what a module of Triton's own needs is never taken back.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
+    patched_modules = set()
 
-    def patched(tensor: Any, scope: Any) -> None:
+    def patch_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patched
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        module = function.fn.__module__
+        if not module.startswith("vdcore.") and module not in patched_modules:
+            patched_modules.add(module)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpretedFunction.__call__ = call
 
 
 if triton.knobs.runtime.interpret:
-    _loops_with_numpy_2_4()
+    _prepare_interpreter()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -36,43 +36,38 @@ def inner(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(x):
-    return tl.sum(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1)) == 0
+def _hidden_apart(p, x, seen, PRECISION: tl.constexpr):
+    """[P, M, K] x [P, K, N] where seen [P or 1, M, K]: what is hidden takes no part, whatever x holds there.
 
-
-@triton.jit
-def _one_by_one(p, x, seen):
-    """[P, M, K] x [P, K, N] where seen [1, M, K]: what is hidden takes no part, whatever x holds there."""
-    total = tl.zeros([p.shape[0], p.shape[1], x.shape[2]], tl.float32)
-    o = tl.arange(0, p.shape[2])
-    for i in range(p.shape[2]):
-        one = (o == i)[None, None, :]
-        weight = tl.sum(tl.where(one, p, 0.0), 2, keep_dims=True)  # [P, M, 1]
-        shown = tl.sum(tl.where(one & seen, 1, 0), 2, keep_dims=True) > 0
-        row = tl.sum(tl.where((o == i)[None, :, None], x.to(tl.float32), 0.0), 1, keep_dims=True)  # [P, 1, N]
-        total += tl.where(shown, weight * row, 0.0)
+    A hidden NaN or infinity must not come in as 0 * NaN, and one that is seen must. So x goes through the product
+    without such values, and where there are any, which is rare, they are added pair by pair.
+    """
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    total = product(p, tl.where(finite, x, 0.0), PRECISION)
+    if tl.sum(tl.where(finite, 0, 1)) > 0:
+        o = tl.arange(0, p.shape[2])
+        for i in range(p.shape[2]):
+            one = (o == i)[None, None, :]
+            weight = tl.sum(tl.where(one, p, 0.0).to(tl.float32), 2, keep_dims=True)  # [P, M, 1]
+            shown = tl.sum(tl.where(one & seen, 1, 0), 2, keep_dims=True) > 0
+            strange = (o == i)[None, :, None] & ~finite
+            row = tl.sum(tl.where(strange, x, 0.0).to(tl.float32), 1, keep_dims=True)  # [P, 1, N]
+            some = tl.sum(tl.where(strange, 1, 0), 1, keep_dims=True) > 0
+            total += tl.where(shown & some, weight * row, 0.0)
     return total
 
 
 @triton.jit
 def _weighted(p, x, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     if MASKED:
-        if _is_finite(x):
-            total = product(p, x, PRECISION)
-        else:
-            total = _one_by_one(p.to(tl.float32), x, seen)
-        return total
+        return _hidden_apart(p, x, seen, PRECISION)
     else:
         return product(p, x, PRECISION)
 
 
 @triton.jit
 def weighted(p, x, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """p [P, M, K], 0 where hidden, times rows x [P, K, D].
-
-    Where a tile mixes rows that see different frames, a hidden NaN or infinity must not come in as 0 * NaN, and one
-    that is seen must. Tiles that hold such values, which is rare, are summed pair by pair.
-    """
+    """p [P, M, K], 0 where hidden, times rows x [P, K, D]; MASKED: some rows of p see what others do not."""
     p = p.to(x[0].dtype)
     if len(x) > 1:
         return _weighted(p, x[0], seen, MASKED, PRECISION), _weighted(p, x[1], seen, MASKED, PRECISION)

@@ -172,6 +172,15 @@ def filled(N: tl.constexpr, value, ROW: tl.constexpr):
 
 
 @triton.jit
+def zeros(P: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr):
+    """Tiles [P, N, W]."""
+    if ROW.W1 > 0:
+        return tl.full([P, N, ROW.W0], 0.0, tl.float32), tl.full([P, N, ROW.W1], 0.0, tl.float32)
+    else:
+        return (tl.full([P, N, ROW.W0], 0.0, tl.float32),)
+
+
+@triton.jit
 def column_sum(x):
     """[N, W] -> [1, W]."""
     if len(x) > 1:

@@ -47,14 +47,14 @@ _WARP = (
 _WIDE = "predicted: the same values a thread for wider rows"
 _SUMS = "predicted: two rows' tiles and up to four sums, 20 values a thread each, stay clear of spilling"
 ROWS = (
-    RowConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 256),
+    RowConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 512),
     RowConfig("", 1, 1, _WARP, 2560),
     RowConfig("", 2, 1, _WIDE, 4096),
     RowConfig("", 4, 1, _WIDE, 8192),
     RowConfig("", 8, 1, _WIDE, 16384),
 )
 BACKWARD_ROWS = (
-    RowConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 256),
+    RowConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 512),
     RowConfig("", 2, 1, _SUMS, 1280),
     RowConfig("", 4, 1, _SUMS, 2560),
     RowConfig("", 8, 1, _SUMS, 5120),

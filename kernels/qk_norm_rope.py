@@ -53,14 +53,14 @@ class LineConfig(Config):
 _LINES = "predicted: 32 values a thread are 4 loads of 16 bytes in flight, and heads of one token share its angles"
 _TOKEN = "a norm over all heads holds a token's heads at once"
 LINES = (
-    LineConfig("interpreter", 4, 1, "few lines, so that a frame takes several programs", 256),
+    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024),
     LineConfig("", 4, 1, _LINES, 4096),
     LineConfig("", 8, 1, _TOKEN, 8192),
     LineConfig("", 16, 1, _TOKEN, 16384),
 )
 _SUMS = "predicted: rows, gradients and two sums of 16 values a thread each stay under 128 registers"
 BACKWARD_LINES = (
-    LineConfig("interpreter", 4, 1, "few lines, so that a frame takes several programs", 256),
+    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024),
     LineConfig("", 4, 1, _SUMS, 2048),
     LineConfig("", 8, 1, _TOKEN, 4096),
     LineConfig("", 16, 1, _TOKEN, 8192),

@@ -1,165 +1,81 @@
-"""Temporal attention, forward, with up to 128 frames a side: positions and heads side by side, each row read once.
+"""Temporal attention with up to 128 frames a side: positions and heads side by side, each row read once.
 
-Bound by memory: T/2 FLOP a byte. A program holds BP lines (position, key/value head) of a sample with all their frames, as
-a batch of small matrices: q, k and v are read through their strides, normed and rotated in registers, and the result is
-written. Nothing is permuted, and lines share nothing.
+Bound by memory: T/2 FLOP a byte forward. A program holds BP lines (position, key/value head) of a sample with all their
+frames, as a batch of small matrices: q, k and v are read through their strides, normed and rotated in registers, and
+the result is written. Nothing is permuted, and lines share nothing. Backward computes the probabilities again, so that
+it reads neither the result nor its lse: with all keys at hand, delta is the sum of P dP.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames, visible_runs
+from vdcore.kernels import temporal_attention_long as long
+from vdcore.kernels._frames import live_frames, mask_numbers
+from vdcore.kernels._gate import Gate, load_gate, mix
 from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore.kernels._products import inner, weighted
+from vdcore.kernels._lines import (
+    frame_pairs,
+    frame_rows,
+    gradient_back,
+    line_block,
+    normed_turned,
+    store_frames,
+)
+from vdcore.kernels._products import inner, transposed, weighted
 from vdcore.kernels._tile import (
     Row,
-    affine,
-    center,
+    Rows,
+    add,
+    column_sum,
+    filled,
     keep,
-    load_angles,
     load_rows,
+    mul,
     norm_arguments,
     rope_arguments,
-    rotate,
     rows,
     scale,
-    settle,
     split_row,
-    standardize,
     store_rows,
     to,
+    zeros,
 )
-from vdcore.kernels.qk_norm_rope import row_stats
+from vdcore.kernels.qk_norm_rope import norm_rope_backward, norm_rope_forward, row_stats
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
 MAX_FRAMES = 128
-_LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
 class TemporalConfig(Config):
     """values: of q, of k and of v each, that a program holds at a time: lines x frames x channels."""
 
-    values: int = 10240
+    values: int = 5120
 
 
 FORWARD = (
-    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 1024),
-    TemporalConfig("", 4, 1, "predicted", 10240),
-    TemporalConfig("", 8, 1, "predicted", 20480),
+    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
+    TemporalConfig("interpreter", 8, 1, "one line", 32768),
+    TemporalConfig("", 4, 1, "predicted", 5120),
+    TemporalConfig("", 8, 1, "predicted", 16384),
     TemporalConfig("", 8, 1, "predicted", 32768),
 )
-
-
-# ---- What forward and backward share ----
-
-
-@triton.jit
-def line_block(i, S, G, BP: tl.constexpr):
-    """Of the i-th of all samples' blocks: sample, and positions and key/value heads of its lines, [BP]."""
-    blocks = tl.cdiv(S * G, BP)
-    o_n = (i % blocks) * BP + tl.arange(0, BP)
-    return (i // blocks).to(tl.int64), (o_n // G).to(tl.int64), (o_n % G).to(tl.int64), o_n < S * G
-
-
-@triton.jit
-def frame_pairs(p_len, i_b, frames, BQ: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr):
-    """Query frames that see something [BQ], key frames that someone sees [BK], and who sees whom [1, BQ, BK]."""
-    T, T_k, q_start, past, future, chunk, sink = frames
-    o_t = tl.arange(0, BQ)
-    o_f = tl.arange(0, BK)
-    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
-    m_t = (q_start + o_t < last) & (valid > 0)
-    m_f = o_f < valid
-    seen = m_t[:, None] & m_f[None, :]
-    if MASKED:
-        low, begin, end = visible_runs(q_start + o_t, valid, past, future, chunk, sink)
-        m_t = m_t & ((low > 0) | (begin < end))
-        seen = seen & (o_f[None, :] < end[:, None])
-        seen = seen & ((o_f[None, :] >= begin[:, None]) | (o_f[None, :] < low[:, None]))
-        first, past_last = seeing_run(o_f, q_start, last, past, future, chunk, sink)
-        m_f = m_f & (first < past_last)
-    return m_t, m_f, seen[None, :, :]
-
-
-@triton.jit
-def frame_rows(x, i_b, o_s, o_h, o_t, m_n, m_t, A: tl.constexpr, ROW: tl.constexpr):
-    """Rows of lines (position o_s, head o_h) [BP] at frames o_t [BT]: tiles [BP, BT, W]; 0 where masked."""
-    o = (o_s * x.s + o_h * x.h)[:, None] + (o_t.to(tl.int64) * x.t)[None, :]
-    return load_rows(x.p + i_b * x.b * A, o * A, m_n[:, None] & m_t[None, :], ROW)
-
-
-@triton.jit
-def frame_angles(
-    angles, o_s, o_h, o_t, m_n, m_t, SIGN, LINES: tl.constexpr, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr
-):
-    """Cosines and SIGN times sines [BP, BT, W/2]; [BT, W/2] where lines share them (LINES = 0)."""
-    if LINES:
-        o_cos = (o_s * angles.cs + o_h * angles.ch)[:, None] + (o_t * angles.cf)[None, :]
-        o_sin = (o_s * angles.ss + o_h * angles.sh)[:, None] + (o_t * angles.sf)[None, :]
-        m = m_n[:, None] & m_t[None, :]
-    else:
-        o_cos = o_t.to(tl.int64) * angles.cf
-        o_sin = o_t.to(tl.int64) * angles.sf
-        m = m_t
-    b_cos = load_angles(angles.cos, o_cos, m, 1.0, ROW, STYLE, R2)
-    return b_cos, scale(load_angles(angles.sin, o_sin, m, 0.0, ROW, STYLE, R2), SIGN)
-
-
-@triton.jit
-def _normed(b_x, norm, p_stats, i_b, T, S, o_s, o_h, o_t, m, ROW: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr):
-    """float32 rows [BP, BT, W], normed: by statistics of whole tokens with ALL, else by their own."""
-    if ALL:
-        p_row = p_stats + ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * 2
-        b_x = center(b_x, tl.load(p_row, mask=m, other=0.0)[:, :, None], m, ROW)
-        b_x = scale(b_x, tl.load(p_row + 1, mask=m, other=0.0)[:, :, None])
-        return affine(b_x, norm, (o_h * ROW.D)[:, None], m, ROW, 1)
-    else:
-        b_x, _ = standardize(b_x, m, ROW.D, norm.eps, ROW, KIND, 0)
-        return affine(b_x, norm, o_h, m, ROW, 0)
-
-
-@triton.jit
-def normed_turned(
-    b_x,  # [BP, BT, W]
-    norm,
-    p_stats,  # (B, T, S, 2) with ALL
-    angles,
-    start,  # frame of the table that frame 0 turns by
-    i_b,
-    T,
-    S,
-    o_s,
-    o_h,
-    o_t,
-    m_n,
-    m_t,
-    LINES: tl.constexpr,
-    ROW: tl.constexpr,
-    KIND: tl.constexpr,
-    ALL: tl.constexpr,
-    STYLE: tl.constexpr,
-    R2: tl.constexpr,
-):
-    """Rows as the scores see them: normed, then rotated, in their dtype."""
-    if KIND > 0 or STYLE > 0:
-        b_y = to(b_x, tl.float32)
-        if KIND > 0:
-            b_y = _normed(b_y, norm, p_stats, i_b, T, S, o_s, o_h, o_t, m_n[:, None] & m_t[None, :], ROW, KIND, ALL)
-        if STYLE > 0:
-            b_cos, b_sin = frame_angles(angles, o_s, o_h, start + o_t, m_n, m_t, 1.0, LINES, ROW, STYLE, R2)
-            b_y = rotate(b_y, b_cos, b_sin, STYLE)
-        return settle(to(b_y, b_x[0].dtype))
-    else:
-        return b_x
-
+BACKWARD = (
+    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
+    TemporalConfig("interpreter", 8, 1, "one line", 16384),
+    TemporalConfig("", 4, 1, "predicted", 2560),
+    TemporalConfig("", 8, 1, "predicted", 8192),
+)
 
 # ---- Forward ----
 
@@ -169,6 +85,7 @@ def temporal_attention_fwd_kernel(
     q,  # Rows (B, T, S, G*R, D)
     k,  # Rows (B, T_k, S, G, D)
     v,
+    gate,  # Gate: the result is mixed with what p_o holds; None: it is stored
     p_o,  # (B, T, S, G*R, D), contiguous
     p_lse,  # (B, T, S, G*R), or None
     p_len,  # (B,), or None
@@ -190,6 +107,7 @@ def temporal_attention_fwd_kernel(
     BK: tl.constexpr,
     MASKED: tl.constexpr,
     LINES: tl.constexpr,  # lines turn by angles of their own
+    GATE_ROWS: tl.constexpr,  # the gate varies with the channel
     KIND: tl.constexpr,
     ALL: tl.constexpr,
     STYLE: tl.constexpr,
@@ -200,7 +118,7 @@ def temporal_attention_fwd_kernel(
     i_b, o_s, o_g, m_n = line_block(tl.program_id(0), S, G, BP)
     o_t = tl.arange(0, BQ)
     o_f = tl.arange(0, BK)
-    m_t, m_f, seen = frame_pairs(p_len, i_b, frames, BQ, BK, MASKED)
+    m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
     b_k = frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)  # [BP, BK, W]
     b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)
     b_q = frame_rows(q, i_b, o_s, o_g * R, o_t, m_n, m_t, A, ROW)  # [BP, BQ, W]
@@ -220,37 +138,163 @@ def temporal_attention_fwd_kernel(
         b_p = tl.exp2(b_s - b_m)
         b_l = tl.sum(b_p, 2, keep_dims=True)  # [BP, BQ, 1]; 0 where a row sees nothing
         b_o = weighted(b_p, b_v, seen, MASKED, PRECISION)
+        b_o = keep(scale(b_o, 1 / b_l), m_t[None, :, None])
         o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
         m_row = m_n[:, None] & (o_t < T)[None, :]
-        store_rows(p_o, o_row * V.D, m_row, keep(scale(b_o, 1 / b_l), m_t[None, :, None]), V)
+        if gate is not None:
+            b_a = to(load_rows(p_o, o_row * V.D, m_row, V), tl.float32)
+            o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
+            b_g = load_gate(gate.p + i_b * gate.b, o_gate, m_row & m_t[None, :], gate.d, V, GATE_ROWS)
+            b_o = mix(b_g, b_a, b_o)
+        store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
             b_lse = tl.where(m_t[None, :, None], b_m * 0.6931471805599453 + tl.log(b_l), -float("inf"))
             tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row[:, :, None])
 
 
+# ---- Backward ----
+
+
+@triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
+def temporal_attention_bwd_kernel(
+    q,  # Rows (B, T, S, G*R, D)
+    k,  # Rows (B, T_k, S, G, D)
+    v,
+    do,
+    dq,  # Rows, strides in elements
+    dk,
+    dv,
+    p_dlse,  # (B, T, S, G*R), or None
+    p_len,
+    q_norm,
+    k_norm,
+    p_qstats,
+    p_kstats,
+    angles,
+    p_sums,  # (programs, 4, D), float32: of q's and k's norm weights, of their biases; None: not wanted
+    frames,
+    S,
+    G,
+    blocks,  # of lines, in all samples
+    factor,  # scale of the scores
+    ROW: tl.constexpr,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    MASKED: tl.constexpr,
+    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    ALL: tl.constexpr,
+    STYLE: tl.constexpr,
+    R2: tl.constexpr,
+    BACK: tl.constexpr,  # dq and dk are of the raw rows, else of the normed and rotated ones
+    PRECISION: tl.constexpr,
+):
+    T, T_k, q_start = frames[0], frames[1], frames[2]
+    o_t = tl.arange(0, BQ)
+    o_f = tl.arange(0, BK)
+    b_wq = filled(1, 0.0, ROW)
+    b_wk, b_bq, b_bk = b_wq, b_wq, b_wq
+    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        i_b, o_s, o_g, m_n = line_block(i, S, G, BP)
+        m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)  # [BP, BK, W]
+        b_k = normed_turned(
+            frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW),
+            *(k_norm, p_kstats, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f),
+            *(LINES, ROW, KIND, ALL, STYLE, R2),
+        )
+        b_dk = zeros(BP, BK, ROW)
+        b_dv = zeros(BP, BK, V)
+        for i_r in range(R):
+            o_h = o_g * R + i_r
+            b_q = normed_turned(
+                frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
+                *(q_norm, p_qstats, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
+                *(LINES, ROW, KIND, ALL, STYLE, R2),
+            )
+            b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
+            b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
+            b_m = tl.max(b_s, 2, keep_dims=True)
+            b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
+            b_l = tl.sum(b_p, 2, keep_dims=True)
+            b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
+            unseen = tl.permute(seen, (0, 2, 1))
+            b_dv = add(b_dv, weighted(transposed(b_p).to(b_do[0].dtype), b_do, unseen, MASKED, PRECISION))
+            b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
+            b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
+            if p_dlse is not None:
+                o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
+                b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
+                b_delta -= b_dlse[:, :, None]
+            b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
+            b_dk = add(b_dk, weighted(transposed(b_ds).to(b_q[0].dtype), b_q, unseen, MASKED, PRECISION))
+            b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
+            if BACK:
+                b_g, b_h, b_b = gradient_back(
+                    *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
+                    *(LINES, A, ROW, KIND, STYLE, R2),
+                )
+                if p_sums is not None:
+                    b_wq = add(b_wq, _all_rows(mul(b_b, b_h)))
+                    b_bq = add(b_bq, _all_rows(b_b))
+            store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, ROW)
+        if BACK:
+            b_dk, b_h, b_b = gradient_back(
+                *(b_dk, k, k_norm, angles, 0, i_b, o_s, o_g, o_f, m_n, m_f),
+                *(LINES, A, ROW, KIND, STYLE, R2),
+            )
+            if p_sums is not None:
+                b_wk = add(b_wk, _all_rows(mul(b_b, b_h)))
+                b_bk = add(b_bk, _all_rows(b_b))
+        store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, ROW)
+        store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, V)
+    if p_sums is not None:
+        o_p = tl.program_id(0).to(tl.int64) * 4 * ROW.D + tl.arange(0, 1)
+        store_rows(p_sums, o_p, o_p >= 0, b_wq, ROW)
+        store_rows(p_sums, o_p + ROW.D, o_p >= 0, b_wk, ROW)
+        store_rows(p_sums, o_p + 2 * ROW.D, o_p >= 0, b_bq, ROW)
+        store_rows(p_sums, o_p + 3 * ROW.D, o_p >= 0, b_bk, ROW)
+
+
+@triton.jit
+def _all_rows(x):
+    """Sums [P, N, W] -> [1, W]."""
+    if len(x) > 1:
+        return column_sum((tl.sum(x[0], 0), tl.sum(x[1], 0)))
+    else:
+        return column_sum((tl.sum(x[0], 0),))
+
+
 # ---- Launch ----
 
 
-def lines_of(table: tuple[TemporalConfig, ...], arch: str, row: Row, BQ: int, BK: int) -> tuple[TemporalConfig, int]:
-    """Config and lines a program."""
-    line = max(BQ, BK) * row.width
-    config = pick(table, arch, lambda c: c.values >= line)
-    return config, max(power_of_2(config.values // line + 1) // 2, 1)
-
-
-def precision(x: Tensor) -> str:
-    """float32 is multiplied as float32; half precisions have one way only."""
-    return "ieee"
-
-
-def frames_side(T: int) -> int:
+def _side(T: int) -> int:
     """A side of a score tile: a tensor-core instruction takes 16 frames."""
     return max(power_of_2(T), 16)
 
 
-def stats_of(x: Tensor, norm: QKNorm | None) -> Tensor | None:
+def _pick(
+    table: tuple[TemporalConfig, ...], q: Tensor, T: int, T_k: int, row: Row
+) -> tuple[TemporalConfig, int] | None:
+    """Config and lines a program; None where none holds a line."""
+    line = max(_side(T), _side(T_k)) * row.width
+    if max(T, T_k) > MAX_FRAMES or line > max(c.values for c in table):
+        return None
+    config = pick(table, arch_of(q), lambda c: c.values >= line)
+    return config, max(power_of_2(config.values // line + 1) // 2, 1)
+
+
+def _stats(x: Tensor, norm: QKNorm | None) -> Tensor | None:
     """Statistics of a norm over all heads: one pass over x."""
     return row_stats(x, norm) if norm is not None and norm.over == "all" else None
+
+
+def _turns_by_line(rope: Rope | None) -> bool:
+    return rope is not None and rope.cos.shape[1] * (rope.cos.shape[2] if rope.cos.ndim == 4 else 1) > 1
 
 
 def temporal_forward(
@@ -266,14 +310,23 @@ def temporal_forward(
     scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
+    gate: Tensor | None = None,
 ) -> None:
-    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; fills out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
+    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; fills out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``.
+
+    With a gate, broadcast to out's shape, out becomes ``gate * out + (1 - gate) * temporal attention``.
+    """
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
     row = split_row(D, rope)
+    found = _pick(FORWARD, q, T, T_k, row)
+    if found is None:
+        q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
+        return long.temporal_long_forward(
+            q, k, v, out, lse, mask=mask, q_start=q_start, lengths=lengths, scale=scale, gate=gate
+        )
+    config, BP = found
     numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    BQ, BK = frames_side(T), frames_side(T_k)
-    config, BP = lines_of(FORWARD, arch_of(q), row, BQ, BK)
     A = step(q, k, v)
     q_norm, norm_constants = norm_arguments(norm, "q")
     k_norm, _ = norm_arguments(norm, "k")
@@ -283,18 +336,145 @@ def temporal_forward(
         B * cdiv(S * G, BP),
         q,
         config,
-        *(rows(q, A), rows(k, A), rows(v, A), out, lse, lengths, q_norm, k_norm),
-        *(stats_of(q, norm), stats_of(k, norm), angles, (T, T_k, q_start, *numbers), S, G, scale * _LOG2_E),
+        *(rows(q, A), rows(k, A), rows(v, A), None if gate is None else Gate(gate, *gate.stride())),
+        *(out, lse, lengths, q_norm, k_norm, _stats(q, norm), _stats(k, norm), angles),
+        *((T, T_k, q_start, *numbers), S, G, scale * LOG2_E.value),
         ROW=row,
         V=split_row(D),
         A=A,
         R=H // G,
         BP=BP,
-        BQ=BQ,
-        BK=BK,
+        BQ=_side(T),
+        BK=_side(T_k),
         MASKED=masked,
-        LINES=rope is not None and rope.cos.shape[1] * (rope.cos.shape[2] if rope.cos.ndim == 4 else 1) > 1,
-        PRECISION=precision(q),
+        LINES=_turns_by_line(rope),
+        GATE_ROWS=gate is not None and gate.stride(4) != 0,
+        PRECISION="ieee",
         **norm_constants,
         **rope_constants,
     )
+
+
+# Programs of a backward that sums weights' gradients: more than any GPU holds at a time, few enough to add up.
+_PROGRAMS = 2048
+
+
+def temporal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    wanted: frozenset[str],
+    *,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Tensor | None,
+    scale: float,
+    norm: QKNorm | None,
+    rope: Rope | None,
+) -> dict[str, Tensor]:
+    """Fills the gradients of q, k and v, which may be slices of a packed one, their heads contiguous.
+
+    Returns the wanted among ``"q_weight"``, ``"k_weight"``, ``"q_bias"``, ``"k_bias"``, ``"cos"``, ``"sin"``, float32.
+    """
+    picked = _pick(BACKWARD, q, q.shape[1], k.shape[1], split_row(q.shape[4], rope))
+    frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
+    learns = norm is not None and bool(wanted & {"q_weight", "k_weight", "q_bias", "k_bias"})
+    # Norm and rope are taken back in registers, but for what sums over heads or positions.
+    back = picked is not None and not wanted & {"cos", "sin"} and (norm is None or norm.over == "head")
+    moves = norm is not None or rope is not None
+    dq, dk, dv = gradients
+    if moves and not back:
+        dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if picked is None:
+        q_seen, k_seen = q, k
+        if moves:
+            q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
+        long.temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, dq, dk, dv, scale=scale, **frames)
+        sums = None
+    else:
+        sums = _short_backward(
+            q, k, v, dout, dlse, dq, dk, dv, picked, learns and back, back, scale, norm, rope, frames
+        )
+    found: dict[str, Tensor] = {}
+    if sums is not None:
+        total = sums.sum(0)
+        found = {
+            name: total[i] for i, name in enumerate(("q_weight", "k_weight", "q_bias", "k_bias")) if name in wanted
+        }
+    if moves and not back:
+        live = live_frames(q, k, **frames)
+        for role, x, dy, dx, start, alive in (
+            ("q", q, dq, gradients[0], q_start, live[0]),
+            ("k", k, dk, gradients[1], 0, live[1]),
+        ):
+            behind = {"weight": f"{role}_weight", "bias": f"{role}_bias", "cos": "cos", "sin": "sin"}
+            asked = frozenset(short for short, name in behind.items() if name in wanted)
+            part = norm_rope_backward(x, dy, norm, role, rope, start, asked, dx=dx, live=alive)
+            for short in sorted(asked & part.keys()):
+                name = behind[short]
+                found[name] = found[name] + part[short] if name in found else part[short]
+    return found
+
+
+def _in_elements(x: Tensor) -> Rows:
+    return Rows(x, *x.stride()[:4])
+
+
+def _short_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    picked: tuple[TemporalConfig, int],
+    sums: bool,
+    back: bool,
+    scale: float,
+    norm: QKNorm | None,
+    rope: Rope | None,
+    frames: dict[str, Any],
+) -> Tensor | None:
+    """All frames in one pass; returns partial sums ``(programs, 4, D)`` of the norm's gradients, if wanted."""
+    B, T, S, H, D = q.shape
+    T_k, G = k.shape[1], k.shape[3]
+    row = split_row(D, rope)
+    config, BP = picked
+    numbers, masked = mask_numbers(frames["mask"], T, T_k, frames["q_start"])
+    A = step(q, k, v, dout)
+    q_norm, norm_constants = norm_arguments(norm, "q")
+    k_norm, _ = norm_arguments(norm, "k")
+    angles, rope_constants = rope_arguments(rope)
+    blocks = B * cdiv(S * G, BP)
+    programs = min(blocks, _PROGRAMS) if sums else blocks
+    partial = torch.empty(programs, 4, D, dtype=torch.float32, device=q.device) if sums else None
+    launch(
+        temporal_attention_bwd_kernel,
+        programs,
+        q,
+        config,
+        *(rows(q, A), rows(k, A), rows(v, A), rows(dout, A), *(_in_elements(x) for x in (dq, dk, dv))),
+        *(dlse, frames["lengths"], q_norm, k_norm, _stats(q, norm), _stats(k, norm), angles, partial),
+        *((T, T_k, frames["q_start"], *numbers), S, G, blocks, scale),
+        ROW=row,
+        V=split_row(D),
+        A=A,
+        R=H // G,
+        BP=BP,
+        BQ=_side(T),
+        BK=_side(T_k),
+        MASKED=masked,
+        LINES=_turns_by_line(rope),
+        BACK=back and (norm is not None or rope is not None),
+        PRECISION="ieee",
+        **norm_constants,
+        **rope_constants,
+    )
+    return partial

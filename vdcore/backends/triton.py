@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vdcore.backends.base import Backend, Gradients, Implementation
-from vdcore.backends.call import Call, GateResidualCall, ModulateCall, QKNormRopeCall, TemporalCall
+from vdcore.backends.call import AttentionCall, Call, GateResidualCall, ModulateCall, QKNormRopeCall, TemporalCall
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -171,30 +171,50 @@ def _temporal(c: TemporalCall) -> tuple[Tensor, ...]:
     from vdcore.kernels.temporal_attention import temporal_forward
 
     out, lse = c.empty_outputs()
-    if not c.k.numel():
-        return out.zero_(), lse.fill_(-torch.inf)
-    if out.numel():
-        temporal_forward(
-            *(c.q, c.k, c.v, out, lse if c.lse else None),
-            mask=c.mask,
-            q_start=c.q_start,
-            lengths=c.lengths,
-            scale=c.scale,
-            norm=c.norm,
-            rope=c.rope,
-        )
+    temporal_forward(c.q, c.k, c.v, out, lse if c.lse else None, norm=c.norm, rope=c.rope, scale=c.scale, **_frames(c))
     return out, lse
+
+
+def _frames(c: AttentionCall) -> dict[str, Any]:
+    return {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _qkv_gradients(c: AttentionCall) -> tuple[Gradients, tuple[Tensor, Tensor, Tensor]]:
+    """Room for the gradients by name, and for those of q, k and v: slices of one tensor where the call is packed."""
+    if c.packed is not None:
+        packed = _empty_like(c.packed)
+        return {"q": packed}, packed.unbind(3)  # type: ignore[return-value]
+    found = {"q": _empty_like(c.q), "k": _empty_like(c.k), "v": _empty_like(c.v)}
+    return found, tuple(found.values())  # type: ignore[return-value]
+
+
+def _temporal_backward(
+    c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    from vdcore.kernels.temporal_attention import temporal_backward
+
+    out, lse = outputs
+    dout = torch.zeros_like(out) if grads[0] is None else _unit(grads[0])
+    dlse = None if grads[1] is None else grads[1].contiguous()
+    found, gradients = _qkv_gradients(c)
+    more = temporal_backward(
+        *(c.q, c.k, c.v, out, lse, dout, dlse, gradients, wanted),
+        **{"norm": c.norm, "rope": c.rope, "scale": c.scale, **_frames(c)},
+    )
+    return {**found, **more}
 
 
 BACKEND = Backend(
     name="triton",
     missing=missing,
     operators={
-        "temporal_attention": Implementation(_temporal, None, _temporal_why_not, _temporal_why_not),
-        "qk_norm_rope": Implementation(
-            _qk_norm_rope, _qk_norm_rope_backward, _qk_norm_rope_why_not, _qk_norm_rope_why_not
-        ),
-        "modulate": Implementation(_modulate, _modulate_backward, _adaln_why_not, _adaln_why_not),
-        "gate_residual": Implementation(_gate_residual, _gate_residual_backward, _adaln_why_not, _adaln_why_not),
+        "temporal_attention": Implementation(_temporal, _temporal_backward, _temporal_why_not),
+        "qk_norm_rope": Implementation(_qk_norm_rope, _qk_norm_rope_backward, _qk_norm_rope_why_not),
+        "modulate": Implementation(_modulate, _modulate_backward, _adaln_why_not),
+        "gate_residual": Implementation(_gate_residual, _gate_residual_backward, _adaln_why_not),
     },
 )

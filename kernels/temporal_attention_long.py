@@ -1,0 +1,343 @@
+"""Temporal attention over more frames than fit in registers: a loop over blocks of them, and two kernels backward.
+
+From a hundred frames on it is bound by arithmetic as much as by memory; q and k come normed and rotated. A program
+holds one line (position, head) and a block of its frames; blocks that no row of it sees are skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames, visible_runs
+from vdcore.kernels._gate import Gate, load_gate, mix
+from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, step
+from vdcore.kernels._lines import frame_pairs, frame_rows, store_frames
+from vdcore.kernels._products import inner, transposed, weighted
+from vdcore.kernels._tile import Rows, add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
+
+from vdcore.mask import FrameMask
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class LongConfig(Config):
+    """block: frames a side of a score tile, for rows of at most ``channels``."""
+
+    block: int = 64
+    channels: int = 256
+
+
+FORWARD = (
+    LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 256),
+    LongConfig("", 4, 2, "predicted: 64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
+    LongConfig("", 8, 1, "predicted: the accumulator of 256 channels over twice the threads", 64, 256),
+)
+BACKWARD = (
+    LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 256),
+    LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 80),
+    LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 128),
+    LongConfig("", 8, 1, "predicted: two accumulators of 256 channels leave room for 32 frames", 32, 256),
+)
+
+
+@triton.jit
+def _line(i, S, H, blocks):
+    """Block of frames, sample, position [1] and head [1] of the i-th program."""
+    i_n = i // blocks
+    one = tl.arange(0, 1)
+    return i % blocks, (i_n // H // S).to(tl.int64), (i_n // H % S + one).to(tl.int64), (i_n % H + one).to(tl.int64)
+
+
+@triton.jit
+def _key_blocks(p_len, i_b, i_q, frames, BQ: tl.constexpr, BK: tl.constexpr):
+    """Blocks of keys that a block of queries sees: so many from 0 on, and so many from the third number on."""
+    T, T_k, q_start, past, future, chunk, sink = frames
+    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
+    first_q = q_start + i_q * BQ
+    last_q = tl.minimum(first_q + BQ, last) - 1
+    _, begin, _ = visible_runs(first_q, valid, past, future, chunk, sink)
+    low, _, end = visible_runs(last_q, valid, past, future, chunk, sink)
+    start = begin // BK
+    n_low = tl.minimum(tl.cdiv(low, BK), start)
+    n_run = tl.maximum(tl.cdiv(end, BK) - start, 0)
+    alive = (last_q >= first_q) & (valid > 0)
+    return tl.where(alive, n_low, 0), tl.where(alive, n_run, 0), start
+
+
+@triton.jit
+def _block_at(i, n_low, start):
+    return tl.where(i < n_low, i, start + i - n_low)
+
+
+@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
+def temporal_long_fwd_kernel(
+    q,  # Rows (B, T, S, H, D)
+    k,  # Rows (B, T_k, S, H/R, D)
+    v,
+    gate,
+    p_o,  # (B, T, S, H, D), contiguous
+    p_lse,  # (B, T, S, H), or None
+    p_len,
+    frames,
+    S,
+    H,
+    blocks,  # of query frames
+    exponent,
+    ROW: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    MASKED: tl.constexpr,
+    GATE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_q, i_b, o_s, o_h = _line(tl.program_id(0), S, H, blocks)
+    T = frames[0]
+    m_n = o_s < S
+    o_t = i_q * BT + tl.arange(0, BT)
+    m_t = o_t < T
+    b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)  # [1, BT, W]
+    b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
+    b_l = tl.zeros([1, BT, 1], tl.float32)
+    b_o = zeros(1, BT, ROW)
+    n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
+    for i in range(n_low + n_run):
+        o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+        _, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+        b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+        b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * exponent, -float("inf"))  # [1, BT, BT]
+        b_new = tl.maximum(b_m, tl.max(b_s, 2, keep_dims=True))
+        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_safe)
+        b_c = tl.exp2(b_m - b_safe)
+        b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
+        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, MASKED, PRECISION))
+        b_m = b_new
+    m_row = (m_n[:, None] & m_t[None, :])[:, :, None]
+    o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * H + o_h[:, None]  # [1, BT]
+    none = b_m == -float("inf")
+    b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
+    if gate is not None:
+        b_a = to(load_rows(p_o, o_row * ROW.D, m_n[:, None] & m_t[None, :], ROW), tl.float32)
+        o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
+        m_gate = m_n[:, None] & (i_b >= 0) & m_t[None, :]
+        b_o = keep(mix(load_gate(gate.p + i_b * gate.b, o_gate, m_gate, gate.d, ROW, GATE_ROWS), b_a, b_o), ~none)
+    store_rows(p_o, o_row * ROW.D, m_n[:, None] & m_t[None, :], b_o, ROW)
+    if p_lse is not None:
+        b_lse = tl.where(none, -float("inf"), b_m * 0.6931471805599453 + tl.log(b_l))
+        tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row)
+
+
+@triton.jit
+def _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION: tl.constexpr):
+    """P and dS [1, BT, BT] from lse (to base 2) and delta [1, BT, 1]."""
+    b_s = inner(b_q, b_k, PRECISION) * (factor * LOG2_E)
+    b_p = tl.where(seen, tl.exp2(b_s - b_lse), 0.0)
+    b_ds = tl.where(seen, b_p * (inner(b_do, b_v, PRECISION) - b_delta) * factor, 0.0)
+    return b_p, b_ds
+
+
+@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
+def temporal_long_bwd_q_kernel(
+    q,
+    k,
+    v,
+    do,
+    dq,  # Rows, strides in elements
+    p_o,
+    p_lse,
+    p_dlse,  # or None
+    p_delta,  # (B, T, S, H): filled here, for the other kernel
+    p_len,
+    frames,
+    S,
+    H,
+    blocks,
+    factor,
+    ROW: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_q, i_b, o_s, o_h = _line(tl.program_id(0), S, H, blocks)
+    T = frames[0]
+    m_n = o_s < S
+    o_t = i_q * BT + tl.arange(0, BT)
+    m_t, _, _ = frame_pairs(p_len, i_b, frames, o_t, tl.arange(0, BT), MASKED)
+    m_t = m_t & (o_t < T)
+    m_row = m_n[:, None] & m_t[None, :]
+    o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * H + o_h[:, None]  # [1, BT]
+    b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)  # [1, BT, W]
+    b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
+    b_o = load_rows(p_o, o_row * ROW.D, m_row, ROW)
+    b_delta = row_sum(mul(to(b_do, tl.float32), to(b_o, tl.float32)), 0)  # [1, BT, 1]
+    if p_dlse is not None:
+        b_delta -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None]
+    tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
+    b_dq = zeros(1, BT, ROW)
+    n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
+    for i in range(n_low + n_run):
+        o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+        _, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+        b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+        _, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        b_dq = add(b_dq, weighted(b_ds, b_k, seen, MASKED, PRECISION))
+    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_dq, ROW)
+
+
+@triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
+def temporal_long_bwd_kv_kernel(
+    q,
+    k,
+    v,
+    do,
+    dk,  # Rows, strides in elements
+    dv,
+    p_lse,
+    p_delta,
+    p_len,
+    frames,
+    S,
+    G,
+    blocks,  # of key frames
+    factor,
+    ROW: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_k, i_b, o_s, o_g = _line(tl.program_id(0), S, G, blocks)
+    T, T_k, q_start, past, future, chunk, sink = frames
+    m_n = o_s < S
+    o_f = i_k * BT + tl.arange(0, BT)
+    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
+    m_f = o_f < valid
+    if MASKED:
+        first_t, past_t = seeing_run(o_f, q_start, last, past, future, chunk, sink)
+        m_f = m_f & (first_t < past_t)
+    b_k = frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)  # [1, BT, W]
+    b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)
+    b_dk = zeros(1, BT, ROW)
+    b_dv = zeros(1, BT, ROW)
+    begin, end_first = seeing_run(i_k * BT, q_start, last, past, future, chunk, sink)
+    _, end_last = seeing_run(i_k * BT + BT - 1, q_start, last, past, future, chunk, sink)
+    i_first = (begin - q_start) // BT
+    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - q_start, BT) - i_first, 0)
+    n = tl.where(i_k * BT < valid, n, 0)
+    for i in range(n * R):
+        o_h = o_g * R + i // n
+        o_t = (i_first + i % n) * BT + tl.arange(0, BT)
+        m_t, _, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        m_t = m_t & (o_t < T)
+        m_row = m_n[:, None] & m_t[None, :]
+        o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * (G * R) + o_h[:, None]
+        b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
+        b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
+        b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
+        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)[:, :, None]
+        b_p, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        seeing = tl.permute(seen, (0, 2, 1))
+        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, MASKED, PRECISION))
+        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, MASKED, PRECISION))
+    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, ROW)
+    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, ROW)
+
+
+def temporal_long_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Tensor | None,
+    scale: float,
+    gate: Tensor | None,
+) -> None:
+    """As temporal_attention.temporal_forward, of q and k that are normed and rotated."""
+    B, T, S, H, D = q.shape
+    T_k, G = k.shape[1], k.shape[3]
+    numbers, masked = mask_numbers(mask, T, T_k, q_start)
+    config = pick(FORWARD, arch_of(q), lambda c: c.channels >= D)
+    blocks = cdiv(T, config.block)
+    A = step(q, k, v)
+    launch(
+        temporal_long_fwd_kernel,
+        B * S * H * blocks,
+        q,
+        config,
+        *(rows(q, A), rows(k, A), rows(v, A), None if gate is None else Gate(gate, *gate.stride()), out, lse, lengths),
+        *((T, T_k, q_start, *numbers), S, H, blocks, scale * LOG2_E.value),
+        ROW=split_row(D),
+        A=A,
+        R=H // G,
+        BT=config.block,
+        MASKED=masked,
+        GATE_ROWS=gate is not None and gate.stride(4) != 0,
+        PRECISION="ieee",
+    )
+
+
+def temporal_long_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Tensor | None,
+    scale: float,
+) -> None:
+    """Fills dq, dk, dv: the gradients of normed and rotated q and k, and of v."""
+    B, T, S, H, D = q.shape
+    T_k, G = k.shape[1], k.shape[3]
+    numbers, masked = mask_numbers(mask, T, T_k, q_start)
+    config = pick(BACKWARD, arch_of(q), lambda c: c.channels >= D)
+    A = step(q, k, v, dout)
+    delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
+    inputs = (rows(q, A), rows(k, A), rows(v, A), rows(dout, A))
+    out_q, out_k, out_v = (Rows(x, *x.stride()[:4]) for x in (dq, dk, dv))
+    frames = (T, T_k, q_start, *numbers)
+    constants = {
+        **{"ROW": split_row(D), "A": A, "R": H // G, "BT": config.block},
+        **{"MASKED": masked, "PRECISION": "ieee"},
+    }
+    blocks = cdiv(T, config.block)
+    launch(
+        temporal_long_bwd_q_kernel,
+        B * S * H * blocks,
+        q,
+        config,
+        *(*inputs, out_q, out, lse, dlse, delta, lengths, frames, S, H, blocks, scale),
+        **constants,
+    )
+    blocks = cdiv(T_k, config.block)
+    launch(
+        temporal_long_bwd_kv_kernel,
+        B * S * G * blocks,
+        q,
+        config,
+        *(*inputs, out_k, out_v, lse, delta, lengths, frames, S, G, blocks, scale),
+        **constants,
+    )
