@@ -6,6 +6,7 @@
 // and L2. While a step computes, it prefetches the rows of the next one.
 #pragma once
 
+#include "cpu/arena.h"
 #include "cpu/norm_rope.h"
 #include "cpu/softmax.h"
 #include "cpu/temporal_attention.h"
@@ -27,22 +28,6 @@ struct Shape {
         D(a.q.size[4]),
         row(round_up(D)),
         group(H / G) {}
-};
-
-// Scratch memory, handed out piece by piece. With no memory it only counts.
-class Arena {
- public:
-  explicit Arena(char* memory) : base_(memory) {}
-  float* floats(int64_t n) {
-    char* at = base_ ? base_ + used_ : nullptr;
-    used_ += (n * 4 + 63) / 64 * 64 + 64;  // the gap keeps equal tiles out of one another's cache sets
-    return reinterpret_cast<float*>(at);
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
 };
 
 // Rows of several heads over a block of frames: (head, frame, channel).

@@ -1,0 +1,24 @@
+// A thread's scratch memory, shared out among the tiles of a kernel.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+
+// Scratch memory, handed out piece by piece. With no memory it only counts.
+class Arena {
+ public:
+  explicit Arena(char* memory) : base_(memory) {}
+  float* floats(int64_t n) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (n * 4 + 63) / 64 * 64 + 64;  // the gap keeps equal tiles out of one another's cache sets
+    return reinterpret_cast<float*>(at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace vdcore::cpu::VDCORE_ISA
