@@ -44,7 +44,9 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--target", "_native", "--parallel", jobs], check=True)
         (module,) = build.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
-        shutil.copy2(module, target)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(module, fresh)
+        fresh.replace(target)  # a process that runs the old module keeps it
 
 
 setup(
