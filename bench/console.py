@@ -29,14 +29,14 @@ def make_console() -> Console:
 
 def table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[RenderableType]] = (), text: bool = False
-) -> Table:
-    """``text``: words and no numbers, which are aligned to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD)
+) -> RenderableType:
+    """A table below its title. ``text``: words and no numbers, which are aligned to the right."""
+    made = Table(header_style="dim", box=box.SIMPLE_HEAD, show_edge=False)
     for i, name in enumerate(header):
         made.add_column(name, justify="left" if text or i == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
-    return made
+    return Group(Text(f"\n{title}\n", style="bold"), made)
 
 
 class Screen(Watch):
@@ -101,11 +101,11 @@ class Screen(Watch):
         self._title, self._lines, self._now = "", [], ""
 
 
-def job_table(title: str, found: Sequence[summary.Line]) -> Table:
+def job_table(title: str, found: Sequence[summary.Line]) -> RenderableType:
     return table(title, summary.HEADER, (summary.cells(line) for line in found))
 
 
-def bar_table(rows: Sequence[Row]) -> Table:
+def bar_table(rows: Sequence[Row]) -> RenderableType:
     found = summary.bars(summary.lines(rows))
     title = "Temporal attention over all workloads that were measured"
     return table(title, summary.BAR_HEADER, map(summary.bar_cells, found))
@@ -114,7 +114,7 @@ def bar_table(rows: Sequence[Row]) -> Table:
 def print_summary(console: Console, rows: Sequence[Row]) -> None:
     """After the tables: what they mean, over all workloads, and who is missing and why."""
     found = summary.lines(rows)
-    console.print(Text(summary.LEGEND, style="dim"))
+    console.print(Text(f"\n{summary.LEGEND}", style="dim"))
     overhead = summary.overhead_cells(rows)
     if overhead:
         console.print(table("Time of a call on 16 tokens", summary.OVERHEAD_HEADER, overhead))
@@ -136,7 +136,7 @@ def _swapped(reasons: dict[str, list[str]]) -> list[tuple[str, str]]:
 # ---- The profile ----
 
 
-def profile_tables(rows: Sequence[Row]) -> list[Table]:
+def profile_tables(rows: Sequence[Row]) -> list[RenderableType]:
     """One table a workload and pattern: frames down, attentions across, each as peak memory and time."""
     return [table(grid.title, ("frames", *grid.columns), grid.rows) for grid in curves.grids(rows)]
 

@@ -77,7 +77,7 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
         key = (row.workload, pattern, row.mode, row.dtype, row.device)
         if key not in found:
             s = row.shape
-            shape = f"{s['S']} tokens a frame, {s['H']} heads of {s['D']}"
+            shape = f"{s['S']} tokens a frame, {s['H']} x {s['D']} channels"
             found[key] = Grid(f"{row.workload}, {row.mode}, {row.dtype}, {row.device}", pattern, shape)
         name = f"{row.provider}, {row.variant}" if row.variant else row.provider
         curve = found[key].curves.setdefault(name, Curve(name))

@@ -29,7 +29,7 @@ from vdcore.bench.timing import Spread, clock_for
 import vdcore
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
-LONG = 4.0  # seconds; a call that takes longer is not repeated
+LONG = 4.0  # seconds; a call that takes longer is timed once
 ENOUGH = 1.5  # seconds of timed calls
 
 
@@ -203,7 +203,7 @@ def measure_memory(point: Point, limit: int) -> dict[str, float]:
 
 
 def measure_time(point: Point, need: int) -> dict[str, Any]:
-    """Seconds of warm calls in touched memory: as many as fit into :data:`ENOUGH`, at least three."""
+    """Seconds of warm calls in touched memory: as many as fit into :data:`ENOUGH`, at least three unless LONG."""
     from vdcore.bench.runner import heap, touch_heap
 
     device = point.jobs[0].device
@@ -214,7 +214,7 @@ def measure_time(point: Point, need: int) -> dict[str, Any]:
     call, clock = _call(point, tensors, dout), clock_for(device)
     call()
     samples = [clock.measure(call).seconds]
-    while len(samples) < 9 and (len(samples) < 3 or sum(samples) < ENOUGH):
+    while len(samples) < 9 and (sum(samples) < ENOUGH or (len(samples) < 3 and samples[0] < LONG)):
         samples.append(clock.measure(call).seconds)
     allocator = "torch" if device.startswith("cuda") else heap()
     return {"spread": Spread.of(samples), "allocator": allocator}

@@ -62,8 +62,20 @@ class Peer:
 # ---- Attention in PyTorch ----
 
 
+def narrow(job: Job) -> bool:
+    """In half precision on a CPU, where computing in float32 is often faster, casts included."""
+    return job.device == "cpu" and job.dtype != torch.float32
+
+
+def _in_float32(attend: Attend) -> Attend:
+    def widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q.float(), k.float(), v.float(), scale).to(q.dtype)
+
+    return widened
+
+
 def _naive(job: Job) -> Makers:
-    def make() -> Function:
+    def naive() -> Attend:
         seen = dense_mask(job)
         hidden = None if seen is None else ~seen
         del seen
@@ -76,9 +88,12 @@ def _naive(job: Job) -> Makers:
                 scores = scores.masked_fill(hidden, -math.inf)
             return (scores.softmax(-1) @ v).transpose(1, 2)
 
-        return whole_job(job.op, attend)
+        return attend
 
-    return {"eager": make}
+    found: Makers = {"eager": lambda: whole_job(job.op, naive())}
+    if narrow(job):
+        found["in float32"] = lambda: whole_job(job.op, _in_float32(naive()))
+    return found
 
 
 _BACKENDS = {
@@ -87,13 +102,6 @@ _BACKENDS = {
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, ("cuda",)),
     "math": (SDPBackend.MATH, ("cpu", "cuda")),
 }
-
-
-def _in_float32(attend: Attend) -> Attend:
-    def widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return attend(q.float(), k.float(), v.float(), scale).to(q.dtype)
-
-    return widened
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
@@ -136,8 +144,11 @@ def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
                 found["in float32"] = lambda: in_float32
                 found["in float32, permuted copies"] = lambda: whole_job(job.op, _in_float32(copies))
                 found["in float32, compiled"] = lambda: compiled(in_float32)
-        if backend == SDPBackend.MATH:  # never the fastest way, and slow: as people get it, and no variants
-            found = {name: make for name, make in found.items() if make is strided or name == "one call a run"}
+        if backend == SDPBackend.MATH:  # seldom the fastest: as people get it, and compiled where that has won
+            keep = {"strided", "one call a run", "dense mask"}
+            if job.op == "temporal_attention" and job.has_backward:
+                keep.add("compiled")
+            found = {name: make for name, make in found.items() if name in keep}
         return found
 
     return variants
@@ -279,7 +290,7 @@ def _natten_why_not(job: Job) -> str | None:
 
 
 def _wide(function: Function) -> Function:
-    """In float32 and back: torch's half-precision products are slow on CPUs without instructions for them."""
+    """In float32 and back, as :func:`_in_float32`, for any function of tensors."""
 
     def widened(*args: Any, **kwargs: Any) -> Tensor:
         dtype = next(x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
@@ -301,8 +312,7 @@ def _eager_or_compiled(name: str, functions: dict[str, Function], op: str) -> li
 
 
 def _fitting(functions: dict[str, Function], job: Job) -> dict[str, Function]:
-    narrow = job.dtype != torch.float32 and job.device == "cpu"
-    return {name: f for name, f in functions.items() if narrow or name != "in float32"}
+    return {name: f for name, f in functions.items() if narrow(job) or name != "in float32"}
 
 
 def _qk_norm_rope(q: Tensor, k: Tensor, norm: Any, rope: Any) -> tuple[Tensor, Tensor]:

@@ -70,14 +70,13 @@ def _bars(title: str, found: Sequence[summary.Line]) -> bytes:
         for row, marker, colour in ((naive, "o", NAIVE), (copy, "|", COPY)):
             if row is not None and row.p50:
                 axis.plot(row.p50 * 1e3, y, marker=marker, color=colour, markersize=6 if marker == "o" else 20)
-        if line.speedup is not None and best is not None and ours is not None:
-            text = f"{line.speedup:.2f}x" + (" (noise)" if line.noise else "")
-            at = max(ours.p80 or 0, best.p80 or 0) * 1e3
-            axis.annotate(text, (at, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
+        if line.speedup is not None:
+            text = f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
+            axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.set_xscale("log")
     axis.set_yticks(range(len(found)), [_label(line) for line in found], fontsize=7.5)
     axis.set_ylim(len(found) - 0.4, -0.6)
-    axis.set_xlabel("milliseconds a call, median; black: p20 to p80")
+    axis.set_xlabel("milliseconds a call, median; black: p20 to p80. Right: fastest peer over vdcore; ~: noise")
     axis.set_title(f"{title}: vdcore beside the fastest peer", loc="left", fontsize=11)
     axis.grid(axis="x", which="both", alpha=0.2)
     axis.set_axisbelow(True)

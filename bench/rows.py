@@ -32,7 +32,7 @@ def from_rows(op: str, y: Tensor, like: Tensor) -> Tensor:
     B, T, S = like.shape[:3]
     if op == "temporal_attention":
         return y.unflatten(0, (B, S)).transpose(1, 2).contiguous()
-    return y.reshape(*like.shape)
+    return y.reshape(*like.shape).contiguous()
 
 
 def norm_rope(q: Tensor, k: Tensor, norm: Any, rope: Any) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,13 @@ def whole_job(op: str, attend: Attend, norm_rope: Function = norm_rope) -> Funct
         like = q
         q, k = norm_rope(q, k, norm, rope)
         if op == "cross_attention":
-            return attend(q.flatten(1, 2), k, v, scale).reshape(like.shape)
+            return attend(q.flatten(1, 2), k, v, scale).reshape(like.shape).contiguous()
         rows = [to_rows(op, x) for x in (q, k, v)]
         if "text" not in rest:
             return from_rows(op, attend(*rows, scale), like)
         tq, tk, tv = rest["text"]
         tq, tk = norm_rope(tq, tk, rest.get("text_norm"), None)
-        out = attend(*(torch.cat(pair, 1) for pair in zip(rows, (tq, tk, tv))), scale)
+        out = attend(*(torch.cat(pair, 1) for pair in zip(rows, (tq, tk, tv))), scale).contiguous()
         n = rows[0].shape[1]
         return out[:, :n].unflatten(1, like.shape[1:3]), out[:, n:]
 

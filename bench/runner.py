@@ -35,7 +35,7 @@ class Settings:
         slow_start: also those that compile for many seconds, where they have no mask to show their strength.
     """
 
-    seconds: float = 2.5
+    seconds: float = 2.0
     rounds: int = ROUNDS
     memory: int = 2**62
     peers: frozenset[str] | None = None
@@ -308,7 +308,9 @@ def _warm_up(c: Candidate, calls: _Calls, judge: Judge, clock: Clock, seconds: f
         c.status, c.reason, c.contender = "failed", first_line(error), None
 
 
-def run_jobs(jobs: Iterable[Job], settings: Settings, journal: Journal, watch: Watch | None = None) -> None:
+def run_jobs(
+    jobs: Iterable[Job], settings: Settings, journal: Journal, watch: Watch | None = None, clock: Clock | None = None
+) -> None:
     """Measures jobs one after another. ``KeyboardInterrupt`` passes through, after its job's rows were written."""
     watch, jobs = watch or Watch(), list(jobs)
     for number, job in enumerate(jobs):
@@ -318,5 +320,5 @@ def run_jobs(jobs: Iterable[Job], settings: Settings, journal: Journal, watch: W
             journal.add([row])
             watch.finish(job, [row])
             continue
-        watch.finish(job, run_job(job, settings, journal, watch))
+        watch.finish(job, run_job(job, settings, journal, watch, clock))
         torch.compiler.reset()  # a compiled function of the next job is another one

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 
 ROUNDS = 9
-FEWEST = 3
+FEWEST = 5
+FEWEST_BEHIND = 3
 
 
 @dataclass
@@ -132,7 +133,7 @@ def rounds_for(
 ) -> dict[str, int]:
     """How many rounds each contender runs in.
 
-    Close intervals matter for ours and for whoever may be the fastest of the others: within a quarter of it. The rest
+    Close intervals matter for ours and for whoever may be the fastest of the others: within a sixth of it. The rest
     runs in the fewest rounds, or, if a call takes an eighth of the budget, not again: its estimate is its sample.
 
     Args:
@@ -141,8 +142,8 @@ def rounds_for(
         ours: run in all rounds, however slow.
     """
     fastest = min((t for name, t in estimates.items() if name not in ours), default=0.0)
-    behind = {name: t for name, t in estimates.items() if t > 1.25 * fastest and name not in ours}
-    counts = {name: 0 if t > budget / 8 else FEWEST for name, t in behind.items()}
+    behind = {name: t for name, t in estimates.items() if t > 7 / 6 * fastest and name not in ours}
+    counts = {name: 0 if t > budget / 8 else FEWEST_BEHIND for name, t in behind.items()}
     left = budget - sum(behind[name] * n for name, n in counts.items())
     a_round = sum(t for name, t in estimates.items() if name not in behind)
     affordable = int(left / a_round) if a_round > 0 else rounds

@@ -152,7 +152,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Videos in a batch.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time for the rounds of one job.")] = 2.5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time for the rounds of one job.")] = 2.0,
     rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
     memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
     full_size: Annotated[bool, typer.Option("--full-size", help="Do not cut workloads to this machine.")] = False,

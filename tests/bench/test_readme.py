@@ -36,7 +36,7 @@ def test_a_marked_table_is_replaced_and_nothing_else():
 def test_results_come_from_committed_rows(tmp_path):
     folder = tmp_path / "bench" / "results" / "somewhere"
     folder.mkdir(parents=True)
-    rows = [row(p50=9.0, time="2020"), row(p50=2.0, time="2021"), row("naive", 5.0, time="2021", commit="abc123")]
+    rows = [row(p50=9.0, time="2020"), row(p50=2.0, time="2021"), row("naive", 5.0, time="2022", commit="abc123")]
     (folder / "cpu.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
     table = readme.fill(marked("cpu"), tmp_path)
     assert "2.50x" in table and "a processor" in table and "abc123" in table

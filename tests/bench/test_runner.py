@@ -114,6 +114,7 @@ def test_an_interrupt_leaves_what_was_measured_in_the_file(tmp_path, few_peers):
     journal = Journal(tmp_path / FILE)
     with pytest.raises(KeyboardInterrupt):
         runner.run_jobs([tiny_job("temporal_attention")], QUICK, journal, clock=Interrupted())
+    journal.close()
     rows = parse((tmp_path / FILE).read_text())
     assert any(r.status == "ok" and r.provider == "vdcore[cpu]" for r in rows)
 
@@ -131,6 +132,7 @@ def test_on_a_gpu_that_is_not_there_a_job_is_a_skipped_row(tmp_path):
         pytest.skip("there is one")
     journal = Journal(tmp_path / FILE)
     runner.run_jobs([replace(tiny_job("temporal_attention"), device="cuda")], QUICK, journal)
+    journal.close()
     (only,) = journal.rows
     assert (only.status, only.reason) == ("skipped", "no GPU is visible to torch")
 

@@ -1,7 +1,7 @@
 """Clocks, quantiles, rounds and races, with clocks that a test sets."""
 
 import pytest
-from vdcore.bench.timing import CudaClock, Contender, Sample, Spread, race, rounds_for
+from vdcore.bench.timing import Contender, CudaClock, Sample, Spread, race, rounds_for
 
 
 class FakeEvent:
