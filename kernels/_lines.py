@@ -159,7 +159,7 @@ def gradient_back(
 
 
 @triton.jit
-def store_frames(x, i_b, o_s, o_h, o_t, m_n, T, b_x, ROW: tl.constexpr):
-    """Stores rows of lines at all of T frames; strides of x in elements."""
+def store_frames(x, i_b, o_s, o_h, o_t, m_n, T, b_x, A: tl.constexpr, ROW: tl.constexpr):
+    """Stores rows of lines at all of T frames."""
     o = (o_s * x.s + o_h * x.h)[:, None] + (o_t.to(tl.int64) * x.t)[None, :]
-    store_rows(x.p + i_b * x.b, o, m_n[:, None] & (o_t < T)[None, :], b_x, ROW)
+    store_rows(x.p + i_b * x.b * A, o * A, m_n[:, None] & (o_t < T)[None, :], b_x, ROW)

@@ -30,10 +30,8 @@ from vdcore.kernels._lines import (
 from vdcore.kernels._products import inner, transposed, weighted
 from vdcore.kernels._tile import (
     Row,
-    Rows,
     add,
     column_sum,
-    filled,
     keep,
     load_rows,
     mul,
@@ -63,18 +61,21 @@ class TemporalConfig(Config):
     values: int = 5120
 
 
+_FLIGHT = "predicted: q, k and v of 5,120 values are 30 KB in flight at 110 registers, so 120 KB an SM"
+_LINE = "one line; predicted: its scores and result spread over twice the threads stay clear of spilling"
 FORWARD = (
     TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
-    TemporalConfig("interpreter", 8, 1, "one line", 32768),
-    TemporalConfig("", 4, 1, "predicted", 5120),
-    TemporalConfig("", 8, 1, "predicted", 16384),
-    TemporalConfig("", 8, 1, "predicted", 32768),
+    TemporalConfig("interpreter", 8, 1, _LINE, 32768),
+    TemporalConfig("", 4, 1, _FLIGHT, 5120),
+    TemporalConfig("", 8, 1, _LINE, 8192),
+    TemporalConfig("", 8, 1, _LINE, 16384),
+    TemporalConfig("", 8, 1, _LINE, 32768),
 )
 BACKWARD = (
     TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
-    TemporalConfig("interpreter", 8, 1, "one line", 16384),
-    TemporalConfig("", 4, 1, "predicted", 2560),
-    TemporalConfig("", 8, 1, "predicted", 8192),
+    TemporalConfig("interpreter", 8, 1, _LINE, 8192),
+    TemporalConfig("", 4, 1, "predicted: four tensors in and three out of 4,096 values at 115 to 250 registers", 4096),
+    TemporalConfig("", 8, 1, _LINE, 8192),
 )
 
 # ---- Forward ----
@@ -155,27 +156,42 @@ def temporal_attention_fwd_kernel(
 # ---- Backward ----
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
+@triton.jit
+def _all_rows(x):
+    """Sums [P, N, W] -> [1, W]."""
+    if len(x) > 1:
+        return column_sum((tl.sum(x[0], 0), tl.sum(x[1], 0)))
+    else:
+        return column_sum((tl.sum(x[0], 0),))
+
+
+@triton.jit
+def _store_sums(p_sums, i, n, b_b, b_h, norm, ROW: tl.constexpr):
+    """What a program's rows add to the gradients of the norm's weight and bias."""
+    o_p = ((tl.program_id(0).to(tl.int64) * n + i) * 2) * ROW.D + tl.arange(0, 1)
+    store_rows(p_sums, o_p, o_p >= 0, _all_rows(mul(b_b, b_h)), ROW)
+    if norm.b is not None:
+        store_rows(p_sums, o_p + ROW.D, o_p >= 0, _all_rows(b_b), ROW)
+
+
+@triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_bwd_kernel(
     q,  # Rows (B, T, S, G*R, D)
     k,  # Rows (B, T_k, S, G, D)
     v,
     do,
-    dq,  # Rows, strides in elements
+    dq,
     dk,
     dv,
     p_dlse,  # (B, T, S, G*R), or None
     p_len,
     q_norm,
     k_norm,
-    p_qstats,
-    p_kstats,
     angles,
-    p_sums,  # (programs, 4, D), float32: of q's and k's norm weights, of their biases; None: not wanted
+    p_sums,  # (programs, R + 1, 2, D), float32: for the norm's weight and bias of q and, last, of k; or None
     frames,
     S,
     G,
-    blocks,  # of lines, in all samples
     factor,  # scale of the scores
     ROW: tl.constexpr,
     V: tl.constexpr,
@@ -187,86 +203,74 @@ def temporal_attention_bwd_kernel(
     MASKED: tl.constexpr,
     LINES: tl.constexpr,
     KIND: tl.constexpr,
-    ALL: tl.constexpr,
     STYLE: tl.constexpr,
     R2: tl.constexpr,
-    BACK: tl.constexpr,  # dq and dk are of the raw rows, else of the normed and rotated ones
     PRECISION: tl.constexpr,
 ):
     T, T_k, q_start = frames[0], frames[1], frames[2]
     o_t = tl.arange(0, BQ)
     o_f = tl.arange(0, BK)
-    b_wq = filled(1, 0.0, ROW)
-    b_wk, b_bq, b_bk = b_wq, b_wq, b_wq
-    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i_b, o_s, o_g, m_n = line_block(i, S, G, BP)
-        m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-        b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)  # [BP, BK, W]
-        b_k = normed_turned(
-            frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW),
-            *(k_norm, p_kstats, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f),
-            *(LINES, ROW, KIND, ALL, STYLE, R2),
-        )
+    i_b, o_s, o_g, m_n = line_block(tl.program_id(0), S, G, BP)
+    m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+    b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)  # [BP, BK, W]
+    b_k = normed_turned(
+        frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW),
+        *(k_norm, None, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f),
+        *(LINES, ROW, KIND, 0, STYLE, R2),
+    )
+    if R > 1:
         b_dk = zeros(BP, BK, ROW)
         b_dv = zeros(BP, BK, V)
-        for i_r in range(R):
-            o_h = o_g * R + i_r
-            b_q = normed_turned(
-                frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
-                *(q_norm, p_qstats, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
-                *(LINES, ROW, KIND, ALL, STYLE, R2),
-            )
-            b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
-            b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
-            b_m = tl.max(b_s, 2, keep_dims=True)
-            b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
-            b_l = tl.sum(b_p, 2, keep_dims=True)
-            b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
-            unseen = tl.permute(seen, (0, 2, 1))
-            b_dv = add(b_dv, weighted(transposed(b_p).to(b_do[0].dtype), b_do, unseen, MASKED, PRECISION))
-            b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
-            b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
-            if p_dlse is not None:
-                o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
-                b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
-                b_delta -= b_dlse[:, :, None]
-            b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
-            b_dk = add(b_dk, weighted(transposed(b_ds).to(b_q[0].dtype), b_q, unseen, MASKED, PRECISION))
-            b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
-            if BACK:
-                b_g, b_h, b_b = gradient_back(
-                    *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
-                    *(LINES, A, ROW, KIND, STYLE, R2),
-                )
-                if p_sums is not None:
-                    b_wq = add(b_wq, _all_rows(mul(b_b, b_h)))
-                    b_bq = add(b_bq, _all_rows(b_b))
-            store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, ROW)
-        if BACK:
-            b_dk, b_h, b_b = gradient_back(
-                *(b_dk, k, k_norm, angles, 0, i_b, o_s, o_g, o_f, m_n, m_f),
+    for i_r in tl.static_range(R):
+        o_h = o_g * R + i_r
+        b_q = normed_turned(
+            frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
+            *(q_norm, None, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
+            *(LINES, ROW, KIND, 0, STYLE, R2),
+        )
+        b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
+        b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
+        b_m = tl.max(b_s, 2, keep_dims=True)
+        b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
+        b_l = tl.sum(b_p, 2, keep_dims=True)
+        b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
+        seeing = tl.permute(seen, (0, 2, 1))
+        b_part = weighted(transposed(b_p).to(b_do[0].dtype), b_do, seeing, MASKED, PRECISION)
+        if R > 1:
+            b_dv = add(b_dv, b_part)
+        else:
+            store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_part, A, V)
+        b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
+        b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
+        if p_dlse is not None:
+            o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
+            b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
+            b_delta -= b_dlse[:, :, None]
+        b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
+        b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
+        if KIND > 0 or STYLE > 0:
+            b_g, b_h, b_b = gradient_back(
+                *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
                 *(LINES, A, ROW, KIND, STYLE, R2),
             )
             if p_sums is not None:
-                b_wk = add(b_wk, _all_rows(mul(b_b, b_h)))
-                b_bk = add(b_bk, _all_rows(b_b))
-        store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, ROW)
-        store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, V)
-    if p_sums is not None:
-        o_p = tl.program_id(0).to(tl.int64) * 4 * ROW.D + tl.arange(0, 1)
-        store_rows(p_sums, o_p, o_p >= 0, b_wq, ROW)
-        store_rows(p_sums, o_p + ROW.D, o_p >= 0, b_wk, ROW)
-        store_rows(p_sums, o_p + 2 * ROW.D, o_p >= 0, b_bq, ROW)
-        store_rows(p_sums, o_p + 3 * ROW.D, o_p >= 0, b_bk, ROW)
-
-
-@triton.jit
-def _all_rows(x):
-    """Sums [P, N, W] -> [1, W]."""
-    if len(x) > 1:
-        return column_sum((tl.sum(x[0], 0), tl.sum(x[1], 0)))
-    else:
-        return column_sum((tl.sum(x[0], 0),))
+                _store_sums(p_sums, i_r, R + 1, b_b, b_h, q_norm, ROW)
+        store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, A, ROW)
+        b_part = weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, MASKED, PRECISION)
+        if R > 1:
+            b_dk = add(b_dk, b_part)
+        else:
+            b_dk = b_part
+    if KIND > 0 or STYLE > 0:
+        b_dk, b_h, b_b = gradient_back(
+            *(b_dk, k, k_norm, angles, 0, i_b, o_s, o_g, o_f, m_n, m_f),
+            *(LINES, A, ROW, KIND, STYLE, R2),
+        )
+        if p_sums is not None:
+            _store_sums(p_sums, R, R + 1, b_b, b_h, k_norm, ROW)
+    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, A, ROW)
+    if R > 1:
+        store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, V)
 
 
 # ---- Launch ----
@@ -278,13 +282,14 @@ def _side(T: int) -> int:
 
 
 def _pick(
-    table: tuple[TemporalConfig, ...], q: Tensor, T: int, T_k: int, row: Row
+    table: tuple[TemporalConfig, ...], q: Tensor, T: int, T_k: int, row: Row, weight: int
 ) -> tuple[TemporalConfig, int] | None:
-    """Config and lines a program; None where none holds a line."""
-    line = max(_side(T), _side(T_k)) * row.width
-    if max(T, T_k) > MAX_FRAMES or line > max(c.values for c in table):
+    """Config and lines a program; None where none holds a line. ``weight``: registers a value takes, to a plain one."""
+    line = max(_side(T), _side(T_k)) * row.width * weight
+    arch = arch_of(q)
+    if max(T, T_k) > MAX_FRAMES or not any(c.serves(arch) and c.values >= line for c in table):
         return None
-    config = pick(table, arch_of(q), lambda c: c.values >= line)
+    config = pick(table, arch, lambda c: c.values >= line)
     return config, max(power_of_2(config.values // line + 1) // 2, 1)
 
 
@@ -319,14 +324,14 @@ def temporal_forward(
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
     row = split_row(D, rope)
-    found = _pick(FORWARD, q, T, T_k, row)
+    numbers, masked = mask_numbers(mask, T, T_k, q_start)
+    found = _pick(FORWARD, q, T, T_k, row, 2 if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         return long.temporal_long_forward(
             q, k, v, out, lse, mask=mask, q_start=q_start, lengths=lengths, scale=scale, gate=gate
         )
     config, BP = found
-    numbers, masked = mask_numbers(mask, T, T_k, q_start)
     A = step(q, k, v)
     q_norm, norm_constants = norm_arguments(norm, "q")
     k_norm, _ = norm_arguments(norm, "k")
@@ -355,10 +360,6 @@ def temporal_forward(
     )
 
 
-# Programs of a backward that sums weights' gradients: more than any GPU holds at a time, few enough to add up.
-_PROGRAMS = 2048
-
-
 def temporal_backward(
     q: Tensor,
     k: Tensor,
@@ -381,25 +382,29 @@ def temporal_backward(
 
     Returns the wanted among ``"q_weight"``, ``"k_weight"``, ``"q_bias"``, ``"k_bias"``, ``"cos"``, ``"sin"``, float32.
     """
-    picked = _pick(BACKWARD, q, q.shape[1], k.shape[1], split_row(q.shape[4], rope))
+    T, T_k, D = q.shape[1], k.shape[1], q.shape[4]
+    _, masked = mask_numbers(mask, T, T_k, q_start)
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
-    learns = norm is not None and bool(wanted & {"q_weight", "k_weight", "q_bias", "k_bias"})
-    # Norm and rope are taken back in registers, but for what sums over heads or positions.
-    back = picked is not None and not wanted & {"cos", "sin"} and (norm is None or norm.over == "head")
     moves = norm is not None or rope is not None
     dq, dk, dv = gradients
+    # Norm and rope are taken back in registers, but for what sums over heads or positions, and for long lines.
+    picked = None
+    if moves and not wanted & {"cos", "sin"} and (norm is None or norm.over == "head"):
+        picked = _pick(BACKWARD, q, T, T_k, split_row(D, rope), 2)
+    back = picked is not None
+    q_seen, k_seen = q, k
     if moves and not back:
+        q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if not back:
+        picked = _pick(BACKWARD, q, T, T_k, split_row(D), 2 if masked else 1)
+    sums = None
     if picked is None:
-        q_seen, k_seen = q, k
-        if moves:
-            q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         long.temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, dq, dk, dv, scale=scale, **frames)
-        sums = None
     else:
-        sums = _short_backward(
-            q, k, v, dout, dlse, dq, dk, dv, picked, learns and back, back, scale, norm, rope, frames
-        )
+        learns = back and bool(wanted & {"q_weight", "k_weight", "q_bias", "k_bias"})
+        moved = (norm, rope) if back else (None, None)
+        sums = _short_backward(q_seen, k_seen, v, dout, dlse, dq, dk, dv, picked, learns, scale, *moved, frames)
     found: dict[str, Tensor] = {}
     if sums is not None:
         total = sums.sum(0)
@@ -421,10 +426,6 @@ def temporal_backward(
     return found
 
 
-def _in_elements(x: Tensor) -> Rows:
-    return Rows(x, *x.stride()[:4])
-
-
 def _short_backward(
     q: Tensor,
     k: Tensor,
@@ -436,33 +437,31 @@ def _short_backward(
     dv: Tensor,
     picked: tuple[TemporalConfig, int],
     sums: bool,
-    back: bool,
     scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
     frames: dict[str, Any],
 ) -> Tensor | None:
-    """All frames in one pass; returns partial sums ``(programs, 4, D)`` of the norm's gradients, if wanted."""
+    """All frames in one pass; returns partial sums ``(programs, R + 1, 2, D)`` of the norm's gradients, if wanted."""
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
     row = split_row(D, rope)
     config, BP = picked
     numbers, masked = mask_numbers(frames["mask"], T, T_k, frames["q_start"])
-    A = step(q, k, v, dout)
+    A = step(q, k, v, dout, dq, dk, dv)
     q_norm, norm_constants = norm_arguments(norm, "q")
     k_norm, _ = norm_arguments(norm, "k")
     angles, rope_constants = rope_arguments(rope)
-    blocks = B * cdiv(S * G, BP)
-    programs = min(blocks, _PROGRAMS) if sums else blocks
-    partial = torch.empty(programs, 4, D, dtype=torch.float32, device=q.device) if sums else None
+    programs = B * cdiv(S * G, BP)
+    partial = torch.empty(programs, H // G + 1, 2, D, dtype=torch.float32, device=q.device) if sums else None
     launch(
         temporal_attention_bwd_kernel,
         programs,
         q,
         config,
-        *(rows(q, A), rows(k, A), rows(v, A), rows(dout, A), *(_in_elements(x) for x in (dq, dk, dv))),
-        *(dlse, frames["lengths"], q_norm, k_norm, _stats(q, norm), _stats(k, norm), angles, partial),
-        *((T, T_k, frames["q_start"], *numbers), S, G, blocks, scale),
+        *(rows(x, A) for x in (q, k, v, dout, dq, dk, dv)),
+        *(dlse, frames["lengths"], q_norm, k_norm, angles, partial),
+        *((T, T_k, frames["q_start"], *numbers), S, G, scale),
         ROW=row,
         V=split_row(D),
         A=A,
@@ -472,9 +471,8 @@ def _short_backward(
         BK=_side(T_k),
         MASKED=masked,
         LINES=_turns_by_line(rope),
-        BACK=back and (norm is not None or rope is not None),
         PRECISION="ieee",
-        **norm_constants,
+        KIND=norm_constants["KIND"],
         **rope_constants,
     )
     return partial

@@ -17,7 +17,7 @@ from vdcore.kernels._gate import Gate, load_gate, mix
 from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, step
 from vdcore.kernels._lines import frame_pairs, frame_rows, store_frames
 from vdcore.kernels._products import inner, transposed, weighted
-from vdcore.kernels._tile import Rows, add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
+from vdcore.kernels._tile import add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
 
 from vdcore.mask import FrameMask
 
@@ -108,7 +108,7 @@ def temporal_long_fwd_kernel(
     n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        _, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
         b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
         b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
         b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * exponent, -float("inf"))  # [1, BT, BT]
@@ -149,7 +149,7 @@ def temporal_long_bwd_q_kernel(
     k,
     v,
     do,
-    dq,  # Rows, strides in elements
+    dq,
     p_o,
     p_lse,
     p_dlse,  # or None
@@ -187,12 +187,12 @@ def temporal_long_bwd_q_kernel(
     n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        _, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
         b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
         b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
-        _, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        b_p, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
         b_dq = add(b_dq, weighted(b_ds, b_k, seen, MASKED, PRECISION))
-    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_dq, ROW)
+    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_dq, A, ROW)
 
 
 @triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
@@ -201,7 +201,7 @@ def temporal_long_bwd_kv_kernel(
     k,
     v,
     do,
-    dk,  # Rows, strides in elements
+    dk,
     dv,
     p_lse,
     p_delta,
@@ -239,7 +239,7 @@ def temporal_long_bwd_kv_kernel(
     for i in range(n * R):
         o_h = o_g * R + i // n
         o_t = (i_first + i % n) * BT + tl.arange(0, BT)
-        m_t, _, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+        m_t, m_s, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
         m_t = m_t & (o_t < T)
         m_row = m_n[:, None] & m_t[None, :]
         o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * (G * R) + o_h[:, None]
@@ -251,8 +251,8 @@ def temporal_long_bwd_kv_kernel(
         seeing = tl.permute(seen, (0, 2, 1))
         b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, MASKED, PRECISION))
         b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, MASKED, PRECISION))
-    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, ROW)
-    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, ROW)
+    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, A, ROW)
+    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, ROW)
 
 
 def temporal_long_forward(
@@ -314,10 +314,10 @@ def temporal_long_backward(
     T_k, G = k.shape[1], k.shape[3]
     numbers, masked = mask_numbers(mask, T, T_k, q_start)
     config = pick(BACKWARD, arch_of(q), lambda c: c.channels >= D)
-    A = step(q, k, v, dout)
+    A = step(q, k, v, dout, dq, dk, dv)
     delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
     inputs = (rows(q, A), rows(k, A), rows(v, A), rows(dout, A))
-    out_q, out_k, out_v = (Rows(x, *x.stride()[:4]) for x in (dq, dk, dv))
+    out_q, out_k, out_v = (rows(x, A) for x in (dq, dk, dv))
     frames = (T, T_k, q_start, *numbers)
     constants = {
         **{"ROW": split_row(D), "A": A, "R": H // G, "BT": config.block},
