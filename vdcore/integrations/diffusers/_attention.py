@@ -1,0 +1,173 @@
+"""From a host's projections to vdcore's operators: heads, norms, rotary tables, joint sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models import normalization
+from torch import Tensor, nn
+
+import vdcore
+from vdcore.integrations.diffusers._clip import Clip
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope, Style
+
+_RMS = (nn.RMSNorm, normalization.RMSNorm, normalization.MochiRMSNorm)
+_LAYER = (nn.LayerNorm, normalization.FP32LayerNorm)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """``(..., H*D) -> (..., H, D)``."""
+    return x.unflatten(-1, (count, -1))
+
+
+def project(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q of x, k and v of the context or of x: ``(..., H, D)``. Fused projections give views of one tensor."""
+    if getattr(attn, "fused_projections", False):
+        if context is None and hasattr(attn, "to_qkv"):
+            return tuple(heads(y, attn.heads) for y in attn.to_qkv(x).chunk(3, -1))  # type: ignore[return-value]
+        if context is not None and hasattr(attn, "to_kv"):
+            k, v = attn.to_kv(context).chunk(2, -1)
+            return heads(attn.to_q(x), attn.heads), heads(k, attn.heads), heads(v, attn.heads)
+    source = x if context is None else context
+    return heads(attn.to_q(x), attn.heads), heads(attn.to_k(source), attn.heads), heads(attn.to_v(source), attn.heads)
+
+
+def project_added(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of text tokens with projections of their own: ``(B, L, H, D)``."""
+    if getattr(attn, "fused_projections", False) and hasattr(attn, "to_added_qkv"):
+        return tuple(heads(y, attn.heads) for y in attn.to_added_qkv(text).chunk(3, -1))  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        heads(projection(text), attn.heads) for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    )
+
+
+def leave_projection(attn: Any, x: Tensor) -> Tensor:
+    """Heads ``(..., H, D)`` merged, projected, dropped out: what follows attention in every host."""
+    x = x.flatten(-2)
+    if getattr(attn, "to_out", None) is None:
+        return x
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+# ---- Norm and rope ----
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Nothing but its forward runs when the module is called, so that its parameters may be used without it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(hooks)
+
+
+def _weight(x: Tensor | None, like: Tensor) -> bool:
+    return x is None or x.dtype in (like.dtype, torch.float32)
+
+
+def qk_norm(
+    q: Tensor, k: Tensor, norm_q: nn.Module | None, norm_k: nn.Module | None, *, default_eps: float | None = None
+) -> tuple[Tensor, Tensor, QKNorm | None]:
+    """q and k ``(..., H, D)`` with the norm that is still to be applied to them.
+
+    A norm that vdcore has is handed on, any other is applied here by the host's own modules. A norm over H*D channels is
+    one across heads.
+
+    Args:
+        default_eps: of a norm that has none.
+    """
+    if norm_q is None and norm_k is None:
+        return q, k, None
+    norm = _as_qk_norm(q, k, norm_q, norm_k, default_eps)
+    if norm is not None:
+        return q, k, norm
+    return _apply(norm_q, q), _apply(norm_k, k), None
+
+
+def _apply(norm: Any, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None) or (x.shape[-1],)
+    if x.shape[-1] == shape[0]:
+        return norm(x)
+    return norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+
+
+def _as_qk_norm(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, default_eps: float | None) -> QKNorm | None:
+    kind: Any = "rms" if type(norm_q) in _RMS else "layer" if type(norm_q) in _LAYER else None
+    if kind is None or type(norm_q) is not type(norm_k) or not (is_plain(norm_q) and is_plain(norm_k)):
+        return None
+    eps = default_eps if norm_q.eps is None else norm_q.eps
+    if eps is None or norm_q.eps != norm_k.eps:
+        return None
+    sizes = [getattr(norm, "normalized_shape", None) or norm.dim for norm in (norm_q, norm_k)]
+    if sizes == [(q.shape[-1],)] * 2:
+        over: Any = "head"
+    elif sizes == [(x.shape[-1] * x.shape[-2],) for x in (q, k)]:
+        over = "all"
+    else:
+        return None
+    biases = getattr(norm_q, "bias", None), getattr(norm_k, "bias", None)
+    if kind == "rms" and biases != (None, None):
+        return None
+    weights = norm_q.weight, norm_k.weight
+    if not all(_weight(x, q) for x in (*weights, *biases)):
+        return None
+    return QKNorm(*weights, kind, over, eps, *biases)
+
+
+def as_rope(cos: Tensor, sin: Tensor, like: Tensor, split: tuple[int, int], style: Style = "interleaved") -> Rope:
+    """Tables ``(N, R/2)`` or ``(N, H, R/2)`` over all tokens as frames and tokens."""
+    tables = (x.to(like.device, x.dtype if _weight(x, like) else torch.float32) for x in (cos, sin))
+    cos, sin = (x.unflatten(0, split) for x in tables)
+    return Rope(cos, sin, style)
+
+
+# ---- Attention ----
+
+
+def video(clip: Clip, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
+    """Attention over all tokens of a clip: ``(B, N, H, D)`` in and out."""
+    split = clip.split(q.shape[1])
+    q, k, v = (x.unflatten(1, split) for x in (q, k, v))
+    return vdcore.video_attention(q, k, v, mask=clip.frame_mask, norm=norm, rope=rope).flatten(1, 2)
+
+
+def cross(
+    q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, norm: QKNorm | None = None, scale: Any = None
+) -> Tensor:
+    """Attention of tokens ``(B, N, H, D)`` to others ``(B, L, G, D)``."""
+    out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths, norm=norm, scale=scale)
+    assert isinstance(out, Tensor)
+    return out.squeeze(1)
+
+
+def joint(
+    clip: Clip,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: tuple[Tensor, Tensor, Tensor],
+    *,
+    norm: QKNorm | None,
+    text_norm: QKNorm | None,
+    rope: Rope | None,
+    text_lengths: Tensor | None = None,
+    text_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a clip and a text, neither concatenated to the other: ``(B, N, H, D)`` and ``(B, L, H, D)``."""
+    split = clip.split(q.shape[1])
+    q, k, v = (x.unflatten(1, split) for x in (q, k, v))
+    out, out_text = vdcore.video_attention(
+        q,
+        k,
+        v,
+        mask=clip.frame_mask,
+        text=text,
+        text_lengths=text_lengths,
+        text_norm=text_norm,
+        text_first=text_first,
+        text_sees=clip.text_sees,
+        norm=norm,
+        rope=rope,
+    )
+    return out.flatten(1, 2), out_text

@@ -1,0 +1,118 @@
+"""What the attention of one model shares: the mask, and how many frames the clip at hand has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from vdcore.mask import FrameMask
+
+Grid = tuple[int, int, int]
+
+
+class Clip:
+    """Shared by all processors of one model.
+
+    Without a mask nothing depends on frames, and a clip is one long frame. With a mask, the model's forward tells how
+    many frames its tokens are; attention looks that up by the number of tokens. So with gradient checkpointing run
+    backward before a clip with as many tokens but other frames.
+
+    Args:
+        mask: which frames a frame sees; None: all.
+    """
+
+    def __init__(self, mask: FrameMask | None) -> None:
+        self.mask = mask
+        self._frames: dict[int, int] = {}
+        self._lengths: tuple[Any, int, Tensor | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lengths": None}  # a weak reference neither copies nor pickles
+
+    @property
+    def frame_mask(self) -> FrameMask:
+        return FrameMask() if self.mask is None else self.mask
+
+    def split(self, tokens: int) -> tuple[int, int]:
+        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens."""
+        if self.mask is None:
+            return 1, tokens
+        if tokens not in self._frames:
+            raise RuntimeError(
+                f"swap_in: attention over {tokens} tokens under {self.mask}, but the model's forward has announced "
+                f"clips of {sorted(self._frames)} tokens only: call the model, not its blocks"
+            )
+        return self._frames[tokens], tokens // self._frames[tokens]
+
+    @property
+    def text_sees(self) -> str:
+        """Under a causal mask text must not carry the future into the past."""
+        return "text" if self.mask is not None and self.mask.future == 0 else "all"
+
+    # ---- frames, from the model's forward ----
+
+    def watch(self, model: nn.Module, grid: Callable[..., Grid]) -> None:
+        """Learns the grid of tokens from every call of the model."""
+        model.register_forward_pre_hook(_Announce(self, grid), with_kwargs=True)
+
+    @staticmethod
+    def unwatch(model: nn.Module) -> None:
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, _Announce):
+                del model._forward_pre_hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def announce(self, grid: Grid) -> None:
+        T, H, W = grid
+        self._frames[T * H * W] = T
+
+    # ---- padding masks ----
+
+    def key_lengths(self, mask: Tensor) -> Tensor | None:
+        """As :func:`padding_lengths`; the same tensor, as every block of a model gets it, is looked at once."""
+        if self._lengths is not None and self._lengths[0]() is mask and self._lengths[1] == mask._version:
+            return self._lengths[2]
+        found = padding_lengths(mask)
+        self._lengths = (ref(mask), mask._version, found)
+        return found
+
+
+class _Announce:
+    """Forward pre-hook of a model: hands the grid of its video to the clip."""
+
+    def __init__(self, clip: Clip, grid: Callable[..., Grid]) -> None:
+        self.clip = clip
+        self.grid = grid
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clip.announce(self.grid(model, *args, **kwargs))
+
+
+# Biases up to this leave nothing of a key after softmax: hosts write -10000, -inf or the dtype's lowest number.
+_HIDDEN = -9000.0
+
+
+@torch.compiler.disable
+def padding_lengths(mask: Tensor) -> Tensor | None:
+    """Valid keys ``(B,)`` of a mask ``(B, ..., n)`` that hides the tail of each sample's keys, for all queries alike.
+
+    None if it hides nothing. The mask is boolean or a bias of 0 and very negative numbers. Reads the mask's values: on a GPU, one synchronisation.
+
+    Raises:
+        ValueError: with the reason, if the mask is of another kind.
+    """
+    if mask.ndim < 2 or any(size != 1 for size in mask.shape[1:-1]):
+        raise ValueError("the attention mask is not one of keys alone")
+    rows = mask.reshape(mask.shape[0], mask.shape[-1])
+    valid = rows if rows.dtype == torch.bool else rows == 0
+    if bool(valid.all()):
+        return None
+    if rows.dtype != torch.bool and not bool((valid | (rows <= _HIDDEN)).all()):
+        raise ValueError("the attention mask weighs keys instead of hiding them")
+    if bool((valid[:, 1:] & ~valid[:, :-1]).any()) or not bool(valid[:, :1].all()):
+        raise ValueError("the attention mask hides keys that are not the last ones")
+    return valid.sum(-1)

@@ -1,0 +1,122 @@
+"""Attention modules of factorised models: spatial, temporal and cross attention on ``(B, T, S, C)``.
+
+diffusers gives its default processor sequences ``(N, n, C)``; a sequence is then a frame on its own. Blocks that are
+served as a whole hand over ``(B, T, S, C)``, which that processor never gets, and say by the processor's class along
+which axis self-attention runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor
+
+import vdcore
+from vdcore.integrations.diffusers._attention import leave_projection, project, qk_norm
+from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._swap import Processor, why_not_processor
+
+HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+def why_not(attn: Any) -> str | None:
+    """Why an attention module is not one that this file serves."""
+    if type(attn) is not Attention:
+        return f"{type(attn).__name__} is not diffusers' Attention"
+    processor = type(attn.processor)
+    if processor not in HOSTS:
+        return f"its processor is {processor.__name__}"
+    reason = unknown_source(processor.__call__) or why_not_processor(attn)
+    if reason is not None:
+        return reason
+    for name in ("spatial_norm", "group_norm", "norm_cross", "added_kv_proj_dim"):
+        if getattr(attn, name) is not None:
+            return f"it has {name}"
+    if attn.residual_connection or attn.rescale_output_factor != 1:
+        return "it adds or rescales its input"
+    if attn.inner_kv_dim != attn.inner_dim:
+        return "its keys have other heads than its queries, which diffusers' processor does not serve either"
+    return None
+
+
+class SpatialAttention(Processor):
+    """Tokens of a frame attend to one another, or to a text."""
+
+    SERVES = "spatial_attention, cross_attention"
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``hidden_states``: ``(B, T, S, C)``, or ``(N, n, C)`` as the host has it: N frames of their own."""
+        as_sequences = hidden_states.ndim == 3
+        reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
+        lengths = None
+        if reason is None and attention_mask is not None:
+            lengths, reason = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
+        if reason is not None:
+            if not as_sequences:
+                return self._leave_video(reason, attn, hidden_states, encoder_hidden_states)
+            given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
+            return self.leave(reason, attn, *given, **kwargs)
+        x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
+        q, k, v = project(attn, x, encoder_hidden_states)
+        if encoder_hidden_states is None:
+            out = self.attend(*qk_norm(q, k, attn.norm_q, attn.norm_k), v)
+        else:
+            q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+            out = vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+        out = leave_projection(attn, out)
+        return out.squeeze(1) if as_sequences else out
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        """Self-attention of ``(B, T, S, H, D)``."""
+        return vdcore.spatial_attention(q, k, v, norm=norm)
+
+    def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> tuple[Tensor | None, str | None]:
+        if context is None:
+            return None, "self-attention with an attention mask"
+        if mask.shape[0] != x.shape[0] or mask.shape[-1] != context.shape[1]:
+            return None, "an attention mask that the host repeats or pads"
+        try:
+            return self.clip.key_lengths(mask), None
+        except ValueError as error:
+            return None, str(error)
+
+    # ---- a call of a served block, left to the host ----
+
+    def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        rows = self.sequences(x)
+        if context is not None:
+            context = context.repeat_interleave(rows.shape[0] // x.shape[0], 0)
+        out = self.leave(reason, attn, rows.flatten(0, 1), context)
+        return self.sequences(out.unflatten(0, rows.shape[:2]))
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """The axis of self-attention last but one; its own inverse."""
+        return x
+
+
+class TemporalAttention(SpatialAttention):
+    """A token attends to its position in the other frames, or to a text. Sequences ``(N, n, C)`` are the host's."""
+
+    SERVES = "temporal_attention, cross_attention"
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states.ndim == 3:
+            return self.leave_unmasked("its block runs in the host's layout", attn, hidden_states, *args, **kwargs)
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        return vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

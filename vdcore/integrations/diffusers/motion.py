@@ -1,0 +1,122 @@
+"""AnimateDiff's motion modules, and the temporal transformers of UNet3D and I2VGen-XL.
+
+Both hosts permute ``(B*T, C, H, W)`` to ``(B*H*W, T, C)`` and back around every module. Here hidden states stay
+``(B, T, S, C)``, the projections on either side read and write images, and the sinusoidal embedding of the frame is the
+shift of the norm before attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import Tensor, nn
+
+import vdcore
+from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers._attention import is_plain
+from vdcore.integrations.diffusers._clip import Clip
+from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._rows import add_images_of, clip_group_norm, rows_of
+from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
+
+
+def plan(module: Any, clip: Clip) -> list[Change] | str:
+    """The changes that serve a motion module, or why not."""
+    reason = unknown_source(type(module).forward) or changed_forward(module)
+    if reason is not None:
+        return reason
+    if type(module.norm) is not nn.GroupNorm or not is_plain(module.norm):
+        return "its norm is not a plain GroupNorm"
+    changes = [Change(module, "blocks in (B, T, S, C)", forward=forward)]
+    for block in module.transformer_blocks:
+        reason = why_not_block(block)
+        if reason is not None:
+            return reason
+        changes.append(Change(block, "blocks in (B, T, S, C)", forward=block_forward))
+        for attn in (block.attn1, block.attn2):
+            if attn is not None:
+                changes.append(Change.of_processor(attn, _frames.TemporalAttention, clip))
+    return changes
+
+
+def why_not_block(block: Any) -> str | None:
+    """Why a block is not one whose layer norms and self-attention run on ``(B, T, S, C)``."""
+    if type(block) is not BasicTransformerBlock:
+        return f"its block is a {type(block).__name__}"
+    reason = unknown_source(BasicTransformerBlock.forward) or changed_forward(block)
+    if reason is not None:
+        return reason
+    if block.norm_type != "layer_norm":
+        return f"its block has the norm {block.norm_type}"
+    if block.only_cross_attention or getattr(block, "fuser", None) is not None:
+        return "its block attends to something other than the clip"
+    if block.pos_embed is not None and type(block.pos_embed) is not SinusoidalPositionalEmbedding:
+        return f"its block has a {type(block.pos_embed).__name__}"
+    for attn in (block.attn1, block.attn2):
+        reason = None if attn is None else _frames.why_not(attn)
+        if reason is not None:
+            return reason
+    return None
+
+
+def forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    num_frames: int = 1,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """The module on ``(B*T, C, H, W)``, for both hosts; ``return_dict`` is UNet3D's."""
+    takes_dict = isinstance(self, TransformerTemporalModel)
+    if encoder_hidden_states is not None or cross_attention_kwargs:
+        given = (hidden_states, encoder_hidden_states, timestep, class_labels, num_frames, cross_attention_kwargs)
+        reason = "temporal attention to a text, or with arguments of its own"
+        return host_forward(self, reason, *given, *((return_dict,) if takes_dict else ()))
+    x = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # (B, T, C, S)
+    rows = rows_of(self.proj_in, clip_group_norm(self.norm, x))  # (B, T, S, E)
+    for block in self.transformer_blocks:
+        rows = block(rows)
+    out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
+    if not takes_dict:
+        return out
+    return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)
+
+
+def block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The block on ``(B, T, S, C)``; sequences ``(N, n, C)`` are the host's."""
+    if hidden_states.ndim != 4:
+        return host_forward(self, "called by a module in the host's layout", hidden_states, *args, **kwargs)
+    x = hidden_states
+    x = self.attn1(_embedded_norm(self.norm1, self.pos_embed, x)) + x
+    if self.attn2 is not None:
+        x = self.attn2(_embedded_norm(self.norm2, self.pos_embed, x)) + x
+    return feed_forward(self, self.ff, self.norm3(x)) + x
+
+
+def feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Tensor:
+    """The feed-forward layer on ``(B, T, S, C)``, in chunks as large as the host's of ``(B*S, T, C)``."""
+    if block._chunk_size is None:
+        return ff(x)
+    B, T, S, _ = x.shape
+    tokens = block._chunk_size * (B * S if block._chunk_dim == 1 else T)
+    return torch.cat([ff(chunk) for chunk in x.flatten(0, 2).split(tokens)]).view(B, T, S, -1)
+
+
+def _embedded_norm(norm: Any, embedding: Any, x: Tensor) -> Tensor:
+    """``norm(x)`` plus the embedding of the frame."""
+    if embedding is None:
+        return norm(x)
+    frames = embedding.pe[0, : x.shape[1]].to(x.dtype)  # (T, C)
+    if type(norm) is not nn.LayerNorm or not is_plain(norm):
+        return norm(x) + frames[:, None]
+    shift = frames.expand(x.shape[0], -1, -1)
+    scale = torch.zeros_like(shift[:, 0])
+    return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)

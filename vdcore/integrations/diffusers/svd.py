@@ -1,0 +1,107 @@
+"""Stable Video Diffusion: spatial blocks, temporal blocks and their blend.
+
+The host permutes the hidden states around every temporal block and repeats the text for every position. Here temporal
+blocks run on ``(B, T, S, C)``, and positions share the text of their clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.resnet import AlphaBlender
+from diffusers.models.transformers.transformer_temporal import (
+    TransformerSpatioTemporalModel,
+    TransformerTemporalModelOutput,
+)
+from torch import Tensor
+
+from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers._clip import Clip
+from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._rows import add_images_of, rows_of
+from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
+from vdcore.integrations.diffusers.motion import feed_forward
+
+
+def plan(module: Any, clip: Clip) -> list[Change] | str:
+    """The changes that serve a spatio-temporal transformer, or why not. Its spatial blocks are served on their own."""
+    reason = unknown_source(TransformerSpatioTemporalModel.forward) or changed_forward(module)
+    if reason is not None:
+        return reason
+    if type(module.time_mixer) is not AlphaBlender:
+        return f"its time mixer is a {type(module.time_mixer).__name__}"
+    reason = unknown_source(AlphaBlender.forward) or changed_forward(module.time_mixer)
+    if reason is not None:
+        return reason
+    changes = [Change(module, "blocks in (B, T, S, C)", forward=forward)]
+    for block in module.temporal_transformer_blocks:
+        reason = why_not_block(block)
+        if reason is not None:
+            return reason
+        changes.append(Change(block, "block in (B, T, S, C)", forward=block_forward))
+        for attn in (block.attn1, block.attn2):
+            if attn is not None:
+                changes.append(Change.of_processor(attn, _frames.TemporalAttention, clip))
+    return changes
+
+
+def why_not_block(block: Any) -> str | None:
+    if type(block) is not TemporalBasicTransformerBlock:
+        return f"its temporal block is a {type(block).__name__}"
+    reason = unknown_source(TemporalBasicTransformerBlock.forward) or changed_forward(block)
+    for attn in (block.attn1, block.attn2):
+        reason = reason or (None if attn is None else _frames.why_not(attn))
+    return reason
+
+
+def forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    image_only_indicator: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """The transformer on ``(B*T, C, H, W)``."""
+    assert encoder_hidden_states is not None and image_only_indicator is not None  # the host needs them as well
+    T = image_only_indicator.shape[-1]
+    x = hidden_states.flatten(2)  # (B*T, C, S)
+    text = encoder_hidden_states.unflatten(0, (-1, T))[:, 0]  # that of a clip's first frame: (B, L, C)
+    rows = rows_of(self.proj_in, self.norm(hidden_states).flatten(2))  # (B*T, S, E)
+    frames = self.time_proj(torch.arange(T, device=rows.device)).to(rows.dtype)
+    frames = self.time_pos_embed(frames)[:, None]  # (T, 1, E)
+    for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            rows = self._gradient_checkpointing_func(block, rows, None, encoder_hidden_states, None)
+        else:
+            rows = block(rows, encoder_hidden_states=encoder_hidden_states)
+        mixed = rows.unflatten(0, (-1, T)) + frames  # (B, T, S, E)
+        mixed = temporal_block(mixed, num_frames=T, encoder_hidden_states=text).flatten(0, 1)
+        rows = blend(self.time_mixer, rows, mixed, image_only_indicator)
+    out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
+    return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)
+
+
+def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> Tensor:
+    """``alpha * spatial + (1 - alpha) * temporal`` in one pass over ``(B*T, S, C)``."""
+    alpha = mixer.get_alpha(image_only, spatial.ndim).to(spatial.dtype)
+    first, second = (temporal, spatial) if mixer.switch_spatial_to_temporal_mix else (spatial, temporal)
+    return torch.lerp(second, first, alpha)
+
+
+def block_forward(
+    self: Any, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None
+) -> Tensor:
+    """The temporal block on ``(B, T, S, C)`` with a text ``(B, L, C)``; rows ``(B*T, S, C)`` are the host's."""
+    if hidden_states.ndim != 4:
+        reason = "called by a module in the host's layout"
+        return host_forward(self, reason, hidden_states, num_frames, encoder_hidden_states)
+    x = hidden_states
+    entered = feed_forward(self, self.ff_in, self.norm_in(x))
+    x = entered + x if self.is_res else entered
+    x = self.attn1(self.norm1(x)) + x
+    if self.attn2 is not None:
+        x = self.attn2(self.norm2(x), encoder_hidden_states) + x
+    out = feed_forward(self, self.ff, self.norm3(x))
+    return out + x if self.is_res else out
