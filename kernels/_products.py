@@ -36,6 +36,25 @@ def inner(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def times_rows(a, b, PRECISION: tl.constexpr):
+    """Rows [M, D] times rows [N, D]: [M, N]."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if len(a) > 1:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def rows_times(p, x, total, PRECISION: tl.constexpr):
+    """total [M, D] plus p [M, N] times rows [N, D]."""
+    if len(x) > 1:
+        first = tl.dot(p, x[0], total[0], input_precision=PRECISION)
+        return first, tl.dot(p, x[1], total[1], input_precision=PRECISION)
+    else:
+        return (tl.dot(p, x[0], total[0], input_precision=PRECISION),)
+
+
+@triton.jit
 def _hidden_apart(p, x, seen, PRECISION: tl.constexpr):
     """[P, M, K] x [P, K, N] where seen [P or 1, M, K]: what is hidden takes no part, whatever x holds there.
 

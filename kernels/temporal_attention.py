@@ -325,7 +325,7 @@ def temporal_forward(
     T_k, G = k.shape[1], k.shape[3]
     row = split_row(D, rope)
     numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    found = _pick(FORWARD, q, T, T_k, row, 2 if masked else 1)
+    found = _pick(FORWARD, q, T, T_k, row, 3 if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         return long.temporal_long_forward(

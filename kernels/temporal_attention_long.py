@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames, visible_runs
 from vdcore.kernels._gate import Gate, load_gate, mix
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, step
+from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
 from vdcore.kernels._lines import frame_pairs, frame_rows, store_frames
 from vdcore.kernels._products import inner, transposed, weighted
-from vdcore.kernels._tile import add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
+from vdcore.kernels._tile import Row, add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
 
 from vdcore.mask import FrameMask
 
@@ -26,23 +26,38 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class LongConfig(Config):
-    """block: frames a side of a score tile, for rows of at most ``channels``."""
+    """block: frames a side of a score tile, for rows of at most ``channels``, as `_cost` counts them."""
 
     block: int = 64
     channels: int = 256
 
 
+_INTERPRETED = LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 1024)
+_LESS = "more channels, or a mask's numbers beside them, leave room for fewer frames"
 FORWARD = (
-    LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 256),
+    _INTERPRETED,
     LongConfig("", 4, 2, "predicted: 64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
     LongConfig("", 8, 1, "predicted: the accumulator of 256 channels over twice the threads", 64, 256),
+    LongConfig("", 8, 1, _LESS, 32, 512),
+    LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 BACKWARD = (
-    LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 256),
-    LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 80),
-    LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 128),
-    LongConfig("", 8, 1, "predicted: two accumulators of 256 channels leave room for 32 frames", 32, 256),
+    _INTERPRETED,
+    LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 64),
+    LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 144),
+    LongConfig("", 8, 1, _LESS, 32, 192),
+    LongConfig("", 8, 1, _LESS, 16, 1024),
 )
+
+
+def _row(D: int, masked: bool) -> Row:
+    """One tile where a mask leaves no registers for two."""
+    return Row(D, D, max(power_of_2(D), 16)) if masked else split_row(D)
+
+
+def _cost(row: Row, masked: bool) -> int:
+    """Registers of a row, to those of a plain channel: a mask's, and a second tile's, are found by compiling."""
+    return row.width * (3 if masked else 1) + (64 if row.W1 else 0)
 
 
 @triton.jit
@@ -272,7 +287,8 @@ def temporal_long_forward(
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
     numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    config = pick(FORWARD, arch_of(q), lambda c: c.channels >= D)
+    row = _row(D, masked)
+    config = pick(FORWARD, arch_of(q), lambda c: c.channels >= _cost(row, masked))
     blocks = cdiv(T, config.block)
     A = step(q, k, v)
     launch(
@@ -282,7 +298,7 @@ def temporal_long_forward(
         config,
         *(rows(q, A), rows(k, A), rows(v, A), None if gate is None else Gate(gate, *gate.stride()), out, lse, lengths),
         *((T, T_k, q_start, *numbers), S, H, blocks, scale * LOG2_E.value),
-        ROW=split_row(D),
+        ROW=row,
         A=A,
         R=H // G,
         BT=config.block,
@@ -313,14 +329,15 @@ def temporal_long_backward(
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
     numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    config = pick(BACKWARD, arch_of(q), lambda c: c.channels >= D)
+    row = _row(D, masked)
+    config = pick(BACKWARD, arch_of(q), lambda c: c.channels >= _cost(row, masked))
     A = step(q, k, v, dout, dq, dk, dv)
     delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
     inputs = (rows(q, A), rows(k, A), rows(v, A), rows(dout, A))
     out_q, out_k, out_v = (rows(x, A) for x in (dq, dk, dv))
     frames = (T, T_k, q_start, *numbers)
     constants = {
-        **{"ROW": split_row(D), "A": A, "R": H // G, "BT": config.block},
+        **{"ROW": row, "A": A, "R": H // G, "BT": config.block},
         **{"MASKED": masked, "PRECISION": "ieee"},
     }
     blocks = cdiv(T, config.block)
