@@ -124,8 +124,8 @@ def _plan(model: nn.Module, path: str, clip: Clip, report: Report) -> list[Chang
         elif module in embeddings:
             found = embeddings[module] or patches.plan(module, clip)
         elif hasattr(module, "processor"):
-            processor, reason = _families.processor_for(module)
-            found = str(reason) if processor is None else [Change.of_processor(module, processor, clip)]
+            change = _families.change_of(module, name, clip)
+            found = change if isinstance(change, str) else [change]
         elif _attends(module):
             found = "its attention is written into its forward"
         if isinstance(found, str):

@@ -28,10 +28,10 @@ class Clip:
     def __init__(self, mask: FrameMask | None) -> None:
         self.mask = mask
         self._frames: dict[int, int] = {}
-        self._lengths: tuple[Any, int, Tensor | None] | None = None
+        self._seen: dict[str, tuple[Any, int, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lengths": None}  # a weak reference neither copies nor pickles
+        return {**self.__dict__, "_seen": {}}  # a weak reference neither copies nor pickles
 
     @property
     def frame_mask(self) -> FrameMask:
@@ -70,15 +70,37 @@ class Clip:
         T, H, W = grid
         self._frames[T * H * W] = T
 
-    # ---- padding masks ----
+    # ---- what values say ----
+
+    def once(self, look: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """``look(x)``. The same tensor, as every block of a model gets it, is looked at once.
+
+        Looking at values costs a synchronisation on a GPU, and is hidden from torch.compile.
+        """
+        return _once(self._seen, look, x)
 
     def key_lengths(self, mask: Tensor) -> Tensor | None:
-        """As :func:`padding_lengths`; the same tensor, as every block of a model gets it, is looked at once."""
-        if self._lengths is not None and self._lengths[0]() is mask and self._lengths[1] == mask._version:
-            return self._lengths[2]
-        found = padding_lengths(mask)
-        self._lengths = (ref(mask), mask._version, found)
+        """As :func:`padding_lengths`.
+
+        Raises:
+            ValueError: with the reason, if the mask is of another kind.
+        """
+        found = self.once(padding_lengths, mask)
+        if isinstance(found, str):
+            raise ValueError(found)
         return found
+
+
+@torch.compiler.disable
+def _once(seen: dict[str, tuple[Any, int, Any]], look: Callable[[Tensor], Any], x: Tensor) -> Any:
+    name = f"{look.__name__} {id(x)}"
+    if name in seen and seen[name][0]() is x and seen[name][1] == x._version:
+        return seen[name][2]
+    for gone in [key for key, (tensor, _, _) in seen.items() if tensor() is None]:
+        del seen[gone]
+    found = look(x)
+    seen[name] = ref(x), x._version, found
+    return found
 
 
 class _Announce:
@@ -96,23 +118,35 @@ class _Announce:
 _HIDDEN = -9000.0
 
 
-@torch.compiler.disable
-def padding_lengths(mask: Tensor) -> Tensor | None:
+def padding_lengths(mask: Tensor) -> Tensor | None | str:
     """Valid keys ``(B,)`` of a mask ``(B, ..., n)`` that hides the tail of each sample's keys, for all queries alike.
 
-    None if it hides nothing. The mask is boolean or a bias of 0 and very negative numbers. Reads the mask's values: on a GPU, one synchronisation.
-
-    Raises:
-        ValueError: with the reason, if the mask is of another kind.
+    The mask is boolean or a bias of 0 and very negative numbers. None if it hides nothing, the reason if it is of
+    another kind.
     """
-    if mask.ndim < 2 or any(size != 1 for size in mask.shape[1:-1]):
-        raise ValueError("the attention mask is not one of keys alone")
+    if mask.ndim < 2 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
+        return "the attention mask is not one of keys alone"
+    if mask.ndim > 2:
+        first = mask[:, :1]
+        if mask.shape[1] > 1 and not bool((mask == first).all()):
+            return "the attention mask differs between heads"
+        mask = first
     rows = mask.reshape(mask.shape[0], mask.shape[-1])
     valid = rows if rows.dtype == torch.bool else rows == 0
     if bool(valid.all()):
         return None
     if rows.dtype != torch.bool and not bool((valid | (rows <= _HIDDEN)).all()):
-        raise ValueError("the attention mask weighs keys instead of hiding them")
+        return "the attention mask weighs keys instead of hiding them"
     if bool((valid[:, 1:] & ~valid[:, :-1]).any()) or not bool(valid[:, :1].all()):
-        raise ValueError("the attention mask hides keys that are not the last ones")
+        return "the attention mask hides keys that are not the last ones"
     return valid.sum(-1)
+
+
+def pairs_agree(table: Tensor) -> bool:
+    """A rotary table ``(..., R)`` has every angle twice, for neighbouring channels."""
+    return bool(torch.equal(table[..., 0::2], table[..., 1::2]))
+
+
+def samples_agree(table: Tensor) -> bool:
+    """A table ``(B, ...)`` is the same for every sample."""
+    return table.shape[0] == 1 or bool((table == table[:1]).all())

@@ -41,18 +41,18 @@ def _names(function: FunctionType) -> set[str]:
 
 
 @lru_cache(maxsize=256)
-def rebound_class(host: type) -> type[Rebound]:
-    """:class:`Rebound` with the signature of the host's processor, by which diffusers chooses what to pass on."""
+def rebound_class(host: type, base: type[Rebound]) -> type[Rebound]:
+    """The base with the signature of the host's processor, by which diffusers chooses what to pass on."""
 
     @wraps(host.__call__)  # type: ignore[operator]
     def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.run(attn, *args, **kwargs)
+        return self.serve(attn, *args, **kwargs)
 
-    return type("Rebound", (Rebound,), {"__call__": call, "HOST": host})
+    return type(base.__name__, (base,), {"__call__": call, "HOST": host, "BASE": base})
 
 
-def _rebuild(host: type) -> Rebound:
-    cls = rebound_class(host)
+def _rebuild(host: type, base: type[Rebound]) -> Rebound:
+    cls = rebound_class(host, base)
     return cls.__new__(cls)
 
 
@@ -61,6 +61,7 @@ class Rebound(Processor):
 
     SERVES = "video_attention, cross_attention"
     HOST: ClassVar[type]
+    BASE: ClassVar[type]
 
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)
@@ -68,9 +69,14 @@ class Rebound(Processor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The copied function belongs to this object: a copy makes its own.
-        return _rebuild, (self.HOST,), {**self.__dict__, "_call": None}
+        return _rebuild, (self.HOST, self.BASE), {**self.__dict__, "_call": None}
 
-    def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+    def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """One call of the processor. Derived classes take more than attention over, where they know the call."""
+        return self.as_host(attn, *args, **kwargs)
+
+    def as_host(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's own code, with its attention served."""
         if self._call is None:
             self._call = self._rebind(inspect.unwrap(self.HOST.__call__))  # type: ignore[attr-defined]
         return self._call(self.host, attn, *args, **kwargs)
@@ -111,7 +117,7 @@ class Rebound(Processor):
         served, reason = self._serve(query, key, value, attn_mask, dropout_p, is_causal, scale, reason)
         if served is not None:
             return served
-        note_left(self, str(reason))
+        self._note(reason, query, key)
         host = inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH]  # type: ignore[attr-defined]
         given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
         return host(*given, backend=backend, parallel_config=parallel_config)
@@ -135,10 +141,15 @@ class Rebound(Processor):
             served, reason = self._serve(*rows, attn_mask, dropout_p, is_causal, scale, None)
         if served is not None:
             return served.transpose(1, 2)
-        note_left(self, str(reason))
+        self._note(reason, query.transpose(1, -2), key.transpose(1, -2))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _note(self, reason: str | None, q: Tensor, k: Tensor) -> None:
+        if self.clip.mask is not None and q.shape[1] == k.shape[1]:
+            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+        note_left(self, str(reason))
 
     def _serve(
         self,
@@ -173,8 +184,6 @@ class Rebound(Processor):
     def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, str | None]:
         if not isinstance(mask, Tensor):
             return None, f"an attention mask of type {type(mask).__name__}"
-        if mask.ndim == 4 and mask.stride(1) == 0:
-            mask = mask[:, :1]
         if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
             return None, "an attention mask of another shape"
         try:

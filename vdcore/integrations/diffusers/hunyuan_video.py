@@ -1,0 +1,70 @@
+"""HunyuanVideo, HunyuanVideo 1.5 and Motif-Video: joint attention over the clip and a padded text, text last.
+
+The hosts concatenate both and attend under a mask of keys, in HunyuanVideo 1.5 one of all pairs. Here the text is a
+second view and the mask a length. Rows of padding come out as 0: nothing that is valid ever sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers.models.embeddings as embeddings
+import torch
+from diffusers.models.transformers import transformer_hunyuan_video as hunyuan
+from diffusers.models.transformers import transformer_hunyuan_video15 as hunyuan15
+from diffusers.models.transformers import transformer_motif_video as motif
+from torch import Tensor
+
+from vdcore.integrations.diffusers._attention import as_rope
+from vdcore.integrations.diffusers._fused import Fused
+from vdcore.rope import Rope
+
+
+class JointAttention(Fused):
+    """Joint attention with a norm per head and interleaved rotation of the clip."""
+
+    RELIES = (embeddings.apply_rotary_emb, hunyuan.HunyuanVideoRotaryPosEmbed.forward)
+    SERVES = "video_attention"
+
+    def serve(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if encoder_hidden_states is None or self.why_not_now() is not None:
+            return self.as_host(*given)
+        tokens, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        try:
+            lengths = self.padding(attention_mask, tokens, text)
+        except ValueError:
+            return self.as_host(*given)
+
+        def rope(q: Tensor) -> Rope | None:
+            if image_rotary_emb is None:
+                return None
+            cos, sin = image_rotary_emb  # (N, D), every angle twice
+            return as_rope(cos[:, 0::2], sin[:, 0::2], q, self.clip.split(tokens))
+
+        return self.joint_attention(attn, hidden_states, encoder_hidden_states, rope, text_lengths=lengths)
+
+    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | None:
+        return self.text_lengths(mask, tokens, text)
+
+
+class HunyuanVideo15Attention(JointAttention):
+    """The mask ``(B, L)`` is of the text; the host makes one of all pairs from it in every call."""
+
+    RELIES = (embeddings.apply_rotary_emb, hunyuan15.HunyuanVideo15RotaryPosEmbed.forward)
+
+    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | None:
+        if mask is None or mask.dtype != torch.bool or mask.shape[-1] != text:
+            raise ValueError("the attention mask is not one of the text")
+        return self.clip.key_lengths(mask)
+
+
+class MotifVideoAttention(JointAttention):
+    RELIES = (embeddings.apply_rotary_emb, motif.MotifVideoRotaryPosEmbed.forward)

@@ -1,0 +1,46 @@
+"""Mochi: joint attention over the clip and the valid tokens of a text.
+
+The host loops over the samples, and finds the valid tokens of each. Here they are a length, the padding 0 as in the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vdcore.integrations.diffusers._attention import as_rope
+from vdcore.integrations.diffusers._clip import padding_lengths
+from vdcore.integrations.diffusers._fused import Fused
+from vdcore.rope import Rope
+
+
+class MochiAttention(Fused):
+    """Joint attention with a norm per head and a learned interleaved rotation of every head."""
+
+    SERVES = "video_attention"
+
+    def serve(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        lengths = self.clip.once(marked_lengths, attention_mask)
+        if isinstance(lengths, str) or self.why_not_now() is not None:
+            return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        def rope(q: Tensor) -> Rope | None:
+            if image_rotary_emb is None:
+                return None
+            cos, sin = image_rotary_emb  # (N, H, D/2)
+            return as_rope(cos, sin, q, self.clip.split(q.shape[1]))
+
+        return self.joint_attention(attn, hidden_states, encoder_hidden_states, rope, text_lengths=lengths)
+
+
+def marked_lengths(mask: Tensor) -> Any:
+    """As :func:`padding_lengths`, of a mask whose valid tokens are those that are not 0."""
+    return padding_lengths(mask != 0)
