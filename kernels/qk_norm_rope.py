@@ -7,6 +7,7 @@ by arithmetic norm and rotate through these, and so does every backward that has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,6 +42,19 @@ from vdcore.kernels._tile import (
 
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
+
+
+class Live(NamedTuple):
+    """Which tokens take part: a table ``(B, T, S)`` and its strides, 0 where it does not vary."""
+
+    p: Any
+    b: Any
+    t: Any
+    s: Any
+
+
+def _live(x: Tensor | None) -> Live | None:
+    return None if x is None else Live(x, *x.stride()[:2], x.stride(2) if x.ndim > 2 else 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ def norm_rope_bwd_kernel(
     s_dx,
     p_dw,  # partial sums (programs, D), with ALL (programs, H*D), float32; or None
     p_db,
-    p_live,  # (B, T): frames that take part, or None: all
+    live,  # Live: tokens that take part, or None: all
     norm,
     angles,
     T,
@@ -156,9 +170,9 @@ def norm_rope_bwd_kernel(
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i_b, i_t, o_n, m_n = frame_lines(i, T, S, H, BN, ALL)
         m_x = m_n
-        if p_live is not None:
-            m_x = m_n & (tl.load(p_live + i_b * T + i_t) > 0)
         o_s = (o_n // H).to(tl.int64)
+        if live is not None:
+            m_x = m_n & (tl.load(live.p + i_b * live.b + i_t * live.t + o_s * live.s, mask=m_n, other=0) > 0)
         o_h = (o_n % H).to(tl.int64)
         b_g = load_rows(dy.p + (i_b * dy.b + i_t * dy.t) * A, (o_s * dy.s + o_h * dy.h) * A, m_x, ROW)  # [BN, W]
         b_g = to(b_g, tl.float32)
@@ -248,7 +262,7 @@ def rope_table_bwd_kernel(
     dy,
     p_out,  # partial sums (chunks, 2, cells, R/2), float32: of cos and of sin
     p_stats,  # (B, T, S, 2) with ALL
-    p_live,
+    live,
     norm,
     T,
     S,
@@ -278,8 +292,8 @@ def rope_table_bwd_kernel(
         o_s = (i_cell // CH % CS + o_j // NH % NS).to(tl.int64)
         o_t = (i_cell // CH // CS + o_j // NH // NS % NT).to(tl.int64)
         o_b = (o_j // NH // NS // NT).to(tl.int64)
-        if p_live is not None:
-            m_j = m_j & (tl.load(p_live + o_b * T + o_t, mask=m_j, other=0) > 0)
+        if live is not None:
+            m_j = m_j & (tl.load(live.p + o_b * live.b + o_t * live.t + o_s * live.s, mask=m_j, other=0) > 0)
         b_x = load_rows(x.p, (o_b * x.b + o_t * x.t + o_s * x.s + o_h * x.h) * A, m_j, ROW)  # [BN, W]
         b_g = load_rows(dy.p, (o_b * dy.b + o_t * dy.t + o_s * dy.s + o_h * dy.h) * A, m_j, ROW)
         b_x, b_g = to(b_x, tl.float32), to(b_g, tl.float32)
@@ -383,7 +397,7 @@ def norm_rope_backward(
     Args:
         x, dy: ``(B, T, S, heads, D)``.
         dx: where the gradient of x goes: its heads contiguous, its tokens evenly spaced; None: a new tensor.
-        live: ``(B, T)``: frames that take part; the others get 0, whatever x and dy hold there.
+        live: ``(B, T)`` or ``(B, T, S)``: what takes part; the rest gets 0, whatever x and dy hold there.
     """
     B, T, S, H, D = x.shape
     if dx is None:
@@ -415,7 +429,7 @@ def norm_rope_backward(
         programs,
         x,
         config,
-        *(rows(x, A), rows(dy, A), dx, dx.stride(2), partial.get("weight"), partial.get("bias"), live),
+        *(rows(x, A), rows(dy, A), dx, dx.stride(2), partial.get("weight"), partial.get("bias"), _live(live)),
         *(weights, angles, T, S, H, frame_start, blocks),
         ROW=row,
         A=A,
@@ -460,7 +474,7 @@ def _table_gradients(
         count * chunks,
         x,
         config,
-        *(rows(x, A), rows(dy, A), partial, stats, live, weights, T, S, H, *cells, summed, chunks),
+        *(rows(x, A), rows(dy, A), partial, stats, _live(live), weights, T, S, H, *cells, summed, chunks),
         ROW=row,
         A=A,
         BN=BN,

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from vdcore.backends.base import Backend, Gradients, Implementation
-from vdcore.backends.call import AttentionCall, Call, GateResidualCall, ModulateCall, QKNormRopeCall, TemporalCall
+from vdcore.backends.call import (
+    AttentionCall,
+    Call,
+    FrameCall,
+    GateResidualCall,
+    ModulateCall,
+    QKNormRopeCall,
+    TemporalCall,
+)
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -142,9 +150,10 @@ def _norm_rope_gradients(
     wanted: frozenset[str],
     *,
     prefix: str = "",
+    keep: bool = True,
     **where: Any,
 ) -> None:
-    """Adds what the norm and rope of q or k give their tensors, under the names of the call."""
+    """Adds what the norm and rope of q or k give their tensors, under the names of the call; x's too with ``keep``."""
     from vdcore.kernels.qk_norm_rope import norm_rope_backward
 
     names = {"weight": f"{prefix}{role}_weight", "bias": f"{prefix}{role}_bias"}
@@ -153,6 +162,8 @@ def _norm_rope_gradients(
     dy = _unit(dy) if dy is not None else torch.zeros_like(x, memory_format=torch.contiguous_format)
     for short, dx in norm_rope_backward(x, dy, norm, role, rope, start, inner, **where).items():
         name = names.get(short, prefix + role)
+        if short == "x" and not keep:
+            continue
         found[name] = found[name] + dx if short in ("cos", "sin") and name in found else dx
 
 
@@ -208,11 +219,105 @@ def _temporal_backward(
     return {**found, **more}
 
 
+# ---- Spatial, video and cross attention ----
+
+
+def _frame_why_not(c: FrameCall) -> str | None:
+    norms = _why_not_norm(c.q, c.k, c.norm) or (c.text and _why_not_norm(c.text[0], c.text[1], c.text_norm)) or None
+    return _why_not(c.q) or _why_not_head(c.q) or _why_not_tokens(c.q, c.k) or norms
+
+
+def _why_not_tokens(*tensors: Tensor) -> str | None:
+    if all(x.shape[1] * x.shape[2] < 2**31 - 2**16 for x in tensors):
+        return None
+    return "it counts the tokens of a sample in 32 bits"
+
+
+def _seen(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None, start: int = 0) -> Tensor:
+    """Queries or keys as the scores see them."""
+    from vdcore.kernels.qk_norm_rope import norm_rope_forward
+
+    return x if norm is None and rope is None else norm_rope_forward(x, norm, role, rope, start)
+
+
+def _as_frames(text: Tensor) -> Tensor:
+    """Text ``(B, L, heads, D)`` as frames of one token."""
+    return text.unsqueeze(2)
+
+
+def _frame_arguments(c: FrameCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """q, k, v and text as the scores see them, and what else the kernels take."""
+    from vdcore.kernels.frame_attention import Lengths
+
+    text = None
+    if c.text is not None:
+        q, k = (_seen(_as_frames(x), c.text_norm, role, None).squeeze(2) for role, x in zip("qk", c.text))
+        text = (q, k, c.text[2])
+    seen = (_seen(c.q, c.norm, "q", c.rope, c.q_start), _seen(c.k, c.norm, "k", c.rope), c.v, text)
+    return seen, {
+        **{"mask": c.mask, "q_start": c.q_start, "lengths": Lengths(c.lengths, None, c.text_lengths)},
+        **{"text_first": c.text_first, "text_sees": c.text_sees == "all", "factor": c.scale},
+    }
+
+
+def _frame(c: FrameCall) -> tuple[Tensor, ...]:
+    from vdcore.kernels.frame_attention import frame_forward
+
+    out, lse = c.empty_outputs()
+    seen, more = _frame_arguments(c)
+    frame_forward(*seen, out, lse if c.lse else None, **more)
+    return out, lse
+
+
+def _frame_backward(
+    c: FrameCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    from vdcore.kernels._frames import live_frames
+    from vdcore.kernels.frame_attention_backward import frame_backward
+
+    out, lse = outputs
+    dout = torch.zeros_like(out) if grads[0] is None else _unit(grads[0])
+    dlse = None if grads[1] is None else grads[1].contiguous()
+    seen, more = _frame_arguments(c)
+    found, gradients = _qkv_gradients(c)
+    text_gradients: Any = None
+    if c.text is not None:
+        text_gradients = tuple(_empty_like(x) for x in c.text)
+        found |= dict(zip(("text_q", "text_k", "text_v"), text_gradients))
+    # Gradients of what the kernels see; a norm or rope takes those of q and k further.
+    filled = [_empty_like(x) if c.norm or c.rope else dx for x, dx in zip((c.q, c.k), gradients)]
+    filled_text: Any = text_gradients
+    if c.text_norm is not None:
+        filled_text = (*(_empty_like(x) for x in text_gradients[:2]), text_gradients[2])
+    frame_backward(*seen, out, lse, dout, dlse, (*filled, gradients[2]), filled_text, **more)  # type: ignore[arg-type]
+    if c.norm or c.rope:
+        text = 0 if c.text is None else c.text[0].shape[1]
+        text_args = {"text": text, "text_lengths": c.text_lengths, "text_sees": bool(text) and c.text_sees == "all"}
+        live = live_frames(c.q, c.k, mask=c.mask, q_start=c.q_start, lengths=c.lengths, **text_args)
+        for i, (role, x, start) in enumerate((("q", c.q, c.q_start), ("k", c.k, 0))):
+            where = {"dx": gradients[i], "live": live[i], "keep": c.packed is None}
+            _norm_rope_gradients(
+                found, x, filled[i], c.norm, role, c.rope, start, wanted, keep=c.packed is None, **where
+            )
+    if c.text_norm is not None:
+        live_text = None
+        if c.text_lengths is not None:
+            live_text = (torch.arange(c.text[0].shape[1], device=c.q.device) < c.text_lengths[:, None]).to(torch.int8)
+        for i, role in enumerate("qk"):
+            x, dy, dx = (_as_frames(y) for y in (c.text[i], filled_text[i], text_gradients[i]))
+            _norm_rope_gradients(
+                found, x, dy, c.text_norm, role, None, 0, wanted, prefix="text_", keep=False, dx=dx, live=live_text
+            )
+    return found
+
+
 BACKEND = Backend(
     name="triton",
     missing=missing,
     operators={
         "temporal_attention": Implementation(_temporal, _temporal_backward, _temporal_why_not),
+        "spatial_attention": Implementation(_frame, _frame_backward, _frame_why_not),
+        "video_attention": Implementation(_frame, _frame_backward, _frame_why_not),
         "qk_norm_rope": Implementation(_qk_norm_rope, _qk_norm_rope_backward, _qk_norm_rope_why_not),
         "modulate": Implementation(_modulate, _modulate_backward, _adaln_why_not),
         "gate_residual": Implementation(_gate_residual, _gate_residual_backward, _adaln_why_not),
