@@ -210,5 +210,11 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     )
 
 
+def print_records(console: Console, title: str, records: Sequence[dict[str, Any]]) -> None:
+    """Records with the same fields as a table."""
+    header = tuple(records[0]) if records else ("nothing",)
+    console.print(table(title, header, (["-" if x is None else str(x) for x in r.values()] for r in records)))
+
+
 def _gpu_text(gpu: dict[str, Any]) -> str:
     return f"{gpu['name']}, {gpu['capability']}, {machine.bytes_text(gpu['memory'])}"

@@ -21,6 +21,8 @@ from vdcore.backends._native import native, why_no_native
 RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 ADVICE = " ".join(f"{name}={value}" for name, value in RAISED.items())
 
+NO_GPU = 2**50  # bytes: jobs for a GPU that is not there are only described, at their full size
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PRELOADED = ("tcmalloc", "jemalloc", "mimalloc")
 
@@ -132,7 +134,7 @@ def versions() -> dict[str, str | None]:
 def available_memory(device: str = "cpu") -> int:
     """Bytes that new allocations can have: free memory of the GPU, or of the machine and of the container around us."""
     if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else NO_GPU
     import psutil
 
     free = int(psutil.virtual_memory().available)

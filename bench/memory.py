@@ -97,7 +97,7 @@ def _count_one(job: Job, point: Point) -> tuple[int, str]:
     if "mask" in point.variant:
         n_squared = (s.T * s.S) ** 2
         return n_squared * (1 + e) + 2 * out + lse + back, "N N (1 + e) of mask + 2 outputs + lse" + back_text
-    if point.attention == "vdcore" and _backend(job) == "reference":
+    if point.attention == "vdcore" and backend_for(job) == "reference":
         scores = 3 * s.B * s.H * s.S * int(s.T * s.S * job.mask.density(s.T) + 1) * 4
         copies = 3 * (out + keys) * 4 // e
         if job.has_backward:
@@ -106,7 +106,7 @@ def _count_one(job: Job, point: Point) -> tuple[int, str]:
     return 2 * out + lse + back, f"2 outputs + lse{back_text}"
 
 
-def _backend(job: Job) -> str:
+def backend_for(job: Job) -> str:
     """Who serves the job, asked with one token a frame."""
     small = replace(job, shape=replace(job.shape, rows=1, columns=1))
     with torch.set_grad_enabled(job.has_backward):

@@ -125,30 +125,29 @@ def _sdpa(backend: SDPBackend) -> Callable[[Job], Makers]:
             return whole_job(job.op, views(dense_mask(job)))
 
         found: Makers = {}
-        takes_mask = backend != SDPBackend.FLASH_ATTENTION or job.device == "cpu"
-        if masked(job) and not text_tokens(job):
-            found["one call a run"] = lambda: whole_job(job.op, run_by_run(views(None), job))
-        if masked(job) and takes_mask:
-            found["dense mask"] = strided
-            found["dense mask, compiled"] = lambda: compiled(strided())
-        if not masked(job):
-            found["strided"] = strided
-            if job.op == "temporal_attention" and job.shape.B > 1:
-                found["one call a sample"] = lambda: sample_by_sample(job.op, views(None))
-            found["permuted copies"] = lambda: whole_job(job.op, copies)
+        if masked(job):
+            if not text_tokens(job):
+                found["one call a run"] = lambda: whole_job(job.op, run_by_run(views(None), job))
+            if backend != SDPBackend.FLASH_ATTENTION or job.device == "cpu":
+                found["dense mask"] = strided
+            return found
+        found["strided"] = strided
+        if backend == SDPBackend.MATH:  # seldom the fastest, but its backward is, compiled, in float32 on a CPU
+            if job.op == "temporal_attention" and job.has_backward and not narrow(job):
+                found["compiled"] = lambda: compiled(strided())
+            return found
+        if job.op == "temporal_attention" and job.shape.B > 1:
+            found["one call a sample"] = lambda: sample_by_sample(job.op, views(None))
+        found["permuted copies"] = lambda: whole_job(job.op, copies)
+        # Compiling takes seconds each, so only where there is something to fuse, or where it has been the fastest.
+        if not (narrow(job) and job.has_backward):
             found["compiled"] = lambda: compiled(strided())
-            if (
-                job.device == "cpu" and job.dtype != torch.float32
-            ):  # torch's half precision can be slower than two casts
-                in_float32 = whole_job(job.op, _in_float32(views(None)))
-                found["in float32"] = lambda: in_float32
-                found["in float32, permuted copies"] = lambda: whole_job(job.op, _in_float32(copies))
+        if narrow(job):
+            in_float32 = whole_job(job.op, _in_float32(views(None)))
+            found["in float32"] = lambda: in_float32
+            found["in float32, permuted copies"] = lambda: whole_job(job.op, _in_float32(copies))
+            if job.norm_rope or job.has_backward:
                 found["in float32, compiled"] = lambda: compiled(in_float32)
-        if backend == SDPBackend.MATH:  # seldom the fastest: as people get it, and compiled where that has won
-            keep = {"strided", "one call a run", "dense mask"}
-            if job.op == "temporal_attention" and job.has_backward:
-                keep.add("compiled")
-            found = {name: make for name, make in found.items() if name in keep}
         return found
 
     return variants
@@ -301,14 +300,17 @@ def _wide(function: Function) -> Function:
 
 
 def _eager_or_compiled(name: str, functions: dict[str, Function], op: str) -> list[Peer]:
+    """Two peers: every function as it is, and the first one compiled (in float32 as well, if that is among them)."""
+
     def eager(job: Job) -> Makers:
         return {variant: lambda f=f: f for variant, f in _fitting(functions, job).items()}  # type: ignore[misc]
 
-    def compile_all(job: Job) -> Makers:
-        fitting = _fitting(functions, job).items()
-        return {f"{variant}, compiled": lambda f=f: compiled(f) for variant, f in fitting}  # type: ignore[misc]
+    def compile_first(job: Job) -> Makers:
+        first = next(iter(functions))
+        some = {name: f for name, f in _fitting(functions, job).items() if name in (first, "in float32")}
+        return {f"{variant}, compiled": lambda f=f: compiled(f) for variant, f in some.items()}  # type: ignore[misc]
 
-    return [Peer(name, (op,), eager), Peer("compiled", (op,), compile_all)]
+    return [Peer(name, (op,), eager), Peer("compiled", (op,), compile_first)]
 
 
 def _fitting(functions: dict[str, Function], job: Job) -> dict[str, Function]:

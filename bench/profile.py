@@ -10,7 +10,7 @@ from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
 from vdcore.bench.job import Job
 from vdcore.bench.jobs import SpatialJob, TemporalJob, VideoJob, make
-from vdcore.bench.memory import Point, PointError, count, in_process, measure_memory, measure_time
+from vdcore.bench.memory import Point, PointError, backend_for, count, in_process, measure_memory, measure_time
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import blank
 from vdcore.bench.timing import Spread
@@ -139,14 +139,15 @@ def run(
 def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
     """A memory row and a time row; predicted where the point would not fit the limits."""
     base = row_for(point)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        skipped = replace(base, status="skipped", reason="no GPU is visible to torch")
+        return [replace(skipped, metric="memory", unit="bytes"), skipped]
+    served = f"served by {' and '.join(map(backend_for, point.jobs))}" if point.attention == "vdcore" else ""
     memory, clock = replace(base, metric="memory", unit="bytes"), base
     need, formula = count(point)
     limit = min(settings.memory_limit, machine.memory_limit(settings.device))
     guess = point.flops() / (rate or FIRST_GUESS * torch.get_num_threads())
     basis = "at the rate of the point before" if rate else "at a guessed rate"
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        reason = "no GPU is visible to torch"
-        return [replace(row, status="skipped", reason=reason) for row in (memory, clock)]
     inputs = sum(job.memory() for job in point.jobs[:1])
     too_much = need + inputs > limit
     too_long = guess > settings.time_limit and bool(rate)
@@ -166,15 +167,25 @@ def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
     except PointError as error:
         return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
     peak = float(found["bytes"])
-    memory = replace(memory, p20=peak, p50=peak, p80=peak, samples=1, reason=f"should need {formula}")
+    memory = replace(
+        memory,
+        p20=peak,
+        p50=peak,
+        p80=peak,
+        samples=1,
+        reason="; ".join(filter(None, (f"should need {formula}", served))),
+    )
     if found["seconds"] > 2 * settings.time_limit:
-        once, note = Spread(found["seconds"], found["seconds"], found["seconds"], 1), "one cold call"
+        once, note = (
+            Spread(found["seconds"], found["seconds"], found["seconds"], 1),
+            "one cold call" + (f"; {served}" if served else ""),
+        )
         return [memory, _timed(clock, once, base.allocator, note)]
     try:
         timed = in_process(measure_time, point, int(peak))
     except PointError as error:
         return [memory, replace(clock, status="failed", reason=str(error)[:300])]
-    return [memory, _timed(clock, timed["spread"], timed["allocator"])]
+    return [memory, _timed(clock, timed["spread"], timed["allocator"], served)]
 
 
 def _timed(row: Row, spread: Spread, allocator: str, reason: str = "") -> Row:

@@ -131,11 +131,27 @@ def doctor(
 
 
 def _compile(archs: tuple[str, ...], as_json: bool) -> None:
-    import importlib.util
+    """A line for every kernel and config; exit code 1 if one has a problem: it fails, spills or does not fit."""
+    import dataclasses
+    import importlib
 
-    if importlib.util.find_spec("vdcore.aot") is None:
-        raise typer.BadParameter("this vdcore has no ahead-of-time compiler", param_hint="--compile")
-    raise NotImplementedError
+    from vdcore.bench import console
+
+    try:
+        aot = importlib.import_module("vdcore.aot")
+    except ModuleNotFoundError as error:
+        print(f"vdcore: kernels cannot be compiled ahead of time here: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    try:
+        records = [dataclasses.asdict(record) for record in aot.compile_report(archs or None)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--arch") from None
+    if as_json:
+        print(json.dumps(records, indent=1))
+    else:
+        console.print_records(console.make_console(), "Kernels compiled ahead of time", records)
+    if any(record["problem"] for record in records):
+        raise typer.Exit(1)
 
 
 # ---- bench ----

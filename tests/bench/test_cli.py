@@ -1,15 +1,19 @@
 """The command line, in processes of its own."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import torch
 from vdcore.bench.results import load
 
+from vdcore import cli
 from vdcore.cli import parse_bytes
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
@@ -83,6 +87,27 @@ def test_a_missing_package_names_the_extra(package, tmp_path):
     assert f"{package} missing here: pip install 'vdcore[bench]'" in done.stderr
 
 
+def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch, capsys):
+    @dataclasses.dataclass
+    class Kernel:
+        kernel: str
+        arch: str
+        registers: int
+        problem: str | None
+
+    def compile_report(archs):
+        return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
+
+    monkeypatch.setitem(sys.modules, "vdcore.aot", types.SimpleNamespace(compile_report=compile_report))
+    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1), (["--json"], 0)):
+        with pytest.raises(SystemExit) as end:
+            cli.app(["doctor", "--compile", *arguments])
+        assert end.value.code == code, arguments
+        text = capsys.readouterr().out
+        assert "fwd" in text and ("it spills" in text) == bool(code)
+    assert json.loads(text) == [{"kernel": "fwd", "arch": "sm_90", "registers": 96, "problem": None}]
+
+
 SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds", "0.05", "--peer", "eager")
 
 
@@ -94,6 +119,15 @@ def test_a_benchmark_leaves_rows_plots_and_a_report(tmp_path):
     assert any(row.provider.startswith("vdcore") and row.status == "ok" for row in rows)
     assert all(row.allocator.startswith("glibc, thresholds raised") for row in rows if sys.platform == "linux")
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "operators.png", "report.html"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_job_and_point_for_one_is_a_row(tmp_path):
+    vdcore("bench", "--device", "cuda", "--op", "temporal_attention", "--out", tmp_path / "bench")
+    vdcore("profile", "--device", "cuda", "--frames", "8,16", "--out", tmp_path / "profile")
+    for folder in ("bench", "profile"):
+        rows = load(str(tmp_path / folder))
+        assert {(row.status, row.reason) for row in rows} == {("skipped", "no GPU is visible to torch")}
 
 
 def test_two_results_are_compared(tmp_path):
@@ -114,7 +148,15 @@ def test_a_profile_leaves_rows_plots_and_a_report(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupt_keeps_rows_and_writes_the_report(tmp_path):
     arguments = ("bench", "--op", "gate_residual,modulate", "--seconds", "60", "--rounds", "100000", "--out", tmp_path)
-    running = subprocess.Popen([*VDCORE, *arguments], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*VDCORE, *arguments],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background jobs ignore it
+    )
     results = tmp_path / "results.jsonl"
     while not (results.exists() and results.read_text().strip()):
         assert running.poll() is None

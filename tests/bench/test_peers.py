@@ -72,6 +72,14 @@ def test_a_wrong_result_is_noticed():
     assert judged(job, function, lambda y: torch.full_like(y, math.nan)) == math.inf
 
 
+def test_what_is_too_large_to_be_judged_is_said():
+    job = tiny_job("video_attention")
+    judge = Judge(job, job.tensors())
+    judge.most = judge.need - 1
+    assert judge.ratio([], [], {}) is None
+    assert "no error" in judge.note
+
+
 def test_a_wrong_gradient_is_noticed():
     job = tiny_job("temporal_attention", mode="fwd+bwd")
     (_, function), *_ = functions(job)
