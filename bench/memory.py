@@ -76,9 +76,9 @@ def count(point: Point) -> tuple[int, str]:
     """Bytes beyond the inputs that a point should need, and the formula; N tokens, e bytes an element.
 
     naive: scores and probabilities of all pairs are alive at once, H N N e each; backward adds a third. A dense mask
-    is N N bytes, and torch's CPU kernel makes it N N e more. The fused attentions need their outputs (twice, where the
-    result is laid out anew), a float32 log-sum-exp, and with gradients those of q, k and v, twice where they are packed
-    anew; the reference backend needs float32 copies and the scores of one frame.
+    is N N bytes, and torch's CPU kernel makes it N N e more. Fused attention needs its outputs, a float32 log-sum-exp,
+    and with gradients those of q, k and v; torch's, which lays results and gradients out anew, both twice. The
+    reference backend needs float32 copies and the scores of one frame.
     """
     needs = [_count_one(job, point) for job in point.jobs]
     return max(needs)
@@ -103,6 +103,9 @@ def _count_one(job: Job, point: Point) -> tuple[int, str]:
         if job.has_backward:
             scores *= s.T
         return scores + copies + out + back, "float32 copies and scores of the reference backend" + back_text
+    if point.attention == "vdcore" and backend_for(job) != "sdpa":
+        back = out + keys if job.has_backward else 0
+        return out + lse + back, "output + lse" + (" + gradients of q, k, v" if job.has_backward else "")
     return 2 * out + lse + back, f"2 outputs + lse{back_text}"
 
 

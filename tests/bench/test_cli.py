@@ -113,7 +113,7 @@ SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds
 
 def test_a_benchmark_leaves_rows_plots_and_a_report(tmp_path):
     text = vdcore("bench", *SMALL, "--dtype", "float32", "--out", tmp_path).stdout
-    assert "gate_residual" in text and "addcmul" in text
+    assert "gate_residual" in text and "eager" in text
     rows = load(str(tmp_path))
     assert {row.provider for row in rows if row.status == "ok"} >= {"eager", "copy"}
     assert any(row.provider.startswith("vdcore") and row.status == "ok" for row in rows)
@@ -153,9 +153,8 @@ def test_an_interrupt_keeps_rows_and_writes_the_report(tmp_path):
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a shell's background jobs ignore it
+        # A shell's background jobs, which the tests may be, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     results = tmp_path / "results.jsonl"
     while not (results.exists() and results.read_text().strip()):
