@@ -36,6 +36,12 @@ def inner(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def power(s, less, exponent):
+    """2 ** ((s - less) * exponent), one fused multiply and add a score."""
+    return tl.exp2(s * exponent - less * exponent)
+
+
+@triton.jit
 def times_rows(a, b, PRECISION: tl.constexpr):
     """Rows [M, D] times rows [N, D]: [M, N]."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)

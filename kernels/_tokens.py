@@ -45,17 +45,26 @@ class Lengths(NamedTuple):
     text: Any
 
 
+# Tokens less than so many elements apart: a tile's offsets fit 32 bits, half the registers.
+NEAR = 2**22
+
+
 def token_rows_of(x: Tensor, A: int) -> tuple[Rows, bool]:
-    """Rows of ``(B, T, S, heads, D)``, and whether its tokens are evenly spaced through all frames."""
+    """Rows of ``(B, T, S, heads, D)``, and whether its tokens are evenly spaced through all frames, and near."""
     B, T, S, H, _ = x.shape
     b, t, s, h = (n // A for n in x.stride()[:4])
     s = t if S == 1 else s
-    flat = T == 1 or t == S * s
+    flat = (T == 1 or t == S * s) and s * A < NEAR
     return Rows(x, b if B > 1 else 0, t, s, h if H > 1 else 0), flat
 
 
-def text_rows_of(x: Tensor | None, A: int) -> Rows:
-    """Rows of text ``(B, L, heads, D)``."""
+def near(x: Tensor | None) -> Tensor | None:
+    """A sequence ``(B, L, heads, D)``, copied in the rare case that its tokens are far apart."""
+    return x if x is None or x.stride(1) < NEAR else x.contiguous()
+
+
+def sequence_rows(x: Tensor | None, A: int) -> Rows:
+    """Rows of a near sequence."""
     if x is None:
         return Rows(None, 0, 0, 0, 0)
     return Rows(x, x.stride(0) // A, 0, x.stride(1) // A, x.stride(2) // A)
@@ -70,13 +79,13 @@ def _place(
     p = x.p + (i_b * x.b + i_h * x.h) * A
     if FLAT:
         p += start.to(tl.int64) * x.s * A
-        o = o_n.to(tl.int64) * x.s
+        o = o_n * x.s
     else:
         o = ((start + o_n) // S).to(tl.int64) * x.t + ((start + o_n) % S).to(tl.int64) * x.s
     if TEXT:
         p_text = text.p + (i_b * text.b + i_h * text.h + start.to(tl.int64) * text.s) * A
         p = tl.where(is_text, p_text, p)
-        o = tl.where(is_text, o_n.to(tl.int64) * text.s, o)
+        o = tl.where(is_text, o_n * text.s, o)
     return p, o * A
 
 

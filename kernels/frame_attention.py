@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from vdcore.kernels._frames import mask_numbers
 from vdcore.kernels._launch import Config, arch_of, launch, pick, step
-from vdcore.kernels._products import rows_times, times_rows
+from vdcore.kernels._products import power, rows_times, times_rows
 from vdcore.kernels._tile import filled, keep, scale, split_row, store_rows
 from vdcore.kernels._tokens import (
     Lengths,
@@ -22,9 +22,10 @@ from vdcore.kernels._tokens import (
     Sizes,
     left_tile,
     load_tokens,
+    near,
     query_tile,
     query_tiles,
-    text_rows_of,
+    sequence_rows,
     token_rows_of,
     walk,
     whole_tile,
@@ -84,7 +85,7 @@ def _attend(
     ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Maximum [BM], sum [BM] and result [BM, W] after keys [start, stop) of one tile."""
+    """Maximal score [BM], sum [BM] and result [BM, W] after keys [start, stop) of one tile."""
     b_m, b_l, b_o = state
     m = tl.full([BN], 1, tl.int1) if WHOLE else start + tl.arange(0, BN) < stop
     b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)  # [BN, W]
@@ -92,9 +93,9 @@ def _attend(
     b_s = times_rows(b_q, b_k, PRECISION)  # [BM, BN]
     if not WHOLE:
         b_s = tl.where(m[None, :], b_s, -float("inf"))
-    b_new = tl.maximum(b_m, tl.max(b_s, 1) * exponent)
-    b_p = tl.exp2(b_s * exponent - b_new[:, None])
-    b_c = tl.exp2(b_m - b_new)
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_p = power(b_s, b_new[:, None], exponent)
+    b_c = power(b_m, b_new, exponent)
     b_l = b_l * b_c + tl.sum(b_p, 1)
     b_o = rows_times(b_p.to(b_v[0].dtype), b_v, scale(b_o, b_c[:, None]), PRECISION)
     return b_new, b_l, b_o
@@ -161,10 +162,12 @@ def frame_attention_fwd_kernel(
     b_o = keep(scale(b_o, (1 / b_l)[:, None]), m_seeing[:, None])
     o_n = tl.arange(0, BM)
     m_rows = o_n < n_rows
-    o_row = (i_b * N + tl.where(is_text, o_text, o_video) + start + o_n) * H + i_h
-    store_rows(p_o, o_row * ROW.D, m_rows, b_o, ROW)
+    row = (i_b * N + tl.where(is_text, o_text, o_video) + start) * H + i_h
+    store_rows(p_o + row * ROW.D, o_n * H * ROW.D, m_rows, b_o, ROW)
     if p_lse is not None:
-        tl.store(p_lse + o_row, tl.where(m_seeing, b_m * LN_2 + tl.log(b_l), -float("inf")), mask=m_rows)
+        tl.store(
+            p_lse + row + o_n * H, tl.where(m_seeing, b_m * (exponent * LN_2) + tl.log(b_l), -float("inf")), mask=m_rows
+        )
 
 
 def frame_sizes(q: Tensor, k: Tensor, L: int) -> Sizes:
@@ -174,6 +177,11 @@ def frame_sizes(q: Tensor, k: Tensor, L: int) -> Sizes:
 def pick_for(table: tuple[FrameConfig, ...], q: Tensor) -> FrameConfig:
     D, size = q.shape[-1], q.element_size()
     return pick(table, arch_of(q), lambda c: c.channels >= D and c.size >= size)
+
+
+def base_2(factor: float) -> float:
+    """The size of a scale for powers of two. Not quite 0: a maximum of -inf is multiplied by it."""
+    return max(abs(factor), 1e-30) / math.log(2)
 
 
 def frame_forward(
@@ -199,6 +207,7 @@ def frame_forward(
     L = 0 if text is None else text[0].shape[1]
     if factor < 0:
         q, text = -q, None if text is None else (-text[0], *text[1:])
+    text = text and tuple(near(x) for x in text)  # type: ignore[assignment]
     numbers, _ = mask_numbers(mask, T, k.shape[1], q_start)
     config = pick_for(FORWARD, q)
     A = step(q, k, v, *(text or ()))
@@ -209,9 +218,9 @@ def frame_forward(
         B * H * tiles,
         q,
         config,
-        *(rows_q, rows_k, rows_v, *(text_rows_of(x, A) for x in text or (None,) * 3), out, lse, lengths),
+        *(rows_q, rows_k, rows_v, *(sequence_rows(x, A) for x in text or (None,) * 3), out, lse, lengths),
         *(frame_sizes(q, k, L), Mask(q_start, *numbers), T * S_q + L),
-        *(L if text_first else 0, 0 if text_first else T * S_q, tiles, abs(factor) / math.log(2)),
+        *(L if text_first else 0, 0 if text_first else T * S_q, tiles, base_2(factor)),
         ROW=split_row(D),
         A=A,
         R=H // k.shape[3],

@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames
 from vdcore.kernels._launch import Config, cdiv, launch, power_of_2, step
-from vdcore.kernels._products import rows_times, times_rows
+from vdcore.kernels._products import power, rows_times, times_rows
 from vdcore.kernels._tile import (
-    Rows,
     filled,
     keep,
     load_rows,
@@ -27,21 +26,23 @@ from vdcore.kernels._tile import (
     to,
 )
 from vdcore.kernels._tokens import (
+    NEAR,
     Lengths,
     Mask,
     left_tile,
     load_tokens,
+    near,
     query_tile,
     query_tiles,
+    sequence_rows,
     store_tokens,
     text_length,
-    text_rows_of,
     token_rows_of,
     valid_key_frames,
     walk,
     whole_tile,
 )
-from vdcore.kernels.frame_attention import FrameConfig, frame_sizes, pick_for
+from vdcore.kernels.frame_attention import FrameConfig, base_2, frame_sizes, pick_for
 
 from vdcore.mask import FrameMask
 
@@ -108,7 +109,7 @@ def _to_queries(
     b_dq,
     b_q,
     b_do,
-    b_lse,  # [BM], to base 2
+    b_lse,  # [BM], in units of the scores
     b_delta,
     k,
     v,
@@ -133,7 +134,7 @@ def _to_queries(
     m = tl.full([BN], 1, tl.int1) if WHOLE else start + tl.arange(0, BN) < stop
     b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)  # [BN, W]
     b_v = load_tokens(v, text_v, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)
-    b_p = tl.exp2(times_rows(b_q, b_k, PRECISION) * exponent - b_lse[:, None])  # [BM, BN]
+    b_p = power(times_rows(b_q, b_k, PRECISION), b_lse[:, None], exponent)  # [BM, BN]
     if not WHOLE:
         b_p = tl.where(m[None, :], b_p, 0.0)
     b_ds = b_p * (times_rows(b_do, b_v, PRECISION) - b_delta[:, None])
@@ -185,11 +186,11 @@ def frame_attention_bwd_q_kernel(
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
     b_q = load_tokens(q, text_q, is_text, i_b, i_h, start, m_live, S_q, BM, A, FLAT, TEXT, ROW)  # [BM, W]
-    row = tl.where(is_text, o_text, o_video) + start + o_n.to(tl.int64)
-    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h) * A, row * do.s * A, m_live, ROW)
-    o_row = (i_b * N + row) * H + i_h
-    b_lse = tl.load(p_lse + o_row, mask=m_live, other=0.0) * LOG2_E
-    b_delta = tl.load(p_delta + o_row, mask=m_live, other=0.0)
+    first = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
+    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + first * do.s) * A, o_n * do.s * A, m_live, ROW)
+    row = (i_b * N + first) * H + i_h
+    b_lse = tl.load(p_lse + row + o_n * H, mask=m_live, other=0.0) * (LOG2_E / exponent)
+    b_delta = tl.load(p_delta + row + o_n * H, mask=m_live, other=0.0)
     b_dq = filled(BM, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(low, begin, end, n_text, BN)
     for i in range(n_low + n_run + n_txt):
@@ -281,12 +282,15 @@ def _to_keys(
     """Gradients of keys, but for the scale, and of values [BN, W] after queries [start, stop) of one tile."""
     m = tl.full([BM], 1, tl.int1) if WHOLE else start + tl.arange(0, BM) < stop
     b_q = load_tokens(q, text_q, is_text, i_b, i_h, start, m, S, BM, A, FLAT, TEXT, ROW)  # [BM, W]
-    row = tl.where(is_text, o_text, o_video) + start + tl.arange(0, BM).to(tl.int64)
-    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h) * A, row * do.s * A, m, ROW)
-    o_row = (i_b * N + row) * H + i_h
-    b_lse = tl.load(p_lse + o_row, mask=m, other=float("inf")) * LOG2_E  # beyond the end: probability 0
-    b_delta = tl.load(p_delta + o_row, mask=m, other=0.0)
-    b_p = tl.exp2(times_rows(b_k, b_q, PRECISION) * exponent - b_lse[None, :])  # [BN, BM]
+    o_m = tl.arange(0, BM)
+    first = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
+    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + first * do.s) * A, o_m * do.s * A, m, ROW)
+    row = (i_b * N + first) * H + i_h
+    b_lse = tl.load(p_lse + row + o_m * H, mask=m, other=float("inf")) * (
+        LOG2_E / exponent
+    )  # beyond the end: probability 0
+    b_delta = tl.load(p_delta + row + o_m * H, mask=m, other=0.0)
+    b_p = power(times_rows(b_k, b_q, PRECISION), b_lse[None, :], exponent)  # [BN, BM]
     b_dv = rows_times(b_p.to(b_do[0].dtype), b_do, b_dv, PRECISION)
     b_ds = b_p * (times_rows(b_v, b_do, PRECISION) - b_delta[None, :])
     return rows_times(b_ds.to(b_q[0].dtype), b_q, b_dk, PRECISION), b_dv
@@ -408,6 +412,9 @@ def frame_backward(
     if factor < 0:
         # Scores of negated queries: the gradient of q turns its sign, that of k comes out right.
         q, text = -q, None if text is None else (-text[0], *text[1:])
+    text = text and tuple(near(x) for x in text)  # type: ignore[assignment]
+    if dout.stride(1) >= NEAR:
+        dout = dout.contiguous()
     numbers, _ = mask_numbers(mask, T, T_k, q_start)
     row = split_row(D)
     texts, text_grads = text or (None,) * 3, text_gradients or (None,) * 3
@@ -421,8 +428,8 @@ def frame_backward(
     A = step(q, k, v, dout, *gradients, *(text or ()), *(text_gradients or ()), dk)
     found = [token_rows_of(x, A) for x in (q, k, v, gradients[0], dk, dv)]
     rows_q, rows_k, rows_v, rows_dq, rows_dk, rows_dv = (r for r, _ in found)
-    rows_text = [text_rows_of(x, A) for x in texts]
-    rows_do = Rows(dout, dout.stride(0) // A, 0, dout.stride(1) // A, dout.stride(2) // A)
+    rows_text = [sequence_rows(x, A) for x in texts]
+    rows_do = sequence_rows(dout, A)
     delta = torch.empty(B, N, H, dtype=torch.float32, device=q.device)
     BL = max(2048 // power_of_2(D), 1)
     launch(
@@ -437,7 +444,7 @@ def frame_backward(
     )
     offsets = (N, L if text_first else 0, 0 if text_first else T * S_q)
     sizes, mask_args = frame_sizes(q, k, L), Mask(q_start, *numbers)
-    exponent = abs(factor) / math.log(2)
+    exponent = base_2(factor)
     constants = {
         **{"ROW": row, "A": A, "R": H // G, "FLAT": all(flat for _, flat in found)},
         **{"TEXT": text is not None, "TEXT_SEES": text_sees, "PRECISION": "ieee"},
@@ -447,7 +454,16 @@ def frame_backward(
         B * G * splits * tiles,
         q,
         config,
-        *(rows_q, rows_k, rows_v, *rows_text, rows_do, rows_dk, rows_dv, *(text_rows_of(x, A) for x in text_grads[1:])),
+        *(
+            rows_q,
+            rows_k,
+            rows_v,
+            *rows_text,
+            rows_do,
+            rows_dk,
+            rows_dv,
+            *(sequence_rows(x, A) for x in text_grads[1:]),
+        ),
         *(lse, delta, lengths, sizes, mask_args, *offsets, tiles, group, splits, B, exponent, abs(factor)),
         BM=config.m,
         BN=config.n,
@@ -463,7 +479,7 @@ def frame_backward(
         B * H * tiles,
         q,
         config,
-        *(rows_q, rows_k, rows_v, *rows_text, rows_do, rows_dq, text_rows_of(text_grads[0], A)),
+        *(rows_q, rows_k, rows_v, *rows_text, rows_do, rows_dq, sequence_rows(text_grads[0], A)),
         *(lse, delta, lengths, sizes, mask_args, *offsets, tiles, exponent, factor),
         BM=config.m,
         BN=config.n,
