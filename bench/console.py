@@ -117,7 +117,7 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
     console.print(Text(f"\n{summary.LEGEND}", style="dim"))
     overhead = summary.overhead_cells(rows)
     if overhead:
-        console.print(table("Time of a call on 16 tokens", summary.OVERHEAD_HEADER, overhead))
+        console.print(table("Time of a call on 16 tokens, one thread", summary.OVERHEAD_HEADER, overhead))
     reasons = summary.absent(found)
     if reasons:
         console.print(table("Not measured", ("who", "why"), _swapped(reasons), text=True))

@@ -154,6 +154,16 @@ def memory_limit(device: str = "cpu") -> int:
     return max(free - max(free // 10, 2**30), 0)
 
 
+def busy() -> str | None:
+    """A warning if others were using the processors during the last minute, else None."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cores / 2:
+        return None
+    return f"other processes are busy here (load {load:.1f} on {cores} processors): times will be too long, and noisy"
+
+
 def bytes_text(n: float) -> str:
     """``1536 -> '1.5 KiB'``."""
     for unit in ("B", "KiB", "MiB"):

@@ -112,7 +112,15 @@ def _repeat(call: Callable[[], Any], count: int) -> None:
 
 
 def run(journal: Journal, device: str = "cpu", doing: Callable[[str], None] = lambda what: None) -> None:
-    """Every operator of :data:`OPS` forward, and the first also with backward."""
-    for op, mode in (*((op, "fwd") for op in OPS), (OPS[0], "fwd+bwd")):
-        doing(f"call overhead of {op}, {mode}")
-        journal.add(measure(tiny_job(op, mode, device)))
+    """Every operator of :data:`OPS` forward, and the first also with backward; on one thread.
+
+    With more, some providers start and join all of them for a few tokens, and that would be what is measured.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for op, mode in (*((op, "fwd") for op in OPS), (OPS[0], "fwd+bwd")):
+            doing(f"call overhead of {op}, {mode}")
+            journal.add(measure(tiny_job(op, mode, device)))
+    finally:
+        torch.set_num_threads(threads)

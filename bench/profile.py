@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +36,7 @@ class Settings:
     Args:
         memory_limit: bytes beyond the inputs that a point may take.
         time_limit: seconds that one call may take.
+        until: of time.monotonic(); points that have not begun by then are predicted.
     """
 
     frames: tuple[int, ...] = FRAMES
@@ -43,6 +46,7 @@ class Settings:
     device: str = "cpu"
     memory_limit: int = 2**62
     time_limit: float = 20.0
+    until: float = math.inf
 
 
 def shape_for(workload: Workload, device: str, threads: int) -> Shape:
@@ -151,13 +155,16 @@ def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
     inputs = sum(job.memory() for job in point.jobs[:1])
     too_much = need + inputs > limit
     too_long = guess > settings.time_limit and bool(rate)
-    if too_much or too_long:
+    too_late = time.monotonic() > settings.until
+    if too_much or too_long or too_late:
         says = f"needs {machine.bytes_text(need)} = {formula}"
         if too_much:
             says += f", the limit is {machine.bytes_text(limit)}"
         slow = f"about {machine.seconds_text(guess)} a call {basis}"
         if too_long:
             slow += f", the limit is {machine.seconds_text(settings.time_limit)}"
+        if too_late:
+            slow += "; the time of the run was over"
         return [
             replace(memory, status="predicted", p50=float(need), reason=says if too_much else f"{says}; {slow}"),
             replace(clock, status="predicted", p50=guess, reason=slow if too_long else f"{slow}; {says}"),

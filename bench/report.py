@@ -59,7 +59,7 @@ def page(rows: Sequence[Row], pictures: dict[str, tuple[str, bytes]]) -> str:
             parts.append(f"<h3>{html.escape(title)}</h3>" + _table(summary.HEADER, map(summary.cells, group)))
     overhead = summary.overhead_cells(rows)
     if overhead:
-        parts.append("<h2>Time of a call on 16 tokens</h2>" + _table(summary.OVERHEAD_HEADER, overhead))
+        parts.append("<h2>Time of a call on 16 tokens, one thread</h2>" + _table(summary.OVERHEAD_HEADER, overhead))
     grids = curves.grids(rows)
     if grids:
         parts.append(f"<h2>Memory and time against frames</h2>{_note(curves.LEGEND)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ class Settings:
         seconds: for the rounds of one job, without compiling and judging.
         memory: bytes a provider may need.
         peers: names to measure, ``"sdpa"`` for all ``"sdpa[...]"``; None: all.
+        until: of time.monotonic(); jobs that have not begun by then are rows that say so.
         slow_start: also those that compile for many seconds, where they have no mask to show their strength.
     """
 
@@ -40,6 +42,7 @@ class Settings:
     memory: int = 2**62
     peers: frozenset[str] | None = None
     slow_start: bool = True
+    until: float = math.inf
 
     def wants(self, provider: str) -> bool:
         return self.peers is None or bool(self.peers & {provider, provider.partition("[")[0]})
@@ -315,8 +318,13 @@ def run_jobs(
     watch, jobs = watch or Watch(), list(jobs)
     for number, job in enumerate(jobs):
         watch.begin(job, number, len(jobs))
+        reason = ""
         if job.device.startswith("cuda") and not torch.cuda.is_available():
-            row = replace(blank(job), provider="all", status="skipped", reason="no GPU is visible to torch")
+            reason = "no GPU is visible to torch"
+        elif time.monotonic() > settings.until:
+            reason = f"the time of the run was over: measure it with --op {job.op}"
+        if reason:
+            row = replace(blank(job), provider="all", status="skipped", reason=reason)
             journal.add([row])
             watch.finish(job, [row])
             continue

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+# The default set ends within ten minutes also on a machine that others use; on an idle one it is not cut.
+JOBS_SECONDS, PROFILE_SECONDS = 420.0, 110.0
 EXTRA = ("typer", "rich", "matplotlib", "psutil")
 
 
@@ -217,6 +221,7 @@ def bench(
         memory=limit,
         peers=chosen_peers | {"vdcore", "copy"} if chosen_peers else None,
         slow_start=not everything,
+        until=time.monotonic() + JOBS_SECONDS if everything else math.inf,
     )
 
     def measure(journal: Journal) -> None:
@@ -301,7 +306,10 @@ def _profile(
     from vdcore.bench import console, machine, profile
 
     if default:
-        names, settings = (profile.WORKLOAD,), {"time_limit": profile.SHORT}
+        names, settings = (
+            (profile.WORKLOAD,),
+            {"time_limit": profile.SHORT, "until": time.monotonic() + PROFILE_SECONDS},
+        )
     settings.setdefault("memory_limit", machine.memory_limit(device))
     screen = console.make_console()
     watch = console.ProfileScreen(screen, journal.rows)
@@ -312,10 +320,13 @@ def _profile(
 
 def _write(out: Path, measure: Callable[[Journal], None]) -> None:
     """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
-    from vdcore.bench import report
+    from vdcore.bench import machine, report
     from vdcore.bench.results import FILE, Journal
 
     journal, interrupted = Journal(out / FILE), False
+    warning = machine.busy()
+    if warning:
+        print(f"vdcore: {warning}", file=sys.stderr)
     try:
         measure(journal)
     except KeyboardInterrupt:

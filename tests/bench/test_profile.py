@@ -61,6 +61,12 @@ def test_what_would_take_too_long_is_predicted():
     assert "the limit is 100 ms" in clock.reason
 
 
+def test_points_that_had_no_time_left_are_predicted():
+    (point,) = points("full 3D", "sdpa")
+    for row in profile.measure(point, replace(SETTINGS, until=0.0), 0.0):
+        assert row.status == "predicted" and row.p50 > 0 and "the time of the run was over" in row.reason
+
+
 def test_a_profile_leaves_a_row_for_every_point_in_its_file(tmp_path):
     journal = Journal(tmp_path / FILE)
     settings = replace(SETTINGS, frames=(2, 512), attentions=("naive", "vdcore"), memory_limit=2**30, time_limit=0.5)

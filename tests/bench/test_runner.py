@@ -137,6 +137,14 @@ def test_on_a_gpu_that_is_not_there_a_job_is_a_skipped_row(tmp_path):
     assert (only.status, only.reason) == ("skipped", "no GPU is visible to torch")
 
 
+def test_jobs_that_had_no_time_left_are_rows(tmp_path):
+    journal = Journal(tmp_path / FILE)
+    runner.run_jobs([tiny_job("temporal_attention")], replace(QUICK, until=0.0), journal)
+    journal.close()
+    (only,) = journal.rows
+    assert only.status == "skipped" and "the time of the run was over" in only.reason
+
+
 def test_peers_can_be_chosen():
     settings = runner.Settings(peers=frozenset({"sdpa", "vdcore"}))
     assert settings.wants("sdpa[flash]") and settings.wants("vdcore[cpu]") and not settings.wants("naive")
