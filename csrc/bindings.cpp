@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/dlpack.h"
+#include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/engine.h"
 #include "cuda/device.h"
@@ -53,10 +54,10 @@ TensorView cpu_view(py::handle capsule, int rank) {
   return view(capsule, rank);
 }
 
-// A table that is broadcast where its size is 1.
-TensorView table_view(py::handle capsule) {
-  TensorView v = cpu_view(capsule, 4);
-  for (int axis = 0; axis < 3; ++axis)
+// A tensor that is broadcast where its size is 1.
+TensorView broadcast_view(py::handle capsule, int rank) {
+  TensorView v = cpu_view(capsule, rank);
+  for (int axis = 0; axis < rank; ++axis)
     if (v && v.size[axis] == 1) v.stride[axis] = 0;
   return v;
 }
@@ -92,8 +93,8 @@ cpu::Rope rope_of(py::handle given) {
   if (given.is_none()) return rope;
   const auto t = py::reinterpret_borrow<py::tuple>(given);
   rope.style = static_cast<cpu::RopeStyle>(t[0].cast<int>());
-  rope.cos = table_view(t[1]);
-  rope.sin = table_view(t[2]);
+  rope.cos = broadcast_view(t[1], 4);
+  rope.sin = broadcast_view(t[2], 4);
   return rope;
 }
 
@@ -159,11 +160,75 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
   args.dk_weight = floats(weight_sums[1]);
   args.dq_bias = floats(weight_sums[2]);
   args.dk_bias = floats(weight_sums[3]);
-  args.dcos = table_view(dcos);
-  args.dsin = table_view(dsin);
+  args.dcos = broadcast_view(dcos, 4);
+  args.dsin = broadcast_view(dsin, 4);
   args.table_item_stride = table_item_stride;
   py::gil_scoped_release unlocked;
   cpu::kernels().temporal_attention_backward(args);
+}
+
+using Lengths = std::optional<std::vector<int64_t>>;
+const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
+
+// q, k, v, out, lse, spatial; backward: then dout, dlse, dq, dk, dv. Missing ones are None.
+cpu::FrameSegment segment_of(const std::vector<py::object>& tensors) {
+  cpu::FrameSegment s;
+  TensorView* const views[] = {&s.q, &s.k, &s.v, &s.out, &s.lse, &s.spatial, &s.dout, &s.dlse, &s.dq, &s.dk, &s.dv};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool per_row = views[i] == &s.lse || views[i] == &s.dlse;
+    *views[i] = cpu_view(tensors[i], per_row ? 4 : 5);
+  }
+  return s;
+}
+
+cpu::FrameAttention frame_call(const TokenGroups& groups, const std::vector<py::object>& video,
+                               const std::vector<py::object>& text, float scale, int threads) {
+  cpu::FrameAttention args;
+  args.segment[0] = segment_of(video);
+  args.segment[1] = segment_of(text);
+  args.groups = &groups;
+  args.scale = scale;
+  double pairs = 0;
+  for (const TokenGroup& group : groups.queries)
+    for (int i = 0; i < group.count; ++i) pairs += static_cast<double>(group.tokens.size()) * group.runs[i].size();
+  args.threads = worthwhile_threads(threads, 2 * pairs * args.segment[0].q.size[3] * args.segment[0].q.size[4]);
+  return args;
+}
+
+void frame_attention_forward(const TokenGroups& groups, const std::vector<py::object>& video,
+                             const std::vector<py::object>& text, float scale, py::handle gate, int threads) {
+  cpu::FrameAttention args = frame_call(groups, video, text, scale, threads);
+  args.gate = broadcast_view(gate, 5);
+  py::gil_scoped_release unlocked;
+  cpu::kernels().frame_attention_forward(args);
+}
+
+// `delta`: float32 (B, H, rows). `workspace`: float32 (workers, floats of one component's queries), or None for two
+// passes.
+void frame_attention_backward(const TokenGroups& groups, const std::vector<py::object>& video,
+                              const std::vector<py::object>& text, float scale, py::handle delta, py::handle workspace,
+                              int threads) {
+  cpu::FrameAttention args = frame_call(groups, video, text, scale, threads);
+  args.delta = floats(delta);
+  args.workspace = floats(workspace);
+  if (args.workspace) {
+    args.workers = tensor_of(workspace).shape[0];
+    args.workspace_floats = tensor_of(workspace).shape[1];
+  }
+  py::gil_scoped_release unlocked;
+  cpu::kernels().frame_attention_backward(args);
+}
+
+// For tests: [(sample, tokens, runs)], runs as (text, begin, end).
+py::list group_list(const std::vector<TokenGroup>& groups) {
+  const auto run = [](const TokenRun& r) { return py::make_tuple(r.text, r.begin, r.end); };
+  py::list found;
+  for (const TokenGroup& group : groups) {
+    py::list runs;
+    for (int i = 0; i < group.count; ++i) runs.append(run(group.runs[i]));
+    found.append(py::make_tuple(group.sample, run(group.tokens), runs));
+  }
+  return found;
 }
 
 // For tests: the engine's view of a mask, [(sink_end, begin, end)] per query and [(begin, end)] per key.
@@ -190,6 +255,23 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     return reason.empty() ? std::nullopt : std::optional(reason);
   });
   m.def("frame_runs", frame_runs);
+  py::class_<TokenGroups>(m, "TokenGroups")
+      .def_property_readonly("queries", [](const TokenGroups& g) { return group_list(g.queries); })
+      .def_property_readonly("keys", [](const TokenGroups& g) { return group_list(g.keys); })
+      .def_property_readonly("components", [](const TokenGroups& g) { return g.components.size(); })
+      .def_property_readonly("largest_component", &TokenGroups::largest_component);
+  m.def("frame_groups",
+        [](const std::vector<int64_t>& mask, int64_t batch, int64_t queries, int64_t keys, int64_t tokens,
+           int64_t start, const Lengths& lengths, int64_t text, const Lengths& text_lengths, bool text_sees_video) {
+          return frame_groups(mask_of(mask), batch, queries, keys, tokens, start, data_of(lengths),
+                              {text, data_of(text_lengths), text_sees_video});
+        });
+  m.def("prompt_groups",
+        [](int64_t batch, int64_t frames, int64_t tokens, int64_t prompt, bool per_frame, const Lengths& lengths) {
+          return prompt_groups(batch, frames, tokens, prompt, per_frame, data_of(lengths));
+        });
+  m.def("frame_attention_forward", frame_attention_forward);
+  m.def("frame_attention_backward", frame_attention_backward);
   m.def("temporal_attention_forward", temporal_attention_forward);
   m.def("temporal_attention_backward", temporal_attention_backward);
 }

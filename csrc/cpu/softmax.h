@@ -72,13 +72,13 @@ template <typename P>
 void score_products(const VisibleKeys& visible, int64_t queries, int64_t first_key, int64_t keys, int64_t channels,
                     Tile k, Tile q_transposed, Tile scores, P& prefetch) {
   const Scalars left = {k.data, k.row, 1};
-  if (visible.dense) return product(keys, round_up(queries), channels, left, q_transposed, scores, false, prefetch);
+  if (visible.dense) return score_product(keys, round_up(queries), channels, left, q_transposed, scores, prefetch);
   for (int64_t i = 0; i < queries; i += W) {
     const ColumnMask mask(visible, i, queries, first_key, keys);
     for (const Run& run : mask.segments)
       if (run.size())
-        product(run.size(), W, channels, left.at(run.begin, 0), q_transposed.at(0, i), scores.at(run.begin, i), false,
-                prefetch);
+        score_product(run.size(), W, channels, left.at(run.begin, 0), q_transposed.at(0, i), scores.at(run.begin, i),
+                      prefetch);
   }
 }
 

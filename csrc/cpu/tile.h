@@ -66,7 +66,7 @@ VDCORE_INLINE void product_block(int64_t k, Scalars a, Tile b, Tile c, bool accu
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[m][v] = accumulate ? load(c.data + m * c.row + v * W) : vf{};
+    for (int v = 0; v < V; ++v) sum[m][v] = vf{};
   for (int64_t i = 0; i < k; ++i) {
     if constexpr (P::kActive) {
       __builtin_prefetch(ahead);
@@ -87,7 +87,10 @@ VDCORE_INLINE void product_block(int64_t k, Scalars a, Tile b, Tile c, bool accu
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c.data + m * c.row + v * W, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      float* at = c.data + m * c.row + v * W;
+      store(at, accumulate ? load(at) + sum[m][v] : sum[m][v]);
+    }
 }
 
 // Picks the instantiation for `rows` <= M.
@@ -131,6 +134,15 @@ void product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, bool ac
     c = c.at(0, panel * W);
     vectors -= panel;
   }
+}
+
+// C[0:m, 0:n] = A[0:m, 0:k] B[0:k, 0:n] for scores. A long sum is taken in parts of about 64 terms: rounding errors grow
+// with the length of the chain of additions, and the softmax passes those of a score on to everything.
+template <typename P>
+void score_product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, P& prefetch) {
+  constexpr int64_t kLongest = 96;
+  const int64_t parts = k <= kLongest ? 1 : (k + 63) / 64, part = (k + parts - 1) / parts;
+  for (int64_t i = 0; i < k; i += part) product(m, n, smaller(part, k - i), a.at(0, i), b.at(i, 0), c, i > 0, prefetch);
 }
 
 // As product(), but row m sums over k in runs[m] only. What lies outside is not multiplied by zero, it is not read: a

@@ -6,7 +6,7 @@ from functools import cache
 
 from vdcore.backends._native import why_no_native
 from vdcore.backends.base import Backend
-from vdcore.backends.cpu import temporal_attention
+from vdcore.backends.cpu import frame_attention, temporal_attention
 
 
 @cache
@@ -14,4 +14,4 @@ def missing() -> str | None:
     return why_no_native()
 
 
-BACKEND = Backend(name="cpu", missing=missing, operators={**temporal_attention.OPERATORS})
+BACKEND = Backend(name="cpu", missing=missing, operators={**temporal_attention.OPERATORS, **frame_attention.OPERATORS})

@@ -1,0 +1,268 @@
+// Frame attention, backward: with P recomputed from lse and delta = rowsum(dout * out) - dlse,
+//   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q.
+// A worker that owns a component (see token_groups.h) goes through its keys once and adds dq up in float32: five
+// products. Where there are fewer components than threads, dq and dk, dv take a pass each, seven products, in which
+// every tile has one owner. Neither adds across threads, so the bits never depend on who was first.
+#include <atomic>
+
+#include "common/threads.h"
+#include "cpu/frame_tiles.h"
+#include "cpu/kernels.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+namespace {
+
+constexpr int64_t kQueryTile = 6 * W;
+constexpr int64_t kKeyTile = 128;
+
+struct Tiles {
+  Tile q, dout;                        // (kQueryTile, row)
+  Tile q_transposed, dout_transposed;  // (row, kQueryTile)
+  Tile k, v, dk, dv;                   // (kKeyTile, row)
+  Tile p, ds;                          // (kKeyTile, kQueryTile)
+  Tile dq;                             // (kQueryTile, row), for the pass that has no other place
+  float *lse, *delta;                  // (kQueryTile,); lse in base 2
+
+  Tiles(int64_t row, Arena& arena) {
+    for (Tile* tile : {&q, &dout, &dq}) *tile = {arena.floats(kQueryTile * row), row};
+    for (Tile* tile : {&q_transposed, &dout_transposed}) *tile = {arena.floats(row * kQueryTile), kQueryTile};
+    for (Tile* tile : {&k, &v, &dk, &dv}) *tile = {arena.floats(kKeyTile * row), row};
+    for (Tile* tile : {&p, &ds}) *tile = {arena.floats(kKeyTile * kQueryTile), kQueryTile};
+    lse = arena.floats(kQueryTile);
+    delta = arena.floats(kQueryTile);
+  }
+};
+
+class Backward {
+ public:
+  Backward(const FrameAttention& args, const Tiles& tiles)
+      : a(args),
+        t(tiles),
+        H(args.segment[0].q.size[3]),
+        heads(H / args.segment[0].k.size[3]),
+        D(args.segment[0].q.size[4]),
+        row(round_up(D)),
+        video_rows(args.segment[0].q.size[1] * args.segment[0].q.size[2]),
+        all_rows(video_rows + (args.segment[1].q ? args.segment[1].q.size[2] : 0)) {}
+
+  // With all keys of a query in one tile, rowsum(P * dP) is delta too, and the more exact one: its rounding errors
+  // cancel in dP - delta. What find_delta() then leaves is -dlse.
+  static bool at_hand(const TokenComponent& c) { return c.seen_groups == 1 && c.seen_keys <= kKeyTile; }
+
+  void find_delta(int64_t b, int64_t head, TokenRun queries, bool keys_at_hand) const {
+    const FrameSegment& from = a.of(queries);
+    for (int64_t i = 0; i < queries.size(); i += kQueryTile) {
+      const TokenRun rows = piece(queries, i, kQueryTile);
+      float* delta = delta_of(b, head, rows);
+      memset(delta, 0, rows.size() * sizeof(float));
+      if (!keys_at_hand) {
+        gather_run(from.out, b, head, rows, t.q);
+        gather_run(from.dout, b, head, rows, t.dout);
+      }
+      for (int64_t r = 0; r < rows.size() && !keys_at_hand; ++r) {
+        vf total = {};
+        for (int64_t c = 0; c < row; c += W) total += load(t.q.at(r, c).data) * load(t.dout.at(r, c).data);
+        delta[r] = sum(total);
+      }
+      if (from.dlse)
+        for_each_row(from.dlse, b, head, rows,
+                     [&](const char* at, int64_t r) { delta[r] -= *reinterpret_cast<const float*>(at); });
+    }
+  }
+
+  // All gradients of a component for one key/value head; `dq` holds its query rows head by head, the video's first.
+  void one_pass(const TokenComponent& c, int64_t kv_head, float* dq) const {
+    const TokenRun runs[2] = {{false, c.video.begin, c.video.end}, {true, c.text.begin, c.text.end}};
+    const int64_t rows = c.queries();
+    memset(dq, 0, heads * rows * row * sizeof(float));
+    for (int64_t h = 0; h < heads; ++h)
+      for (const TokenRun& run : runs) find_delta(c.sample, kv_head * heads + h, run, at_hand(c));
+    const auto dq_rows = [&](int64_t h, const TokenRun& queries) -> Tile {
+      const int64_t at = queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
+      return {dq + (h * rows + at) * row, row};
+    };
+    for (int64_t i = c.first_group; i < c.end_group; ++i) {
+      const TokenGroup& group = a.groups->keys.data()[i];
+      for (int64_t j = 0; j < group.tokens.size(); j += kKeyTile)
+        key_tile(group, kv_head, piece(group.tokens, j, kKeyTile), at_hand(c), dq_rows);
+    }
+    for (int64_t h = 0; h < heads; ++h)
+      for (const TokenRun& run : runs)
+        if (run.size()) scatter_run(a.of(run).dq, c.sample, kv_head * heads + h, run, dq_rows(h, run), a.scale);
+  }
+
+  // dk and dv of a tile of keys.
+  void keys_alone(const TokenGroup& group, int64_t kv_head, TokenRun keys) const {
+    key_tile(group, kv_head, keys, false, [](int64_t, const TokenRun&) -> Tile { return {nullptr, 0}; });
+  }
+
+  // dq of a tile of queries.
+  void queries_alone(const TokenGroup& group, int64_t head, TokenRun queries) const {
+    const FrameSegment& from = a.of(queries);
+    load_queries(group.sample, head, queries);
+    bool first = true;
+    for (int i = 0; i < group.count; ++i)
+      for (int64_t j = 0; j < group.runs[i].size(); j += kKeyTile) {
+        const TokenRun keys = piece(group.runs[i], j, kKeyTile);
+        load_keys(group.sample, head / heads, keys);
+        weights(queries.size(), keys.size(), false);
+        query_gradient(queries.size(), keys.size(), t.dq, !first);
+        first = false;
+      }
+    scatter_run(from.dq, group.sample, head, queries, t.dq, a.scale);
+  }
+
+ private:
+  const FrameAttention& a;
+  const Tiles& t;
+  const int64_t H, heads, D, row, video_rows, all_rows;  // heads: query heads of a key/value head
+
+  float* delta_of(int64_t b, int64_t head, const TokenRun& queries) const {
+    return a.delta + (b * H + head) * all_rows + (queries.text ? video_rows : 0) + queries.begin;
+  }
+
+  void load_keys(int64_t b, int64_t kv_head, TokenRun keys) const {
+    gather_run(a.of(keys).k, b, kv_head, keys, t.k);
+    gather_run(a.of(keys).v, b, kv_head, keys, t.v);
+  }
+
+  void load_queries(int64_t b, int64_t head, TokenRun queries) const {
+    const FrameSegment& from = a.of(queries);
+    gather_run(from.q, b, head, queries, t.q);
+    gather_run(from.dout, b, head, queries, t.dout);
+    transpose(queries.size(), D, t.q, a.scale * kLog2E, t.q_transposed);
+    transpose(queries.size(), D, t.dout, 1.f, t.dout_transposed);
+    for (int64_t i = 0; i < kQueryTile; ++i) t.lse[i] = kInf, t.delta[i] = 0;  // padding: exp2(0 - inf) is 0
+    for_each_row(from.lse, b, head, queries, [&](const char* at, int64_t i) {
+      const float lse = *reinterpret_cast<const float*>(at) * kLog2E;
+      t.lse[i] = lse == -kInf ? kInf : lse;
+    });
+    memcpy(t.delta, delta_of(b, head, queries), queries.size() * sizeof(float));
+  }
+
+  // t.p = P and t.ds = dS of the loaded queries and keys.
+  void weights(int64_t queries, int64_t keys, bool keys_at_hand) const {
+    NoPrefetch none;
+    const int64_t lanes = round_up(queries);
+    score_product(keys, lanes, D, {t.k.data, row, 1}, t.q_transposed, t.p, none);
+    score_product(keys, lanes, D, {t.v.data, row, 1}, t.dout_transposed, t.ds, none);
+    for (int64_t i = 0; i < lanes; i += W) {
+      float *p = t.p.data + i, *ds = t.ds.data + i;
+      const vf lse = load(t.lse + i);
+      vf delta = load(t.delta + i), total = {}, weighted = {};
+      if (keys_at_hand) {
+        for (int64_t j = 0; j < keys; ++j) {
+          const vf weight = exp2(load(p + j * kQueryTile) - lse);
+          total += weight;
+          weighted += weight * load(ds + j * kQueryTile);
+          store(p + j * kQueryTile, weight);
+        }
+        delta += weighted / select(total == 0.f, splat(1.f), total);
+        for (int64_t j = 0; j < keys; ++j)
+          store(ds + j * kQueryTile, load(p + j * kQueryTile) * (load(ds + j * kQueryTile) - delta));
+        continue;
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        const vf weight = exp2(load(p + j * kQueryTile) - lse);
+        store(p + j * kQueryTile, weight);
+        store(ds + j * kQueryTile, weight * (load(ds + j * kQueryTile) - delta));
+      }
+    }
+  }
+
+  void query_gradient(int64_t queries, int64_t keys, Tile dq, bool accumulate) const {
+    NoPrefetch none;
+    product(queries, row, keys, {t.ds.data, 1, kQueryTile}, t.k, dq, accumulate, none);
+  }
+
+  template <typename QueryRows>
+  void key_tile(const TokenGroup& group, int64_t kv_head, TokenRun keys, bool keys_at_hand,
+                const QueryRows& dq_rows) const {
+    const FrameSegment& from = a.of(keys);
+    NoPrefetch none;
+    bool first = true;
+    if (group.count) load_keys(group.sample, kv_head, keys);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int i = 0; i < group.count; ++i)
+        for (int64_t j = 0; j < group.runs[i].size(); j += kQueryTile) {
+          const TokenRun queries = piece(group.runs[i], j, kQueryTile);
+          const int64_t rows = queries.size();
+          load_queries(group.sample, kv_head * heads + h, queries);
+          weights(rows, keys.size(), keys_at_hand);
+          product(keys.size(), row, rows, {t.p.data, kQueryTile, 1}, t.dout, t.dv, !first, none);
+          product(keys.size(), row, rows, {t.ds.data, kQueryTile, 1}, t.q, t.dk, !first, none);
+          first = false;
+          if (const Tile dq = dq_rows(h, queries); dq.data) query_gradient(rows, keys.size(), dq, true);
+        }
+    if (first) return clear_run(from.dk, group.sample, kv_head, keys), clear_run(from.dv, group.sample, kv_head, keys);
+    scatter_run(from.dk, group.sample, kv_head, keys, t.dk, a.scale);
+    scatter_run(from.dv, group.sample, kv_head, keys, t.dv, 1);
+  }
+};
+
+template <typename Body>
+void with_tiles(const FrameAttention& a, const Body& body) {
+  const int64_t row = round_up(a.segment[0].q.size[4]);
+  Arena count(nullptr);
+  Tiles(row, count);
+  Arena arena(scratch(count.used()));
+  const Tiles tiles(row, arena);
+  body(Backward(a, tiles));
+}
+
+struct OnePass {
+  const FrameAttention& a;
+  std::atomic<int64_t> next{0};
+
+  void work(int64_t worker) {
+    const int64_t G = a.segment[0].k.size[3], items = a.groups->components.size() * G;
+    with_tiles(a, [&](const Backward& backward) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+        backward.one_pass(a.groups->components.data()[i / G], i % G, a.workspace + worker * a.workspace_floats);
+    });
+  }
+};
+
+struct TwoPasses {
+  const FrameAttention& a;
+  TokenTiles queries, keys;
+
+  void run() {
+    parallel_for(
+        queries.items(), a.threads, [](void* p, int64_t i) { static_cast<TwoPasses*>(p)->query_tile(i); }, this);
+    parallel_for(keys.items(), a.threads, [](void* p, int64_t i) { static_cast<TwoPasses*>(p)->key_tile(i); }, this);
+  }
+
+ private:
+  void query_tile(int64_t i) const {
+    const TokenTiles::Item item = queries.at(i);
+    if (!item.group.count) return;
+    with_tiles(a, [&](const Backward& backward) {
+      backward.find_delta(item.group.sample, item.head, item.tokens, false);
+      backward.queries_alone(item.group, item.head, item.tokens);
+    });
+  }
+  void key_tile(int64_t i) const {
+    const TokenTiles::Item item = keys.at(i);
+    with_tiles(a, [&](const Backward& backward) { backward.keys_alone(item.group, item.head, item.tokens); });
+  }
+};
+
+}  // namespace
+
+void frame_attention_backward(const FrameAttention& a) {
+  const int64_t H = a.segment[0].q.size[3], G = a.segment[0].k.size[3];
+  // Queries that see nothing belong to no component.
+  for (int64_t i = 0; i < static_cast<int64_t>(a.groups->queries.size()); ++i) {
+    const TokenGroup& group = a.groups->queries.data()[i];
+    for (int64_t h = 0; h < H && !group.count; ++h) clear_run(a.of(group.tokens).dq, group.sample, h, group.tokens);
+  }
+  if (a.workspace) {
+    OnePass pass{a};
+    parallel_for(a.workers, a.threads, [](void* p, int64_t worker) { static_cast<OnePass*>(p)->work(worker); }, &pass);
+  } else {
+    TwoPasses{a, {a.groups->queries, H, kQueryTile}, {a.groups->keys, G, kKeyTile}}.run();
+  }
+}
+
+}  // namespace vdcore::cpu::VDCORE_ISA
