@@ -85,4 +85,4 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
     return list(found.values())
 
 
-LEGEND = "Peak memory beyond the inputs, and time of a call; ~: predicted, because it would not fit the limits."
+LEGEND = "Peak memory beyond the inputs, and time of a call; ~: predicted, for the limits of memory and time."
