@@ -110,7 +110,8 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
         ctx.backend = choose(build(inputs, True), "bwd", inputs[-1])
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        tensors, kept = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved_tensors = ctx.saved_tensors  # activation checkpointing hands them out once
+        tensors, kept = saved_tensors[:n], saved_tensors[n:]
         wanted = [bool(x) for x in ctx.needs_input_grad[:n]]
         op_backward = getattr(torch.ops.vdcore, f"{op}_backward")
         found = iter(op_backward(*grads, *kept, *tensors, *ctx.attributes, wanted, ctx.backend))

@@ -133,7 +133,8 @@ def _plan(model: nn.Module, path: str, clip: Clip, report: Report) -> list[Chang
         elif found:
             changes += found
             planned |= {change.module for change in found}
-            _enter(report, path + name, module, changes)
+            if module in planned:
+                _enter(report, path + name, module, changes)
     return changes
 
 

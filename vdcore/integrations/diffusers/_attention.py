@@ -69,8 +69,8 @@ def qk_norm(
 ) -> tuple[Tensor, Tensor, QKNorm | None]:
     """q and k ``(..., H, D)`` with the norm that is still to be applied to them.
 
-    A norm that vdcore has is handed on, any other is applied here by the host's own modules. A norm over H*D channels is
-    one across heads.
+    A norm that vdcore has is handed on, any other is applied here by the host's own modules. A norm over H*D channels
+    is one across heads.
 
     Args:
         default_eps: of a norm that has none.
@@ -83,11 +83,16 @@ def qk_norm(
     return _apply(norm_q, q), _apply(norm_k, k), None
 
 
+def _size(norm: Any) -> tuple[int, ...] | None:
+    """The channels that a norm is over, where it says so."""
+    size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    return tuple(size) if isinstance(size, (tuple, list)) else None
+
+
 def _apply(norm: Any, x: Tensor) -> Tensor:
     if norm is None:
         return x
-    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None) or (x.shape[-1],)
-    if x.shape[-1] == shape[0]:
+    if _size(norm) in (None, x.shape[-1:]):
         return norm(x)
     return norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])
 
@@ -99,7 +104,7 @@ def _as_qk_norm(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, default_eps: flo
     eps = default_eps if norm_q.eps is None else norm_q.eps
     if eps is None or norm_q.eps != norm_k.eps:
         return None
-    sizes = [getattr(norm, "normalized_shape", None) or norm.dim for norm in (norm_q, norm_k)]
+    sizes = [_size(norm_q), _size(norm_k)]
     if sizes == [(q.shape[-1],)] * 2:
         over: Any = "head"
     elif sizes == [(x.shape[-1] * x.shape[-2],) for x in (q, k)]:

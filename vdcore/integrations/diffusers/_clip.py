@@ -118,7 +118,7 @@ class _Announce:
 _HIDDEN = -9000.0
 
 
-def padding_lengths(mask: Tensor) -> Tensor | None | str:
+def padding_lengths(mask: Tensor) -> Tensor | str | None:
     """Valid keys ``(B,)`` of a mask ``(B, ..., n)`` that hides the tail of each sample's keys, for all queries alike.
 
     The mask is boolean or a bias of 0 and very negative numbers. None if it hides nothing, the reason if it is of

@@ -22,6 +22,7 @@ from diffusers.models.transformers import (
     transformer_temporal,
     transformer_wan,
 )
+from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ Plan = Callable[[Any, Clip], "list[Change] | str"]
 # Modules that are served as a whole, with all the attention in their temporal blocks.
 FACTORISED: dict[type[nn.Module], Plan] = {
     AnimateDiffTransformer3D: motion.plan,
+    I2VGenXLTransformerTemporalEncoder: motion.plan_encoder,
     latte_transformer_3d.LatteTransformer3DModel: latte.plan,
     transformer_temporal.TransformerSpatioTemporalModel: svd.plan,
     transformer_temporal.TransformerTemporalModel: motion.plan,
@@ -77,10 +79,10 @@ PROCESSORS: dict[type, type[Fused]] = {
 
 def change_of(attn: Any, name: str, clip: Clip) -> Change | str:
     """What serves an attention module outside of factorised blocks, or the reason why nothing does."""
-    host = type(attn.processor)
+    host: Any = type(attn.processor)
     if host in _frames.HOSTS and _frames.why_not(attn) is None:
         return Change.of_processor(attn, _frames.SpatialAttention, clip)
-    base: type[_rebound.Rebound] = _rebound.Rebound
+    base: Any = _rebound.Rebound
     if host in PROCESSORS:
         fused = PROCESSORS[host]
         if not fused.is_video(name):

@@ -44,5 +44,6 @@ FINGERPRINTS: dict[str, str] = {
     "diffusers.models.transformers.transformer_wan.WanAttnProcessor.__call__": "13c09feedcfe",
     "diffusers.models.transformers.transformer_wan.WanRotaryPosEmbed.forward": "863fb1c601f5",
     "diffusers.models.transformers.transformer_wan._get_qkv_projections": "657bbdb508a6",
+    "diffusers.models.unets.unet_i2vgen_xl.I2VGenXLTransformerTemporalEncoder.forward": "12b419a47ae7",
     "diffusers.models.unets.unet_motion_model.AnimateDiffTransformer3D.forward": "9e7dfe4385fb",
 }

@@ -7,9 +7,9 @@ which axis self-attention runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
@@ -45,6 +45,7 @@ class SpatialAttention(Processor):
     """Tokens of a frame attend to one another, or to a text."""
 
     SERVES = "spatial_attention, cross_attention"
+    TEMPORAL = False
 
     def __call__(
         self,
@@ -91,24 +92,15 @@ class SpatialAttention(Processor):
         except ValueError as error:
             return None, str(error)
 
-    # ---- a call of a served block, left to the host ----
-
     def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        rows = self.sequences(x)
-        if context is not None:
-            context = context.repeat_interleave(rows.shape[0] // x.shape[0], 0)
-        out = self.leave(reason, attn, rows.flatten(0, 1), context)
-        return self.sequences(out.unflatten(0, rows.shape[:2]))
-
-    def sequences(self, x: Tensor) -> Tensor:
-        """The axis of self-attention last but one; its own inverse."""
-        return x
+        return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, context, self.TEMPORAL)
 
 
 class TemporalAttention(SpatialAttention):
     """A token attends to its position in the other frames, or to a text. Sequences ``(N, n, C)`` are the host's."""
 
     SERVES = "temporal_attention, cross_attention"
+    TEMPORAL = True
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden_states.ndim == 3:
@@ -118,5 +110,36 @@ class TemporalAttention(SpatialAttention):
     def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
         return vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
 
-    def sequences(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
+
+class FrameSequenceAttention(SpatialAttention):
+    """Temporal attention of a host that keeps rows ``(N, T, C)``, each the frames of one position."""
+
+    SERVES = "temporal_attention, cross_attention"
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, T, 1, H, D)
+        out = vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+
+# ---- Blocks in (B, T, S, C) ----
+
+
+def attend(attn: Any, x: Tensor, context: Tensor | None = None, *, temporal: bool) -> Tensor:
+    """Calls an attention module with ``(B, T, S, C)`` and a text ``(B, L, C)``.
+
+    If someone gave it a processor of another kind since the swap, it gets rows, as the host would give it.
+    """
+    if isinstance(attn.processor, SpatialAttention):
+        return attn(x, encoder_hidden_states=context)
+    return in_rows(lambda rows, text: attn(rows, encoder_hidden_states=text), x, context, temporal)
+
+
+def in_rows(call: Callable[..., Tensor], x: Tensor, context: Tensor | None, temporal: bool) -> Tensor:
+    """A function of sequences, as hosts have them, on ``(B, T, S, C)``."""
+    rows = x.transpose(1, 2) if temporal else x
+    if context is not None:
+        context = context.repeat_interleave(rows.shape[1], 0)
+    out = call(rows.flatten(0, 1), context).unflatten(0, rows.shape[:2])
+    return out.transpose(1, 2) if temporal else out

@@ -11,7 +11,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import cross, joint, leave_projection, project, project_added, qk_norm, video
+from vdcore.integrations.diffusers._attention import (
+    cross,
+    joint,
+    leave_projection,
+    project,
+    project_added,
+    qk_norm,
+    video,
+)
 from vdcore.integrations.diffusers._rebound import Rebound
 from vdcore.rope import Rope
 
@@ -20,7 +28,7 @@ class Fused(Rebound):
     """Base of the processors of full-3D models."""
 
     # Functions of the host, besides its processor, whose mathematics the class relies on.
-    RELIES: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    RELIES: ClassVar[tuple[Any, ...]] = ()
 
     @classmethod
     def is_video(cls, name: str) -> bool:
@@ -28,7 +36,7 @@ class Fused(Rebound):
         return True
 
     def self_attention(self, attn: Any, x: Tensor, rope: Callable[[Tensor], Rope | None], **kwargs: Any) -> Tensor:
-        """Attention over the clip ``(B, N, C)``; ``rope`` makes the table for q. Returns heads merged, not projected."""
+        """Attention over the clip ``(B, N, C)``, in heads ``(B, N, H, D)``; ``rope`` makes the table for q."""
         q, k, v = project(attn, x)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k, **kwargs)
         return video(self.clip, q, k, v, norm, rope(q))
@@ -57,7 +65,7 @@ class Fused(Rebound):
         text_first: bool = False,
         text_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the clip ``(B, N, C)`` and the text ``(B, L, C)``, each with its own projections if it has any."""
+        """Attention over the clip ``(B, N, C)`` and the text ``(B, L, C)``, whose projections may be others."""
         q, k, v = project(attn, x)
         added = getattr(attn, "add_q_proj", None) is not None
         text_q, text_k, text_v = (project_added if added else project)(attn, text)

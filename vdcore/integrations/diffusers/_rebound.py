@@ -1,7 +1,7 @@
 """Any processor that calls torch's attention or diffusers' dispatcher, with that one call served by vdcore.
 
-The processor's own code runs, projections, norms and rotations included: as a copy of its function in which the names of
-the attention functions mean ours. Nothing outside of that copy sees them.
+The processor's own code runs, projections, norms and rotations included: as a copy of its function in which the names
+of the attention functions mean ours. Nothing outside of that copy sees them.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def _names(function: FunctionType) -> set[str]:
 
 
 @lru_cache(maxsize=256)
-def rebound_class(host: type, base: type[Rebound]) -> type[Rebound]:
+def rebound_class(host: Any, base: Any) -> type[Rebound]:
     """The base with the signature of the host's processor, by which diffusers chooses what to pass on."""
 
-    @wraps(host.__call__)  # type: ignore[operator]
+    @wraps(host.__call__)
     def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self.serve(attn, *args, **kwargs)
 
     return type(base.__name__, (base,), {"__call__": call, "HOST": host, "BASE": base})
 
 
-def _rebuild(host: type, base: type[Rebound]) -> Rebound:
+def _rebuild(host: Any, base: Any) -> Rebound:
     cls = rebound_class(host, base)
     return cls.__new__(cls)
 
@@ -65,11 +65,15 @@ class Rebound(Processor):
 
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)
-        self._call: Callable[..., Any] | None = None
+        self._call = self._rebind()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The copied function belongs to this object: a copy makes its own.
         return _rebuild, (self.HOST, self.BASE), {**self.__dict__, "_call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._call = self._rebind()
 
     def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """One call of the processor. Derived classes take more than attention over, where they know the call."""
@@ -77,11 +81,13 @@ class Rebound(Processor):
 
     def as_host(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own code, with its attention served."""
-        if self._call is None:
-            self._call = self._rebind(inspect.unwrap(self.HOST.__call__))  # type: ignore[attr-defined]
+        reason = self.why_not_now()
+        if reason is not None:
+            return self.leave_unmasked(reason, attn, *args, **kwargs)
         return self._call(self.host, attn, *args, **kwargs)
 
-    def _rebind(self, function: FunctionType) -> Callable[..., Any]:
+    def _rebind(self) -> Callable[..., Any]:
+        function: Any = inspect.unwrap(self.HOST.__call__)
         names = {
             **function.__globals__,
             DISPATCH: self.dispatch,
@@ -118,7 +124,7 @@ class Rebound(Processor):
         if served is not None:
             return served
         self._note(reason, query, key)
-        host = inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH]  # type: ignore[attr-defined]
+        host = inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH]
         given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
         return host(*given, backend=backend, parallel_config=parallel_config)
 
@@ -135,10 +141,11 @@ class Rebound(Processor):
     ) -> Tensor:
         """torch's attention: ``(B, H, N, D)``."""
         if query.ndim != 4:
-            served, reason = None, "attention of other than four dimensions"
+            served: Tensor | None = None
+            reason: str | None = "attention of other than four dimensions"
         else:
-            rows = (x.transpose(1, 2) for x in (query, key, value))
-            served, reason = self._serve(*rows, attn_mask, dropout_p, is_causal, scale, None)
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            served, reason = self._serve(q, k, v, attn_mask, dropout_p, is_causal, scale, None)
         if served is not None:
             return served.transpose(1, 2)
         self._note(reason, query.transpose(1, -2), key.transpose(1, -2))
@@ -163,7 +170,6 @@ class Rebound(Processor):
         reason: str | None,
     ) -> tuple[Tensor | None, str | None]:
         """The result, or the reason why there is none."""
-        reason = self.why_not_now() or reason
         if dropout or causal:
             reason = "dropout of probabilities" if dropout else "a causal mask of tokens"
         if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:

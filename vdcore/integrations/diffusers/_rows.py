@@ -17,6 +17,8 @@ from vdcore.norm import compute_dtype
 
 def clip_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Group norm over the frames of a clip as well: ``(B, T, C, S)`` in and out, no frame moved."""
+    if not is_plain(norm):
+        return norm(x.transpose(1, 2)).transpose(1, 2)
     B, T, C, S = x.shape
     groups = x.unflatten(2, (norm.num_groups, -1))  # (B, T, G, C/G, S)
     dtype = compute_dtype(x.dtype)

@@ -111,13 +111,13 @@ class ServedModule:
         return _rebuild, (type(self).host, type(self)._forward, type(self).serves), state  # type: ignore[attr-defined]
 
 
-def _rebuild(host: type[nn.Module], forward: Callable[..., Any], serves: str) -> nn.Module:
+def _rebuild(host: Any, forward: Callable[..., Any], serves: str) -> nn.Module:
     cls = served_class(host, forward, serves)
     return cls.__new__(cls)
 
 
 @lru_cache(maxsize=256)
-def served_class(host: type[nn.Module], forward: Callable[..., Any], serves: str) -> type[nn.Module]:
+def served_class(host: Any, forward: Callable[..., Any], serves: str) -> type[nn.Module]:
     """The host's class with another forward. It keeps the name, by which hosts save and load."""
 
     @wraps(host.forward)
@@ -169,7 +169,8 @@ class Change:
         if self.processor is not None:
             self.module.processor = self.processor(self.module.processor)  # type: ignore[assignment]
         if self.forward is not None:
-            self.module.__class__ = served_class(type(self.module), self.forward, self.serves)
+            host: Any = type(self.module)
+            self.module.__class__ = served_class(host, self.forward, self.serves)
 
 
 def is_served(module: nn.Module) -> bool:
@@ -179,7 +180,7 @@ def is_served(module: nn.Module) -> bool:
 def restore(module: nn.Module) -> None:
     """Undoes the changes of one module. Restoring what was never changed does nothing."""
     if isinstance(module, ServedModule):
-        module.__class__ = type(module).host
+        module.__class__ = type(module).host  # type: ignore[assignment]
     processor = module.__dict__.get("processor")
     if isinstance(processor, Processor):
         module.processor = processor.host

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers.models.embeddings as embeddings
 import torch
@@ -15,7 +15,7 @@ from vdcore.integrations.diffusers._fused import Fused
 class AllegroAttention(Fused):
     """Self-attention with rotation; cross attention to text."""
 
-    RELIES = (embeddings.apply_rotary_emb_allegro,)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb_allegro,)
 
     def serve(
         self,

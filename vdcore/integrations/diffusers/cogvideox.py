@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers.models.embeddings as embeddings
 from torch import Tensor
@@ -16,7 +16,7 @@ from vdcore.rope import Rope
 class TextFirstAttention(Fused):
     """Joint attention with a norm per head and interleaved rotation of the clip, by a table of the caller's."""
 
-    RELIES = (embeddings.apply_rotary_emb,)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb,)
     SERVES = "video_attention"
 
     def serve(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers.models.embeddings as embeddings
 from diffusers.models.transformers import transformer_cosmos as cosmos
@@ -14,7 +14,7 @@ from vdcore.rope import Rope
 
 
 class CosmosAttention(Fused):
-    RELIES = (embeddings.apply_rotary_emb, cosmos.CosmosRotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, cosmos.CosmosRotaryPosEmbed.forward)
 
     def serve(
         self,

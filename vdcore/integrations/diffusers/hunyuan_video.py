@@ -6,7 +6,7 @@ second view and the mask a length. Rows of padding come out as 0: nothing that i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers.models.embeddings as embeddings
 import torch
@@ -23,7 +23,7 @@ from vdcore.rope import Rope
 class JointAttention(Fused):
     """Joint attention with a norm per head and interleaved rotation of the clip."""
 
-    RELIES = (embeddings.apply_rotary_emb, hunyuan.HunyuanVideoRotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan.HunyuanVideoRotaryPosEmbed.forward)
     SERVES = "video_attention"
 
     def serve(
@@ -58,7 +58,7 @@ class JointAttention(Fused):
 class HunyuanVideo15Attention(JointAttention):
     """The mask ``(B, L)`` is of the text; the host makes one of all pairs from it in every call."""
 
-    RELIES = (embeddings.apply_rotary_emb, hunyuan15.HunyuanVideo15RotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan15.HunyuanVideo15RotaryPosEmbed.forward)
 
     def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | None:
         if mask is None or mask.dtype != torch.bool or mask.shape[-1] != text:
@@ -67,4 +67,4 @@ class HunyuanVideo15Attention(JointAttention):
 
 
 class MotifVideoAttention(JointAttention):
-    RELIES = (embeddings.apply_rotary_emb, motif.MotifVideoRotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, motif.MotifVideoRotaryPosEmbed.forward)

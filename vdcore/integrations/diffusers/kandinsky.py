@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers import transformer_kandinsky as kandinsky
@@ -14,7 +14,7 @@ from vdcore.rope import Rope
 
 
 class KandinskyAttention(Fused):
-    RELIES = (kandinsky.Kandinsky5RoPE3D.forward, kandinsky.Kandinsky5RoPE1D.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (kandinsky.Kandinsky5RoPE3D.forward, kandinsky.Kandinsky5RoPE1D.forward)
 
     @classmethod
     def is_video(cls, name: str) -> bool:

@@ -31,16 +31,18 @@ def plan(model: Any, clip: Clip) -> list[Change] | str:
     if type(model.proj_out) is not nn.Linear or type(model.norm_out) is not nn.LayerNorm:
         return "its last layers are not plain ones"
     changes = [Change(model, "model in (B, T, S, C)", forward=forward)]
-    for blocks, attention in (
-        (model.transformer_blocks, _frames.SpatialAttention),
-        (model.temporal_transformer_blocks, _frames.TemporalAttention),
+    for blocks, attention, block_forward in (
+        (model.transformer_blocks, _frames.SpatialAttention, spatial_block_forward),
+        (model.temporal_transformer_blocks, _frames.TemporalAttention, temporal_block_forward),
     ):
         for block in blocks:
             reason = why_not_block(block)
             if reason is not None:
                 return reason
             changes.append(Change(block, "modulate, gate_residual", forward=block_forward))
-            changes += [Change.of_processor(attn, attention, clip) for attn in (block.attn1, block.attn2) if attn is not None]
+            changes += [
+                Change.of_processor(attn, attention, clip) for attn in (block.attn1, block.attn2) if attn is not None
+            ]
     return changes
 
 
@@ -91,14 +93,13 @@ def forward(
 
     shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)  # (B, C)
     x = modulate(self.norm_out, x, shift, scale)
-    out = vdcore.unpatchify(
-        x,
-        self.proj_out.weight,
-        self.proj_out.bias,
-        channels=self.out_channels,
-        patch=(1, p, p),
-        grid=(T, H // p, W // p),
-    )
+    grid = T, H // p, W // p
+    if is_plain(self.proj_out):
+        weight, bias = self.proj_out.weight, self.proj_out.bias
+        out = vdcore.unpatchify(x, weight, bias, channels=self.out_channels, patch=(1, p, p), grid=grid)
+    else:
+        patches = self.proj_out(x).view(B, *grid, p, p, self.out_channels)
+        out = patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.out_channels, T, grid[1] * p, grid[2] * p)
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
@@ -116,8 +117,17 @@ def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
-def block_forward(
+def spatial_block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _block_forward(self, False, hidden_states, *args, **kwargs)
+
+
+def temporal_block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _block_forward(self, True, hidden_states, *args, **kwargs)
+
+
+def _block_forward(
     self: Any,
+    temporal: bool,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
@@ -134,7 +144,8 @@ def block_forward(
     x = hidden_states
     table = self.scale_shift_table[None] + timestep.unflatten(-1, (6, -1))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)  # (B, C)
-    x = vdcore.gate_residual(x, self.attn1(modulate(self.norm1, x, shift, scale)), gate)
+    attended = _frames.attend(self.attn1, modulate(self.norm1, x, shift, scale), temporal=temporal)
+    x = vdcore.gate_residual(x, attended, gate)
     if self.attn2 is not None:
-        x = self.attn2(x, encoder_hidden_states) + x
+        x = _frames.attend(self.attn2, x, encoder_hidden_states, temporal=temporal) + x
     return vdcore.gate_residual(x, feed_forward(self, self.ff, modulate(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers import transformer_ltx as ltx
@@ -18,7 +18,7 @@ from vdcore.rope import Rope
 class LTXAttention(Fused):
     """Self-attention and cross attention to text."""
 
-    RELIES = (ltx.apply_rotary_emb,)
+    RELIES: ClassVar[tuple[Any, ...]] = (ltx.apply_rotary_emb,)
 
     def serve(
         self,
@@ -57,7 +57,7 @@ def interleaved_agree(table: Tensor) -> bool:
 class LTX2Attention(LTXAttention):
     """As LTX, also with halves rotated and outputs gated. Attention between video and audio runs as rebound."""
 
-    RELIES = (ltx2.apply_interleaved_rotary_emb, ltx2.apply_split_rotary_emb)
+    RELIES: ClassVar[tuple[Any, ...]] = (ltx2.apply_interleaved_rotary_emb, ltx2.apply_split_rotary_emb)
 
     @classmethod
     def is_video(cls, name: str) -> bool:

@@ -1,6 +1,6 @@
 """Mochi: joint attention over the clip and the valid tokens of a text.
 
-The host loops over the samples, and finds the valid tokens of each. Here they are a length, the padding 0 as in the host.
+The host loops over the samples, and finds the valid tokens of each. Here they are a length, and padding is 0 too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
-from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 from torch import Tensor, nn
 
 import vdcore
@@ -30,8 +30,8 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
     reason = unknown_source(type(module).forward) or changed_forward(module)
     if reason is not None:
         return reason
-    if type(module.norm) is not nn.GroupNorm or not is_plain(module.norm):
-        return "its norm is not a plain GroupNorm"
+    if type(module.norm) is not nn.GroupNorm:
+        return f"its norm is a {type(module.norm).__name__}"
     changes = [Change(module, "blocks in (B, T, S, C)", forward=forward)]
     for block in module.transformer_blocks:
         reason = why_not_block(block)
@@ -42,6 +42,13 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
             if attn is not None:
                 changes.append(Change.of_processor(attn, _frames.TemporalAttention, clip))
     return changes
+
+
+def plan_encoder(module: Any, clip: Clip) -> list[Change] | str:
+    """The changes that serve the encoder of I2VGen-XL's image latents, which gets rows ``(B*H*W, T, C)``."""
+    reason = unknown_source(I2VGenXLTransformerTemporalEncoder.forward) or changed_forward(module)
+    reason = reason or _frames.why_not(module.attn1)
+    return reason or [Change.of_processor(module.attn1, _frames.FrameSequenceAttention, clip)]
 
 
 def why_not_block(block: Any) -> str | None:
@@ -95,9 +102,9 @@ def block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if hidden_states.ndim != 4:
         return host_forward(self, "called by a module in the host's layout", hidden_states, *args, **kwargs)
     x = hidden_states
-    x = self.attn1(_embedded_norm(self.norm1, self.pos_embed, x)) + x
+    x = _frames.attend(self.attn1, _embedded_norm(self.norm1, self.pos_embed, x), temporal=True) + x
     if self.attn2 is not None:
-        x = self.attn2(_embedded_norm(self.norm2, self.pos_embed, x)) + x
+        x = _frames.attend(self.attn2, _embedded_norm(self.norm2, self.pos_embed, x), temporal=True) + x
     return feed_forward(self, self.ff, self.norm3(x)) + x
 
 
@@ -114,9 +121,9 @@ def _embedded_norm(norm: Any, embedding: Any, x: Tensor) -> Tensor:
     """``norm(x)`` plus the embedding of the frame."""
     if embedding is None:
         return norm(x)
+    if type(norm) is not nn.LayerNorm or not (is_plain(norm) and is_plain(embedding)):
+        return _frames.in_rows(lambda rows, text: embedding(rows), norm(x), None, temporal=True)
     frames = embedding.pe[0, : x.shape[1]].to(x.dtype)  # (T, C)
-    if type(norm) is not nn.LayerNorm or not is_plain(norm):
-        return norm(x) + frames[:, None]
     shift = frames.expand(x.shape[0], -1, -1)
     scale = torch.zeros_like(shift[:, 0])
     return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)

@@ -36,7 +36,7 @@ HOSTS: dict[type[nn.Module], str] = {
 
 def find(model: nn.Module) -> dict[nn.Module, str | None]:
     """The patch embeddings of a model, each with the reason why it is not served, or None."""
-    found = {}
+    found: dict[nn.Module, str | None] = {}
     for module in model.modules():
         conv = getattr(module, HOSTS.get(type(module), ""), None) if type(module) in HOSTS else None
         if isinstance(conv, (nn.Conv2d, nn.Conv3d)):

@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_temporal import (
 from torch import Tensor
 
 from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
 from vdcore.integrations.diffusers._rows import add_images_of, rows_of
@@ -85,6 +86,8 @@ def forward(
 
 def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> Tensor:
     """``alpha * spatial + (1 - alpha) * temporal`` in one pass over ``(B*T, S, C)``."""
+    if not is_plain(mixer):
+        return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only)
     alpha = mixer.get_alpha(image_only, spatial.ndim).to(spatial.dtype)
     first, second = (temporal, spatial) if mixer.switch_spatial_to_temporal_mix else (spatial, temporal)
     return torch.lerp(second, first, alpha)
@@ -100,8 +103,8 @@ def block_forward(
     x = hidden_states
     entered = feed_forward(self, self.ff_in, self.norm_in(x))
     x = entered + x if self.is_res else entered
-    x = self.attn1(self.norm1(x)) + x
+    x = _frames.attend(self.attn1, self.norm1(x), temporal=True) + x
     if self.attn2 is not None:
-        x = self.attn2(self.norm2(x), encoder_hidden_states) + x
+        x = _frames.attend(self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
     out = feed_forward(self, self.ff, self.norm3(x))
     return out + x if self.is_res else out

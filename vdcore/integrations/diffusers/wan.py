@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.models.transformers import transformer_helios as helios
 from diffusers.models.transformers import transformer_skyreels_v2 as skyreels
@@ -18,7 +18,7 @@ from vdcore.rope import Rope
 class WanAttention(Fused):
     """Self-attention with one norm across heads and interleaved rotation; cross attention to text."""
 
-    RELIES = (wan._get_qkv_projections, wan.WanRotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (wan._get_qkv_projections, wan.WanRotaryPosEmbed.forward)
 
     def serve(
         self,
@@ -39,7 +39,7 @@ class WanAttention(Fused):
         return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
     def rope(self, tables: tuple[Tensor, Tensor] | None, q: Tensor) -> Rope | None:
-        """From tables ``(1, N, 1, D)`` with every angle twice, of which the host reads one cosine and the other sine."""
+        """From tables ``(1, N, 1, D)`` with every angle twice: the host reads one cosine and the other sine."""
         if tables is None:
             return None
         cos, sin = tables
@@ -47,13 +47,13 @@ class WanAttention(Fused):
 
 
 class SkyReelsAttention(WanAttention):
-    RELIES = (skyreels._get_qkv_projections, skyreels.SkyReelsV2RotaryPosEmbed.forward)
+    RELIES: ClassVar[tuple[Any, ...]] = (skyreels._get_qkv_projections, skyreels.SkyReelsV2RotaryPosEmbed.forward)
 
 
 class HeliosAttention(Fused):
     """Self-attention over history and clip; history keys may be amplified, which is left to the host's own code."""
 
-    RELIES = (helios._get_qkv_projections, helios.apply_rotary_emb_transposed)
+    RELIES: ClassVar[tuple[Any, ...]] = (helios._get_qkv_projections, helios.apply_rotary_emb_transposed)
 
     def serve(
         self,
