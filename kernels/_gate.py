@@ -9,9 +9,13 @@ import triton.language as tl
 
 
 class Gate(NamedTuple):
-    """A gate expanded to ``(B, T, S, H, D)``: its pointer and strides, 0 where it does not vary."""
+    """A gate expanded to ``(B, T, S, H, D)``: its pointer and strides, 0 where it does not vary.
+
+    a: the contiguous result that it weighs; the other one gets what is left.
+    """
 
     p: Any
+    a: Any
     b: Any
     t: Any
     s: Any

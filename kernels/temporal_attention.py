@@ -86,7 +86,7 @@ def temporal_attention_fwd_kernel(
     q,  # Rows (B, T, S, G*R, D)
     k,  # Rows (B, T_k, S, G, D)
     v,
-    gate,  # Gate: the result is mixed with what p_o holds; None: it is stored
+    gate,  # Gate: it weighs another result, and this one is added; or None
     p_o,  # (B, T, S, G*R, D), contiguous
     p_lse,  # (B, T, S, G*R), or None
     p_len,  # (B,), or None
@@ -143,7 +143,7 @@ def temporal_attention_fwd_kernel(
         o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
         m_row = m_n[:, None] & (o_t < T)[None, :]
         if gate is not None:
-            b_a = to(load_rows(p_o, o_row * V.D, m_row, V), tl.float32)
+            b_a = to(load_rows(gate.a, o_row * V.D, m_row, V), tl.float32)
             o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
             b_g = load_gate(gate.p + i_b * gate.b, o_gate, m_row & m_t[None, :], gate.d, V, GATE_ROWS)
             b_o = mix(b_g, b_a, b_o)
@@ -315,11 +315,11 @@ def temporal_forward(
     scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
-    gate: Tensor | None = None,
+    gate: Gate | None = None,
 ) -> None:
     """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; fills out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``.
 
-    With a gate, broadcast to out's shape, out becomes ``gate * out + (1 - gate) * temporal attention``.
+    With a gate, out becomes ``gate * gate.a + (1 - gate) * temporal attention``; it may be ``gate.a`` itself.
     """
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
@@ -341,7 +341,7 @@ def temporal_forward(
         B * cdiv(S * G, BP),
         q,
         config,
-        *(rows(q, A), rows(k, A), rows(v, A), None if gate is None else Gate(gate, *gate.stride())),
+        *(rows(q, A), rows(k, A), rows(v, A), gate),
         *(out, lse, lengths, q_norm, k_norm, _stats(q, norm), _stats(k, norm), angles),
         *((T, T_k, q_start, *numbers), S, G, scale * LOG2_E.value),
         ROW=row,
@@ -353,7 +353,7 @@ def temporal_forward(
         BK=_side(T_k),
         MASKED=masked,
         LINES=_turns_by_line(rope),
-        GATE_ROWS=gate is not None and gate.stride(4) != 0,
+        GATE_ROWS=gate is not None and gate.d != 0,
         PRECISION="ieee",
         **norm_constants,
         **rope_constants,
@@ -408,9 +408,9 @@ def temporal_backward(
     found: dict[str, Tensor] = {}
     if sums is not None:
         total = sums.sum(0)
-        found = {
-            name: total[i] for i, name in enumerate(("q_weight", "k_weight", "q_bias", "k_bias")) if name in wanted
-        }
+        of_q, of_k = total[:-1].sum(0), total[-1]
+        names = {"q_weight": of_q[0], "k_weight": of_k[0], "q_bias": of_q[1], "k_bias": of_k[1]}
+        found = {name: x for name, x in names.items() if name in wanted}
     if moves and not back:
         live = live_frames(q, k, **frames)
         for role, x, dy, dx, start, alive in (

@@ -134,19 +134,19 @@ def temporal_long_fwd_kernel(
         b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
         b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, MASKED, PRECISION))
         b_m = b_new
-    m_row = (m_n[:, None] & m_t[None, :])[:, :, None]
+    m_row = m_n[:, None] & m_t[None, :]
     o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * H + o_h[:, None]  # [1, BT]
     none = b_m == -float("inf")
     b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
     if gate is not None:
-        b_a = to(load_rows(p_o, o_row * ROW.D, m_n[:, None] & m_t[None, :], ROW), tl.float32)
+        b_a = to(load_rows(gate.a, o_row * ROW.D, m_row, ROW), tl.float32)
         o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
-        m_gate = m_n[:, None] & (i_b >= 0) & m_t[None, :]
-        b_o = keep(mix(load_gate(gate.p + i_b * gate.b, o_gate, m_gate, gate.d, ROW, GATE_ROWS), b_a, b_o), ~none)
-    store_rows(p_o, o_row * ROW.D, m_n[:, None] & m_t[None, :], b_o, ROW)
+        b_g = load_gate(gate.p + i_b * gate.b, o_gate, m_row, gate.d, ROW, GATE_ROWS)
+        b_o = keep(mix(b_g, b_a, b_o), ~none)
+    store_rows(p_o, o_row * ROW.D, m_row, b_o, ROW)
     if p_lse is not None:
         b_lse = tl.where(none, -float("inf"), b_m * 0.6931471805599453 + tl.log(b_l))
-        tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row)
+        tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row[:, :, None])
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def temporal_long_forward(
     q_start: int,
     lengths: Tensor | None,
     scale: float,
-    gate: Tensor | None,
+    gate: Gate | None,
 ) -> None:
     """As temporal_attention.temporal_forward, of q and k that are normed and rotated."""
     B, T, S, H, D = q.shape
@@ -296,14 +296,14 @@ def temporal_long_forward(
         B * S * H * blocks,
         q,
         config,
-        *(rows(q, A), rows(k, A), rows(v, A), None if gate is None else Gate(gate, *gate.stride()), out, lse, lengths),
+        *(rows(q, A), rows(k, A), rows(v, A), gate, out, lse, lengths),
         *((T, T_k, q_start, *numbers), S, H, blocks, scale * LOG2_E.value),
         ROW=row,
         A=A,
         R=H // G,
         BT=config.block,
         MASKED=masked,
-        GATE_ROWS=gate is not None and gate.stride(4) != 0,
+        GATE_ROWS=gate is not None and gate.d != 0,
         PRECISION="ieee",
     )
 

@@ -17,6 +17,8 @@ from vdcore.backends.triton import (
     adaln,
     cross_attention,
     frame_attention,
+    gated_attention,
+    patchify,
     qk_norm_rope,
     temporal_attention,
 )
@@ -41,7 +43,7 @@ def missing() -> str | None:
     return None
 
 
-_FAMILIES = (adaln, cross_attention, frame_attention, qk_norm_rope, temporal_attention)
+_FAMILIES = (adaln, cross_attention, frame_attention, gated_attention, patchify, qk_norm_rope, temporal_attention)
 BACKEND = Backend(
     name="triton",
     missing=missing,

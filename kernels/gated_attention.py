@@ -1,0 +1,127 @@
+"""Gated attention: spatial attention, then temporal attention whose epilogue mixes the two.
+
+The mix costs one more read of the spatial result beside the temporal pass over q, k, v and out; without gradients it
+happens in the output itself. Backward computes the temporal result again and splits the incoming gradient in one pass
+over it and both results; the gate's share is summed per program and then in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vdcore.kernels._gate import Gate, load_gate
+from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore.kernels._tile import add, column_sum, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to
+
+
+@dataclass(frozen=True)
+class SplitConfig(Config):
+    """values: channels times tokens that a program holds."""
+
+    values: int = 4096
+
+
+SPLIT = (
+    SplitConfig("interpreter", 4, 1, "several programs in a small case", 256),
+    SplitConfig("", 4, 1, "predicted: three tensors in, two out: 4 loads of 16 bytes a thread and tensor", 4096),
+)
+
+
+@triton.jit(do_not_specialize=["T", "S", "H", "chunks"])
+def gate_bwd_kernel(
+    do,  # Rows (B, T, S, H, D)
+    p_a,  # (B, T, S, H, D), contiguous: the spatial result
+    p_b,  # the temporal result
+    gate,
+    p_da,  # (B, T, S, H, D), contiguous
+    p_db,
+    p_dg,  # (B, T, S or chunks, H, D or 1), float32; or None
+    p_len,
+    T,
+    S,
+    H,
+    chunks,  # of a frame's tokens
+    ROW: tl.constexpr,
+    A: tl.constexpr,
+    BR: tl.constexpr,  # tokens
+    GATE_ROWS: tl.constexpr,  # the gate varies with the channel
+    GATE_TOKENS: tl.constexpr,  # and with the token
+):
+    i = tl.program_id(0)
+    i_c = i % chunks
+    i_h = (i // chunks % H).to(tl.int64)
+    i_bt = (i // chunks // H).to(tl.int64)
+    i_b, i_t = i_bt // T, i_bt % T
+    o_s = (i_c * BR + tl.arange(0, BR)).to(tl.int64)
+    m_s = o_s < S
+    m_live = m_s
+    if p_len is not None:
+        m_live = m_s & (i_t < tl.load(p_len + i_b))
+    o_row = (i_bt * S + o_s) * H + i_h
+    b_do = load_rows(do.p + (i_b * do.b + i_t * do.t + i_h * do.h) * A, o_s * do.s * A, m_live, ROW)  # [BR, W]
+    b_do = to(b_do, tl.float32)
+    b_a = to(load_rows(p_a, o_row * ROW.D, m_live, ROW), tl.float32)
+    b_b = to(load_rows(p_b, o_row * ROW.D, m_live, ROW), tl.float32)
+    p_g = gate.p + i_b * gate.b + i_t * gate.t + i_h * gate.h
+    b_g = load_gate(p_g, o_s * gate.s, m_live, gate.d, ROW, GATE_ROWS)  # [BR, W or 1]
+    b_da = mul(b_g, b_do)
+    store_rows(p_da, o_row * ROW.D, m_s, b_da, ROW)
+    store_rows(p_db, o_row * ROW.D, m_s, add(b_do, scale(b_da, -1.0)), ROW)
+    if p_dg is not None:
+        b_dg = mul(b_do, add(b_a, scale(b_b, -1.0)))
+        one = tl.arange(0, 1).to(tl.int64)
+        o_part = (i_bt * chunks + i_c) * H + i_h + one
+        if GATE_ROWS:
+            if GATE_TOKENS:
+                store_rows(p_dg, o_row * ROW.D, m_s, b_dg, ROW)
+            else:
+                store_rows(p_dg, o_part * ROW.D, one == 0, column_sum(b_dg), ROW)
+        else:
+            b_sum = row_sum(b_dg, 0)  # [BR, 1]
+            if GATE_TOKENS:
+                tl.store(p_dg + o_row[:, None], b_sum, mask=m_s[:, None])
+            else:
+                tl.store(p_dg + o_part[:, None], tl.sum(b_sum, 0, keep_dims=True))
+
+
+def gate_backward(
+    dout: Tensor, a: Tensor, b: Tensor, gate: Tensor, lengths: Tensor | None, wants_gate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the spatial result a, the temporal result b, and of the gate, in float32 and its shape.
+
+    dout, a, b: ``(B, T, S, H, D)``; gate broadcasts to it. Frames past the lengths get 0, whatever dout holds there.
+    """
+    B, T, S, H, D = dout.shape
+    shape = (1,) * (5 - gate.ndim) + tuple(gate.shape)
+    expanded = gate.expand(dout.shape)
+    row = split_row(D)
+    config = pick(SPLIT, arch_of(dout))
+    BR = min(max(power_of_2(config.values // row.width + 1) // 2, 1), power_of_2(S))
+    chunks = cdiv(S, BR)
+    by_token, by_channel = shape[2] > 1, shape[4] > 1
+    da, db = (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in range(2))
+    parts = None
+    if wants_gate:
+        size = (B, T, S if by_token else chunks, H, D if by_channel else 1)
+        parts = torch.empty(size, dtype=torch.float32, device=dout.device)
+    A = step(dout)
+    launch(
+        gate_bwd_kernel,
+        B * T * H * chunks,
+        dout,
+        config,
+        *(rows(dout, A), a, b, Gate(expanded, a, *expanded.stride()), da, db, parts, lengths, T, S, H, chunks),
+        ROW=row,
+        A=A,
+        BR=BR,
+        GATE_ROWS=by_channel,
+        GATE_TOKENS=by_token,
+    )
+    if parts is None:
+        return da, db, None
+    summed = [axis for axis, n in enumerate(shape) if n == 1 and parts.shape[axis] != 1]
+    return da, db, (parts.sum(summed) if summed else parts).reshape(gate.shape)

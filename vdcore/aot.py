@@ -1,0 +1,382 @@
+"""Every Triton kernel compiled ahead of time, for any architecture, without a GPU: registers, spills, shared memory.
+
+Calls of every operator run on meta tensors, and what they would launch is kept and compiled. ``vdcore doctor
+--compile`` prints the result; the test suite holds it to: nothing fails, nothing spills, everything fits.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vdcore.ops  # noqa: F401  fills PREPARE
+from vdcore.backends.call import Call
+from vdcore.backends.triton import BACKEND
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.ops._operator import PREPARE
+from vdcore.rope import Rope
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a program can have.
+_SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_9": 232_448, "sm_10": 232_448}
+_SHARED |= {"sm_12": 101_376, "gfx950": 163_840, "gfx": 65_536}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kernel, config and call on one architecture; ``problem`` is None where all is well.
+
+    Args:
+        registers: of a thread.
+        spills: bytes of a thread's local memory.
+        shared: bytes of a program's shared memory.
+        seconds: that it took to compile.
+    """
+
+    kernel: str
+    arch: str
+    config: str
+    call: str
+    registers: int
+    spills: int
+    shared: int
+    seconds: float
+    problem: str | None
+
+
+# ---- Calls ----
+
+
+def _t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def _qkv(T: int, S: int, H: int, D: int, *, T_k: int = 0, G: int = 0, dtype: Any = torch.bfloat16) -> dict[str, Any]:
+    kv = (1, T_k or T, S, G or H, D)
+    return {"q": _t(1, T, S, H, D, dtype=dtype), "k": _t(*kv, dtype=dtype), "v": _t(*kv, dtype=dtype)}
+
+
+def _norm(H: int, G: int, D: int, kind: Any = "rms", over: Any = "head") -> QKNorm:
+    q, k = (D, D) if over == "head" else (H * D, G * D)
+    biases = (_t(q), _t(k)) if kind == "layer" else (None, None)
+    return QKNorm(_t(q), _t(k), kind, over, 1e-6, *biases)
+
+
+def _rope(F: int, S: int, R: int, style: Any = "interleaved") -> Rope:
+    # As models have it: a constant.
+    cos, sin = (torch.empty(F, S, R // 2, dtype=torch.float32, device="meta") for _ in range(2))
+    return Rope(cos, sin, style)
+
+
+def _temporal(
+    T: int, H: int, D: int, *, norm: str = "", rope: str = "", mask: FrameMask = FrameMask(), **kw: Any
+) -> Callable[[], dict[str, Any]]:
+    def build() -> dict[str, Any]:
+        args = {**_qkv(T, 256, H, D, **kw), "mask": mask}
+        if norm:
+            args["norm"] = _norm(H, kw.get("G") or H, D, *norm.split("/"))
+        if rope:
+            args["rope"] = _rope(T, 1, D // 2 * 2, rope)
+        return args
+
+    return build
+
+
+def _text(L: int, H: int, D: int, dtype: Any = torch.bfloat16) -> tuple[Tensor, ...]:
+    return tuple(_t(1, L, H, D, dtype=dtype) for _ in range(3))
+
+
+def _gated(T: int, S: int, H: int, D: int) -> dict[str, Any]:
+    triples = [tuple(_qkv(T, S, H, D).values()) for _ in range(2)]
+    return {"spatial": triples[0], "temporal": triples[1], "gate": _t(H, 1)}
+
+
+def _int(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+_CAUSAL = FrameMask.causal()
+_F32, _F16 = torch.float32, torch.float16
+_RMS: dict[str, Any] = {"norm": "rms/head", "rope": "interleaved"}
+
+# name -> (operator, arguments, whether it is one of the few that every architecture is tried on).
+CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
+    "T 16, 16 x 72": ("temporal_attention", _temporal(16, 16, 72), True),
+    "T 16, 16 x 72, norm, rope": (
+        "temporal_attention",
+        _temporal(16, 16, 72, **_RMS),
+        True,
+    ),
+    "T 30, 16 x 72, norm, rope": (
+        "temporal_attention",
+        _temporal(30, 16, 72, **_RMS),
+        False,
+    ),
+    "T 25, 5 x 64": ("temporal_attention", _temporal(25, 5, 64), False),
+    "T 16, 8 x 40": ("temporal_attention", _temporal(16, 8, 40), False),
+    "T 16, 8 x 80": ("temporal_attention", _temporal(16, 8, 80), False),
+    "T 16, 8 x 96": ("temporal_attention", _temporal(16, 8, 96), False),
+    "T 16, 8 x 160": ("temporal_attention", _temporal(16, 8, 160), False),
+    "T 16, 8 x 256": ("temporal_attention", _temporal(16, 8, 256), False),
+    "T 28, 24 x 128": ("temporal_attention", _temporal(28, 24, 128), True),
+    "T 28, 24 x 128, norm, rope": ("temporal_attention", _temporal(28, 24, 128, norm="rms/head", rope="half"), False),
+    "T 28, 24 x 128, causal": ("temporal_attention", _temporal(28, 24, 128, mask=_CAUSAL), True),
+    "T 21, 12 x 128, layer norm over all": ("temporal_attention", _temporal(21, 12, 128, norm="layer/all"), False),
+    "T 16, 8 x 64, layer norm": ("temporal_attention", _temporal(16, 8, 64, norm="layer/head"), False),
+    "T 64, 16 x 72": ("temporal_attention", _temporal(64, 16, 72), False),
+    "T 60, 24 x 128": ("temporal_attention", _temporal(60, 24, 128), False),
+    "T 60, 24 x 128, causal": ("temporal_attention", _temporal(60, 24, 128, mask=_CAUSAL), False),
+    "T 120, 24 x 64": ("temporal_attention", _temporal(120, 24, 64), False),
+    "T 120, 24 x 128": ("temporal_attention", _temporal(120, 24, 128), False),
+    "T 128, 8 x 256": ("temporal_attention", _temporal(128, 8, 256), False),
+    "T 240, 8 x 64": ("temporal_attention", _temporal(240, 8, 64), False),
+    "T 240, 8 x 128, norm, rope": ("temporal_attention", _temporal(240, 8, 128, norm="rms/head", rope="half"), False),
+    "T 240, 8 x 256": ("temporal_attention", _temporal(240, 8, 256), False),
+    "T 240, 8 x 64, causal": ("temporal_attention", _temporal(240, 8, 64, mask=_CAUSAL), False),
+    "T 240, 8 x 128, causal": ("temporal_attention", _temporal(240, 8, 128, mask=_CAUSAL), False),
+    "T 240, 8 x 256, causal": ("temporal_attention", _temporal(240, 8, 256, mask=_CAUSAL), False),
+    "T 4 to 16, grouped, causal": ("temporal_attention", _temporal(4, 8, 64, T_k=16, G=2, mask=_CAUSAL), False),
+    "T 16, 8 x 64, float32": ("temporal_attention", _temporal(16, 8, 64, dtype=_F32), False),
+    "T 16, 8 x 64, float16": ("temporal_attention", _temporal(16, 8, 64, dtype=_F16), False),
+    "S 1024, 16 x 72": ("spatial_attention", lambda: _qkv(16, 1024, 16, 72), False),
+    "S 3600, 16 x 64": ("spatial_attention", lambda: _qkv(16, 3600, 16, 64), True),
+    "S 1024, 8 x 160": ("spatial_attention", lambda: _qkv(16, 1024, 8, 160), False),
+    "S 1024, 8 x 40": ("spatial_attention", lambda: _qkv(16, 1024, 8, 40), False),
+    "S 256, 8 x 256": ("spatial_attention", lambda: _qkv(16, 256, 8, 256), False),
+    "S 256, 8 x 64, float32": ("spatial_attention", lambda: _qkv(4, 256, 8, 64, dtype=_F32), False),
+    "S 256, 8 x 128, float32": ("spatial_attention", lambda: _qkv(4, 256, 8, 128, dtype=_F32), False),
+    "S 256, 8 x 256, float32": ("spatial_attention", lambda: _qkv(4, 256, 8, 256, dtype=_F32), False),
+    "3D, 12 x 128, window, norm, rope": (
+        "video_attention",
+        lambda: {
+            **_qkv(21, 1560, 12, 128),
+            **{"mask": FrameMask.window(5), "norm": _norm(12, 12, 128, "rms", "all"), "rope": _rope(21, 1560, 128)},
+        },
+        True,
+    ),
+    "3D, 24 x 128, text": (
+        "video_attention",
+        lambda: {**_qkv(16, 1560, 24, 128), "text": _text(256, 24, 128), "text_lengths": _int(1), "lengths": _int(1)},
+        False,
+    ),
+    "3D, 30 x 64, text, causal": (
+        "video_attention",
+        lambda: {**_qkv(13, 1350, 30, 64), "text": _text(226, 30, 64), "mask": _CAUSAL, "text_sees": "text"},
+        False,
+    ),
+    "cross, 12 x 128": (
+        "cross_attention",
+        lambda: {"q": _t(1, 21, 1560, 12, 128), "k": _t(1, 512, 12, 128), "v": _t(1, 512, 12, 128), "lengths": _int(1)},
+        False,
+    ),
+    "gated, 16 x 72": ("gated_attention", lambda: _gated(16, 1024, 16, 72), True),
+    "gated, 8 x 64, T 240": ("gated_attention", lambda: _gated(240, 256, 8, 64), False),
+    "norm, rope, 24 x 128": (
+        "qk_norm_rope",
+        lambda: {
+            **{"q": _t(1, 16, 1560, 24, 128), "k": _t(1, 16, 1560, 24, 128)},
+            **{"norm": _norm(24, 24, 128), "rope": _rope(16, 1560, 128)},
+        },
+        True,
+    ),
+    **{
+        f"norm over {H} x {D}": (
+            "qk_norm_rope",
+            lambda H=H, D=D: {
+                **{"q": _t(1, 16, 256, H, D), "k": _t(1, 16, 256, H, D)},
+                **{"norm": _norm(H, H, D, "layer", "all"), "rope": Rope(*(_t(16, 256, D // 2) for _ in range(2)))},
+            },
+            False,
+        )
+        for H, D in ((16, 72), (24, 128), (40, 128), (128, 128))
+    },
+    **{
+        f"modulate, {C} channels": (
+            "modulate",
+            lambda C=C: {"x": _t(2, 4, 256, C), "shift": _t(2, C), "scale": _t(2, C), "weight": _t(C), "bias": _t(C)},
+            C == 3072,
+        )
+        for C in (1152, 1536, 3072, 5120, 9216, 16384)
+    },
+    "gate_residual, 3072 channels": (
+        "gate_residual",
+        lambda: {"residual": _t(2, 4, 256, 3072), "x": _t(2, 4, 256, 3072), "gate": _t(2, 3072)},
+        True,
+    ),
+    "patchify, 16 to 3072": (
+        "patchify",
+        lambda: {"video": _t(1, 16, 21, 60, 104), "weight": _t(3072, 16, 1, 2, 2), "bias": _t(3072)},
+        True,
+    ),
+    "patchify, float32": (
+        "patchify",
+        lambda: {"video": _t(1, 4, 16, 32, 32, dtype=_F32), "weight": _t(1152, 4, 1, 2, 2, dtype=_F32)},
+        False,
+    ),
+    "unpatchify, 3072 to 16": (
+        "unpatchify",
+        lambda: {
+            **{"tokens": _t(1, 21, 1560, 3072), "weight": _t(64, 3072), "bias": _t(64)},
+            **{"channels": 16, "patch": (1, 2, 2), "grid": (21, 30, 52)},
+        },
+        False,
+    ),
+}
+
+
+def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Any]:
+    """What forward and backward of a call would launch."""
+    from vdcore.kernels._launch import recording
+
+    call: Call = PREPARE[op](**args)
+    implementation = BACKEND.operators[op]
+    names = [name.rstrip("?") for name in call.TENSORS]
+    wanted = frozenset(n for n, x in zip(names, call.tensors()) if x is not None and x.requires_grad)
+    with torch.no_grad(), recording(arch) as launches:
+        outputs = implementation.forward(call)
+        grads = tuple(torch.empty_like(x) if x.numel() else None for x in outputs)
+        assert implementation.backward is not None
+        implementation.backward(call, outputs, grads, wanted)
+    return launches
+
+
+def collect(arch: str, *, few: bool = False) -> list[tuple[str, Any]]:
+    """Every different (call, launch) on an architecture; ``few``: of the calls that every architecture is tried on."""
+    found: dict[Any, tuple[str, Any]] = {}
+    for name, (op, build, everywhere) in CALLS.items():
+        if few and not everywhere:
+            continue
+        for launch in _launches_of(op, build(), arch):
+            kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in _flat(launch.args))
+            key = (launch.kernel.__name__, launch.config, repr(sorted(launch.constants.items())), kinds)
+            found.setdefault(key, (f"{op}: {name}", launch))
+    return list(found.values())
+
+
+def _flat(args: Iterable[Any]) -> list[Any]:
+    return [y for x in args for y in (_flat(x) if isinstance(x, tuple) else (x,))]
+
+
+# ---- Compiling ----
+
+
+def _target(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if re.fullmatch(r"sm_\d{2,3}", arch):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise ValueError(f"arch must be such as {', '.join(ARCHS)}, got {arch!r}")
+
+
+def _compile(launch: Any, arch: str) -> Any:
+    from triton.compiler import ASTSource, compile, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = _target(arch)
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    config = launch.config
+    constants = dict(launch.constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+    bound, specialization, options = bind(*launch.args, **constants)
+    options, signature, constexprs, attrs = launch.kernel._pack_args(backend, constants, bound, specialization, options)
+    source = ASTSource(launch.kernel, signature, constexprs, attrs)
+    return compile(source, target=target, options=options.__dict__)
+
+
+def _resources(kernel: Any, arch: str) -> tuple[int, int, int]:
+    """Registers, bytes spilled, bytes of shared memory."""
+    shared = kernel.metadata.shared
+    if arch.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (
+            int(m.group(1)) if (m := re.search(rf"\.{name}:\s+(\d+)", text)) else 0
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        return registers, 4 * spilled, shared
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(m.group(1)) for name in ("REG", "STACK", "LOCAL") if (m := re.search(rf"{name}:(\d+)", text))}
+    return found["REG"], max(found["STACK"], found["LOCAL"]), shared
+
+
+def _shared_limit(arch: str) -> int:
+    return next((n for prefix, n in _SHARED.items() if arch.startswith(prefix)), 49_152)
+
+
+def _config_text(config: Any) -> str:
+    parts = [f"{config.warps} warps", f"{config.stages} stages"]
+    parts += [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if f.name not in _COMMON]
+    return ", ".join(parts)
+
+
+_COMMON = ("arch", "warps", "stages", "why")
+_jobs: list[tuple[str, str, Any]] = []  # arch, call, launch: workers inherit them
+
+
+def _record(i: int) -> Record:
+    arch, call, launch = _jobs[i]
+    begin = time.perf_counter()
+    registers = spills = shared = 0
+    problem = None
+    try:
+        registers, spills, shared = _resources(_compile(launch, arch), arch)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        problem = f"it fails: {type(error).__name__}: {lines[-1]}"
+    limit = _shared_limit(arch)
+    if problem is None and spills:
+        problem = f"it spills {spills} bytes"
+    if problem is None and shared > limit:
+        problem = f"it needs {shared} bytes of shared memory, and {arch} has {limit}"
+    return Record(
+        *(launch.kernel.__name__, arch, _config_text(launch.config), call),
+        *(registers, spills, shared, round(time.perf_counter() - begin, 2), problem),
+    )
+
+
+def compile_report(archs: Iterable[str] | None = None, *, few: bool = False, workers: int = 0) -> list[Record]:
+    """Compiles every kernel with every config row, for the calls in :data:`CALLS`.
+
+    Args:
+        archs: such as ``"sm_90"`` or ``"gfx942"``; None: :data:`ARCHS`.
+        few: only the calls that every architecture is tried on.
+        workers: processes; 0: one for each core.
+
+    Raises:
+        ValueError: an unknown architecture.
+        RuntimeError: under ``TRITON_INTERPRET=1``, where there is nothing to compile.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are interpreted with TRITON_INTERPRET=1, not compiled: unset it")
+    archs = tuple(archs or ARCHS)
+    for arch in archs:
+        _target(arch)
+    global _jobs
+    _jobs = [(arch, *job) for arch in archs for job in collect(arch, few=few)]
+    workers = min(workers or os.cpu_count() or 1, len(_jobs))
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        return [_record(i) for i in range(len(_jobs))]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_record, range(len(_jobs))))
