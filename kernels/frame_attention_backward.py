@@ -186,9 +186,9 @@ def frame_attention_bwd_q_kernel(
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
     b_q = load_tokens(q, text_q, is_text, i_b, i_h, start, m_live, S_q, BM, A, FLAT, TEXT, ROW)  # [BM, W]
-    first = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
-    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + first * do.s) * A, o_n * do.s * A, m_live, ROW)
-    row = (i_b * N + first) * H + i_h
+    i_row = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
+    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + i_row * do.s) * A, o_n * do.s * A, m_live, ROW)
+    row = (i_b * N + i_row) * H + i_h
     b_lse = tl.load(p_lse + row + o_n * H, mask=m_live, other=0.0) * (LOG2_E / exponent)
     b_delta = tl.load(p_delta + row + o_n * H, mask=m_live, other=0.0)
     b_dq = filled(BM, 0.0, ROW)

@@ -115,8 +115,10 @@ def _columns(k, video, weight, PATCH: tl.constexpr):
     dh = k // PATCH.pw % PATCH.ph
     dt = k // (PATCH.pw * PATCH.ph) % PATCH.pt
     c = k // (PATCH.pw * PATCH.ph * PATCH.pt)
-    o_video = c.to(tl.int64) * video.c + dt.to(tl.int64) * video.t + dh.to(tl.int64) * video.h + dw * video.w
-    return o_video, c.to(tl.int64) * weight.c + dt * weight.t + dh * weight.h + dw * weight.w
+    o_video = c.to(tl.int64) * video.c + dt.to(tl.int64) * video.t + dh.to(tl.int64) * video.h
+    o_video += dw.to(tl.int64) * video.w
+    o_weight = c.to(tl.int64) * weight.c + dt.to(tl.int64) * weight.t
+    return o_video, o_weight + dh.to(tl.int64) * weight.h + dw.to(tl.int64) * weight.w
 
 
 @triton.jit(do_not_specialize=["grid"])

@@ -47,9 +47,12 @@ def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
 
 
 def why_not_tokens(*tensors: Tensor) -> str | None:
-    if all(x.shape[1] * x.shape[2] < 2**31 - 2**16 for x in tensors):
-        return None
-    return "it counts the tokens of a sample in 32 bits"
+    """Limits of tiles of tokens: their numbers, and their offsets in a tile, have 32 bits."""
+    if any(x.shape[1] * x.shape[2] >= 2**31 - 2**16 for x in tensors):
+        return "it counts the tokens of a sample in 32 bits"
+    if any(x.shape[3] * x.shape[4] >= 2**22 for x in tensors):
+        return "it has less than 2**22 channels a token, all heads together"
+    return None
 
 
 def unit(x: Tensor) -> Tensor:

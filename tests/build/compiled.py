@@ -1,0 +1,110 @@
+"""Compiles the Triton kernels in a process of its own, where nothing is interpreted, and prints what it finds as JSON.
+
+usage: compiled.py report ARCH,ARCH... (all | few)
+       compiled.py rows ARCH
+       compiled.py narrow ARCH
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import sys
+from types import SimpleNamespace
+
+import triton
+import triton.language as tl
+import vdcore.kernels
+
+from vdcore import aot
+
+
+def report(archs, which):
+    records = aot.compile_report(archs.split(","), few=which == "few")
+    return [dataclasses.asdict(record) for record in records]
+
+
+def rows(arch):
+    """Rows of config tables that serve the architecture, and those of them that no call takes."""
+    from vdcore.kernels._launch import Config
+
+    taken = {launch.config for _, launch in aot.collect(arch)}
+    found = {}
+    for info in pkgutil.iter_modules(vdcore.kernels.__path__):
+        module = importlib.import_module(f"vdcore.kernels.{info.name}")
+        for name, value in vars(module).items():
+            for i, row in enumerate(value if isinstance(value, tuple) else (value,)):
+                if isinstance(row, Config) and row.serves(arch) and name.isupper():
+                    found[f"{info.name}.{name}[{i}]"] = row in taken
+    return found
+
+
+# ---- 32-bit products ----
+
+_DEFINED = re.compile(r"^\s*(%[\w#:]+)(?:, %[\w#]+)* = (\S+) (.*)$")
+
+
+def narrow_products(kernel, strides):
+    """Lines where a 32-bit number that comes from the program id is multiplied by a stride."""
+    text = re.sub(r" loc\(.*?\)", "", kernel.asm["ttir"])
+    names = re.findall(r"(%\w+): ", re.search(r"tt\.func public @\w+\((.*)", text).group(1))
+    of_id, of_stride, found = set(), {names[i] for i in strides}, []
+    for line in text.splitlines():
+        if not (match := _DEFINED.match(line)):
+            continue
+        name, operation, rest = match.groups()
+        used = set(re.findall(r"%[\w#]+", rest))
+        narrow = rest.rstrip().endswith(("i32", "i32>"))
+        if operation == "tt.get_program_id":
+            of_id.add(name)
+        elif operation == "arith.muli" and narrow and used & of_id and used & of_stride:
+            found.append(line.strip())
+        elif operation in ("tt.splat", "tt.broadcast", "tt.expand_dims") and used & of_stride:
+            of_stride.add(name)
+        elif used & of_id and narrow:
+            of_id.add(name)
+    return found
+
+
+def stride_places(args):
+    """Where strides are among the kernel's arguments: the integers of a Rows, a Gate, a Video, ..."""
+    from vdcore.kernels import _gate, _tile, patchify, qk_norm_rope
+
+    kinds = (_tile.Rows, _tile.Angles, _gate.Gate, patchify.Video, patchify.Tokens, patchify.Matrix, qk_norm_rope.Live)
+    places, n = [], 0
+    for arg in args:
+        flat = [x for x in aot._flat([arg]) if x is not None]
+        for x in flat:
+            # None and 1 become constants, and are no arguments.
+            if isinstance(x, int) and x == 1 and not isinstance(arg, int):
+                continue
+            if isinstance(arg, kinds) and isinstance(x, int):
+                places.append(n)
+            n += 1
+    return places
+
+
+@triton.jit
+def careless_kernel(x, p_y, S: tl.constexpr):
+    i = tl.program_id(0) * S
+    tl.store(p_y + i, tl.load(x.p + i * x.s))
+
+
+def narrow(arch):
+    import torch
+    from vdcore.kernels._launch import Config
+    from vdcore.kernels._tile import Rows
+
+    x = torch.empty(8, device="meta")
+    args = (Rows(x, 8, 8, 8, 8), x)
+    careless = SimpleNamespace(kernel=careless_kernel, config=Config("", 4, 1, ""), args=args, constants={"S": 4})
+    found = {"careless_kernel": narrow_products(aot._compile(careless, arch), stride_places(args))}
+    for _, launch in aot.collect(arch, few=True):
+        lines = narrow_products(aot._compile(launch, arch), stride_places(launch.args))
+        found[launch.kernel.__name__] = found.get(launch.kernel.__name__, []) + lines
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"report": report, "rows": rows, "narrow": narrow}[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,71 @@
+"""Hazards 3, 14: every kernel and config compiles for every architecture, does not spill, fits, counts in 64 bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("compiled.py")
+
+
+def compiled(*arguments):
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def problems(records):
+    return [
+        f"{r['arch']} {r['kernel']} ({r['config']}) for {r['call']}: {r['problem']}" for r in records if r["problem"]
+    ]
+
+
+def test_every_call_on_hopper():
+    records = compiled("report", "sm_90", "all")
+    assert len(records) > 100
+    assert not problems(records)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_some_calls_elsewhere(arch):
+    records = compiled("report", arch, "few")
+    assert len({r["kernel"] for r in records}) > 15
+    assert not problems(records)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_every_row_of_the_tables_is_taken(arch):
+    """A row that no call takes is never compiled, and nothing is known about it."""
+    rows = compiled("rows", arch)
+    assert len(rows) > 20
+    assert not [name for name, taken in rows.items() if not taken]
+
+
+def test_no_program_id_is_multiplied_by_a_stride_in_32_bits():
+    found = compiled("narrow", "sm_90")
+    assert found.pop("careless_kernel"), "the check must see what is wrong"
+    assert len(found) > 15
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
+def test_a_problem_is_reported(monkeypatch):
+    """An architecture with next to no shared memory, and a name that is none."""
+    code = """
+from vdcore import aot
+aot._SHARED = {"sm_90": 16}
+print(sum("shared memory" in (r.problem or "") for r in aot.compile_report(["sm_90"], few=True)))
+try:
+    aot.compile_report(["sm_9000"])
+except ValueError as error:
+    print(error)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    count, error = done.stdout.splitlines()[-2:]
+    assert int(count) > 0 and "sm_9000" in error
