@@ -1,15 +1,14 @@
-"""Running hosts' tiny models: plainly, in float64, under a dense mask, and counting their attention calls."""
+"""Running hosts' tiny models: plainly, in float64, and under a dense mask."""
 
-from collections import Counter
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-import vdcore
 from vdcore.integrations.diffusers.exact import Float64
 from vdcore.integrations.diffusers.zoo import MODELS, L, T, output
+from vdcore.integrations.measure import AttentionCalls
 
 
 def run(model, name, dtype=torch.float32):
@@ -57,26 +56,6 @@ def _both(given, visible):
     if given is None:
         return visible
     return given & visible if given.dtype == torch.bool else given.masked_fill(~visible, -torch.inf)
-
-
-class AttentionCalls(TorchFunctionMode):
-    """Counts the calls of torch's attention that are made inside, by the length of queries and keys."""
-
-    def __init__(self):
-        super().__init__()
-        self.torch = Counter()
-        self.before = vdcore.calls()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            q, k = _queries_and_keys(args, kwargs or {})
-            self.torch[q.shape[-2], k.shape[-2]] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def served(self):
-        found = vdcore.calls() - self.before
-        return sum(n for (op, _, direction), n in found.items() if op.endswith("attention") and direction == "fwd")
 
 
 class DenseMask(TorchFunctionMode):

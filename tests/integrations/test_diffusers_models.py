@@ -1,7 +1,5 @@
 """Every video model of diffusers on vdcore: outputs, gradients, what is served, masks, and back again."""
 
-import logging
-
 import pytest
 import torch
 
@@ -37,17 +35,6 @@ LEFT = {
     "HunyuanVideo 1.5": {("Attention", "self-attention with an attention mask")},
     "SanaVideo": {("Attention", "SanaLinearAttnProcessor3_0 calls no softmax attention")},
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Without the hosts' warnings, on one thread, as befits such small models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

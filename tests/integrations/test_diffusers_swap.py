@@ -22,14 +22,6 @@ from vdcore.testing import error_ratio
 KINDS = ("Latte", "AnimateDiff", "SVD", "Wan", "HunyuanVideo", "CogVideoX", "LTX2.3")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def swapped(name, **kwargs):
     model = MODELS[name].model()
     return model, swap_in(model, **kwargs)

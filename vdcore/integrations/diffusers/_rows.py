@@ -15,24 +15,53 @@ from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.norm import compute_dtype
 
 
+def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Group norm over a clip ``(B, T, C, S)``, frames included, then a linear layer: ``(B, T, S, E)``.
+
+    In float32 the norm's scale and shift go into the layer's weights, so that x is read twice and never written.
+    Weights of half precision would round them.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or not (is_plain(norm) and _is_product(linear, x)):
+        return rows_of(linear, clip_group_norm(norm, x))
+    scale, shift = _scale_and_shift(norm, x)
+    weight = linear.weight.t() * scale[:, :, None]  # (B, C, E)
+    bias = shift @ linear.weight.t() + (0 if linear.bias is None else linear.bias)  # (B, E)
+    B, T = x.shape[:2]
+    rows = x.flatten(0, 1).transpose(1, 2)  # (B*T, S, C)
+    per_frame = (y[:, None].expand(B, T, *y.shape[1:]).flatten(0, 1) for y in (bias[:, None], weight))
+    bias, weight = per_frame
+    return torch.baddbmm(bias, rows, weight).unflatten(0, (B, T))
+
+
 def clip_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Group norm over the frames of a clip as well: ``(B, T, C, S)`` in and out, no frame moved."""
     if not is_plain(norm):
         return norm(x.transpose(1, 2)).transpose(1, 2)
-    B, T, C, S = x.shape
-    groups = x.unflatten(2, (norm.num_groups, -1))  # (B, T, G, C/G, S)
-    dtype = compute_dtype(x.dtype)
-    variance, mean = torch.var_mean(groups.to(dtype), (1, 3, 4), correction=0)  # (B, G)
-    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(C // norm.num_groups, 1)  # (B, C)
-    shift = -mean.repeat_interleave(C // norm.num_groups, 1) * scale
+    scale, shift = _scale_and_shift(norm, x)
+    return torch.addcmul(shift[:, None, :, None], x.to(shift.dtype), scale[:, None, :, None]).to(x.dtype)
+
+
+def _scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm as ``x * scale + shift``, each ``(B, C)``."""
+    groups = x.unflatten(2, (norm.num_groups, -1)).to(compute_dtype(x.dtype))  # (B, T, G, C/G, S)
+    # Per frame, where the numbers of a group lie together, then over the frames.
+    variance, mean = torch.var_mean(groups, (3, 4), correction=0)  # (B, T, G)
+    variance = variance.mean(1) + mean.var(1, correction=0)
+    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(groups.shape[3], 1)
+    shift = -mean.mean(1).repeat_interleave(groups.shape[3], 1) * scale
     if norm.weight is not None:
         scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-    return torch.addcmul(shift[:, None, :, None], x.to(dtype), scale[:, None, :, None]).to(x.dtype)
+    return scale, shift
+
+
+def _is_product(linear: Any, x: Tensor) -> bool:
+    """The layer is a matrix product in x's dtype, and nothing else."""
+    return type(linear) is nn.Linear and is_plain(linear) and not torch.is_autocast_enabled(x.device.type)
 
 
 def rows_of(linear: Any, x: Tensor) -> Tensor:
     """A linear layer over the channels of ``(..., C, S)``: ``(..., S, E)``, with no transposed copy."""
-    if type(linear) is not nn.Linear or not is_plain(linear) or torch.is_autocast_enabled(x.device.type):
+    if not _is_product(linear, x):
         return linear(x.transpose(-1, -2))
     frames = x.flatten(0, -3)
     weight = linear.weight.t().expand(frames.shape[0], -1, -1)
@@ -45,7 +74,7 @@ def rows_of(linear: Any, x: Tensor) -> Tensor:
 
 def add_images_of(linear: Any, rows: Tensor, residual: Tensor) -> Tensor:
     """``residual + linear(rows)``, from rows ``(..., S, E)`` to images ``(..., C, S)``, with no transposed copy."""
-    if type(linear) is not nn.Linear or not is_plain(linear) or torch.is_autocast_enabled(rows.device.type):
+    if not _is_product(linear, rows):
         return linear(rows).transpose(-1, -2) + residual
     frames = rows.flatten(0, -3)
     weight = linear.weight.expand(frames.shape[0], -1, -1)

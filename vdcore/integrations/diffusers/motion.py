@@ -21,7 +21,7 @@ from vdcore.integrations.diffusers import _frames
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.integrations.diffusers._rows import add_images_of, clip_group_norm, rows_of
+from vdcore.integrations.diffusers._rows import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 
 
@@ -88,7 +88,7 @@ def forward(
         reason = "temporal attention to a text, or with arguments of its own"
         return host_forward(self, reason, *given, *((return_dict,) if takes_dict else ()))
     x = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # (B, T, C, S)
-    rows = rows_of(self.proj_in, clip_group_norm(self.norm, x))  # (B, T, S, E)
+    rows = normed_rows_of(self.proj_in, self.norm, x)  # (B, T, S, E)
     for block in self.transformer_blocks:
         rows = block(rows)
     out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)

@@ -1,0 +1,56 @@
+"""The table of models and the measurements that it is made of."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from host_runs import MODELS
+
+from vdcore.integrations import measure, table
+from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+from vdcore.testing import error_ratio
+
+
+def test_rows(capsys):
+    assert table.main(["SanaVideo", "--rounds", "1"]) == 0
+    header, _, row = capsys.readouterr().out.strip().splitlines()[-3:]
+    cells = dict(zip(header.split(" | "), row.split(" | ")))
+    assert cells["calls"] == "2" and cells["served"] == "2 (2 cross)" and cells["left to torch"] == "0"
+    assert "SanaLinearAttnProcessor3_0" in cells["why"]
+    assert 0 < float(cells["error float32"]) <= 1
+
+
+def test_unknown_names_are_answered_with_the_known(capsys):
+    assert table.main(["NoSuchModel"]) == 2
+    assert "Latte" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_real_width_are_the_hosts(name):
+    before, after, exact = table.block_calls(BLOCKS[name], (3, 2, 4), torch.float32)
+    assert error_ratio(after(), exact(), [before()]).worst <= 1
+
+
+def test_breakdown_knows_its_operators():
+    x, w = torch.randn(64, 64), torch.randn(64, 64)
+    found = measure.breakdown(lambda: torch.nn.functional.layer_norm(x @ w, (64,)), rounds=1).groups
+    assert found["matrix products"] > 0 and found["norms and modulation"] > 0
+    assert found["attention"] == 0
+
+
+def test_peak_memory_is_that_of_the_call():
+    size = 64 * measure.Path("/proc/self/statm").stat().st_size + 64 * 2**20
+    found = measure.peak_bytes(lambda: torch.ones(size // 4).sum())
+    assert 0.8 * size < found < 2 * size
+
+
+def test_memory_is_predicted_without_running():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        model = MODELS["Wan"].build()
+        given = MODELS["Wan"].inputs()
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        found = measure.predicted_bytes(model, lambda: model(**given))
+    assert parameters < found < 100 * parameters

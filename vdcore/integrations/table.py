@@ -1,0 +1,167 @@
+"""The table of every video model of diffusers before and after the swap: ``python -m vdcore.integrations.table``.
+
+Tiny models with random weights, at least three frames, rows and columns of different numbers; and with ``--blocks``
+blocks of real width, with a breakdown of their time. Run it outside of the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import diffusers
+import torch
+
+from vdcore.integrations.diffusers import Report, swap_in
+from vdcore.integrations.diffusers.exact import Float64
+from vdcore.integrations.diffusers.zoo import MODELS, Tiny, output
+from vdcore.integrations.diffusers.zoo.blocks import BLOCKS, Block
+from vdcore.integrations.measure import AttentionCalls, breakdown, peak_bytes, race
+from vdcore.testing import error_ratio
+
+MIB = 2**20
+
+
+def call_of(model: Any, tiny: Tiny, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    arguments = tiny.arguments(dtype)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return output(model(**arguments))
+
+    return call
+
+
+def model_row(name: str, tiny: Tiny, rounds: int) -> dict[str, str]:
+    """One row: calls, errors, time and memory of a model."""
+    with Float64():
+        exact = call_of(tiny.model(torch.float64), tiny, torch.float64)()
+    row = {"model": name}
+    for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        host, ours = tiny.model(dtype), tiny.model(dtype)
+        report = swap_in(ours)
+        before, after = call_of(host, tiny, dtype), call_of(ours, tiny, dtype)
+        if dtype == torch.float32:
+            row |= _calls(before, after, report)
+            times = race({"host": before, "vdcore": after}, rounds=rounds)
+            row["ms"] = f"{1e3 * times['host'].p50:.1f} / {1e3 * times['vdcore'].p50:.1f}"
+            row["peak MiB"] = f"{peak_bytes(before) / MIB:.1f} / {peak_bytes(after) / MIB:.1f}"
+        ratio = error_ratio(after(), exact, [before()])
+        row[f"error {label}"] = f"{ratio.worst:.2f}"
+    return row
+
+
+def _calls(before: Callable[[], Any], after: Callable[[], Any], report: Report) -> dict[str, str]:
+    with AttentionCalls() as host:
+        before()
+    with AttentionCalls() as ours:
+        after()
+    reasons = Counter(f"{entry.kind}: {entry.what}" for entry in report.left)
+    served = ", ".join(f"{n} {op.removesuffix('_attention')}" for op, n in sorted(ours.operators().items()))
+    return {
+        "calls": str(host.torch.total()),
+        "served": f"{ours.served} ({served})",
+        "left to torch": str(ours.torch.total()),
+        "why": "; ".join(f"{n} x {reason}" for reason, n in reasons.items()),
+    }
+
+
+def block_calls(block: Block, size: tuple[int, int, int], dtype: torch.dtype) -> list[Callable[[], torch.Tensor]]:
+    """A block's call before and after the swap, and the host's in float64."""
+    torch.manual_seed(0)
+    host = torch.nn.Module.to(block.build().eval(), dtype)
+    ours = copy.deepcopy(host)
+    swap_in(ours)
+    given = _cast(block.inputs(*size), dtype)
+
+    def before() -> torch.Tensor:
+        with torch.no_grad():
+            return block.host(host, given)
+
+    def after() -> torch.Tensor:
+        with torch.no_grad():
+            return block.ours(ours, given)
+
+    def exact() -> torch.Tensor:
+        with Float64(), torch.no_grad():
+            return block.host(torch.nn.Module.to(copy.deepcopy(host), torch.float64), _cast(given, torch.float64))
+
+    return [before, after, exact]
+
+
+def block_row(
+    name: str, block: Block, dtype: torch.dtype, rounds: int, small: bool
+) -> tuple[dict[str, str], list[str]]:
+    """One row of a block of real width, and the lines of its breakdown."""
+    size = block.small if small else block.size
+    before, after, exact = block_calls(block, size, dtype)
+    ratio = error_ratio(after(), exact(), [before()])
+    times = race({"host": before, "vdcore": after}, rounds=rounds)
+    parts = {"host": breakdown(before, rounds=rounds), "vdcore": breakdown(after, rounds=rounds)}
+    around = {key: part.around for key, part in parts.items()}
+    row = {
+        "block": name,
+        "T x H x W": " x ".join(map(str, size)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": f"{ratio.worst:.2f}",
+        "ms": f"{1e3 * times['host'].p50:.0f} / {1e3 * times['vdcore'].p50:.0f}",
+        "around the products, ms": f"{around['host']:.0f} / {around['vdcore']:.0f}",
+        "peak MiB": f"{peak_bytes(before) / MIB:.0f} / {peak_bytes(after) / MIB:.0f}",
+    }
+    return row, [f"- {name}, {key}: {part} ms" for key, part in parts.items()]
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_cast(y, dtype) for y in x)
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def markdown(rows: Iterable[dict[str, str]]) -> str:
+    """Rows with the same columns as a table."""
+    rows = list(rows)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 2 if a name is unknown."""
+    parser = argparse.ArgumentParser(prog="python -m vdcore.integrations.table", description=__doc__)
+    parser.add_argument("names", nargs="*", help="models, or blocks with --blocks; none: all")
+    parser.add_argument("--blocks", action="store_true", help="blocks of real width instead of tiny models")
+    parser.add_argument("--small", action="store_true", help="blocks at a size for small machines")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of blocks")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args(arguments)
+    known = BLOCKS if given.blocks else MODELS
+    unknown = [name for name in given.names if name not in known]
+    if unknown:
+        print(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
+        return 2
+    logging.disable(logging.WARNING)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {machine}.")
+    print("Pairs are host / vdcore. Errors are over what the tolerance rule allows: fine up to 1.")
+    rows, notes = [], []
+    for name in given.names or known:
+        print(f"{name} ...", file=sys.stderr)
+        if given.blocks:
+            row, lines = block_row(name, BLOCKS[name], getattr(torch, given.dtype), given.rounds, given.small)
+            notes += lines
+        else:
+            row = model_row(name, MODELS[name], given.rounds)
+        rows.append(row)
+    print("\n" + markdown(rows))
+    if notes:
+        print("\n" + "\n".join(notes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
