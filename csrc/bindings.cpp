@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/dlpack.h"
+#include "common/threads.h"
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/engine.h"
@@ -254,6 +255,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     const std::string reason = cuda::missing();
     return reason.empty() ? std::nullopt : std::optional(reason);
   });
+  m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); });
   m.def("frame_runs", frame_runs);
   py::class_<TokenGroups>(m, "TokenGroups")
       .def_property_readonly("queries", [](const TokenGroups& g) { return group_list(g.queries); })

@@ -1,5 +1,6 @@
 #include "common/threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -66,12 +67,22 @@ class Pool {
 
 std::atomic<Pool*> pool{nullptr};
 
-// Never destroyed: its threads outlive main().
-Pool& get_pool() {
+// The entry that compilers call for a parallel region; GNU's, LLVM's and Intel's runtimes have it.
+using OpenMP = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+std::atomic<OpenMP> openmp{nullptr};
+
+// A child has none of the threads, and its copy of the locks may be held for ever.
+void forget_after_fork() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    pool.store(nullptr);  // the child has none of the threads, and its copy of the locks may be held for ever
+    pool.store(nullptr);
+    openmp.store(nullptr);
   });
   (void)registered;
+}
+
+// Never destroyed: its threads outlive main().
+Pool& get_pool() {
+  forget_after_fork();
   Pool* current = pool.load();
   if (!current) {
     Pool* fresh = new Pool;
@@ -94,7 +105,21 @@ struct Scratch {
 void parallel_for(int64_t items, int threads, void (*body)(void* context, int64_t item), void* context) {
   Job job{items, body, context};
   const int64_t helpers = (threads < items ? threads : items) - 1;
-  if (helpers < 1 || !get_pool().run(job, static_cast<int>(helpers))) job.work();
+  if (helpers < 1) return job.work();
+  if (const OpenMP run = openmp.load())
+    return run([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(helpers + 1), 0);
+  if (!get_pool().run(job, static_cast<int>(helpers))) job.work();
+}
+
+bool share_openmp(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+  if (!library) return false;
+  const auto entry = reinterpret_cast<OpenMP>(dlsym(library, "GOMP_parallel"));  // in what it is linked to, too
+  dlclose(library);
+  if (!entry) return false;
+  forget_after_fork();
+  openmp.store(entry);
+  return true;
 }
 
 char* scratch(size_t bytes) {

@@ -11,6 +11,12 @@ namespace vdcore {
 // Safe after a fork and for concurrent callers. `body` must not throw.
 void parallel_for(int64_t items, int threads, void (*body)(void* context, int64_t item), void* context);
 
+// From now on parallel_for() takes its threads from the OpenMP runtime that the shared library at `path` is linked to.
+// After its own parallel work a runtime's threads keep a processor busy for a while, waiting for more: threads of ours
+// would have to share it with them. False where there is no such library or runtime: then they are our own, as they are
+// in a forked child, where a runtime's threads are gone and it does not know.
+bool share_openmp(const char* path);
+
 // Memory of the calling thread, aligned to 64 bytes, kept for its next call; contents undefined.
 char* scratch(size_t bytes);
 

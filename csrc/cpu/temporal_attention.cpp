@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kMaxQueryBlock = 64;
 constexpr int64_t kStageFloats = 112 * 1024;  // Q, K and V rows of one step: with scores and results, under 1 MB
-constexpr int64_t kStreamBytes = 8 << 20;     // a larger result has left the caches before anybody reads it
 
 struct Plan {
   const TemporalAttention& a;
@@ -37,9 +36,7 @@ struct Plan {
     positions = larger(1, smaller(64, n.B * n.S / (8 * a.threads)));
     chunks = (n.S + positions - 1) / positions;
     split_heads = n.B * chunks < 4 * a.threads;
-    const int64_t out_row = n.D * size_of(a.out.dtype), vector = W * size_of(a.out.dtype);
-    stream = n.B * n.T * n.S * n.H * out_row >= kStreamBytes && n.D % W == 0 &&
-             reinterpret_cast<uintptr_t>(a.out.data) % vector == 0 && aligned_strides();
+    stream = streams(a.out);
   }
 
   int64_t items() const { return shape.B * chunks * (split_heads ? head_groups : 1); }
@@ -50,11 +47,6 @@ struct Plan {
     for (int64_t n = from - shape.group; n > shape.group; n -= shape.group)
       if (shape.H % n == 0) return n;
     return shape.group;
-  }
-  bool aligned_strides() const {
-    for (int axis = 0; axis < 4; ++axis)
-      if (a.out.stride[axis] % W) return false;
-    return true;
   }
 };
 

@@ -13,8 +13,8 @@ namespace vdcore::cpu::VDCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxBlock = 128;
-constexpr int64_t kBlockFloats = 16 * 1024;   // of one tensor's rows of one head
-constexpr int64_t kStageFloats = 128 * 1024;  // rows and gradients of one step, in L2
+constexpr int64_t kBlockFloats = 16 * 1024;  // of one tensor's rows of one head
+constexpr int64_t kStageFloats = 64 * 1024;  // rows and gradients of one step, in L2
 
 struct Plan {
   const TemporalAttentionBackward& g;
@@ -258,22 +258,30 @@ class Backward {
     if (!g.dq) return;
     through_norm_rope(query_side(a), a.q, queries, at.heads, t.dq, g.dq_weight, g.dq_bias,
                       [&](int64_t frame) { return sees_any(frame); });
-    write(g.dq, queries, at.heads, t.dq, 1.f);
+    write(g.dq, queries, at.heads, t.dq, transformed() ? 1.f : a.scale);
   }
   void finish_keys(Run keys) {
     if (g.dv) write(g.dv, keys, kv_heads, t.dv, 1.f);
     if (!g.dk) return;
     through_norm_rope(key_side(a), a.k, keys, kv_heads, t.dk, g.dk_weight, g.dk_bias,
                       [&](int64_t frame) { return seen_by(frame).size() > 0; });
-    write(g.dk, keys, kv_heads, t.dk, 1.f);
+    write(g.dk, keys, kv_heads, t.dk, transformed() ? 1.f : a.scale);
   }
 
+  bool transformed() const { return a.norm.kind != NormKind::none || a.rope.style != RopeStyle::none; }
+
   void write(const TensorView& x, Run frames, HeadRange heads, Stage stage, float factor) {
+    const bool stream = streams(x);
     with_dtype(x.dtype, [&](auto type) {
       for (int64_t f = frames.begin; f < frames.end; ++f)
-        for (int64_t h = 0; h < heads.count; ++h)
-          write_row<decltype(type)::value>(x.at(at.b, f, at.s, heads.first + h), n.D,
-                                           stage.head(h).at(f - frames.begin, 0).data, factor);
+        for (int64_t h = 0; h < heads.count; ++h) {
+          char* row = x.at(at.b, f, at.s, heads.first + h);
+          const float* in = stage.head(h).at(f - frames.begin, 0).data;
+          if (stream)
+            stream_row<decltype(type)::value>(row, n.D, in, factor);
+          else
+            write_row<decltype(type)::value>(row, n.D, in, factor);
+        }
     });
   }
 
@@ -282,6 +290,7 @@ class Backward {
   template <typename Live>
   void through_norm_rope(const Side& side, const TensorView& x, Run frames, HeadRange heads, Stage grad, float* dweight,
                          float* dbias, const Live& live) {
+    if (!transformed()) return;
     const bool norm = a.norm.kind != NormKind::none, over_all = a.norm.over_all;
     const int64_t pairs = a.rope.style == RopeStyle::none ? 0 : a.rope.cos.size[3];
     const int64_t width = over_all ? x.size[3] * n.D : n.D;  // of a weight
@@ -302,7 +311,7 @@ class Backward {
       for (int64_t h = 0; h < heads.count; ++h) {
         float* d = grad.head(h).at(f - frames.begin, 0).data;
         for (int64_t c = 0; c < n.row; c += W) store(d + c, load(d + c) * a.scale);
-        if (!alive || !(norm || pairs)) continue;
+        if (!alive) continue;
         const int64_t head = heads.first + h, w = over_all ? head * n.D : 0;
         const float *weight = side.weight ? side.weight + w : nullptr, *bias = side.bias ? side.bias + w : nullptr;
         if (norm || g.dcos) {
@@ -384,6 +393,7 @@ void run_item(const Plan& p, int64_t item) {
     }
     Backward(p, tiles, now, prefetch).run();
   }
+  stream_fence();
 }
 
 }  // namespace

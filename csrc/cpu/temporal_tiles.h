@@ -150,6 +150,18 @@ struct NextRows {
   }
 };
 
+// A result that has left the caches before anybody reads it is written past them; its rows must lie on whole vectors.
+inline bool streams(const TensorView& x) {
+  constexpr int64_t kStreamBytes = 8 << 20;
+  int64_t bytes = size_of(x.dtype);
+  bool aligned = reinterpret_cast<uintptr_t>(x.data) % (W * bytes) == 0 && x.size[x.ndim - 1] % W == 0;
+  for (int axis = 0; axis < x.ndim; ++axis) {
+    bytes *= x.size[axis];
+    if (axis < x.ndim - 1) aligned = aligned && x.stride[axis] % W == 0;
+  }
+  return aligned && bytes >= kStreamBytes;
+}
+
 inline VisibleKeys visible_keys(const TemporalAttention& a, int64_t b, int64_t first_query) {
   const VisibleFrames& v = a.visible;
   const int64_t at = (v.per_sample ? b * a.q.size[1] : 0) + first_query;

@@ -136,8 +136,8 @@ void product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, bool ac
   }
 }
 
-// C[0:m, 0:n] = A[0:m, 0:k] B[0:k, 0:n] for scores. A long sum is taken in parts of about 64 terms: rounding errors grow
-// with the length of the chain of additions, and the softmax passes those of a score on to everything.
+// C[0:m, 0:n] = A[0:m, 0:k] B[0:k, 0:n] for scores. A long sum is taken in parts of about 64 terms: rounding errors
+// grow with the length of the chain of additions, and the softmax passes those of a score on to everything.
 template <typename P>
 void score_product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, P& prefetch) {
   constexpr int64_t kLongest = 96;
