@@ -6,7 +6,7 @@ from functools import cache
 
 from vdcore.backends._native import why_no_native
 from vdcore.backends.base import Backend
-from vdcore.backends.cpu import frame_attention, temporal_attention
+from vdcore.backends.cpu import frame_attention, gated_attention, temporal_attention
 
 
 @cache
@@ -14,4 +14,10 @@ def missing() -> str | None:
     return why_no_native()
 
 
-BACKEND = Backend(name="cpu", missing=missing, operators={**temporal_attention.OPERATORS, **frame_attention.OPERATORS})
+_FAMILIES = (temporal_attention, frame_attention, gated_attention)
+
+BACKEND = Backend(
+    name="cpu",
+    missing=missing,
+    operators={op: implementation for family in _FAMILIES for op, implementation in family.OPERATORS.items()},
+)

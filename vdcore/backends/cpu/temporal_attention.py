@@ -19,15 +19,21 @@ def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRop
     )
 
 
+def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
+    """Fills out and lse."""
+    native().temporal_attention_forward(*_arguments(c, out, lse, NormRope(c.norm, c.rope)))
+
+
 def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
     out, lse = c.empty_outputs()
-    native().temporal_attention_forward(*_arguments(c, out, lse if c.lse else None, NormRope(c.norm, c.rope)))
+    run_forward(c, out, lse if c.lse else None)
     return out, lse
 
 
-def _backward(
+def run_backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
+    """Gradients by the names of ``c.TENSORS``."""
     out, lse = outputs
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
@@ -86,4 +92,4 @@ def _why_not(c: TemporalCall) -> str | None:
     return why_not(c.q.device.type, c.q.dtype, c.q.shape[-1])
 
 
-OPERATORS = {"temporal_attention": Implementation(_forward, _backward, _why_not)}
+OPERATORS = {"temporal_attention": Implementation(_forward, run_backward, _why_not)}
