@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdcore.integrations._rebind import rebind
 from vdcore.integrations.diffusers._attention import cross, video
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._swap import Processor, note_left, why_not_processor
@@ -87,17 +88,8 @@ class Rebound(Processor):
         return self._call(self.host, attn, *args, **kwargs)
 
     def _rebind(self) -> Callable[..., Any]:
-        function: Any = inspect.unwrap(self.HOST.__call__)
-        names = {
-            **function.__globals__,
-            DISPATCH: self.dispatch,
-            "F": SimpleNamespace(**{**F.__dict__, TORCH: self.torch_attention}),
-        }
-        # Without a name of its module torch.compile takes these globals, and not the module's.
-        names.pop("__name__", None)
-        rebound = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-        rebound.__kwdefaults__ = function.__kwdefaults__
-        return rebound
+        torch_functions = SimpleNamespace(**{**F.__dict__, TORCH: self.torch_attention})
+        return rebind(self.HOST.__call__, {DISPATCH: self.dispatch, "F": torch_functions})
 
     # ---- the two functions, with the arguments of those that they stand for ----
 

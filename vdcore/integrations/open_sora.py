@@ -1,0 +1,142 @@
+"""Open-Sora 1.2 (STDiT3): its spatial and temporal blocks on ``(B, T, S, C)``.
+
+The host rearranges ``B (T S) C`` to ``(B S) T C`` and back around every temporal attention. Tested against blocks with
+the attributes and calls of ``opensora/models/stdit/stdit3.py``; the repository itself is not installed in the tests.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vdcore
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+
+BLOCK = "STDiT3Block"
+
+
+def swap_in(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Puts the blocks of an STDiT3 on vdcore; returns the paths of those served, and of those left with the reason."""
+    served, left = [], {}
+    for path, module in model.named_modules():
+        host: Any = type(module)
+        if host.__name__ != BLOCK:
+            continue
+        reason = None if issubclass(host, _Served) else why_not(module)
+        if reason is None:
+            served.append(path)
+            module.__class__ = host if issubclass(host, _Served) else _served(host)
+        else:
+            left[path] = reason
+    return served, left
+
+
+def swap_out(model: nn.Module) -> None:
+    """Undoes :func:`swap_in`, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, _Served):
+            module.__class__ = type(module).host  # type: ignore[attr-defined]
+
+
+def why_not(block: Any) -> str | None:
+    """Why a block is not one of those that this file knows."""
+    attn = block.attn
+    if type(attn).__name__ != "Attention":
+        return f"its attention is {type(attn).__name__}"
+    if getattr(attn, "qk_norm_legacy", False):
+        return "it norms queries and keys after rotating them"
+    if getattr(attn, "is_causal", False) or getattr(attn, "attn_drop", nn.Dropout(0)).p:
+        return "its attention is causal or drops out probabilities"
+    if type(block.norm1) is not nn.LayerNorm or type(block.norm2) is not nn.LayerNorm:
+        return f"its norm is {type(block.norm1).__name__}"
+    if "forward" in block.__dict__ or "forward" in attn.__dict__:
+        return "its forward is replaced already"
+    if type(attn.q_norm) is not type(attn.k_norm) or (
+        type(attn.q_norm) is not nn.Identity and not (hasattr(attn.q_norm, "weight") and _eps(attn.q_norm) is not None)
+    ):
+        return f"its norm of queries is {type(attn.q_norm).__name__}"
+    return None
+
+
+class _Served:
+    """Base of the classes that replace a host's."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).host,), self.__dict__.copy()  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=8)
+def _served(host: Any) -> Any:
+    return type(host.__name__, (_Served, host), {"forward": forward, "host": host, "__module__": host.__module__})
+
+
+def _rebuild(host: Any) -> Any:
+    cls = _served(host)
+    return cls.__new__(cls)
+
+
+def forward(
+    self: Any,
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    mask: Any = None,
+    x_mask: Tensor | None = None,
+    t0: Tensor | None = None,
+    T: int | None = None,
+    S: int | None = None,
+) -> Tensor:
+    """A block on tokens ``(B, T*S, C)``; with frames that are given, ``x_mask``, it is the host's."""
+    if x_mask is not None or T is None or S is None:
+        return type(self).host.forward(self, x, y, t, mask, x_mask, t0, T, S)
+    table = self.scale_shift_table[None] + t.reshape(x.shape[0], 6, -1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)  # (B, C)
+    x = x.unflatten(1, (T, S))
+    x = _residual(self, x, attend(self, _modulated(self.norm1, x, shift, scale)), gate)
+    rows = x.flatten(1, 2)
+    x = (rows + self.cross_attn(rows, y, mask)).unflatten(1, (T, S))
+    x = _residual(self, x, self.mlp(_modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
+    return x.flatten(1, 2)
+
+
+def attend(block: Any, x: Tensor) -> Tensor:
+    """The block's attention on ``(B, T, S, C)``, its projections packed."""
+    attn = block.attn
+    packed = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))  # (B, T, S, 3, H, D)
+    norm = None
+    if type(attn.q_norm) is not nn.Identity:
+        norm = QKNorm(attn.q_norm.weight, attn.k_norm.weight, eps=_eps(attn.q_norm) or 0.0)
+    rope = rope_of(attn.rotary_emb, x.shape[1], packed) if getattr(attn, "rope", False) else None
+    if block.temporal:
+        out = vdcore.temporal_attention(packed, norm=norm, rope=rope, scale=attn.scale)
+    else:
+        out = vdcore.spatial_attention(packed, norm=norm, rope=rope, scale=attn.scale)
+    assert isinstance(out, Tensor)
+    return attn.proj_drop(attn.proj(out.flatten(-2)))
+
+
+def rope_of(rotate: Any, frames: int, like: Tensor) -> Rope:
+    """The table behind a host's rotation of ``(B, H, T, D)``: what it makes of the pair (1, 0) is (cos, sin)."""
+    pairs = torch.zeros(1, 1, frames, like.shape[-1], device=like.device, dtype=torch.float32)
+    pairs[..., 0::2] = 1
+    turned = rotate(pairs)[0, 0, :, None].to(torch.float32)  # (T, 1, D)
+    return Rope(turned[..., 0::2], turned[..., 1::2])
+
+
+def _eps(norm: Any) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+
+
+def _residual(block: Any, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """``x + drop_path(gate * branch)``."""
+    if block.training and type(block.drop_path) is not nn.Identity:
+        return x + block.drop_path(gate[:, None, None] * branch)
+    return vdcore.gate_residual(x, branch, gate)
