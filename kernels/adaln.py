@@ -51,17 +51,15 @@ ROWS = (
     RowConfig("", 1, 1, _WARP, 2560),
     RowConfig("", 2, 1, _WIDE, 4096),
     RowConfig("", 4, 1, _WIDE, 8192),
-    RowConfig("", 8, 1, _WIDE, 16384),
 )
 BACKWARD_ROWS = (
     RowConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 512),
     RowConfig("", 2, 1, _SUMS, 1280),
     RowConfig("", 4, 1, _SUMS, 2560),
     RowConfig("", 8, 1, _SUMS, 5120),
-    RowConfig("", 16, 1, _SUMS, 10240),
-    RowConfig("", 32, 1, _SUMS, 16384),
+    RowConfig("", 32, 1, _SUMS, 8192),
 )
-MAX_CHANNELS = 16384
+MAX_CHANNELS = 8192
 
 
 @triton.jit

@@ -57,7 +57,7 @@ FORWARD = (
     FrameConfig("sm_8", 8, 1, "predicted: one stage of 256 channels", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 64, 32, 128),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 256),
-    FrameConfig("", 4, 1, _FLOAT32, 32, 32, 128, 4),
+    FrameConfig("", 8, 1, _FLOAT32, 16, 32, 128, 4),
     FrameConfig("", 8, 1, _FLOAT32, 32, 32, 256, 4),
 )
 

@@ -16,6 +16,7 @@ from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames
 from vdcore.kernels._launch import Config, cdiv, launch, power_of_2, step
 from vdcore.kernels._products import power, rows_times, times_rows
 from vdcore.kernels._tile import (
+    Row,
     filled,
     keep,
     load_rows,
@@ -53,27 +54,27 @@ QUERIES = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "predicted: a warpgroup holds 64 rows' scores and their gradient", 64, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 2, "predicted: keys and values of two stages, 128 KB", 128, 64, 128),
-    FrameConfig("sm_9|sm_10", 8, 1, "predicted: 256 channels: one stage", 64, 64, 256),
+    FrameConfig("sm_9|sm_10", 8, 1, "predicted: 256 channels: one stage", 32, 64, 256),
     FrameConfig("sm_8", 4, 2, "predicted: two stages of 64 keys", 64, 64, 64),
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 64, 64, 128),
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "predicted: 64 KB of shared memory", 32, 16, 256),
-    FrameConfig("", 4, 1, _FLOAT32, 32, 32, 128, 4),
+    FrameConfig("", 8, 1, _FLOAT32, 16, 32, 128, 4),
     FrameConfig("", 8, 1, _FLOAT32, 32, 32, 256, 4),
 )
 # m: queries, walked through; n: keys, held.
 KEYS = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "predicted: two gradients of 64 rows in a warpgroup's registers", 64, 64, 64),
-    FrameConfig("sm_9|sm_10", 8, 2, "predicted: two gradients of 128 rows take 128 registers", 64, 128, 128),
-    FrameConfig("sm_9|sm_10", 8, 1, "predicted: two gradients of 256 channels leave room for 64 rows", 32, 64, 256),
+    FrameConfig("sm_9|sm_10", 8, 2, "predicted: two gradients of 128 rows take 128 registers", 32, 128, 128),
+    FrameConfig("sm_9|sm_10", 8, 1, "predicted: two gradients of 256 channels leave room for 32 rows", 32, 32, 256),
     FrameConfig("sm_8", 4, 2, "predicted: two stages of 64 queries", 64, 64, 64),
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 32, 64, 128),
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 32, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "predicted: 64 KB of shared memory", 16, 32, 256),
-    FrameConfig("", 4, 1, _FLOAT32, 32, 32, 128, 4),
+    FrameConfig("", 8, 1, _FLOAT32, 16, 32, 128, 4),
     FrameConfig("", 8, 1, _FLOAT32, 32, 32, 256, 4),
 )
 DELTA = Config("", 4, 1, "predicted: bound by memory: 16 values a thread of out and its gradient")
@@ -353,16 +354,18 @@ def frame_attention_bwd_kv_kernel(
     n_low, n_run, n_txt, n_left = walk(0, begin, end, n_text, BM)
     n_whole = n_run + n_txt
     for i in range(i_split, n_whole * R, splits):
-        first, of_text = whole_tile(i % n_whole, 0, n_run, begin, BM)
-        i_h = i_g * R + i // n_whole
+        i_r = i // n_whole if R > 1 else 0
+        first, of_text = whole_tile(i - i_r * n_whole, 0, n_run, begin, BM)
+        i_h = i_g * R + i_r
         b_dk, b_dv = _to_keys(
             *(b_dk, b_dv, b_k, b_v, q, text_q, do, p_lse, p_delta, of_text, i_b, i_h, first, first),
             *(S_q, H, N, o_video, o_text, exponent),
             *(BM, A, FLAT, TEXT, True, ROW, PRECISION),
         )
     for i in range(i_split, n_left * R, splits):
-        first, stop, of_text = left_tile(i % n_left, 0, begin, end, n_text, BM)
-        i_h = i_g * R + i // n_left
+        i_r = i // n_left if R > 1 else 0
+        first, stop, of_text = left_tile(i - i_r * n_left, 0, begin, end, n_text, BM)
+        i_h = i_g * R + i_r
         b_dk, b_dv = _to_keys(
             *(b_dk, b_dv, b_k, b_v, q, text_q, do, p_lse, p_delta, of_text, i_b, i_h, first, stop),
             *(S_q, H, N, o_video, o_text, exponent),
@@ -374,6 +377,11 @@ def frame_attention_bwd_kv_kernel(
     i_part = i_split * B + i_b
     store_tokens(dk, text_dk, is_text, i_part, i_g, start, m_rows, S_k, b_dk, BN, A, FLAT, TEXT, ROW)
     store_tokens(dv, text_dv, is_text, i_part, i_g, start, m_rows, S_k, b_dv, BN, A, FLAT, TEXT, ROW)
+
+
+def _row(D: int) -> Row:
+    """One tile above 128 channels: a second one's operands leave no registers for two gradients."""
+    return split_row(D) if D <= 128 else Row(D, D, power_of_2(D))
 
 
 def _group(chunk: int, sink: int, T_k: int) -> int:
@@ -416,7 +424,7 @@ def frame_backward(
     if dout.stride(1) >= NEAR:
         dout = dout.contiguous()
     numbers, _ = mask_numbers(mask, T, T_k, q_start)
-    row = split_row(D)
+    row = _row(D)
     texts, text_grads = text or (None,) * 3, text_gradients or (None,) * 3
     config = pick_for(KEYS, q)
     group = _group(numbers[2], numbers[3], T_k)

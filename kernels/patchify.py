@@ -35,12 +35,12 @@ _INTERPRETED = PatchConfig("interpreter", 4, 1, "several tiles and steps in a sm
 _FLOAT32 = PatchConfig("", 4, 1, "float32 is multiplied exactly, on the plain units", 32, 32, 16, 4)
 GATHER = (
     _INTERPRETED,
-    PatchConfig("", 4, 2, "predicted: writing tokens is the cost: 128 channels are full lines", 64, 128, 32),
+    PatchConfig("", 8, 2, "predicted: writing tokens is the cost: 128 channels are full lines", 64, 128, 32),
     _FLOAT32,
 )
 SCATTER = (
     _INTERPRETED,
-    PatchConfig("", 4, 3, "predicted: reading tokens is the cost: 64 columns hold most patches, so once", 64, 64, 64),
+    PatchConfig("", 8, 2, "predicted: reading tokens is the cost: 64 columns hold most patches, so once", 64, 64, 64),
     _FLOAT32,
 )
 WEIGHT = (

@@ -59,28 +59,27 @@ def _live(x: Tensor | None) -> Live | None:
 
 @dataclass(frozen=True)
 class LineConfig(Config):
-    """values: channels times heads that a program holds at a time."""
+    """values: channels times heads that a program holds; programs: of sums, each with a part that is then added up."""
 
     values: int = 4096
+    programs: int = 1024
 
 
 _LINES = "predicted: 32 values a thread are 4 loads of 16 bytes in flight, and heads of one token share its angles"
 _TOKEN = "a norm over all heads holds a token's heads at once"
 LINES = (
-    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024),
+    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024, 8),
     LineConfig("", 4, 1, _LINES, 4096),
     LineConfig("", 8, 1, _TOKEN, 8192),
-    LineConfig("", 16, 1, _TOKEN, 16384),
 )
 _SUMS = "predicted: rows, gradients and two sums of 16 values a thread each stay under 128 registers"
 BACKWARD_LINES = (
-    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024),
+    LineConfig("interpreter", 4, 1, "so few lines that a small case takes several programs", 1024, 8),
     LineConfig("", 4, 1, _SUMS, 2048),
     LineConfig("", 8, 1, _TOKEN, 4096),
     LineConfig("", 16, 1, _TOKEN, 8192),
-    LineConfig("", 32, 1, _TOKEN, 16384),
 )
-MAX_TOKEN = 16384  # heads times channels, each as wide as its tile, of a norm over all heads
+MAX_TOKEN = 8192  # heads times channels, each as wide as its tile, of a norm over all heads
 
 
 @triton.jit
@@ -376,10 +375,6 @@ def row_stats(x: Tensor, norm: QKNorm) -> Tensor:
     return stats
 
 
-# Programs of a backward, each with one partial sum of the weights' gradients: more than any GPU holds at a time.
-_PROGRAMS = 2048
-
-
 def norm_rope_backward(
     x: Tensor,
     dy: Tensor,
@@ -418,7 +413,7 @@ def norm_rope_backward(
     config, BN = _lines(BACKWARD_LINES, x, row, norm_constants["ALL"])
     A = step(x, dy)
     blocks = B * T * cdiv(S * H, H if norm_constants["ALL"] else BN)
-    programs = min(blocks, _PROGRAMS)
+    programs = min(blocks, 2 * config.programs)
     partial = {
         name: torch.empty(programs, found[name].numel(), dtype=torch.float32, device=x.device)
         for name in ("weight", "bias")
@@ -466,7 +461,7 @@ def _table_gradients(
     count = cells[0] * cells[1] * cells[2]
     summed = B * T * S * H // count
     config, BN = _lines(BACKWARD_LINES, x, row, 0)
-    chunks = max(min(cdiv(1024, count), cdiv(summed, BN)), 1)
+    chunks = max(min(cdiv(config.programs, count), cdiv(summed, BN)), 1)
     partial = torch.empty(chunks, 2, *cells, shape[3], dtype=torch.float32, device=x.device)
     A = step(x, dy)
     launch(

@@ -42,7 +42,6 @@ from vdcore.kernels._tile import (
     split_row,
     store_rows,
     to,
-    zeros,
 )
 from vdcore.kernels.qk_norm_rope import norm_rope_backward, norm_rope_forward, row_stats
 
@@ -64,16 +63,16 @@ class TemporalConfig(Config):
 _FLIGHT = "predicted: q, k and v of 5,120 values are 30 KB in flight at 110 registers, so 120 KB an SM"
 _LINE = "one line; predicted: its scores and result spread over twice the threads stay clear of spilling"
 FORWARD = (
-    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
-    TemporalConfig("interpreter", 8, 1, _LINE, 32768),
+    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),
+    TemporalConfig("interpreter", 8, 1, _LINE, 65536),
     TemporalConfig("", 4, 1, _FLIGHT, 5120),
     TemporalConfig("", 8, 1, _LINE, 8192),
     TemporalConfig("", 8, 1, _LINE, 16384),
     TemporalConfig("", 8, 1, _LINE, 32768),
 )
 BACKWARD = (
-    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 2048),
-    TemporalConfig("interpreter", 8, 1, _LINE, 8192),
+    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),
+    TemporalConfig("interpreter", 8, 1, _LINE, 16384),
     TemporalConfig("", 4, 1, "predicted: four tensors in and three out of 4,096 values at 115 to 250 registers", 4096),
     TemporalConfig("", 8, 1, _LINE, 8192),
 )
@@ -174,6 +173,74 @@ def _store_sums(p_sums, i, n, b_b, b_h, norm, ROW: tl.constexpr):
         store_rows(p_sums, o_p + ROW.D, o_p >= 0, _all_rows(b_b), ROW)
 
 
+@triton.jit
+def _one_head(
+    i_r,
+    b_k,  # [BP, BK, W]
+    b_v,
+    q,
+    do,
+    dq,
+    p_dlse,
+    q_norm,
+    angles,
+    p_sums,
+    pairs,  # what frame_pairs says
+    lines,  # what line_block says
+    frames,
+    S,
+    G,
+    factor,
+    ROW: tl.constexpr,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    BQ: tl.constexpr,
+    MASKED: tl.constexpr,
+    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    STYLE: tl.constexpr,
+    R2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes dq of the i_r-th query head of every line; returns what it adds to dk and dv, [BP, BK, W]."""
+    T, q_start = frames[0], frames[2]
+    m_t, m_f, seen = pairs
+    i_b, o_s, o_g, m_n = lines
+    o_t = tl.arange(0, BQ)
+    o_h = o_g * R + i_r
+    b_q = normed_turned(
+        frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
+        *(q_norm, None, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
+        *(LINES, ROW, KIND, 0, STYLE, R2),
+    )
+    b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
+    b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
+    b_m = tl.max(b_s, 2, keep_dims=True)
+    b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
+    b_l = tl.sum(b_p, 2, keep_dims=True)
+    b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
+    seeing = tl.permute(seen, (0, 2, 1))
+    b_dv = weighted(transposed(b_p).to(b_do[0].dtype), b_do, seeing, MASKED, PRECISION)
+    b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
+    b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
+    if p_dlse is not None:
+        o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
+        b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
+        b_delta -= b_dlse[:, :, None]
+    b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
+    b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
+    if KIND > 0 or STYLE > 0:
+        b_g, b_h, b_b = gradient_back(
+            *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
+            *(LINES, A, ROW, KIND, STYLE, R2),
+        )
+        if p_sums is not None:
+            _store_sums(p_sums, i_r, R + 1, b_b, b_h, q_norm, ROW)
+    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, A, ROW)
+    return weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, MASKED, PRECISION), b_dv
+
+
 @triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_bwd_kernel(
     q,  # Rows (B, T, S, G*R, D)
@@ -207,7 +274,7 @@ def temporal_attention_bwd_kernel(
     R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T, T_k, q_start = frames[0], frames[1], frames[2]
+    T_k = frames[1]
     o_t = tl.arange(0, BQ)
     o_f = tl.arange(0, BK)
     i_b, o_s, o_g, m_n = line_block(tl.program_id(0), S, G, BP)
@@ -218,49 +285,19 @@ def temporal_attention_bwd_kernel(
         *(k_norm, None, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f),
         *(LINES, ROW, KIND, 0, STYLE, R2),
     )
-    if R > 1:
-        b_dk = zeros(BP, BK, ROW)
-        b_dv = zeros(BP, BK, V)
-    for i_r in tl.static_range(R):
-        o_h = o_g * R + i_r
-        b_q = normed_turned(
-            frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
-            *(q_norm, None, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
-            *(LINES, ROW, KIND, 0, STYLE, R2),
+    pairs = (m_t, m_f, seen)
+    lines = (i_b, o_s, o_g, m_n)
+    b_dk, b_dv = _one_head(
+        *(0, b_k, b_v, q, do, dq, p_dlse, q_norm, angles, p_sums, pairs, lines, frames, S, G, factor),
+        *(ROW, V, A, R, BQ, MASKED, LINES, KIND, STYLE, R2, PRECISION),
+    )
+    for i_r in range(1, R):
+        b_k_more, b_v_more = _one_head(
+            *(i_r, b_k, b_v, q, do, dq, p_dlse, q_norm, angles, p_sums, pairs, lines, frames, S, G, factor),
+            *(ROW, V, A, R, BQ, MASKED, LINES, KIND, STYLE, R2, PRECISION),
         )
-        b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
-        b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
-        b_m = tl.max(b_s, 2, keep_dims=True)
-        b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
-        b_l = tl.sum(b_p, 2, keep_dims=True)
-        b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
-        seeing = tl.permute(seen, (0, 2, 1))
-        b_part = weighted(transposed(b_p).to(b_do[0].dtype), b_do, seeing, MASKED, PRECISION)
-        if R > 1:
-            b_dv = add(b_dv, b_part)
-        else:
-            store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_part, A, V)
-        b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
-        b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
-        if p_dlse is not None:
-            o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
-            b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
-            b_delta -= b_dlse[:, :, None]
-        b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
-        b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
-        if KIND > 0 or STYLE > 0:
-            b_g, b_h, b_b = gradient_back(
-                *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
-                *(LINES, A, ROW, KIND, STYLE, R2),
-            )
-            if p_sums is not None:
-                _store_sums(p_sums, i_r, R + 1, b_b, b_h, q_norm, ROW)
-        store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, A, ROW)
-        b_part = weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, MASKED, PRECISION)
-        if R > 1:
-            b_dk = add(b_dk, b_part)
-        else:
-            b_dk = b_part
+        b_dk, b_dv = add(b_dk, b_k_more), add(b_dv, b_v_more)
+    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, V)
     if KIND > 0 or STYLE > 0:
         b_dk, b_h, b_b = gradient_back(
             *(b_dk, k, k_norm, angles, 0, i_b, o_s, o_g, o_f, m_n, m_f),
@@ -269,8 +306,6 @@ def temporal_attention_bwd_kernel(
         if p_sums is not None:
             _store_sums(p_sums, R, R + 1, b_b, b_h, k_norm, ROW)
     store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, A, ROW)
-    if R > 1:
-        store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, V)
 
 
 # ---- Launch ----
@@ -285,12 +320,20 @@ def _pick(
     table: tuple[TemporalConfig, ...], q: Tensor, T: int, T_k: int, row: Row, weight: int
 ) -> tuple[TemporalConfig, int] | None:
     """Config and lines a program; None where none holds a line. ``weight``: registers a value takes, to a plain one."""
-    line = max(_side(T), _side(T_k)) * row.width * weight
+    line = max(_side(T), _side(T_k)) * row.width * weight * q.element_size() // 2
     arch = arch_of(q)
     if max(T, T_k) > MAX_FRAMES or not any(c.serves(arch) and c.values >= line for c in table):
         return None
     config = pick(table, arch, lambda c: c.values >= line)
     return config, max(power_of_2(config.values // line + 1) // 2, 1)
+
+
+def _moved_row(D: int, rope: Rope | None) -> Row:
+    """Rows that are normed or turned and taken back: one tile, unless turning needs two, where 72 is 64 + 16.
+
+    Found by compiling: a narrow second tile takes more registers than the places it saves.
+    """
+    return split_row(D, rope) if rope is not None and rope.style == "half" else Row(D, D, max(power_of_2(D), 16))
 
 
 def _stats(x: Tensor, norm: QKNorm | None) -> Tensor | None:
@@ -389,15 +432,16 @@ def temporal_backward(
     dq, dk, dv = gradients
     # Norm and rope are taken back in registers, but for what sums over heads or positions, and for long lines.
     picked = None
+    shared = 2 if q.shape[3] > k.shape[3] else 1  # heads that share keys: two more sums
     if moves and not wanted & {"cos", "sin"} and (norm is None or norm.over == "head"):
-        picked = _pick(BACKWARD, q, T, T_k, split_row(D, rope), 2)
+        picked = _pick(BACKWARD, q, T, T_k, _moved_row(D, rope), 2 * shared)
     back = picked is not None
     q_seen, k_seen = q, k
     if moves and not back:
         q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not back:
-        picked = _pick(BACKWARD, q, T, T_k, split_row(D), 2 if masked else 1)
+        picked = _pick(BACKWARD, q, T, T_k, split_row(D), (2 if masked else 1) * shared)
     sums = None
     if picked is None:
         long.temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, dq, dk, dv, scale=scale, **frames)
@@ -445,7 +489,7 @@ def _short_backward(
     """All frames in one pass; returns partial sums ``(programs, R + 1, 2, D)`` of the norm's gradients, if wanted."""
     B, T, S, H, D = q.shape
     T_k, G = k.shape[1], k.shape[3]
-    row = split_row(D, rope)
+    row = split_row(D) if norm is None and rope is None else _moved_row(D, rope)
     config, BP = picked
     numbers, masked = mask_numbers(frames["mask"], T, T_k, frames["q_start"])
     A = step(q, k, v, dout, dq, dk, dv)

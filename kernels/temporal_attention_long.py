@@ -46,7 +46,8 @@ BACKWARD = (
     LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 64),
     LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 144),
     LongConfig("", 8, 1, _LESS, 32, 192),
-    LongConfig("", 8, 1, _LESS, 16, 1024),
+    LongConfig("", 8, 1, _LESS, 16, 512),
+    LongConfig("", 4, 1, _LESS, 16, 1024),
 )
 
 

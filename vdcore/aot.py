@@ -201,7 +201,7 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
             },
             False,
         )
-        for H, D in ((16, 72), (24, 128), (40, 128), (128, 128))
+        for H, D in ((16, 72), (24, 128), (40, 128))
     },
     **{
         f"modulate, {C} channels": (
@@ -209,7 +209,7 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
             lambda C=C: {"x": _t(2, 4, 256, C), "shift": _t(2, C), "scale": _t(2, C), "weight": _t(C), "bias": _t(C)},
             C == 3072,
         )
-        for C in (1152, 1536, 3072, 5120, 9216, 16384)
+        for C in (1152, 1536, 3072, 5120, 8192)
     },
     "gate_residual, 3072 channels": (
         "gate_residual",
