@@ -32,6 +32,7 @@ class Call:
     ATTRIBUTES: ClassVar[tuple[str, ...]]  # torch schema declarations
     OUTPUTS: ClassVar[int] = 1
     SAVES_OUTPUTS: ClassVar[bool] = False
+    PASSED: ClassVar[dict[str, int]] = {}  # tensor -> output whose gradient is the tensor's: no backend is asked for it
 
     op: str
     grad: bool
@@ -523,6 +524,7 @@ class GateResidualCall(Call):
 
     TENSORS: ClassVar[tuple[str, ...]] = ("residual", "x", "gate")
     ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
+    PASSED: ClassVar[dict[str, int]] = {"residual": 0}
 
     residual: Tensor
     x: Tensor

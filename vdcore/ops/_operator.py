@@ -112,11 +112,15 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved_tensors = ctx.saved_tensors  # activation checkpointing hands them out once
         tensors, kept = saved_tensors[:n], saved_tensors[n:]
-        wanted = [bool(x) for x in ctx.needs_input_grad[:n]]
-        op_backward = getattr(torch.ops.vdcore, f"{op}_backward")
-        found = iter(op_backward(*grads, *kept, *tensors, *ctx.attributes, wanted, ctx.backend))
-        given = [None if x is None else next(found) for x in tensors]
-        return (*(dx if yes else None for dx, yes in zip(given, wanted)), *(None,) * (m + 2))
+        needed = [bool(x) for x in ctx.needs_input_grad[:n]]
+        wanted = [yes and name not in kind.PASSED for yes, name in zip(needed, names)]
+        given: list[Tensor | None] = [None] * n
+        if any(wanted):
+            op_backward = getattr(torch.ops.vdcore, f"{op}_backward")
+            found = iter(op_backward(*grads, *kept, *tensors, *ctx.attributes, wanted, ctx.backend))
+            given = [None if x is None else next(found) for x in tensors]
+        passed = [grads[kind.PASSED[name]] if name in kind.PASSED else dx for name, dx in zip(names, given)]
+        return (*(dx if yes else None for dx, yes in zip(passed, needed)), *(None,) * (m + 2))
 
     def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass

@@ -6,7 +6,7 @@ from functools import cache
 
 from vdcore.backends._native import why_no_native
 from vdcore.backends.base import Backend
-from vdcore.backends.cpu import frame_attention, gated_attention, temporal_attention
+from vdcore.backends.cpu import adaln, frame_attention, gated_attention, patchify, qk_norm_rope, temporal_attention
 
 
 @cache
@@ -14,7 +14,7 @@ def missing() -> str | None:
     return why_no_native()
 
 
-_FAMILIES = (temporal_attention, frame_attention, gated_attention)
+_FAMILIES = (temporal_attention, frame_attention, gated_attention, qk_norm_rope, patchify, adaln)
 
 BACKEND = Backend(
     name="cpu",

@@ -11,7 +11,7 @@ from vdcore.rope import Rope
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS = {"rms": 1, "layer": 2}
+KINDS = {"rms": 1, "layer": 2}
 _STYLES = {"interleaved": 1, "half": 2}
 
 # Sums over positions (gradients of weights and of shared rope tables) are taken in this many parts, whatever the number
@@ -19,7 +19,7 @@ _STYLES = {"interleaved": 1, "half": 2}
 SUM_PARTS = 64
 
 
-def why_not(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(device: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
     if device != "cpu":
         return f"it runs on the CPU, and the tensors are on {device}"
     if dtype not in DTYPES:
@@ -33,6 +33,11 @@ def float_weights(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself, or its copy where the innermost stride is not 1: gradients come with any strides."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
 def capsule(x: Tensor | None) -> object:
     return None if x is None else to_dlpack(x.detach() if x.requires_grad else x)
 
@@ -44,7 +49,7 @@ class NormRope:
         self.norm = self.rope = None
         if norm is not None:
             self.weights = [float_weights(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
-            self.norm = (_KINDS[norm.kind], norm.over == "all", norm.eps, *map(capsule, self.weights))
+            self.norm = (KINDS[norm.kind], norm.over == "all", norm.eps, *map(capsule, self.weights))
         if rope is not None:
             self.tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
             self.rope = (_STYLES[rope.style], *map(capsule, self.tables))

@@ -77,9 +77,7 @@ def _backward(
     temporal_wanted = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
     if temporal_wanted:
         part = (1 - gate) * dout
-        back = temporal_attention.run_backward(
-            temporal_call, (temporal, temporal_lse), (part, None), temporal_wanted
-        )
+        back = temporal_attention.run_backward(temporal_call, (temporal, temporal_lse), (part, None), temporal_wanted)
         found |= {f"temporal_{name}": x for name, x in back.items()}
     return found
 

@@ -1,0 +1,235 @@
+// Patch embedding, its inverse and their gradients: products whose patch side is gathered from the video, or scattered
+// to it, tile by tile. Three kernels serve all: tokens from patches, patches from tokens, and the weight's gradient.
+#include "cpu/patchify.h"
+
+#include "cpu/arena.h"
+#include "cpu/items.h"
+#include "cpu/kernels.h"
+#include "cpu/patches.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+namespace {
+
+constexpr int64_t kMaxTile = 64 / kBlockRows * kBlockRows;  // tokens
+constexpr int64_t kSumOver = 256;  // products of one chain of additions; as many rows of a panel stay in L1
+
+// As many tokens as keep `floats` numbers of each within a budget.
+int64_t tile_of(int64_t floats, int64_t budget) {
+  const int64_t n = budget / floats / kBlockRows * kBlockRows;
+  return n < kBlockRows ? kBlockRows : smaller(n, kMaxTile);
+}
+
+// Tokens cut into tiles, and tiles into about eight items a thread.
+struct TileRange {
+  int64_t tokens, tile, tiles_of_item;
+
+  TileRange(int64_t all, int64_t of_tile, int threads) : tokens(all), tile(of_tile) {
+    tiles_of_item = larger(1, tiles() / (8 * threads));
+  }
+  int64_t tiles() const { return (tokens + tile - 1) / tile; }
+  int64_t items() const { return (tiles() + tiles_of_item - 1) / tiles_of_item; }
+
+  template <typename Body>
+  void for_tiles(int64_t item, const Body& body) const {
+    const int64_t first = item * tiles_of_item * tile, last = smaller(tokens, first + tiles_of_item * tile);
+    for (int64_t token = first; token < last; token += tile) body(token, smaller(tile, last - token));
+  }
+};
+
+char* token_row(const TensorView& tokens, int64_t token) {
+  const int64_t T = tokens.size[1], N = tokens.size[2];
+  return tokens.at(token / N / T, token / N % T, token % N);
+}
+
+// tokens = patches * weight + bias.
+struct TokensFromPatches {
+  const PatchProduct& a;
+  PatchShape n;
+  bool stream;
+  bool staged;  // two bytes an element fill half a cache line per panel: whole rows are put together first
+  TileRange range;
+
+  explicit TokensFromPatches(const PatchProduct& args)
+      : a(args),
+        n(args.patches, args.tokens),
+        stream(may_stream(args.tokens)),
+        staged(stream && args.tokens.dtype != DType::f32),
+        range(n.tokens, staged ? smaller(tile_of(n.K, 4096), tile_of(n.E, 64 * 1024)) : tile_of(n.K, 4096),
+              args.threads) {}
+
+  void pack() const { pack_panels(a.weight.data, a.weight.k_stride, a.weight.e_stride, n.K, n.E, a.packed); }
+
+  template <DType T>
+  void run(int64_t item) const {
+    using Type = typename Element<T>::type;
+    Arena count(nullptr);
+    tiles(count);
+    Arena arena(scratch(count.used()));
+    const Tiles t = tiles(arena);
+    for (int64_t e = 0; e < n.E; ++e) t.bias[e] = a.bias ? a.bias[e] : 0.f;
+    for (int64_t e = n.E; e < panels(n.E) * kPanel; ++e) t.bias[e] = 0;
+    range.for_tiles(item, [&](int64_t token, int64_t rows) {
+      gather_patches<T>(a.patches, token, rows, t.patches, range.tile);
+      auto* out = reinterpret_cast<Type*>(staged ? t.stage : token_row(a.tokens, token));
+      for (int64_t e = 0; e < n.E; e += kPanel) {
+        const vf bias_left = load(t.bias + e), bias_right = load(t.bias + e + W);
+        multiply_panel(rows, n.K, {t.patches, 1, range.tile}, a.packed + e * n.K,
+                       [&](int64_t m, vf left, vf right) __attribute__((always_inline)) {
+                         Type* at = out + m * n.E + e;
+                         write<T>(at, left + bias_left, n.E - e, stream && !staged);
+                         write<T>(at + W, right + bias_right, n.E - e - W, stream && !staged);
+                       });
+      }
+      if (staged) copy_out(t.stage, token_row(a.tokens, token), rows * n.E * size_of(T));
+    });
+  }
+
+ private:
+  struct Tiles {
+    float *patches, *bias;
+    char* stage;
+  };
+  Tiles tiles(Arena& arena) const {
+    return {arena.floats(n.K * range.tile), arena.floats(panels(n.E) * kPanel),
+            reinterpret_cast<char*>(arena.floats(staged ? range.tile * n.E / 2 : 0))};
+  }
+  template <DType T>
+  static VDCORE_INLINE void write(typename Element<T>::type* at, vf x, int64_t columns, bool streamed) {
+    if (columns >= W)
+      streamed ? Element<T>::stream(at, x) : Element<T>::store(at, x);
+    else if (columns > 0)
+      store_partial<T>(at, x, columns);
+  }
+  // A multiple of W elements of two bytes.
+  static void copy_out(const char* in, char* out, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += sizeof(vu16))
+      stream_bytes(out + i, *reinterpret_cast<const vu16_unaligned*>(in + i));
+  }
+};
+
+// patches = tokens * weight^T + bias.
+struct PatchesFromTokens {
+  const PatchProduct& a;
+  PatchShape n;
+  TileRange range;
+
+  explicit PatchesFromTokens(const PatchProduct& args)
+      : a(args), n(args.patches, args.tokens), range(n.tokens, tile_of(n.E, 64 * 1024), args.threads) {}
+
+  void pack() const { pack_panels(a.weight.data, a.weight.e_stride, a.weight.k_stride, n.E, n.K, a.packed); }
+
+  template <DType T>
+  void run(int64_t item) const {
+    const int64_t token_floats = round_up(n.E) + W;  // not a power of two apart
+    const int64_t width = panels(n.K) * kPanel;
+    Arena count(nullptr);
+    count.floats(range.tile * token_floats), count.floats(range.tile * width), count.floats(width);
+    Arena arena(scratch(count.used()));
+    float *tokens = arena.floats(range.tile * token_floats), *sums = arena.floats(range.tile * width);
+    float* bias = arena.floats(width);
+    for (int64_t k = 0; k < width; ++k) bias[k] = a.bias && k < n.K ? a.bias[k] : 0.f;
+    range.for_tiles(item, [&](int64_t token, int64_t rows) {
+      for (int64_t m = 0; m < rows; ++m) read_row<T>(token_row(a.tokens, token + m), n.E, tokens + m * token_floats);
+      for (int64_t e = 0; e < n.E; e += kSumOver) {
+        const int64_t some = smaller(kSumOver, n.E - e);
+        for (int64_t k = 0; k < width; k += kPanel)
+          multiply_panel(rows, some, {tokens + e, token_floats, 1}, a.packed + k * n.E + e * kPanel,
+                         [&](int64_t m, vf left, vf right) __attribute__((always_inline)) {
+                           float* at = sums + m * width + k;
+                           const float* before = e ? at : bias + k;
+                           store(at, load(before) + left);
+                           store(at + W, load(before + W) + right);
+                         });
+      }
+      scatter_patches<T>(a.patches, token, rows, sums, width);
+    });
+  }
+};
+
+// An item is one part of the tokens and one range of their channels.
+struct WeightGradient {
+  const PatchWeightGradient& g;
+  PatchShape n;
+  int64_t width, ranges;  // channels of a range
+
+  explicit WeightGradient(const PatchWeightGradient& args) : g(args), n(args.patches, args.tokens) {
+    width = 1024;
+    while (width > 128 && g.parts * ((n.E + width - 1) / width) < 4 * g.threads) width /= 2;
+    ranges = (n.E + width - 1) / width;
+  }
+  int64_t items() const { return g.parts * ranges; }
+
+  template <DType T>
+  void run(int64_t item) const {
+    const int64_t part = item / ranges, e0 = item % ranges * width, columns = smaller(width, n.E - e0);
+    const int64_t first = n.tokens * part / g.parts, last = n.tokens * (part + 1) / g.parts;
+    Arena count(nullptr);
+    count.floats(n.K * kMaxTile), count.floats(kMaxTile * width), count.floats(width);
+    Arena arena(scratch(count.used()));
+    float *patches = arena.floats(n.K * kMaxTile), *tokens = arena.floats(kMaxTile * width);
+    float* line = arena.floats(width);
+    float* dweight = g.dweight + part * n.K * n.E + e0;
+    float* sum_tokens = g.sum_tokens ? g.sum_tokens + part * n.E + e0 : nullptr;
+    float* sum_patches = g.sum_patches && e0 == 0 ? g.sum_patches + part * n.K : nullptr;
+    clear(sum_tokens, columns);
+    clear(sum_patches, n.K);
+    for (int64_t k = 0; k < n.K; ++k) clear(dweight + k * n.E, columns);
+    for (int64_t token = first; token < last; token += kMaxTile) {
+      const int64_t rows = smaller(kMaxTile, last - token);
+      gather_patches<T>(g.patches, token, rows, patches, kMaxTile);
+      for (int64_t m = 0; m < rows; ++m) {
+        const char* row = token_row(g.tokens, token + m) + e0 * size_of(T);
+        read_row<T>(row, columns, line);
+        for (int64_t c = round_up(columns); c < panels(columns) * kPanel; c += W) store(line + c, vf{});
+        for (int64_t c = 0; c < columns; c += kPanel) {
+          float* at = tokens + c * kMaxTile + m * kPanel;
+          store(at, load(line + c));
+          store(at + W, load(line + c + W));
+        }
+        if (sum_tokens) add(line, columns, sum_tokens);
+      }
+      for (int64_t k = 0; k < n.K && sum_patches; ++k)
+        for (int64_t m = 0; m < rows; ++m) sum_patches[k] += patches[k * kMaxTile + m];
+      for (int64_t c = 0; c < columns; c += kPanel)
+        multiply_panel(n.K, rows, {patches, kMaxTile, 1}, tokens + c * kMaxTile,
+                       [&](int64_t k, vf left, vf right) __attribute__((always_inline)) {
+                         float* at = dweight + k * n.E + c;
+                         add_up_to(at, left, columns - c);
+                         add_up_to(at + W, right, columns - c - W);
+                       });
+    }
+  }
+
+ private:
+  static void clear(float* x, int64_t count) {
+    if (x) memset(x, 0, count * sizeof(float));
+  }
+  static VDCORE_INLINE void add_up_to(float* at, vf x, int64_t count) {
+    if (count >= W)
+      store(at, load(at) + x);
+    else if (count > 0)
+      store_partial<DType::f32>(at, load_partial<DType::f32>(at, count) + x, count);
+  }
+  static void add(const float* x, int64_t count, float* sum) {
+    for (int64_t c = 0; c < count; c += W) add_up_to(sum + c, load(x + c), count - c);
+  }
+};
+
+}  // namespace
+
+void tokens_from_patches(const PatchProduct& a) {
+  const TokensFromPatches kernel(a);
+  kernel.pack();
+  run_items(kernel, a.tokens.dtype, kernel.range.items(), a.threads);
+}
+void patches_from_tokens(const PatchProduct& a) {
+  const PatchesFromTokens kernel(a);
+  kernel.pack();
+  run_items(kernel, a.tokens.dtype, kernel.range.items(), a.threads);
+}
+void patch_weight_gradient(const PatchWeightGradient& g) {
+  const WeightGradient kernel(g);
+  run_items(kernel, g.tokens.dtype, kernel.items(), g.threads);
+}
+
+}  // namespace vdcore::cpu::VDCORE_ISA
