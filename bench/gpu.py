@@ -296,9 +296,7 @@ def _print(rows: list[Row], seconds: float) -> None:
         chosen = [r for r in rows if r.metric == metric]
         bad = [r for r in chosen if r.status == "failed"]
         worst = max((r.error_ratio or 0.0 for r in chosen), default=0.0)
-        print(
-            f"{what}: {len(chosen) - len(bad)} of {len(chosen)} well" + (f", worst ratio {worst:.2f}" if worst else "")
-        )
+        print(f"{what}: {len(bad)} of {len(chosen)} failed" + (f", worst error ratio {worst:.2f}" if worst else ""))
         for row in bad[:12]:
             print(f"  {row.op} {row.case} {row.dtype}: {row.reason} {row.error_ratio or ''}")
     print("\nmemory and time over frames, forward and backward")

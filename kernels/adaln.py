@@ -57,9 +57,10 @@ BACKWARD_ROWS = (
     RowConfig("", 2, 1, _SUMS, 1280),
     RowConfig("", 4, 1, _SUMS, 2560),
     RowConfig("", 8, 1, _SUMS, 5120),
-    RowConfig("", 32, 1, _SUMS, 8192),
+    RowConfig("", 16, 1, _SUMS, 8192),
 )
 MAX_CHANNELS = 8192
+_WIDE_SUMS = 5120
 
 
 @triton.jit
@@ -330,18 +331,25 @@ def modulate_backward(
         else:
             found[name] = torch.empty(B * T * chunks, C, dtype=torch.float32, device=x.device)
     norm = Norm(*(None if w is None else w.contiguous() for w in (weight, bias)), eps)
-    launch(
-        modulate_bwd_kernel,
-        B * T * chunks,
-        x,
-        config,
-        *(_rows(x), _rows(dy), norm, _table(scale), *(found.get(name) for name in given), T, S, rows),
-        ROW=row,
-        BR=BR,
-        KIND=KINDS[kind],
-        SHIFT_ROWS=shift.ndim == 4,
-        SCALE_ROWS=scale.ndim == 4,
-    )
+    # Four sums of wide rows do not fit into registers: those of weight and bias take a pass of their own.
+    passes = (("x", "shift", "scale"), ("weight", "bias")) if row.width > _WIDE_SUMS else (tuple(given),)
+    for names in passes:
+        if not found.keys() & set(names):
+            continue
+        launch(
+            modulate_bwd_kernel,
+            B * T * chunks,
+            x,
+            config,
+            *(_rows(x), _rows(dy), norm, _table(scale)),
+            *(found.get(name) if name in names else None for name in given),
+            *(T, S, rows),
+            ROW=row,
+            BR=BR,
+            KIND=KINDS[kind],
+            SHIFT_ROWS=shift.ndim == 4,
+            SCALE_ROWS=scale.ndim == 4,
+        )
     for name, t in tensors.items():
         if name in ("shift", "scale"):
             found[name] = _total(found[name], t)

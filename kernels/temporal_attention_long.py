@@ -46,14 +46,15 @@ BACKWARD = (
     LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 64),
     LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 144),
     LongConfig("", 8, 1, _LESS, 32, 192),
-    LongConfig("", 8, 1, _LESS, 16, 512),
-    LongConfig("", 4, 1, _LESS, 16, 1024),
+    LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 
 
 def _row(D: int, masked: bool) -> Row:
-    """One tile where a mask leaves no registers for two."""
-    return Row(D, D, max(power_of_2(D), 16)) if masked else split_row(D)
+    """One tile where a mask leaves no registers for two; two equal ones where it is too wide."""
+    if not masked:
+        return split_row(D)
+    return Row(D, D, max(power_of_2(D), 16)) if D <= 128 else Row(D, 128, 128, max(power_of_2(D - 128), 16))
 
 
 def _cost(row: Row, masked: bool) -> int:
