@@ -484,3 +484,14 @@ def test_report_reads_well():
     text = str(report)
     assert "served: 3" in text and "left: 2" in text
     assert "2 x Attention: its processor SanaLinearAttnProcessor3_0 calls no softmax attention" in text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        host = run(MODELS[name].model(), name)
+        model, _ = swapped(name)
+        with AttentionCalls() as calls:
+            ours = run(model, name)
+    assert calls.served
+    assert error_ratio(ours.bfloat16(), exact(name), [host.bfloat16()]).worst <= 1

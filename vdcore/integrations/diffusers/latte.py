@@ -19,6 +19,7 @@ from vdcore.integrations.diffusers import _frames
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._modulation import gated, modulated
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 from vdcore.integrations.diffusers.motion import feed_forward
 
@@ -92,7 +93,7 @@ def forward(
             x = _run(self, temporal, x, None, steps)
 
     shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)  # (B, C)
-    x = modulate(self.norm_out, x, shift, scale)
+    x = modulated(self.norm_out, x, shift, scale)
     grid = T, H // p, W // p
     if is_plain(self.proj_out):
         weight, bias = self.proj_out.weight, self.proj_out.bias
@@ -108,13 +109,6 @@ def _run(model: Any, block: nn.Module, x: Tensor, text: Tensor | None, steps: Te
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         return model._gradient_checkpointing_func(block, *given)
     return block(*given)
-
-
-def modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``norm(x) * (1 + scale) + shift`` on ``(B, T, S, C)`` with a layer norm of the host."""
-    if not is_plain(norm):
-        return norm(x) * (1 + scale[:, None, None]) + shift[:, None, None]
-    return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def spatial_block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,8 +138,8 @@ def _block_forward(
     x = hidden_states
     table = self.scale_shift_table[None] + timestep.unflatten(-1, (6, -1))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)  # (B, C)
-    attended = _frames.attend(self.attn1, modulate(self.norm1, x, shift, scale), temporal=temporal)
-    x = vdcore.gate_residual(x, attended, gate)
+    attended = _frames.attend(self.attn1, modulated(self.norm1, x, shift, scale), temporal=temporal)
+    x = gated(x, attended, gate)
     if self.attn2 is not None:
         x = _frames.attend(self.attn2, x, encoder_hidden_states, temporal=temporal) + x
-    return vdcore.gate_residual(x, feed_forward(self, self.ff, modulate(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
+    return gated(x, feed_forward(self, self.ff, modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)

@@ -86,7 +86,7 @@ def forward(
 
 def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> Tensor:
     """``alpha * spatial + (1 - alpha) * temporal`` in one pass over ``(B*T, S, C)``."""
-    if not is_plain(mixer):
+    if not is_plain(mixer) or spatial.dtype != temporal.dtype:
         return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only)
     alpha = mixer.get_alpha(image_only, spatial.ndim).to(spatial.dtype)
     first, second = (temporal, spatial) if mixer.switch_spatial_to_temporal_mix else (spatial, temporal)
