@@ -5,7 +5,7 @@
 // work is to feed it: see temporal_tiles.h. Longer sequences go block by block with the online softmax.
 #include "common/threads.h"
 #include "cpu/kernels.h"
-#include "cpu/temporal_tiles.h"
+#include "cpu/stage_norm_rope.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
@@ -53,10 +53,11 @@ struct Plan {
 struct Tiles {
   Stage q, k, v, out;
   Tile q_transposed, scores;
-  float *maximum, *sum, *factor, *buffer;  // (heads, query_block), the same, (query_block,), two rows
+  float *maximum, *sum, *factor;  // (heads, query_block), the same, (query_block,)
   Run *windows, *sinks;
+  StageNormRope norm_rope;
 
-  Tiles(const Plan& p, Arena& arena) {
+  Tiles(const Plan& p, Arena& arena) : norm_rope(p.a, p.shape.row, arena) {
     const int64_t row = p.shape.row, kv_heads = p.heads / p.shape.group;
     q = {arena.floats(p.heads * p.query_block * row), p.query_block, row};
     k = {arena.floats(kv_heads * p.key_block * row), p.key_block, row};
@@ -67,7 +68,6 @@ struct Tiles {
     maximum = arena.floats(p.heads * p.query_block);
     sum = arena.floats(p.heads * p.query_block);
     factor = arena.floats(p.query_block);
-    buffer = arena.floats(2 * row);
     windows = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
     sinks = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
   }
@@ -138,7 +138,7 @@ void gather_keys(const Plan& p, const Tiles& t, const SeenKeys& seen, int64_t b,
     if (!run.size()) continue;
     const Run frames = {first_key + run.begin, first_key + run.end};
     gather(p.a.k, b, s, frames, kv, n.D, t.k, run.begin);
-    norm_rope_rows(p.a, key_side(p.a), p.a.k, b, s, frames, kv, t.k, run.begin, t.buffer);
+    t.norm_rope.keys(p.a, b, s, frames, kv, t.k, run.begin);
     gather(p.a.v, b, s, frames, kv, n.D, t.v, run.begin);
   }
 }
@@ -151,7 +151,7 @@ void step(const Plan& p, const Tiles& t, int64_t b, int64_t s, HeadRange heads, 
     const Run queries = {q, smaller(n.T, q + p.query_block)};
     const VisibleKeys visible = visible_keys(p.a, b, q);
     gather(p.a.q, b, s, queries, heads, n.D, t.q, 0);
-    norm_rope_rows(p.a, query_side(p.a), p.a.q, b, s, queries, heads, t.q, 0, t.buffer);
+    t.norm_rope.queries(p.a, b, s, queries, heads, t.q);
     bool first = true;
     for (int64_t k = 0; k < n.K; k += p.key_block) {
       const int64_t keys = smaller(p.key_block, n.K - k);

@@ -7,7 +7,7 @@
 
 #include "common/threads.h"
 #include "cpu/kernels.h"
-#include "cpu/temporal_tiles.h"
+#include "cpu/stage_norm_rope.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
@@ -55,8 +55,9 @@ struct Tiles {
   float* buffer;       // four rows
   float* weight_sums[4];
   Run *windows, *sinks, *seen_by;
+  StageNormRope norm_rope;
 
-  Tiles(const Plan& plan, Arena& arena) {
+  Tiles(const Plan& plan, Arena& arena) : norm_rope(plan.a, plan.shape.row, arena) {
     const Shape& n = plan.shape;
     const int64_t row = n.row, kv_heads = plan.heads / n.group, Q = plan.query_block, K = plan.key_block;
     for (Stage* stage : {&q, &dout, &dq}) *stage = {arena.floats(plan.heads * Q * row), Q, row};
@@ -157,7 +158,7 @@ class Backward {
 
   void load_queries(Run queries) {
     gather(a.q, at.b, at.s, queries, at.heads, n.D, t.q, 0);
-    norm_rope_rows(a, query_side(a), a.q, at.b, at.s, queries, at.heads, t.q, 0, t.buffer);
+    t.norm_rope.queries(a, at.b, at.s, queries, at.heads, t.q);
     gather(g.dout, at.b, at.s, queries, at.heads, n.D, t.dout, 0);
     if (!p.one_block) gather(a.out, at.b, at.s, queries, at.heads, n.D, t.dq, 0);  // dq is not in use yet
     for (int64_t h = 0; h < at.heads.count; ++h)
@@ -180,7 +181,7 @@ class Backward {
 
   void load_keys(Run keys) {
     gather(a.k, at.b, at.s, keys, kv_heads, n.D, t.k, 0);
-    norm_rope_rows(a, key_side(a), a.k, at.b, at.s, keys, kv_heads, t.k, 0, t.buffer);
+    t.norm_rope.keys(a, at.b, at.s, keys, kv_heads, t.k, 0);
     gather(a.v, at.b, at.s, keys, kv_heads, n.D, t.v, 0);
   }
 

@@ -98,29 +98,6 @@ inline const float* table_row(const TensorView& table, int64_t f, int64_t s, int
   return buffer;
 }
 
-// Norm and rope on gathered rows, in place. `buffer` holds two rows.
-inline void norm_rope_rows(const TemporalAttention& a, const Side& side, const TensorView& x, int64_t b, int64_t s,
-                           Run frames, HeadRange heads, Stage stage, int64_t offset, float* buffer) {
-  const int64_t D = x.size[4];
-  const int64_t pairs = a.rope.style == RopeStyle::none ? 0 : a.rope.cos.size[3];
-  for (int64_t t = frames.begin; t < frames.end; ++t) {
-    Moments moments;
-    if (a.norm.over_all) moments = token_moments(a.norm, x, b, t, s, x.size[3], D, buffer);
-    for (int64_t i = 0; i < heads.count; ++i) {
-      const int64_t h = heads.first + i;
-      float* row = stage.head(i).at(t - frames.begin + offset, 0).data;
-      if (a.norm.kind != NormKind::none) {
-        const int64_t at = a.norm.over_all ? h * D : 0;
-        if (!a.norm.over_all) moments = row_moments(a.norm, row, D);
-        normalize(row, D, moments, side.weight ? side.weight + at : nullptr, side.bias ? side.bias + at : nullptr);
-      }
-      if (pairs)
-        rotate(row, pairs, a.rope.style, table_row(a.rope.cos, side.first_frame + t, s, h, buffer),
-               table_row(a.rope.sin, side.first_frame + t, s, h, buffer + stage.row), 1.f);
-    }
-  }
-}
-
 // Hands the rows of a coming step to the products of the present one.
 struct NextRows {
   const TensorView* const* tensors;
