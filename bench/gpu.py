@@ -34,7 +34,7 @@ def importable() -> None:
 importable()
 
 import torch  # noqa: E402
-from vdcore.bench import suite, summary, workloads  # noqa: E402
+from vdcore.bench import curves, suite, summary, workloads  # noqa: E402
 from vdcore.bench.jobs import make  # noqa: E402
 from vdcore.bench.results import FILE, Journal, Row, parse  # noqa: E402
 from vdcore.bench.runner import Settings, blank, first_line, run_jobs  # noqa: E402
@@ -300,7 +300,7 @@ def _print(rows: list[Row], seconds: float) -> None:
         for row in bad[:12]:
             print(f"  {row.op} {row.case} {row.dtype}: {row.reason} {row.error_ratio or ''}")
     print("\nmemory and time over frames, forward and backward")
-    for row in (r for r in rows if r.case.startswith("profile") and r.p50):
+    for row in (r for r in rows if curves.is_profile(r) and r.p50):
         value = f"{row.p50 / 2**20:10.1f} MiB" if row.unit == "bytes" else f"{row.p50 * 1e3:10.3f} ms"
         print(f"  {int(row.x or 0):4d} frames  {row.provider:26s} {value} {row.reason}")
     print()

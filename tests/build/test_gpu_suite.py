@@ -46,7 +46,15 @@ def test_rows_of_parts_are_collected_and_printed(gpu, tmp_path, capsys):
     rows = [
         replace(base, p50=2.0, bytes=8e9),
         replace(base, op="modulate", metric="error", error_ratio=1.5, status="failed", reason="error of x"),
-        replace(base, op="video_attention", case="profile: S 256", provider="naive", x=8.0, unit="bytes", p50=2.0**30),
+        replace(
+            base,
+            op="video_attention",
+            case=f"{gpu.curves.PROFILE}dense",
+            provider="naive",
+            x=8.0,
+            unit="bytes",
+            p50=2.0**30,
+        ),
         gpu._trouble("contract", None, 5),
     ]
     for i, row in enumerate(rows):
