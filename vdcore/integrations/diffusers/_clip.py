@@ -150,3 +150,16 @@ def pairs_agree(table: Tensor) -> bool:
 def samples_agree(table: Tensor) -> bool:
     """A table ``(B, ...)`` is the same for every sample."""
     return table.shape[0] == 1 or bool((table == table[:1]).all())
+
+
+def causal_block(mask: Tensor) -> int | None:
+    """Tokens per block of a dense mask ``(1, 1, N, N)`` under which every block sees itself and those before it."""
+    n = mask.shape[-1]
+    if mask.dtype != torch.bool or mask.shape != (1, 1, n, n) or n == 0:
+        return None
+    rows = mask[0, 0]
+    block = int(rows[0].sum())
+    if block == 0 or n % block:
+        return None
+    index = torch.arange(n, device=mask.device) // block
+    return block if torch.equal(rows, index <= index[:, None]) else None

@@ -9,9 +9,10 @@ from diffusers.models.transformers import transformer_skyreels_v2 as skyreels
 from diffusers.models.transformers import transformer_wan as wan
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope, leave_projection
-from vdcore.integrations.diffusers._clip import samples_agree
+from vdcore.integrations.diffusers._attention import as_rope, leave_projection, project, qk_norm, video
+from vdcore.integrations.diffusers._clip import Clip, causal_block, samples_agree
 from vdcore.integrations.diffusers._fused import Fused
+from vdcore.mask import FrameMask
 from vdcore.rope import Rope
 
 
@@ -47,7 +48,32 @@ class WanAttention(Fused):
 
 
 class SkyReelsAttention(WanAttention):
+    """As Wan; for diffusion forcing the host masks blocks of frames causally, by a dense mask of all tokens."""
+
     RELIES: ClassVar[tuple[Any, ...]] = (skyreels._get_qkv_projections, skyreels.SkyReelsV2RotaryPosEmbed.forward)
+
+    def serve(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        block = None
+        if attention_mask is not None and encoder_hidden_states is None and self.clip.mask is None:
+            block = self.clip.once(causal_block, attention_mask)
+        if block is None or self.why_not_now() is not None:
+            return super().serve(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        blocks = Clip(FrameMask.causal())
+        blocks.announce((hidden_states.shape[1] // block, block, 1))
+        q, k, v = project(attn, hidden_states)
+        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+        rope = None
+        if rotary_emb is not None:
+            cos, sin = rotary_emb
+            rope = as_rope(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2], q, blocks.split(q.shape[1]))
+        return leave_projection(attn, video(blocks, q, k, v, norm, rope))
 
 
 class HeliosAttention(Fused):

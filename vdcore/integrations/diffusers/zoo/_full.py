@@ -243,11 +243,22 @@ def _skyreels() -> Any:
     return _wan(diffusers.SkyReelsV2Transformer3DModel)
 
 
+def _skyreels_causal() -> Any:
+    model = _skyreels()
+    model._set_ar_attention(2)
+    return model
+
+
+def _skyreels_causal_inputs() -> dict[str, Any]:
+    return {**plain_inputs(), "hidden_states": video(frames=4)}
+
+
 FULL: dict[str, Tiny] = {
     "Allegro": Tiny(_allegro, _allegro_inputs),
     "Wan": Tiny(_wan, plain_inputs),
     "Wan I2V": Tiny(_wan_i2v, _wan_i2v_inputs),
     "SkyReelsV2": Tiny(_skyreels, plain_inputs),
+    "SkyReelsV2 causal": Tiny(_skyreels_causal, _skyreels_causal_inputs),
     "Helios": Tiny(_helios, _helios_inputs),
     "LTX": Tiny(_ltx, _ltx_inputs),
     "LTX2": Tiny(_ltx2, _ltx2_inputs),
