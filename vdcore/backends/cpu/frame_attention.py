@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vdcore.backends._native import native
-from vdcore.backends.base import Gradients, Implementation, recording
+from vdcore.backends.base import Gradients, Implementation
 from vdcore.backends.call import QKV, CrossCall, FrameCall, mask_numbers
-from vdcore.backends.cpu._arguments import capsule, why_not
+from vdcore.backends.cpu._arguments import capsule, unit_stride, why_not
+from vdcore.backends.cpu._norm_rope import NormRopeBefore
 
 # Backward takes five products where threads share out components and heads, and seven where these are too few to share
 # out. Not a matter of the number of threads: the same bits on every machine.
@@ -75,23 +76,27 @@ def _keep(x: Tensor, dead: list[tuple[int, int, int]]) -> Tensor:
     return x
 
 
-def _normed(c: FrameCall | CrossCall, groups: Groups) -> tuple[QKV, QKV | None]:
-    """q, k, v as the scores see them, in q's dtype: of the video and of the text."""
-    k, v = (x.unsqueeze(1) if x.ndim == 4 else x for x in (c.k, c.v))
-    q, rope = c.q, c.rope if isinstance(c, FrameCall) else None
+def _before(c: FrameCall | CrossCall, groups: Groups) -> tuple[NormRopeBefore, NormRopeBefore | None]:
+    """What stands before the scores: of the video and of the text."""
+    q, k = c.q, c.k.unsqueeze(1) if c.k.ndim == 4 else c.k
+    rope, q_start = (c.rope, c.q_start) if isinstance(c, FrameCall) else (None, 0)
     if c.norm is not None or rope is not None:
         q = _keep(q, _dead_runs(groups, "queries", text=False))
         k = _keep(k, _dead_runs(groups, "keys", text=False))
-    if c.norm is not None:
-        q, k = c.norm.q(q), c.norm.k(k)
-    if rope is not None and isinstance(c, FrameCall):
-        q, k = rope.rotate(q, c.q_start), rope.rotate(k)
+    video = NormRopeBefore(q, k, c.norm, rope, q_start)
     text = _text(c)
-    if text is not None and isinstance(c, FrameCall) and c.text_norm is not None:
-        text_q = c.text_norm.q(_keep(text[0], _dead_runs(groups, "queries", text=True)))
-        text_k = c.text_norm.k(_keep(text[1], _dead_runs(groups, "keys", text=True)))
-        text = text_q.to(v.dtype), text_k.to(v.dtype), text[2]
-    return (q.to(v.dtype), k.to(v.dtype), v), text
+    if text is None or not isinstance(c, FrameCall):
+        return video, None
+    q, k = text[:2]
+    if c.text_norm is not None:
+        q = _keep(q, _dead_runs(groups, "queries", text=True))
+        k = _keep(k, _dead_runs(groups, "keys", text=True))
+    return video, NormRopeBefore(q, k, c.text_norm, None)
+
+
+def _values(c: FrameCall | CrossCall) -> tuple[Tensor, Tensor | None]:
+    text = _text(c)
+    return c.v.unsqueeze(1) if c.v.ndim == 4 else c.v, None if text is None else text[2]
 
 
 def _capsules(segment: Segment) -> list[object]:
@@ -108,12 +113,15 @@ def run_forward(
 ) -> None:
     """Fills out and lse; with a gate ``out = gate * result + (1 - gate) * out``, and ``spatial`` gets the result."""
     groups = _groups(c)
-    with torch.no_grad():
-        video, text = _normed(c, groups)
-    outs, lses = _joint(c, out), _joint(c, lse)
-    segments = [[*video, outs[0], lses[0], spatial], [*(text or (None,)), outs[1], lses[1], None]]
+    before, outs, lses = _before(c, groups), _joint(c, out), _joint(c, lse)
+    segments = [
+        [*part.forward(), v, o, s, mixed]
+        for part, v, o, s, mixed in zip(before, _values(c), outs, lses, (spatial, None))
+        if part is not None
+    ]
     native().frame_attention_forward(
-        *(groups, *map(_capsules, segments), c.scale, capsule(gate), torch.get_num_threads())
+        *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),
+        *(c.scale, capsule(gate), torch.get_num_threads()),
     )
 
 
@@ -125,62 +133,48 @@ def run_backward(
 ) -> Gradients:
     """Gradients by the names of ``c.TENSORS``."""
     groups = _groups(c)
-    names = [name.rstrip("?") for name in c.TENSORS]
-    leaves = {name: x for name, x in zip(names, c.tensors()) if name in wanted and x is not None}
-    before = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    through = c.norm is not None or (isinstance(c, FrameCall) and (c.rope is not None or c.text_norm is not None))
-    if through:
-        given = tuple(before.get(name, x) for name, x in zip(names, c.tensors()))
-        with recording():
-            video, text = _normed(c.build(c.op, c.grad, given, c.attributes()), groups)  # type: ignore[arg-type]
-    else:
-        video, text = _normed(c, groups)
-
+    before, values = _before(c, groups), _values(c)
+    inputs = [(*part.forward(), v) for part, v in zip(before, values) if part is not None]
     packed = c.packed if isinstance(c, FrameCall) else None
     whole = None if packed is None else torch.empty(packed.shape, dtype=packed.dtype)
-    gradients = [
-        list(whole.unbind(3)) if whole is not None else [torch.empty(x.shape, dtype=x.dtype) for x in video],
-        [torch.empty(x.shape, dtype=x.dtype) for x in text or ()],
-    ]
+    gradients = [[torch.empty(x.shape, dtype=x.dtype) for x in qkv] for qkv in inputs]
+    if whole is not None:
+        gradients[0] = list(whole.unbind(3))
+
     out, lse = outputs
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    dout, dlse = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (dout, dlse))
-    joint = [_joint(c, x) for x in (out, lse, dout, dlse)]
+    joint = [_joint(c, x if x is None else unit_stride(x)) for x in (out, lse, dout, dlse)]
     segments = [
-        [*qkv, joint[0][i], joint[1][i], None, joint[2][i], joint[3][i], *gradients[i]]
-        for i, qkv in enumerate((video, text))
-        if qkv is not None
+        [*qkv, joint[0][i], joint[1][i], None, joint[2][i], joint[3][i], *gradients[i]] for i, qkv in enumerate(inputs)
     ]
-    B, H, D = c.q.shape[0], c.q.shape[3], c.q.shape[4]
-    G = video[1].shape[3]
+    B, _, _, H, D = c.q.shape
+    G = inputs[0][1].shape[3]
     threads, workspace = torch.get_num_threads(), None
     if groups.components * G >= _FEWEST_COMPONENTS:
         workers = min(threads, groups.components * G)
         workspace = torch.empty(workers, groups.largest_component * (H // G) * -(-D // 16) * 16)
     delta = torch.empty(B, H, lse.numel() // (B * H))
     native().frame_attention_backward(
-        *(groups, _capsules(segments[0]), _capsules(segments[1]) if text is not None else []),
+        *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),
         *(c.scale, capsule(delta), capsule(workspace), threads),
     )
-    if not through:
-        return _by_name(c, whole, gradients)
-    pairs = [(x, dx) for x, dx in zip((*video, *(text or ())), (*gradients[0], *gradients[1])) if x.requires_grad]
-    with recording():
-        found = torch.autograd.grad(
-            [x for x, _ in pairs], list(before.values()), [dx for _, dx in pairs], allow_unused=True
-        )
-    return {
-        name: torch.zeros(x.shape, dtype=x.dtype) if dx is None else dx.contiguous()
-        for (name, x), dx in zip(before.items(), found)
-    }
+    found: Gradients = {}
+    for prefix, part, (dq, dk, dv) in zip(("", "text_"), (x for x in before if x is not None), gradients):
+        mine = frozenset(name.removeprefix(prefix) for name in wanted if name.startswith(prefix))
+        found |= {prefix + name: x for name, x in part.backward(dq, dk, mine).items()} | {f"{prefix}v": dv}
+    return _by_name(c, whole, found)
 
 
-def _by_name(c: FrameCall | CrossCall, whole: Tensor | None, gradients: list[list[Tensor]]) -> Gradients:
-    found = {"q": whole} if whole is not None else dict(zip("qkv", gradients[0]))
-    if isinstance(c, CrossCall) and c.k.ndim == 4:
-        found |= {"k": found["k"].squeeze(1), "v": found["v"].squeeze(1)}
-    return found | {name: x.squeeze(1) for name, x in zip(("text_q", "text_k", "text_v"), gradients[1])}
+def _by_name(c: FrameCall | CrossCall, whole: Tensor | None, found: Gradients) -> Gradients:
+    """Gradients in the shapes of the call's tensors."""
+    if whole is not None:
+        for part, name in zip(whole.unbind(3), "qkv"):
+            if found[name].data_ptr() != part.data_ptr():
+                part.copy_(found[name])
+        found = {name: x for name, x in found.items() if name not in "kv"} | {"q": whole}
+    prompts = ("k", "v") if isinstance(c, CrossCall) and c.k.ndim == 4 else ("text_q", "text_k", "text_v")
+    return found | {name: found[name].squeeze(1) for name in prompts if name in found}
 
 
 def _forward(c: FrameCall | CrossCall) -> tuple[Tensor, ...]:

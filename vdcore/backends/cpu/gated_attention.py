@@ -1,4 +1,4 @@
-"""Gated attention on the CPU engine: the temporal result goes to ``out``, and the spatial kernel mixes its own into it."""
+"""Gated attention on the CPU: the temporal result goes to ``out``, and the spatial kernel mixes its own into it."""
 
 from __future__ import annotations
 

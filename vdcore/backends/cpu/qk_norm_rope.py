@@ -13,7 +13,7 @@ from vdcore.backends.cpu._arguments import SUM_PARTS, NormRope, capsule, unit_st
 _WEIGHTS = ("q_weight", "k_weight", "q_bias", "k_bias")
 
 
-def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:
+def run_forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:
     outputs = c.empty_outputs()
     shared = NormRope(c.norm, c.rope)
     native().qk_norm_rope_forward(
@@ -22,7 +22,7 @@ def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _backward(
+def run_backward(
     c: QKNormRopeCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     found: Gradients = {
@@ -68,4 +68,4 @@ def _why_not(c: QKNormRopeCall) -> str | None:
     return why_not(c.q.device.type, c.q.dtype)
 
 
-OPERATORS = {"qk_norm_rope": Implementation(_forward, _backward, _why_not)}
+OPERATORS = {"qk_norm_rope": Implementation(run_forward, run_backward, _why_not)}
