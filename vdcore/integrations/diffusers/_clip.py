@@ -48,6 +48,10 @@ class Clip:
             )
         return self._frames[tokens], tokens // self._frames[tokens]
 
+    def has(self, tokens: int) -> bool:
+        """The model has announced a clip of so many tokens."""
+        return tokens in self._frames
+
     @property
     def text_sees(self) -> str:
         """Under a causal mask text must not carry the future into the past."""

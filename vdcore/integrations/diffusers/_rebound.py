@@ -67,6 +67,7 @@ class Rebound(Processor):
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)
         self._call = self._rebind()
+        self._to_context = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The copied function belongs to this object: a copy makes its own.
@@ -85,6 +86,8 @@ class Rebound(Processor):
         reason = self.why_not_now()
         if reason is not None:
             return self.leave_unmasked(reason, attn, *args, **kwargs)
+        context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        self._to_context = context is not None
         return self._call(self.host, attn, *args, **kwargs)
 
     def _rebind(self) -> Callable[..., Any]:
@@ -146,7 +149,7 @@ class Rebound(Processor):
         )
 
     def _note(self, reason: str | None, q: Tensor, k: Tensor) -> None:
-        if self.clip.mask is not None and q.shape[1] == k.shape[1]:
+        if self.clip.mask is not None and not self._is_cross(q, k):
             raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
         note_left(self, str(reason))
 
@@ -173,11 +176,15 @@ class Rebound(Processor):
             lengths, reason = self._lengths(mask, q, k)
         if reason is not None:
             return None, reason
-        if self.clip.mask is not None and q.shape[1] == k.shape[1]:
-            if lengths is not None or scale is not None:
-                return None, "padding of video tokens"
-            return video(self.clip, q, k, v, None, None), None
-        return cross(q, k, v, lengths=lengths, scale=scale), None
+        if self._is_cross(q, k) or (self.clip.mask is None and not (lengths is None and scale is None)):
+            return cross(q, k, v, lengths=lengths, scale=scale), None
+        if lengths is not None or scale is not None:
+            return None, "padding of video tokens, or a scale of its own"
+        return video(self.clip, q, k, v, None, None), None
+
+    def _is_cross(self, q: Tensor, k: Tensor) -> bool:
+        """Attention to other tokens than the clip's own, which no mask is for, also where there are as many."""
+        return q.shape[1] != k.shape[1] or (self._to_context and self.clip.has(q.shape[1]))
 
     def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, str | None]:
         if not isinstance(mask, Tensor):
