@@ -12,7 +12,7 @@ import logging
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -123,13 +123,6 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def markdown(rows: Iterable[dict[str, str]]) -> str:
-    """Rows with the same columns as a table."""
-    rows = list(rows)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 if a name is unknown."""
     parser = argparse.ArgumentParser(prog="python -m vdcore.integrations.table", description=__doc__)
@@ -148,16 +141,16 @@ def main(arguments: list[str] | None = None) -> int:
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {machine}.")
     print("Pairs are host / vdcore. Errors are over what the tolerance rule allows: fine up to 1.")
-    rows, notes = [], []
-    for name in given.names or known:
-        print(f"{name} ...", file=sys.stderr)
+    notes: list[str] = []
+    for i, name in enumerate(given.names or known):
         if given.blocks:
             row, lines = block_row(name, BLOCKS[name], getattr(torch, given.dtype), given.rounds, given.small)
             notes += lines
         else:
             row = model_row(name, MODELS[name], given.rounds)
-        rows.append(row)
-    print("\n" + markdown(rows))
+        if i == 0:
+            print("\n| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
+        print("| " + " | ".join(row.values()) + " |", flush=True)
     if notes:
         print("\n" + "\n".join(notes))
     return 0
