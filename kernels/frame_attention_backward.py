@@ -53,10 +53,11 @@ _FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep 
 QUERIES = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "predicted: a warpgroup holds 64 rows' scores and their gradient", 64, 64, 64),
-    FrameConfig("sm_9|sm_10", 8, 2, "predicted: keys and values of two stages, 128 KB", 128, 64, 128),
+    FrameConfig("sm_9", 8, 2, "predicted: keys and values of two stages, 128 KB", 128, 64, 128),
+    FrameConfig("sm_10", 8, 2, "predicted: two stages; 64 keys would spill", 128, 32, 128),
     FrameConfig("sm_9|sm_10", 8, 1, "predicted: 256 channels: one stage", 32, 64, 256),
     FrameConfig("sm_8", 4, 2, "predicted: two stages of 64 keys", 64, 64, 64),
-    FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 64, 64, 128),
+    FrameConfig("sm_8", 8, 1, "predicted: two tiles of 72 channels and 64 keys would spill", 64, 32, 128),
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "predicted: 64 KB of shared memory", 32, 16, 256),

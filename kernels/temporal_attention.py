@@ -74,7 +74,7 @@ BACKWARD = (
     TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),
     TemporalConfig("interpreter", 8, 1, _LINE, 16384),
     TemporalConfig("", 4, 1, "predicted: four tensors in and three out of 4,096 values at 115 to 250 registers", 4096),
-    TemporalConfig("", 8, 1, _LINE, 8192),
+    TemporalConfig("sm_", 8, 1, _LINE, 8192),
 )
 
 # ---- Forward ----
