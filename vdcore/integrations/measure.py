@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,12 +103,34 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left behind does not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    return max(_status("VmHWM") - before, 0)
+    with _exact_heap():
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0)
+
+
+@contextmanager
+def _exact_heap() -> Iterator[None]:
+    """Inside, glibc gives every larger tensor a mapping of its own, back at once when it is freed.
+
+    Otherwise what earlier calls left in the heap decides how far it grows. Times taken inside are those of page faults.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    except (OSError, AttributeError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        usual = int(os.environ.get("MALLOC_MMAP_THRESHOLD_") or 1 << 25)
+        libc.mallopt(_M_MMAP_THRESHOLD, min(usual, 2**31 - 1))
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _status(field: str) -> int:

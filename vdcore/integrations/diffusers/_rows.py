@@ -18,19 +18,17 @@ from vdcore.norm import compute_dtype
 def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Group norm over a clip ``(B, T, C, S)``, frames included, then a linear layer: ``(B, T, S, E)``.
 
-    In float32 the norm's scale and shift go into the layer's weights, so that x is read twice and never written.
-    Weights of half precision would round them.
+    For one sample in float32 the norm's scale and shift go into the layer's weights, so that x is read twice and never
+    written. Weights of half precision would round them, and those of several samples would be copied for every frame.
     """
-    if x.dtype not in (torch.float32, torch.float64) or not (is_plain(norm) and _is_product(linear, x)):
+    wide = x.dtype in (torch.float32, torch.float64)
+    if x.shape[0] != 1 or not (wide and is_plain(norm) and _is_product(linear, x)):
         return rows_of(linear, clip_group_norm(norm, x))
-    scale, shift = _scale_and_shift(norm, x)
-    weight = linear.weight.t() * scale[:, :, None]  # (B, C, E)
-    bias = shift @ linear.weight.t() + (0 if linear.bias is None else linear.bias)  # (B, E)
-    B, T = x.shape[:2]
-    rows = x.flatten(0, 1).transpose(1, 2)  # (B*T, S, C)
-    per_frame = (y[:, None].expand(B, T, *y.shape[1:]).flatten(0, 1) for y in (bias[:, None], weight))
-    bias, weight = per_frame
-    return torch.baddbmm(bias, rows, weight).unflatten(0, (B, T))
+    scale, shift = (y[0] for y in _scale_and_shift(norm, x))  # (C,)
+    weight = linear.weight.t()
+    bias = shift @ weight + (0 if linear.bias is None else linear.bias)
+    per_frame = (weight * scale[:, None]).expand(x.shape[1], -1, -1)
+    return torch.baddbmm(bias, x[0].transpose(1, 2), per_frame).unsqueeze(0)
 
 
 def clip_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -78,6 +76,7 @@ def add_images_of(linear: Any, rows: Tensor, residual: Tensor) -> Tensor:
         return linear(rows).transpose(-1, -2) + residual
     frames = rows.flatten(0, -3)
     weight = linear.weight.expand(frames.shape[0], -1, -1)
+    images = torch.baddbmm(residual.flatten(0, -3), weight, frames.transpose(1, 2))
     if linear.bias is not None:
-        residual = residual + linear.bias[:, None]
-    return torch.baddbmm(residual.flatten(0, -3), weight, frames.transpose(1, 2)).unflatten(0, rows.shape[:-2])
+        images.add_(linear.bias[:, None])
+    return images.unflatten(0, rows.shape[:-2])
