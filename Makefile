@@ -35,7 +35,7 @@ build: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
 
 test: build
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --durations 30
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench
