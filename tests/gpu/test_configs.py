@@ -33,6 +33,7 @@ CASES = {
     "frame_attention": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
     "frame_attention_backward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
     "temporal_attention": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
+    "temporal_attention_backward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
     "temporal_attention_long": ("temporal_attention", (1, 150, 2, 2), {"mask": FrameMask.window(40)}),
 }
 

@@ -66,7 +66,8 @@ def _backward(
     from vdcore.kernels._frames import live_frames
     from vdcore.kernels.frame_attention_backward import frame_backward
     from vdcore.kernels.gated_attention import gate_backward
-    from vdcore.kernels.temporal_attention import temporal_backward, temporal_forward
+    from vdcore.kernels.temporal_attention import temporal_forward
+    from vdcore.kernels.temporal_attention_backward import temporal_backward
 
     _, a, lse_a, lse_b = outputs
     assert grads[0] is not None

@@ -1,4 +1,4 @@
-"""Temporal attention: kernels/temporal_attention.py and kernels/temporal_attention_long.py."""
+"""Temporal attention: kernels/temporal_attention.py, with '_backward' and '_long' beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _temporal(c: TemporalCall) -> tuple[Tensor, ...]:
 def _temporal_backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels.temporal_attention import temporal_backward
+    from vdcore.kernels.temporal_attention_backward import temporal_backward
 
     out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else unit(grads[0])
