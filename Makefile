@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: help venv build test bench lint format wheels clean
+.PHONY: help venv build test bench gpu lint format wheels clean
 
 help:
 	@echo "make venv    .venv with every extra, and vdcore built into it"
 	@echo "make test    the test suite"
 	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
+	@echo "make gpu     correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
 	@echo "make lint    ruff, mypy, clang-format, all in check mode"
 	@echo "make format  ruff and clang-format, in place"
 	@echo "make wheels  manylinux wheels into wheels/, for the Pythons that are here"
@@ -39,6 +40,9 @@ test: build
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench
+
+gpu: build
+	$(BIN)/python bench/gpu.py --out out/gpu
 
 lint: build
 	$(BIN)/ruff check .

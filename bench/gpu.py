@@ -287,7 +287,9 @@ def _collect(out: Path, names: Iterable[str]) -> list[Row]:
 
 
 def _print(rows: list[Row], seconds: float) -> None:
-    for row in (r for r in rows if r.op == "ceiling" and r.p50):
+    for row in rows:
+        if row.op != "ceiling" or not row.p50:
+            continue
         rate = (
             f"{row.bytes / row.p50 / 1e9:.0f} GB/s" if row.bytes else f"{(row.flops or 0) / row.p50 / 1e12:.0f} TFLOP/s"
         )
@@ -300,7 +302,9 @@ def _print(rows: list[Row], seconds: float) -> None:
         for row in bad[:12]:
             print(f"  {row.op} {row.case} {row.dtype}: {row.reason} {row.error_ratio or ''}")
     print("\nmemory and time over frames, forward and backward")
-    for row in (r for r in rows if curves.is_profile(r) and r.p50):
+    for row in rows:
+        if not curves.is_profile(row) or not row.p50:
+            continue
         value = f"{row.p50 / 2**20:10.1f} MiB" if row.unit == "bytes" else f"{row.p50 * 1e3:10.3f} ms"
         print(f"  {int(row.x or 0):4d} frames  {row.provider:26s} {value} {row.reason}")
     print()

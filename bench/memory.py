@@ -59,7 +59,7 @@ class Point:
 
 def function_of(job: Job, attention: str, variant: str) -> Function:
     if attention == "vdcore":
-        return getattr(vdcore, job.op)  # type: ignore[no-any-return]
+        return getattr(vdcore, job.op)
     names = ("naive",) if attention == "naive" else ("sdpa[flash]", "sdpa[efficient]")
     for peer in PEERS:
         if peer.name in names and job.op in peer.ops and peer.why_not(job) is None:

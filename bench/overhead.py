@@ -90,7 +90,7 @@ def measure(job: Job, rounds: int = ROUNDS) -> Iterator[Row]:
                 way.call()
             once = min(clock.measure(way.call).seconds for _ in range(20))
             count = max(1, round(ROUND_SECONDS / once))
-            racing[way] = (Contender(lambda _, f=way.call, n=count: _repeat(f, n)), count)
+            racing[way] = (Contender(lambda _, f=way.call, n=count: _repeat(f, n)), count)  # type: ignore[misc]
         contenders = {f"{way.provider} {way.variant}": contender for way, (contender, _) in racing.items()}
         race(contenders, dict.fromkeys(contenders, rounds), clock)
     for way, (contender, count) in racing.items():

@@ -103,7 +103,7 @@ def pattern_of(point: Point) -> str:
 
 def row_for(point: Point) -> Row:
     """Everything about the point but its numbers."""
-    kinds = {SpatialJob: "spatial", TemporalJob: "temporal", VideoJob: "video"}
+    kinds: dict[type, str] = {SpatialJob: "spatial", TemporalJob: "temporal", VideoJob: "video"}
     op = " + ".join(kinds[type(job)] for job in point.jobs) if len(point.jobs) > 1 else point.jobs[0].op
     row = blank(point.jobs[0])
     return replace(

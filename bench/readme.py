@@ -32,7 +32,8 @@ def committed(root: Path) -> list[Row]:
     rows = [row for file in sorted((root / RESULTS).rglob("*.jsonl")) for row in parse(file.read_text())]
     newest: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda row: row.time):
-        newest[(*row.key(), row.versions.get("cpu"), row.versions.get("gpu"))] = row
+        key = (*row.key(), row.versions.get("cpu"), row.versions.get("gpu"))
+        newest[key] = row
     return list(newest.values())
 
 

@@ -54,12 +54,13 @@ def whole_job(op: str, attend: Attend, norm_rope: Function = norm_rope) -> Funct
         q, k = norm_rope(q, k, norm, rope)
         if op == "cross_attention":
             return attend(q.flatten(1, 2), k, v, scale).reshape(like.shape).contiguous()
-        rows = [to_rows(op, x) for x in (q, k, v)]
+        rows = tuple(to_rows(op, x) for x in (q, k, v))
         if "text" not in rest:
-            return from_rows(op, attend(*rows, scale), like)
+            return from_rows(op, attend(rows[0], rows[1], rows[2], scale), like)
         tq, tk, tv = rest["text"]
         tq, tk = norm_rope(tq, tk, rest.get("text_norm"), None)
-        out = attend(*(torch.cat(pair, 1) for pair in zip(rows, (tq, tk, tv))), scale).contiguous()
+        joint_q, joint_k, joint_v = (torch.cat(pair, 1) for pair in zip(rows, (tq, tk, tv)))
+        out = attend(joint_q, joint_k, joint_v, scale).contiguous()
         n = rows[0].shape[1]
         return out[:, :n].unflatten(1, like.shape[1:3]), out[:, n:]
 

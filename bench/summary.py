@@ -189,7 +189,7 @@ def overhead_cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     """Table rows as :data:`OVERHEAD_HEADER` names them."""
     rows = [row for row in rows if row.metric == "overhead" and row.p50]
     kernels = {(row.op, row.mode): row.p50 or 0.0 for row in rows if row.variant == "kernel alone"}
-    made = []
+    made: list[tuple[str, ...]] = []
     for row in rows:
         kernel = kernels.get((row.op, row.mode))
         public = row.variant == "auto" and kernel is not None
@@ -238,7 +238,7 @@ def geomean(values: Sequence[float]) -> float:
 
 def bars(found: Sequence[Line], ops: Sequence[str] = ("temporal_attention",)) -> list[Bar]:
     """Every mode, dtype and case of these operators, in the order of measurement; jobs without a peer are left out."""
-    groups: dict[tuple[str, ...], list[Line]] = {}
+    groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
     for line in found:
         job = line.job
         if job.op in ops and line.speedup is not None:

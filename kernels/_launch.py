@@ -103,7 +103,7 @@ def pick(table: Sequence[Row], arch: str, fits: Any = None) -> Row:
     """The first row that serves the architecture and for which ``fits(row)`` holds."""
     for row in _state.forced:
         if row in table:
-            return row  # type: ignore[return-value]
+            return row
     for row in table:
         if row.serves(arch) and (fits is None or fits(row)):
             return row

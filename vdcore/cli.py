@@ -286,7 +286,7 @@ def profile(
     device = _device(device)
     (mode,) = _known("--mode", [mode], job.MODES)
     (dtype,) = _known("--dtype", [dtype], job.DTYPES)
-    settings = {
+    settings: dict[str, Any] = {
         "frames": _parse_frames(frames) or profile.FRAMES,
         "attentions": _known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
         "mode": mode,

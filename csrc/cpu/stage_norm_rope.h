@@ -1,5 +1,5 @@
-// Norm and rope on the rows of a stage: all heads of one token at a time, so that they share its angles and the sums over
-// channels are taken for W heads at once.
+// Norm and rope on the rows of a stage: all heads of one token at a time, so that they share its angles and the sums
+// over channels are taken for W heads at once.
 #pragma once
 
 #include "cpu/arena.h"

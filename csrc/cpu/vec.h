@@ -149,12 +149,21 @@ VDCORE_INLINE vf log2(vf x) {
 
 VDCORE_INLINE vf from_bf16(vu16 x) { return reinterpret_cast<vf>(__builtin_convertvector(x, vu) << 16); }
 
+// The lower halves of lanes whose upper halves are 0.
+VDCORE_INLINE vu16 narrow(vu x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i wide = reinterpret_cast<__m256i>(x);
+  return reinterpret_cast<vu16>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+  return __builtin_convertvector(x, vu16);
+#endif
+}
+
 VDCORE_INLINE vu16 to_bf16(vf x) {
   const vu bits = reinterpret_cast<vu>(x);
-  const vu rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);  // nearest even
-  const vu quiet = bits | 0x00400000u;                      // NaN must not round to infinity
-  const vi nan = (x != x);
-  return __builtin_convertvector((nan ? quiet : rounded) >> 16, vu16);
+  const vu nan = reinterpret_cast<vu>(x != x);
+  const vu round = (0x7FFFu + ((bits >> 16) & 1u)) & ~nan;  // to nearest even; NaN must not round to infinity
+  return narrow(((bits + round) >> 16) | (nan & 0x40u));
 }
 
 #if defined(__AVX512F__)

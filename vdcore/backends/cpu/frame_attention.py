@@ -134,7 +134,7 @@ def run_backward(
     """Gradients by the names of ``c.TENSORS``."""
     groups = _groups(c)
     before, values = _before(c, groups), _values(c)
-    inputs = [(*part.forward(), v) for part, v in zip(before, values) if part is not None]
+    inputs = [(*part.forward(), v) for part, v in zip(before, values) if part is not None and v is not None]
     packed = c.packed if isinstance(c, FrameCall) else None
     whole = None if packed is None else torch.empty(packed.shape, dtype=packed.dtype)
     gradients = [[torch.empty(x.shape, dtype=x.dtype) for x in qkv] for qkv in inputs]

@@ -68,9 +68,9 @@ def qkv_gradients(c: AttentionCall) -> tuple[Gradients, tuple[Tensor, Tensor, Te
     """Room for the gradients by name, and for those of q, k and v: slices of one tensor where the call is packed."""
     if c.packed is not None:
         packed = empty_like(c.packed)
-        return {"q": packed}, packed.unbind(3)  # type: ignore[return-value]
+        return {"q": packed}, packed.unbind(3)
     found = {"q": empty_like(c.q), "k": empty_like(c.k), "v": empty_like(c.v)}
-    return found, tuple(found.values())  # type: ignore[return-value]
+    return found, tuple(found.values())
 
 
 def frames(c: AttentionCall) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _frame_backward(
     filled_text: Any = text_gradients
     if c.text_norm is not None:
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
-    frame_backward(*seen, out, lse, dout, dlse, (*filled, gradients[2]), filled_text, **more)  # type: ignore[arg-type]
+    frame_backward(*seen, out, lse, dout, dlse, (*filled, gradients[2]), filled_text, **more)
     if c.norm or c.rope:
         text = 0 if c.text is None else c.text[0].shape[1]
         text_args = {"text": text, "text_lengths": c.text_lengths, "text_sees": bool(text) and c.text_sees == "all"}

@@ -53,7 +53,7 @@ def _forward(c: GatedCall) -> tuple[Tensor, ...]:
     out, kept, lse_a, lse_b = c.empty_outputs()
     a = kept if c.grad else out
     seen, more = _spatial_arguments(c)
-    frame_forward(*seen, None, a, lse_a if c.grad else None, **more)  # type: ignore[arg-type]
+    frame_forward(*seen, None, a, lse_a if c.grad else None, **more)
     gate = c.gate.expand(out.shape)
     mixed = Gate(gate, a, *gate.stride())
     temporal_forward(*c.temporal, out, lse_b if c.grad else None, gate=mixed, **_temporal_arguments(c))
@@ -79,13 +79,13 @@ def _backward(
     gradients = tuple(empty_like(x) for x in c.temporal)
     found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
-    more = temporal_backward(*c.temporal, b, lse_b, db, None, gradients, names, **_temporal_arguments(c))  # type: ignore[arg-type]
+    more = temporal_backward(*c.temporal, b, lse_b, db, None, gradients, names, **_temporal_arguments(c))
     found |= {f"temporal_{name}": dx for name, dx in more.items()}
 
     gradients = tuple(empty_like(x) for x in c.spatial)
     found |= dict(zip("qkv", gradients))
     seen, arguments = _spatial_arguments(c)
-    frame_backward(*seen, None, a, lse_a, da.flatten(1, 2), None, gradients, None, **arguments)  # type: ignore[arg-type]
+    frame_backward(*seen, None, a, lse_a, da.flatten(1, 2), None, gradients, None, **arguments)
     if c.norm[0] or c.rope[0]:
         live = live_frames(c.main, c.spatial[1], mask=arguments["mask"], q_start=0, lengths=c.lengths)
         for role, x, dx, alive in zip("qk", c.spatial, gradients, live):
