@@ -71,7 +71,8 @@ def _machine(rows: Sequence[Row]) -> str:
     last = max(rows, key=lambda row: row.time)
     v = last.versions
     where = v.get("gpu") if last.device.startswith("cuda") else f"{v.get('cpu')} ({v.get('isa')})"
-    return f"{where}, {last.threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
+    threads = max(row.threads or 1 for row in rows)
+    return f"{where}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
 
 
 def memory(root: Path) -> str:
