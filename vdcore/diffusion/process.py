@@ -1,0 +1,171 @@
+"""What a diffusers scheduler means: how noisy a frame is, what the model predicts of it, one step to less noise."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["epsilon", "sample", "v_prediction", "flow"]
+KINDS = get_args(Kind)
+LEAST = 1e-6  # below this much of what a prediction is divided by, the frame holds nothing to learn from
+
+
+class Denoise(Protocol):
+    """A denoiser: noisy video ``(B, C, T, H, W)`` and timesteps ``(B,)`` or ``(B, T)`` to a prediction of its shape."""
+
+    def __call__(self, video: Tensor, timestep: Tensor, /, **conditions: Any) -> Tensor: ...
+
+
+def per_frame(values: Tensor) -> Tensor:
+    """``(B,)`` or ``(B, T)`` so that it broadcasts to a video ``(B, C, T, H, W)``."""
+    return values[:, None, None, None, None] if values.ndim == 1 else values[:, None, :, None, None]
+
+
+class Process:
+    """The noise process of a diffusers scheduler, for videos whose frames may each have a timestep of their own.
+
+    A noisy frame is ``z = alpha x + sigma e`` of the clean frame ``x`` and noise ``e``. Every prediction is a
+    combination of the two: ``e`` (epsilon), ``x`` (sample), ``alpha e - sigma x`` (v, Salimans and Ho 2022), ``e - x``
+    (flow, Lipman et al. 2023). So ``z`` and any prediction give ``x`` and ``e``, and these every other prediction.
+
+    Args:
+        scheduler: of diffusers; one with ``alphas_cumprod`` (DDPM, DDIM, ...) or a flow matching one.
+        predicts: what the denoiser predicts; ``None``: what the scheduler expects of it. A denoiser may predict the
+            clean video while a flow matching scheduler steps (Li and He 2025): :meth:`output_for_scheduler` converts.
+    """
+
+    def __init__(self, scheduler: Any, predicts: Kind | None = None) -> None:
+        self.scheduler = scheduler
+        self.train_timesteps = int(scheduler.config.num_train_timesteps)
+        if hasattr(scheduler, "alphas_cumprod"):
+            self.steps_on: Kind = scheduler.config.prediction_type
+            self._alphas_cumprod: Tensor | None = scheduler.alphas_cumprod.double()
+        elif "FlowMatch" in type(scheduler).__name__:
+            self.steps_on, self._alphas_cumprod = "flow", None
+        else:
+            raise TypeError(
+                f"Process: scheduler must have alphas_cumprod or match flows, got {type(scheduler).__name__}"
+            )
+        self.predicts: Kind = self.steps_on if predicts is None else predicts
+        for name, kind in (("predicts", self.predicts), ("the scheduler's prediction_type", self.steps_on)):
+            if kind not in KINDS:
+                raise ValueError(f"Process: {name} must be one of {', '.join(KINDS)}, got {kind!r}")
+
+    @property
+    def clean(self) -> float:
+        """The timestep of a frame without noise: 0 of a flow, -1 of discrete timesteps, whose 0 is noisy already."""
+        return 0.0 if self._alphas_cumprod is None else -1.0
+
+    def shown(self, timestep: Tensor) -> Tensor:
+        """Timesteps as the denoiser is told them: never below 0."""
+        return timestep.clamp(min=0)
+
+    def level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha`` and ``sigma`` of timesteps of any shape, float32."""
+        if self._alphas_cumprod is None:
+            sigma = timestep.double() / self.train_timesteps
+            return (1 - sigma).float(), sigma.float()
+        index = timestep.round().long()
+        table = self._alphas_cumprod.to(timestep.device)
+        square = torch.where(index < 0, 1.0, table[index.clamp(0, len(table) - 1)])
+        return square.sqrt().float(), (1 - square).sqrt().float()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """``alpha x + sigma e``; timesteps ``(B,)`` or ``(B, T)``."""
+        alpha, sigma = map(per_frame, self.level(timestep))
+        return alpha * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What a perfect denoiser would return."""
+        of_clean, of_noise = _parts(self.predicts, *map(per_frame, self.level(timestep)))
+        return of_clean * clean + of_noise * noise
+
+    def clean_and_noise(self, output: Tensor, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``x`` and ``e`` that a denoiser's output claims. Where a frame holds no trace of one of them (``e`` at no
+        noise, for a denoiser that predicts ``x``), the result for it is finite and means nothing."""
+        alpha, sigma = map(per_frame, self.level(timestep))
+        of_clean, of_noise = _parts(self.predicts, alpha, sigma)
+        det = _away_from_zero(alpha * of_noise - sigma * of_clean)
+        return (of_noise * noisy - sigma * output) / det, (alpha * output - of_clean * noisy) / det
+
+    def output_for_scheduler(self, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """The prediction that ``scheduler.step`` expects, from what the denoiser predicts."""
+        if self.predicts == self.steps_on:
+            return output
+        of_clean, of_noise = _parts(self.steps_on, *map(per_frame, self.level(timestep)))
+        clean, noise = self.clean_and_noise(output, noisy, timestep)
+        return of_clean * clean + of_noise * noise
+
+    def move(self, output: Tensor, noisy: Tensor, timestep: Tensor, to: Tensor) -> Tensor:
+        """The deterministic step ``alpha' x + sigma' e`` of every frame from its timestep to another of its own.
+
+        With one timestep for all frames this is DDIM's step (Song et al. 2021, eta 0) and the Euler step of a flow.
+        Frames whose timestep stays are returned as they are.
+
+        Args:
+            timestep, to: ``(B,)`` or ``(B, T)``.
+        """
+        clean, noise = self.clean_and_noise(output, noisy, timestep)
+        return torch.where(per_frame(timestep == to), noisy, self.add_noise(clean, noise, to))
+
+    def loss_weight(self, timestep: Tensor, floor: float = 0.05) -> Tensor:
+        """Factor of the squared error of ``predicts`` that makes it the squared error of the scheduler's prediction.
+
+        Args:
+            floor: least value of what it divides by, so that nearly clean frames do not outweigh all others.
+        """
+        if self.predicts == self.steps_on:
+            return torch.ones_like(timestep, dtype=torch.float32)
+        alpha, sigma = self.level(timestep)
+        determinants = []
+        for kind in (self.steps_on, self.predicts):
+            of_clean, of_noise = _parts(kind, alpha, sigma)
+            determinants.append((alpha * of_noise - sigma * of_clean).abs())
+        return (determinants[0] / determinants[1].clamp(min=floor)) ** 2
+
+    def loss(
+        self,
+        denoise: Denoise,
+        clean: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        held: Tensor | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """Mean squared error of the denoiser over the frames that are not held.
+
+        Args:
+            clean, noise: ``(B, C, T, H, W)``.
+            timestep: ``(B,)``, or ``(B, T)``: independent noise per frame under a joint denoiser (Chen et al. 2024).
+            held: ``(B, T)`` bool: frames that the denoiser is given clean, as a condition.
+            conditions: passed on to the denoiser.
+        """
+        if held is not None:
+            timestep = hold_timesteps(timestep, held, self.clean)
+        noisy = self.add_noise(clean, noise, timestep)
+        error = (denoise(noisy, self.shown(timestep), **conditions) - self.target(clean, noise, timestep)) ** 2
+        weight = per_frame(self.loss_weight(timestep))
+        if held is None:
+            return (weight * error).mean()
+        weight = torch.where(per_frame(held), 0.0, weight)
+        counted = (~held).sum().clamp(min=1) * (error[:, :, 0].numel() / len(error))
+        return (weight * error).sum() / counted
+
+
+def hold_timesteps(timestep: Tensor, held: Tensor, clean: float) -> Tensor:
+    """``(B, T)``: the given timesteps, ``(B,)`` or ``(B, T)``, and ``clean`` where a frame is held."""
+    if timestep.ndim == 1:
+        timestep = timestep[:, None]
+    return torch.where(held, torch.full((), clean, dtype=timestep.dtype, device=timestep.device), timestep)
+
+
+def _parts(kind: Kind, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of ``x`` and of ``e`` is in a prediction."""
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-sigma, alpha), "flow": (-one, one)}[kind]
+
+
+def _away_from_zero(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < LEAST, torch.full_like(x, LEAST).copysign(x), x)

@@ -1,0 +1,163 @@
+"""From noise to video: all frames at one timestep, frames held clean, or a timestep of its own for every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vdcore.diffusion.process import Denoise, Process, hold_timesteps, per_frame
+
+
+class Draw(Protocol):
+    """Draws a clip of frames at the given positions; what is held comes out as it went in.
+
+    Args:
+        positions: ``(T,)``, of the frames in the video.
+        held: ``(T,)`` bool, frames that are known; ``None``: none.
+        known: ``(B, C, T, H, W)``; only its held frames are read.
+    """
+
+    def __call__(self, positions: Tensor, held: Tensor | None = None, known: Tensor | None = None) -> Tensor: ...
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    process: Process,
+    noise: Tensor,
+    steps: int,
+    *,
+    held: Tensor | None = None,
+    known: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int], None] | None = None,
+    **conditions: Any,
+) -> Tensor:
+    """Denoises a clip by the scheduler's own steps; frames that are held stay clean throughout, as a condition.
+
+    Args:
+        denoise: called with ``(B,)`` timesteps, or ``(B, T)`` where frames are held.
+        noise: ``(B, C, T, H, W)``, standard normal.
+        steps: of the scheduler.
+        held: ``(T,)`` or ``(B, T)`` bool, frames taken from ``known``.
+        known: ``(B, C, T, H, W)``.
+        generator: for schedulers that add noise at every step.
+        on_step: called with the number of steps that are done.
+        conditions: passed on to the denoiser.
+    """
+    scheduler, video = process.scheduler, noise
+    if (held is None) != (known is None):
+        raise ValueError("sample: held and known must be given together, got one of them")
+    if known is not None and known.shape != noise.shape:
+        raise ValueError(f"sample: known must be {tuple(noise.shape)}, as noise, got {tuple(known.shape)}")
+    if held is not None:
+        held = held.expand(len(noise), noise.shape[2])
+        video = torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
+    scheduler.set_timesteps(steps, device=noise.device)
+    extra = {"generator": generator} if generator is not None else {}
+    for i, t in enumerate(scheduler.timesteps):
+        timestep = t.to(torch.float32).expand(len(video))
+        if held is not None:
+            timestep = hold_timesteps(timestep, held, process.clean)
+        output = denoise(video, process.shown(timestep), **conditions)
+        output = process.output_for_scheduler(output, video, timestep)
+        video = scheduler.step(output, t, video, **extra).prev_sample
+        if held is not None:
+            video = torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
+        if on_step is not None:
+            on_step(i + 1)
+    return video
+
+
+def timesteps(process: Process, steps: int) -> Tensor:
+    """The scheduler's ``steps`` timesteps, and the one without noise after them: ``(steps + 1,)`` float32."""
+    process.scheduler.set_timesteps(steps)
+    return torch.cat((process.scheduler.timesteps.float().cpu(), torch.tensor([process.clean])))
+
+
+def pyramid(process: Process, steps: int, frames: int, lag: int) -> Tensor:
+    """Timesteps in which every frame is ``lag`` steps behind the one before it, for :func:`sample_frames`.
+
+    ``(steps + lag*(frames-1) + 1, frames)``. ``lag=0`` denoises all frames together, ``lag=steps`` one after another; between them the near future is clearer
+    than the far one (Chen et al. 2024, Ruhe et al. 2024).
+    """
+    if lag < 0:
+        raise ValueError(f"pyramid: lag must be at least 0, got {lag}")
+    rows = torch.arange(steps + lag * (frames - 1) + 1)[:, None]
+    return timesteps(process, steps)[(rows - lag * torch.arange(frames)).clamp(0, steps)]
+
+
+@torch.no_grad()
+def sample_frames(
+    denoise: Denoise, process: Process, noise: Tensor, levels: Tensor, video: Tensor | None = None, **conditions: Any
+) -> Tensor:
+    """Denoises frames along timesteps of their own, by deterministic steps (DDIM's, or the flow's Euler step).
+
+    Args:
+        noise: ``(B, C, T, H, W)``.
+        levels: ``(K + 1, T)`` timesteps, never rising along the first axis: row ``k`` to row ``k + 1`` is a
+            step. A frame whose column is ``process.clean`` from the start is a condition.
+        video: where to begin if not from pure noise, with frames as noisy as the first row says.
+        conditions: passed on to the denoiser.
+    """
+    if levels.ndim != 2 or levels.shape[1] != noise.shape[2]:
+        raise ValueError(f"sample_frames: levels must be (K + 1, T = {noise.shape[2]}), got {tuple(levels.shape)}")
+    if (levels.diff(dim=0) > 0).any():
+        raise ValueError("sample_frames: levels must never rise from row to row, got some that do")
+    levels = levels.to(noise.device)
+    video = noise if video is None else video
+    for now, then in pairwise(levels):
+        now, then = now.expand(len(video), -1), then.expand(len(video), -1)
+        output = denoise(video, process.shown(now), **conditions)
+        video = process.move(output, video, now, then)
+    return video
+
+
+def guided(denoise: Denoise, scale: float, **pairs: tuple[Tensor, Tensor]) -> Denoise:
+    """Classifier-free guidance (Ho and Salimans 2022) in one batch: ``uncond + scale * (cond - uncond)``.
+
+    Args:
+        scale: 1 is the conditional prediction alone.
+        pairs: conditions of the denoiser, each with the value that stands for none: ``label=(label, null)``.
+    """
+
+    def both(video: Tensor, timestep: Tensor, /, **conditions: Any) -> Tensor:
+        joined = {name: torch.cat(pair) for name, pair in pairs.items()}
+        cond, uncond = denoise(video.repeat(2, 1, 1, 1, 1), torch.cat((timestep,) * 2), **joined, **conditions).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return both
+
+
+def drawing(
+    denoise: Denoise,
+    process: Process,
+    shape: tuple[int, int, int, int],
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    tell_positions: bool = False,
+    **conditions: Any,
+) -> Draw:
+    """A :class:`Draw` by :func:`sample`: what splicing and keyframes are made of.
+
+    Args:
+        shape: ``(B, C, H, W)``.
+        generator: of the noise, on the CPU or the device.
+        tell_positions: pass ``positions`` on to the denoiser, counted from the clip's first frame, so that a clip far
+            into a video looks like those of training. Frames need not be neighbours then.
+    """
+    B, C, H, W = shape
+
+    def draw(positions: Tensor, held: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        made_on = generator.device if generator is not None else device
+        noise = torch.randn(B, C, len(positions), H, W, generator=generator, device=made_on).to(device)
+        told = {"positions": (positions - positions[0]).to(device)} if tell_positions else {}
+        return sample(denoise, process, noise, steps, held=held, known=known, generator=generator, **told, **conditions)
+
+    return draw
