@@ -82,8 +82,8 @@ def timesteps(process: Process, steps: int) -> Tensor:
 def pyramid(process: Process, steps: int, frames: int, lag: int) -> Tensor:
     """Timesteps in which every frame is ``lag`` steps behind the one before it, for :func:`sample_frames`.
 
-    ``(steps + lag*(frames-1) + 1, frames)``. ``lag=0`` denoises all frames together, ``lag=steps`` one after another; between them the near future is clearer
-    than the far one (Chen et al. 2024, Ruhe et al. 2024).
+    ``(steps + lag*(frames-1) + 1, frames)``. ``lag=0`` denoises all frames together, ``lag=steps`` one after another;
+    between them the near future is clearer than the far one (Chen et al. 2024, Ruhe et al. 2024).
     """
     if lag < 0:
         raise ValueError(f"pyramid: lag must be at least 0, got {lag}")

@@ -1,0 +1,73 @@
+"""Checkpoints: one safetensors file, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vdcore.extras import need
+
+FORMAT = "vdcore training 1"
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or one of something else."""
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Path:
+    """Writes beside the path, then renames: whoever reads it, whatever happens, finds the old file or the new one.
+
+    Args:
+        path: folders are made.
+        notes: whatever JSON holds, in the file's metadata.
+    """
+    write = need("safetensors.torch", "models", "checkpoint.save").save
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in notes.items()}}
+    data = write({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and notes of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is none of ours, or not whole.
+    """
+    safetensors = need("safetensors", "models", "checkpoint.load")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path}: no such file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {path}: not a whole safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint: {path}: its format must be {FORMAT!r}, got {metadata.get('format')!r}: "
+            "not written by vdcore train"
+        )
+    return tensors, {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below ``prefix.``, without it."""
+    return {name.removeprefix(f"{prefix}."): x for name, x in tensors.items() if name.startswith(f"{prefix}.")}

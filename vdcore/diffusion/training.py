@@ -1,0 +1,253 @@
+"""Training a video DiT: what a step is, and all that is needed to take the next one as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.diffusion import checkpoint
+from vdcore.diffusion.checkpoint import CheckpointError
+from vdcore.diffusion.data import Source
+from vdcore.diffusion.process import Process
+from vdcore.extras import need
+from vdcore.models import VDiT, VDiTConfig
+
+TARGETS = ("sample", "flow", "v_prediction", "epsilon")
+SMALL = VDiTConfig(
+    in_channels=3,
+    patch=(1, 4, 4),
+    width=128,
+    depth=4,
+    heads=4,
+    attention="factorized",
+    position="sincos+rope",
+    qk_norm=True,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Args:
+        model: the network; videos have its ``in_channels``.
+        target: what it predicts: ``"sample"`` (clean video) and ``"flow"`` under flow matching, ``"v_prediction"`` and
+            ``"epsilon"`` under DDIM's noise.
+        frames, size: of a clip, ``(H, W)`` in pixels.
+        batch, steps: clips in a step, and steps.
+        lr, warmup: AdamW's learning rate: rises over ``warmup`` steps, then falls in a straight line to 0.
+        ema: decay of the averaged weights, reached from below, ``(1 + n) / (10 + n)`` after n steps.
+        hold: share of clips of which some frames are given clean: the first ones, or both ends.
+        forcing: share of clips whose frames have timesteps of their own (diffusion forcing).
+        clip_norm: largest norm of the gradient.
+        seed: of the weights and of all that is drawn.
+    """
+
+    model: VDiTConfig = SMALL
+    target: str = "sample"
+    frames: int = 8
+    size: tuple[int, int] = (24, 24)
+    batch: int = 8
+    steps: int = 1500
+    lr: float = 2e-3
+    warmup: int = 50
+    ema: float = 0.99
+    hold: float = 0.25
+    forcing: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", tuple(self.size))
+        for name in ("frames", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ema", "hold", "forcing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Recipe: {name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.target not in TARGETS:
+            raise ValueError(f"Recipe: target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        sizes = zip(("frames", "height", "width"), (self.frames, *self.size), self.model.patch)
+        for name, size, patch in sizes:
+            if size % patch or size < 1:
+                raise ValueError(f"Recipe: {name} must be a multiple of the patch size {patch}, got {size}")
+        if (self.hold or self.forcing) and self.model.patch[0] > 1:
+            raise ValueError(f"Recipe: hold and forcing need patches of one frame, got {self.model.patch[0]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "model": json.loads(self.model.to_json())}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Recipe:
+        return Recipe(**{**values, "model": VDiTConfig.from_json(json.dumps(values["model"]))})
+
+
+def process_for(target: str) -> Process:
+    """The process that a target belongs to, on a scheduler of diffusers."""
+    diffusers = need("diffusers", "models", "process_for")
+    if target in ("sample", "flow"):
+        return Process(diffusers.FlowMatchEulerDiscreteScheduler(), predicts=target)  # type: ignore[arg-type]
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, prediction_type=target, timestep_spacing="trailing"
+    )
+    return Process(scheduler)
+
+
+def draw_timesteps(process: Process, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Logit-normal under flow matching (Esser et al. 2024), uniform over discrete timesteps."""
+    if process.steps_on == "flow":
+        return torch.randn(shape, generator=generator).sigmoid() * process.train_timesteps
+    return torch.randint(process.train_timesteps, shape, generator=generator).float()
+
+
+def draw_held(batch: int, frames: int, share: float, generator: torch.Generator) -> Tensor:
+    """``(B, T)`` bool: a share of the clips has its first 1 to T/2 frames held, or, one time in three, both ends."""
+    chosen, ends, count = torch.rand(3, batch, generator=generator).unsqueeze(-1)
+    frame = torch.arange(frames)
+    first = frame < 1 + (count * max(frames // 2, 1)).floor()
+    both = (frame == 0) | (frame == frames - 1)
+    held = torch.where(ends < 1 / 3, both, first) & (chosen < share)
+    return held & ~held.all(1, keepdim=True)  # something is left to predict
+
+
+class Trainer:
+    """A model, its average, its optimizer and its random stream.
+
+    Args:
+        recipe: how to train.
+        source: clips of the recipe's frames and size.
+        device: where to compute; what is random is drawn on the CPU, the same everywhere.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.source, self.device = recipe, source, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.model = VDiT(recipe.model).to(device)
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.process = process_for(recipe.target)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        self.random = torch.Generator().manual_seed(recipe.seed)
+        self.step_count = 0
+
+    def step(self) -> float:
+        """One step on one batch; returns its loss.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the weights are untouched then.
+        """
+        recipe, random = self.recipe, self.random
+        clean = self.source.batch(recipe.batch, random) * 2 - 1
+        noise = torch.randn(clean.shape, generator=random)
+        timestep = draw_timesteps(self.process, (recipe.batch, recipe.frames), random)
+        held = draw_held(recipe.batch, recipe.frames, recipe.hold, random)
+        forced = torch.rand(recipe.batch, 1, generator=random) < recipe.forcing
+        if recipe.hold or recipe.forcing:
+            timestep = torch.where(forced, timestep, timestep[:, :1])
+        else:
+            timestep = timestep[:, 0]
+        clean, noise, timestep, held = (x.to(self.device) for x in (clean, noise, timestep, held))
+        loss = self.process.loss(self.model, clean, noise, timestep, held if recipe.hold else None)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"Trainer: the loss of step {self.step_count} is {value}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * self._lr_factor()
+        self.optimizer.step()
+        self.step_count += 1
+        self._average_weights()
+        return value
+
+    def _lr_factor(self) -> float:
+        n, recipe = self.step_count, self.recipe
+        return min((n + 1) / max(recipe.warmup, 1), (recipe.steps - n) / max(recipe.steps - recipe.warmup, 1), 1.0)
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        decay = min(self.recipe.ema, (1 + self.step_count) / (10 + self.step_count))
+        weights = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Everything that the next step depends on, in one file, written whole or not at all."""
+        tensors = {f"model.{name}": x for name, x in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": x for name, x in self.average.items()}
+        for name, p in self.model.named_parameters():
+            tensors |= {f"optimizer.{name}.{key}": x for key, x in self.optimizer.state[p].items()}
+        tensors["random"] = self.random.get_state()
+        notes = {"step": self.step_count, "recipe": self.recipe.to_dict(), "source": self.source.describe()}
+        return checkpoint.save(path, tensors, notes)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Goes on where :meth:`save` stood, with the same random stream.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if it is no checkpoint of this recipe and source.
+        """
+        tensors, notes = checkpoint.load(path)
+        for name, ours in (("recipe", self.recipe.to_dict()), ("source", self.source.describe())):
+            theirs, ours = notes.get(name), json.loads(json.dumps(ours))
+            if theirs != ours:
+                raise CheckpointError(f"checkpoint: {path}: trained with another {name}: {_differences(theirs, ours)}")
+        try:
+            self.model.load_state_dict(checkpoint.part(tensors, "model"))
+            average = checkpoint.part(tensors, "ema")
+            for name, x in self.average.items():
+                x.copy_(average[name])
+            for name, p in self.model.named_parameters():
+                state = checkpoint.part(tensors, f"optimizer.{name}")
+                # The step counter stays where AdamW keeps it, the moments go where the weights are.
+                self.optimizer.state[p] = {k: x if k == "step" else x.to(self.device) for k, x in state.items()}
+            self.random.set_state(tensors["random"])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint: {path}: not of this model: {error}") from None
+        self.step_count = notes["step"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to sample from, with its averaged weights."""
+
+    model: VDiT
+    recipe: Recipe
+    step: int
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def load_trained(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Trained:
+    """The averaged model of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is no checkpoint of a VDiT.
+    """
+    tensors, notes = checkpoint.load(path)
+    try:
+        recipe = Recipe.from_dict(notes["recipe"])
+        model = VDiT(recipe.model)
+        weights = {**checkpoint.part(tensors, "model"), **checkpoint.part(tensors, "ema")}
+        model.load_state_dict(weights)
+        step, source = int(notes["step"]), notes["source"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint: {path}: not of a VDiT of this version: {error}") from None
+    return Trained(model.to(device).eval(), recipe, step, source)
+
+
+def _differences(theirs: Any, ours: Any) -> str:
+    if not isinstance(theirs, dict):
+        return f"got {theirs!r}"
+    names = sorted({*theirs, *ours})
+    return "; ".join(f"{n} {theirs.get(n)!r}, now {ours.get(n)!r}" for n in names if theirs.get(n) != ours.get(n))
