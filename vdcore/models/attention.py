@@ -1,0 +1,195 @@
+"""The attention layers of a block: projections around one operator each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdcore.models.cache import Place, Ring
+from vdcore.models.config import VDiTConfig
+from vdcore.models.layout import Layout
+from vdcore.models.position import Rotations
+from vdcore.norm import QKNorm
+from vdcore.ops import (
+    cross_attention,
+    gated_attention,
+    qk_norm_rope,
+    spatial_attention,
+    temporal_attention,
+    video_attention,
+)
+from vdcore.rope import Rope
+
+
+@dataclass(eq=False)
+class Context:
+    """What all blocks of a forward pass share.
+
+    Args:
+        condition: of timestep and label, ``(B, C)`` or ``(B, T, C)``.
+        activated: its SiLU.
+        modulation: with adaLN-single, the projection that all blocks share, ``(B, n, C)`` or ``(B, T, n, C)``.
+        rotations: rotary tables of this pass's frames.
+        text: ``(B, L, C)`` or ``(B, T, L, C)``.
+        text_lengths: ``(B,)`` or ``(B, T)``, valid text tokens.
+        place: with a cache, where this chunk's keys and values go.
+        frame_embedding: ``(T, 1, C)``, what is added to the tokens before the first block that looks across frames.
+        grid: token frames, rows and columns (T', H', W').
+    """
+
+    grid: tuple[int, int, int]
+    condition: Tensor
+    activated: Tensor
+    modulation: Tensor | None = None
+    rotations: Rotations = field(default_factory=Rotations)
+    text: Tensor | None = None
+    text_lengths: Tensor | None = None
+    place: Place | None = None
+    frame_embedding: Tensor | None = None
+
+
+class SelfAttention(nn.Module):
+    """What the layers below share: packed projections, QK-norm, output projection."""
+
+    layout: Layout = "any"
+
+    def __init__(self, config: VDiTConfig, branches: int = 1) -> None:
+        super().__init__()
+        self.mask, self.head_dim, self.branches = config.mask, config.head_dim, branches
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.width, branches * rows)
+        self.proj = nn.Linear(config.width, config.width)
+        weights = [nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None for _ in range(2 * branches)]
+        self.q_norm, self.k_norm = (nn.ParameterList(w for w in weights[i::2] if w is not None) for i in (0, 1))
+
+    def norm(self, branch: int = 0) -> QKNorm | None:
+        return QKNorm(self.q_norm[branch], self.k_norm[branch]) if len(self.q_norm) else None
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, T, S, H, D)`` and k, v ``(B, T, S, G, D)``, views of their projection ``(B, T, S, (H + 2 G) D)``."""
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in y.split(sizes, -1))
+        return q, k, v
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Packed ``(B, T, S, 3, H, D)`` where there are as many key heads as query heads, else q, k and v."""
+        y = self.qkv(x)
+        return (y.unflatten(-1, (3, self.heads, self.head_dim)),) if self.kv_heads == self.heads else self.split(y)
+
+    def remember(
+        self, qkv: tuple[Tensor, Tensor, Tensor], ring: Ring, place: Place, rope: Rope | None, branch: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms and rotates, writes k and v into the ring: q, and the keys and values of all frames that it sees."""
+        q, k, v = qkv
+        if k.requires_grad:
+            raise RuntimeError("VDiT: a cache holds no gradients, call the model under torch.no_grad()")
+        norm = self.norm(branch)
+        if norm is not None or rope is not None:
+            q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
+        return q, *(x.to(q.dtype) for x in ring.write(k, v, place))
+
+
+class SpatialAttention(SelfAttention):
+    """The tokens of a frame among themselves."""
+
+    layout: Layout = "space"
+
+    def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        out = spatial_attention(*self.project(x), norm=self.norm(), rope=context.rotations.space)
+        return self.proj(out.flatten(-2))
+
+
+class TemporalAttention(SelfAttention):
+    """Every position across the frames that the mask shows."""
+
+    layout: Layout = "time"
+
+    def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        rope = context.rotations.time
+        if ring is None or context.place is None:
+            out = temporal_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
+        else:
+            out = temporal_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+        return self.proj(out.flatten(-2))
+
+
+class FullAttention(SelfAttention):
+    """All tokens of the frames that the mask shows."""
+
+    layout: Layout = "space"
+
+    def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        rope = context.rotations.full
+        if ring is None or context.place is None:
+            out = video_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
+        else:
+            out = video_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+        return self.proj(out.flatten(-2))
+
+
+class GatedAttention(SelfAttention):
+    """``a * A_s + (1 - a) * A_t`` with ``a = sigmoid(m)``, as the AlphaBlender of Stable Video Diffusion mixes.
+
+    ``m`` is learned: a scalar, one per head, or a linear function of each token. It starts at 0: both count the same.
+    """
+
+    layout: Layout = "space"
+
+    def __init__(self, config: VDiTConfig) -> None:
+        super().__init__(config, branches=2)
+        per_token = config.gate == "token"
+        self.mix = nn.Linear(config.width, 1) if per_token else None
+        size = config.heads if config.gate == "head" else 1
+        self.mix_factor = None if per_token else nn.Parameter(torch.zeros(size, 1))
+
+    def alpha(self, x: Tensor) -> Tensor:
+        """``(B, T, S, 1, 1)`` per token, ``(H, 1)`` per head, ``(1, 1)``."""
+        return torch.sigmoid(self.mix_factor if self.mix is None else self.mix(x)[..., None])
+
+    def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        spatial, temporal = (self.split(y) for y in self.qkv(x).chunk(2, -1))
+        alpha, rotations = self.alpha(x), context.rotations
+        if ring is None or context.place is None:
+            norm, rope = (self.norm(0), self.norm(1)), (rotations.space, rotations.time)
+            out = gated_attention(spatial, temporal, alpha, mask=self.mask, norm=norm, rope=rope)
+        else:
+            a_s = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
+            a_t = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
+            out = torch.lerp(a_t, a_s, alpha.to(a_s.dtype))
+        return self.proj(out.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Tokens to the text of their sample, or of their frame. Neither modulated nor normed, after PixArt-alpha."""
+
+    layout: Layout = "any"
+
+    def __init__(self, config: VDiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        assert context.text is not None
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(context.text).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.proj(cross_attention(q, k, v, lengths=context.text_lengths).flatten(-2))
+
+
+class MLP(nn.Module):
+    layout: Layout = "any"
+
+    def __init__(self, config: VDiTConfig) -> None:
+        super().__init__()
+        hidden = round(config.width * config.mlp_ratio)
+        self.up = nn.Linear(config.width, hidden)
+        self.proj = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        return self.proj(F.gelu(self.up(x), approximate="tanh"))

@@ -1,0 +1,269 @@
+"""The video diffusion transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from vdcore.models.attention import Context, CrossAttention
+from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_frames, modulated_rows
+from vdcore.models.cache import FrameCache, new_ring, slots_needed
+from vdcore.models.config import VDiTConfig
+from vdcore.models.embedding import FinalLayer, PatchEmbedding, TextProjection, TimestepEmbedding
+from vdcore.models.position import Rotations, full_rope, sincos, sincos_grid, space_rope, time_rope
+
+# What a checkpointed block keeps: out and lse of attention, which is not computed twice then.
+KEPT = tuple(
+    getattr(torch.ops.vdcore, name).default
+    for name in ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
+)
+
+
+def keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of selective checkpointing: attention's results are kept, all else is recomputed."""
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class VDiT(nn.Module):
+    """A diffusion transformer on video: patches, blocks under the modulation of timestep and label, patches.
+
+    After DiT (Peebles and Xie 2023), Latte (Ma et al. 2024) and PixArt-alpha (Chen et al. 2023); see
+    :class:`VDiTConfig` for what each choice means. Tokens are ``(B, T', S, C)`` from the first layer to the last.
+    """
+
+    def __init__(self, config: VDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = PatchEmbedding(config.in_channels, config.width, config.patch)
+        self.time = TimestepEmbedding(config.width)
+        self.label = None if config.classes is None else nn.Embedding(config.classes + 1, config.width)
+        self.text = None if config.text_width is None else TextProjection(config.text_width, config.width)
+        parts = [config.parts(i) for i in range(config.depth)]
+        single = config.modulation == "single"
+        self.modulation = nn.Linear(config.width, modulated_rows(parts[0]) * config.width) if single else None
+        self.blocks = nn.ModuleList(Block(config, p) for p in parts)
+        self.final = FinalLayer(config)
+        # Where the frame's embedding is added: before the first block that looks across frames (Latte).
+        self.first_temporal = next((i for i, p in enumerate(parts) if looks_across_frames(p)), -1)
+        initialise(self)
+
+    def forward(
+        self,
+        video: Tensor,
+        timestep: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        label: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: FrameCache | None = None,
+        keep: bool = False,
+        control: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predicts what the model was trained to: noise, velocity or clean video.
+
+        Args:
+            video: ``(B, C, T, H, W)``; ``T' = T / pt`` token frames.
+            timestep: ``(B,)``, or ``(B, T')`` for one per frame.
+            text: ``(B, L, text_width)``, or ``(B, T', L, text_width)`` with a prompt per frame.
+            text_lengths: ``(B,)`` or ``(B, T')``, valid text tokens; with 0 nothing is attended to.
+            label: ``(B,)`` class indices; ``classes`` means no class, as None does.
+            positions: ``(T',)`` positions of the token frames, fractional ones too; None: 0, 1, ..., after the
+                frames that a cache holds.
+            cache: of :meth:`new_cache`; the chunk sees the frames that it holds.
+            keep: also keep this chunk in the cache: what a stream calls once per chunk, with the clean frames.
+            control: per block, from the first on, what is added to its result: ``(B, T', S, C)`` each.
+
+        Returns:
+            ``(B, out_channels, T, H, W)``.
+
+        Raises:
+            ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
+        """
+        x, context = self.embed(
+            video,
+            timestep,
+            text=text,
+            text_lengths=text_lengths,
+            label=label,
+            positions=positions,
+            cache=cache,
+        )
+        if control is not None and len(control) > len(self.blocks):
+            _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
+        for i in range(len(self.blocks)):
+            x = self.run(i, x, context, cache)
+            if control is not None and i < len(control):
+                x = x + control[i]
+        if cache is not None and keep:
+            cache.frames += context.grid[0]
+        return self.final(x, context)
+
+    def embed(
+        self,
+        video: Tensor,
+        timestep: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        label: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: FrameCache | None = None,
+    ) -> tuple[Tensor, Context]:
+        """The tokens ``(B, T', S, C)`` that enter the first block, and what all blocks share."""
+        config = self.config
+        x, grid = self._tokens(video)
+        B, T = x.shape[:2]
+        if cache is not None:
+            made, here = (cache.batch, *cache.grid, len(cache.rings)), (B, *grid[1:], len(self.blocks))
+            if made != here:
+                _wrong("cache", f"made for (batch, rows, columns, blocks) = {here}", made)
+        if positions is None:
+            start = 0 if cache is None else cache.frames
+            positions = torch.arange(start, start + T, dtype=torch.float64, device=x.device)
+        elif positions.shape != (T,):
+            _wrong("positions", f"(T',) = {(T,)}", tuple(positions.shape))
+        if timestep.shape not in ((B,), (B, T)):
+            _wrong("timestep", f"(B,) or (B, T') = {(B,)} or {(B, T)}", tuple(timestep.shape))
+        condition = self._condition(timestep, label)
+        activated = F.silu(condition)
+        shared = None if self.modulation is None else self.modulation(activated)
+        context = Context(
+            grid=grid,
+            condition=condition,
+            activated=activated,
+            modulation=None if shared is None else shared.unflatten(-1, (-1, config.width)),
+            rotations=self._rotations(grid, positions),
+            text=self._text(text, B, T),
+            text_lengths=text_lengths,
+            place=None if cache is None else cache.place(T),
+        )
+        if config.position != "rope":
+            x = x + sincos_grid(grid[1:], config.width, config.base_size, x.device).to(x.dtype)
+        if config.position == "sincos":
+            context.frame_embedding = sincos(positions, config.width).to(x.dtype)[:, None]
+        return x, context
+
+    def run(self, index: int, x: Tensor, context: Context, cache: FrameCache | None) -> Tensor:
+        """Block ``index`` on ``(B, T', S, C)``; checkpointed in training where the config says so."""
+        if index == self.first_temporal and context.frame_embedding is not None:
+            x = x + context.frame_embedding
+        block, ring = self.blocks[index], None if cache is None else cache.rings[index]
+        if self.config.checkpoint and torch.is_grad_enabled() and ring is None:
+            contexts = partial(create_selective_checkpoint_contexts, keep_attention)
+            return checkpoint(block, x, context, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+        return block(x, context, ring)
+
+    def new_cache(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> FrameCache:
+        """A cache for streams of chunks of ``mask.chunk`` frames.
+
+        Args:
+            batch: samples B.
+            height, width: of the video.
+            frames: the longest stream in token frames, where ``mask.past`` is None.
+            dtype: of keys and values; None: autocast's if it is on, else the weights'.
+
+        Raises:
+            ValueError: if the mask sees the future, or the sizes are not multiples of the patch.
+        """
+        config = self.config
+        for name, size, p in (("height", height, config.patch[1]), ("width", width, config.patch[2])):
+            if size % p or size < 1:
+                raise ValueError(f"new_cache: {name} must be a multiple of the patch size {p}, got {size}")
+        grid = height // config.patch[1], width // config.patch[2]
+        slots = slots_needed(config.mask, frames)
+        device = self.patch.weight.device
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.patch.weight.dtype
+        shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
+        rings = [
+            new_ring(shape, dtype, device) if looks_across_frames(config.parts(i)) else None
+            for i in range(config.depth)
+        ]
+        return FrameCache(config.mask, slots, batch, grid, rings)
+
+    def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        config = self.config
+        if video.ndim != 5 or video.shape[1] != config.in_channels:
+            _wrong("video", f"(B, C, T, H, W) with C = {config.in_channels}", tuple(video.shape))
+        x = self.patch(video)
+        T, H, W = (n // p for n, p in zip(video.shape[2:], config.patch))
+        return x, (T, H, W)
+
+    def _condition(self, timestep: Tensor, label: Tensor | None) -> Tensor:
+        """``(B, C)`` or ``(B, T', C)``."""
+        condition = self.time(timestep)
+        if self.label is None:
+            if label is not None:
+                _wrong("label", "None for a model without classes", "a tensor")
+            return condition
+        B = timestep.shape[0]
+        if label is None:
+            label = torch.full((B,), self.label.num_embeddings - 1, device=timestep.device)
+        elif label.shape != (B,) or label.is_floating_point():
+            _wrong("label", f"integers (B,) = {(B,)}", f"{label.dtype} {tuple(label.shape)}")
+        embedding = self.label(label)
+        return condition + (embedding if condition.ndim == 2 else embedding[:, None])
+
+    def _text(self, text: Tensor | None, B: int, T: int) -> Tensor | None:
+        width = self.config.text_width
+        if self.text is None or text is None:
+            if text is not None:
+                _wrong("text", "None for a model with text_width None", tuple(text.shape))
+            if self.text is not None:
+                _wrong("text", f"(B, L, {width}); for no text, any with text_lengths of 0", None)
+            return None
+        if text.ndim not in (3, 4) or text.shape[-1] != width or text.shape[:-2] not in ((B,), (B, T)):
+            _wrong("text", f"(B, L, {width}) or (B, T', L, {width}) with B = {B}, T' = {T}", tuple(text.shape))
+        return self.text(text)
+
+    def _rotations(self, grid: tuple[int, int, int], positions: Tensor) -> Rotations:
+        config, D = self.config, self.config.head_dim
+        if config.position == "sincos":
+            return Rotations()
+        if config.attention == "full":
+            if config.position == "rope":
+                return Rotations(full=full_rope(positions, grid[1:], D, config.rope_theta))
+            return Rotations(full=time_rope(positions, D, config.rope_theta))
+        space = space_rope(grid[1:], D, config.rope_theta, positions.device) if config.position == "rope" else None
+        return Rotations(space=space, time=time_rope(positions, D, config.rope_theta))
+
+
+def initialise(model: VDiT) -> None:
+    """DiT's initial weights: every gate of AdaLN-Zero, every text attention and the prediction start at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch.weight.view(model.config.width, -1))
+    for layer in (model.time.up, model.time.proj, model.modulation, model.label):
+        if layer is not None:
+            nn.init.normal_(layer.weight, std=0.02)
+    for module in model.modules():
+        if isinstance(module, AdaLNZero):
+            nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, (AdaLNSingle, FinalLayer)) and module.table is not None:
+            nn.init.normal_(module.table, std=model.config.width**-0.5)
+        elif isinstance(module, CrossAttention):
+            nn.init.zeros_(module.proj.weight)
+    if model.final.modulation is not None:
+        nn.init.zeros_(model.final.modulation.weight)
+
+
+def _wrong(name: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"VDiT: {name} must be {expected}, got {got}")
