@@ -1,0 +1,1 @@
+"""Experiments that show what this engine is for, one figure a claim."""

@@ -1,0 +1,87 @@
+"""A figure: one claim, the numbers that were measured for it, and what they are compared with.
+
+An experiment is a module of ``vdcore.demo`` with a function ``run(out: Path, ...) -> Figure``: it writes its pictures
+and tables into ``out`` and saves its figure there as ``NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What an experiment found.
+
+    Args:
+        name: of the experiment; the file is ``name.json``.
+        claim: one sentence that the numbers may refute.
+        numbers: measured, by name; JSON values, no NaN.
+        compared_with: the numbers, or limits, that they are held against.
+        passed: whether the claim holds.
+        size: how small the experiment is: model, data, steps, time.
+        files: names of pictures, tables and videos beside the JSON file.
+    """
+
+    name: str
+    claim: str
+    numbers: dict[str, Any]
+    compared_with: dict[str, Any]
+    passed: bool
+    size: str
+    files: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``folder/name.json``, whole or not at all.
+
+        Raises:
+            ValueError: if a number is not finite, or a file is not in the folder.
+        """
+        missing = [name for name in self.files if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"Figure {self.name}: files must be in {folder}, missing {', '.join(missing)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        text = json.dumps(_plain(f"Figure {self.name}", asdict(self)), indent=1)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(text + "\n")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Figure:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Figure.load: {path}: not JSON: {error}") from None
+        names = {f.name for f in fields(cls)}
+        if not isinstance(found, dict) or set(found) != names:
+            raise ValueError(f"Figure.load: {path}: must hold {', '.join(sorted(names))}")
+        return cls(**found)
+
+
+def _plain(where: str, value: Any) -> Any:
+    """Numbers of torch and numpy as Python's, with the digits that mean something."""
+    if isinstance(value, dict):
+        return {str(key): _plain(f"{where}, {key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(where, item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float):
+        if not math.isfinite(number):
+            raise ValueError(f"{where}: must be finite, got {number}")
+        return float(f"{number:.6g}")
+    if isinstance(number, (bool, int)):
+        return number
+    raise ValueError(f"{where}: must be a JSON value, got {type(value).__name__}")
