@@ -118,6 +118,19 @@ def test_timesteps(target, generator):
     assert t.mean() == pytest.approx(500, abs=25)
 
 
+def test_shift_is_the_schedulers(generator):
+    """Training draws the timesteps that the shifted scheduler steps through."""
+    process = process_for("flow", shift=3.0)
+    u = draw_timesteps(process, (500,), torch.Generator().manual_seed(1)) / 1000
+    shifted = draw_timesteps(process, (500,), torch.Generator().manual_seed(1), shift=3.0) / 1000
+    torch.testing.assert_close(shifted, 3 * u / (1 + 2 * u))
+    process.scheduler.set_timesteps(10)
+    plain = process_for("flow").scheduler
+    plain.set_timesteps(10)
+    # diffusers shifts the last timestep twice: there it is 0.009 where the formula has 0.003.
+    torch.testing.assert_close(process.scheduler.sigmas, 3 * plain.sigmas / (1 + 2 * plain.sigmas), rtol=0, atol=7e-3)
+
+
 # ---- Checkpoints ----
 
 

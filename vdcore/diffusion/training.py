@@ -38,8 +38,10 @@ class Recipe:
 
     Args:
         model: the network; videos have its ``in_channels``.
-        target: what it predicts: ``"sample"`` (clean video) and ``"flow"`` under flow matching, ``"v_prediction"`` and
-            ``"epsilon"`` under DDIM's noise.
+        target: what it predicts: ``"sample"`` (clean video) and ``"flow"`` under flow matching, ``"v_prediction"``
+            and ``"epsilon"`` under DDIM's noise.
+        shift: of a flow's timesteps towards noise, ``t -> s t / (1 + (s - 1) t)``, in training and sampling (Esser et
+            al. 2024): frames repeat one another, so that it takes more noise to hide a video than an image.
         frames, size: of a clip, ``(H, W)`` in pixels.
         batch, steps: clips in a step, and steps.
         lr, warmup: AdamW's learning rate: rises over ``warmup`` steps, then falls in a straight line to 0.
@@ -52,6 +54,7 @@ class Recipe:
 
     model: VDiTConfig = SMALL
     target: str = "sample"
+    shift: float = 3.0
     frames: int = 8
     size: tuple[int, int] = (24, 24)
     batch: int = 8
@@ -72,6 +75,8 @@ class Recipe:
         for name in ("ema", "hold", "forcing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Recipe: {name} must be from 0 to 1, got {getattr(self, name)}")
+        if not self.shift > 0:
+            raise ValueError(f"Recipe: shift must be positive, got {self.shift}")
         if self.target not in TARGETS:
             raise ValueError(f"Recipe: target must be one of {', '.join(TARGETS)}, got {self.target!r}")
         sizes = zip(("frames", "height", "width"), (self.frames, *self.size), self.model.patch)
@@ -89,21 +94,22 @@ class Recipe:
         return Recipe(**{**values, "model": VDiTConfig.from_json(json.dumps(values["model"]))})
 
 
-def process_for(target: str) -> Process:
-    """The process that a target belongs to, on a scheduler of diffusers."""
+def process_for(target: str, shift: float = 1.0) -> Process:
+    """The process that a target belongs to, on a scheduler of diffusers; ``shift`` is a flow's."""
     diffusers = need("diffusers", "models", "process_for")
     if target in ("sample", "flow"):
-        return Process(diffusers.FlowMatchEulerDiscreteScheduler(), predicts=target)  # type: ignore[arg-type]
+        return Process(diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), predicts=target)  # type: ignore[arg-type]
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", clip_sample=False, prediction_type=target, timestep_spacing="trailing"
     )
     return Process(scheduler)
 
 
-def draw_timesteps(process: Process, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Logit-normal under flow matching (Esser et al. 2024), uniform over discrete timesteps."""
+def draw_timesteps(process: Process, shape: tuple[int, ...], generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    """Logit-normal and shifted under flow matching (Esser et al. 2024), uniform over discrete timesteps."""
     if process.steps_on == "flow":
-        return torch.randn(shape, generator=generator).sigmoid() * process.train_timesteps
+        normal = torch.randn(shape, generator=generator) + math.log(shift)
+        return normal.sigmoid() * process.train_timesteps
     return torch.randint(process.train_timesteps, shape, generator=generator).float()
 
 
@@ -132,7 +138,7 @@ class Trainer:
             torch.manual_seed(recipe.seed)
             self.model = VDiT(recipe.model).to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.process = process_for(recipe.target)
+        self.process = process_for(recipe.target, recipe.shift)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
@@ -148,7 +154,7 @@ class Trainer:
         recipe, random = self.recipe, self.random
         clean = self.source.batch(recipe.batch, random) * 2 - 1
         noise = torch.randn(clean.shape, generator=random)
-        timestep = draw_timesteps(self.process, (recipe.batch, recipe.frames), random)
+        timestep = draw_timesteps(self.process, (recipe.batch, recipe.frames), random, recipe.shift)
         held = draw_held(recipe.batch, recipe.frames, recipe.hold, random)
         forced = torch.rand(recipe.batch, 1, generator=random) < recipe.forcing
         if recipe.hold or recipe.forcing:

@@ -1,0 +1,183 @@
+"""A training run in a folder, that can be interrupted and gone on with; videos out of a trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdcore.diffusion.data import Source
+from vdcore.diffusion.long import splice
+from vdcore.diffusion.sampling import drawing
+from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
+
+CHECKPOINT, LOSSES = "checkpoint.safetensors", "losses.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training run stands.
+
+    Args:
+        checkpoint: what it left.
+        step: steps that are in it.
+        finished: all steps of the recipe are done.
+        seconds: spent in this call.
+        losses: by step, those of earlier calls included.
+    """
+
+    checkpoint: Path
+    step: int
+    finished: bool
+    seconds: float
+    losses: dict[int, float]
+
+
+def train(
+    recipe: Recipe,
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    fresh: bool = False,
+    save_every: int = 250,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, float], None] | None = None,
+) -> Run:
+    """Trains into a folder, and goes on from the checkpoint that is there.
+
+    An interrupt (Ctrl-C, SIGTERM) ends the run after the step at hand, with a checkpoint of it; a second one at once.
+
+    Args:
+        out: gets ``checkpoint.safetensors`` and ``losses.jsonl``.
+        fresh: begin anew, over what is there.
+        save_every: steps from checkpoint to checkpoint.
+        on_step: called with the number of steps done and the last one's loss; with 0 or the steps of a checkpoint, and
+            NaN, before the first.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another recipe or source.
+        FloatingPointError: if a loss is not finite; the last checkpoint stays.
+    """
+    if save_every < 1:
+        raise ValueError(f"train: save_every must be at least 1, got {save_every}")
+    out, begin = Path(out), time.perf_counter()
+    path, trainer = out / CHECKPOINT, Trainer(recipe, source, device)
+    if path.exists() and not fresh:
+        trainer.restore(path)
+    losses = {} if fresh else _read_losses(out / LOSSES)
+    losses = {step: loss for step, loss in losses.items() if step < trainer.step_count}
+    out.mkdir(parents=True, exist_ok=True)
+    if on_step is not None:
+        on_step(trainer.step_count, float("nan"))
+    saved = trainer.step_count if path.exists() and not fresh else -1
+    with (out / LOSSES).open("w", buffering=1) as log, _interrupts() as interrupted:
+        log.writelines(_line(step, loss) for step, loss in losses.items())
+        while trainer.step_count < recipe.steps and not interrupted.is_set():
+            step = trainer.step_count
+            losses[step] = trainer.step()
+            log.write(_line(step, losses[step]))
+            if on_step is not None:
+                on_step(step + 1, losses[step])
+            if trainer.step_count % save_every == 0:
+                trainer.save(path)
+                saved = trainer.step_count
+        if saved != trainer.step_count:
+            trainer.save(path)
+    finished = trainer.step_count >= recipe.steps
+    return Run(path, trainer.step_count, finished, time.perf_counter() - begin, losses)
+
+
+@torch.no_grad()
+def draw_videos(
+    trained: Trained,
+    count: int,
+    *,
+    frames: int | None = None,
+    steps: int = 25,
+    overlap: int = 2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_clip: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """``(count, 3, frames, H, W)`` in [0, 1], from noise.
+
+    Args:
+        frames: None: as many as in training. More are spliced from clips, each with the last ``overlap`` frames of
+            the one before it held clean.
+        steps: of the scheduler, for every clip.
+        on_clip: called with the number of frames that are there, and of all.
+
+    Raises:
+        ValueError: if more frames are wanted of a model that was trained without held frames.
+    """
+    recipe = trained.recipe
+    frames = recipe.frames if frames is None else frames
+    for name, value in (("count", count), ("frames", frames), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"draw_videos: {name} must be at least 1, got {value}")
+    if frames > recipe.frames and not (recipe.hold and overlap):
+        raise ValueError(
+            f"draw_videos: frames must be at most {recipe.frames} where the model was trained without held frames "
+            f"or there is no overlap, got {frames}"
+        )
+    draw = drawing(
+        trained.model,
+        process_for(recipe.target, recipe.shift),
+        (count, recipe.model.in_channels, *recipe.size),
+        steps,
+        generator=torch.Generator().manual_seed(seed),
+        device=device,
+    )
+    parts: list[Tensor] = []
+    for part in splice(draw, frames, recipe.frames, overlap if frames > recipe.frames else 0):
+        parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
+        if on_clip is not None:
+            on_clip(sum(p.shape[2] for p in parts), frames)
+    return torch.cat(parts, 2)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that is set by the first interrupt; the second one acts as it did outside."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _line(step: int, loss: float) -> str:
+    return json.dumps({"step": step, "loss": loss}) + "\n"
+
+
+def _read_losses(path: Path) -> dict[int, float]:
+    """Losses by step; a last line that a crash cut off is left out."""
+    losses: dict[int, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        losses[row["step"]] = row["loss"]
+    return losses
