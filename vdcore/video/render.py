@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ class Layers:
         return self.center.shape[1]
 
     def __getitem__(self, clips: slice) -> Layers:
-        return Layers(**{name: None if x is None else x[clips] for name, x in vars(self).items()})
+        part: dict[str, Any] = {name: None if x is None else x[clips] for name, x in vars(self).items()}
+        return Layers(**part)
 
     def local(self, x: Array, y: Array, k: int, frames: slice = ALL) -> tuple[Array, Array]:
         """Points as layer k has them, from its centre and turned back; x and y broadcast to ``(B, T, H, W)``."""
@@ -113,7 +115,8 @@ class Background:
             object.__setattr__(self, name, None if value is None else np.asarray(value, np.float32))
 
     def __getitem__(self, clips: slice) -> Background:
-        return Background(**{name: None if x is None else x[clips] for name, x in vars(self).items()})
+        part: dict[str, Any] = {name: None if x is None else x[clips] for name, x in vars(self).items()}
+        return Background(**part)
 
     def texture(self, x: Array, y: Array, frames: slice = ALL) -> Array:
         """Share of the second colour at points, ``(B, T or 1, H, W)``."""
