@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from vdcore.bench import compare, curves, machine, summary
+from vdcore.bench import compare, curves, machine, masks, summary
 from vdcore.bench.job import Job
 from vdcore.bench.memory import Point
 from vdcore.bench.profile import pattern_of
@@ -162,6 +162,11 @@ def print_profile(console: Console, rows: Sequence[Row]) -> None:
     failed = [row for row in rows if curves.is_profile(row) and row.status not in ("ok", "predicted")]
     for row in failed:
         console.print(f"{row.provider} {row.variant}, {row.case}, {row.x:g} frames: {row.status}: {row.reason}")
+
+
+def print_masks(console: Console, rows: Sequence[Row]) -> None:
+    for title, cells in masks.tables(rows).items():
+        console.print(table(f"What a mask costs: {title}", masks.HEADER, cells))
 
 
 # ---- Comparing, doctor ----

@@ -9,6 +9,7 @@ from vdcore.bench.machine import bytes_text, seconds_text
 from vdcore.bench.results import Row
 
 PROFILE = "profile: "  # how a profile row's case begins
+MASKS = "masks: "  # how a row of the mask sweep begins
 
 
 @dataclass

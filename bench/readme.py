@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vdcore.bench import curves, summary
+from vdcore.bench import curves, masks, summary
 from vdcore.bench.doctor import operator_table
 from vdcore.bench.results import Row, parse
 
@@ -83,10 +83,18 @@ def memory(root: Path) -> str:
     return "\n".join([*parts, f"{curves.LEGEND}\n"]) if parts else "No profile is committed.\n"
 
 
+def mask_tables(root: Path) -> str:
+    """Time per visible pair of frame masks."""
+    made = masks.tables(committed(root))
+    parts = [f"{title}\n\n{markdown(masks.HEADER, cells)}" for title, cells in made.items()]
+    return "\n".join([*parts, f"{masks.LEGEND}\n"]) if parts else "No sweep over masks is committed.\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "cpu": _results("cpu"),
     "gpu": _results("cuda"),
+    "masks": mask_tables,
     "memory": memory,
 }
 

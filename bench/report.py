@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vdcore.bench import curves, plots, summary
+from vdcore.bench import curves, masks, plots, summary
 from vdcore.bench.results import Row
 
 STYLE = """
@@ -60,6 +60,10 @@ def page(rows: Sequence[Row], pictures: dict[str, tuple[str, bytes]]) -> str:
     overhead = summary.overhead_cells(rows)
     if overhead:
         parts.append("<h2>Time of a call on 16 tokens, one thread</h2>" + _table(summary.OVERHEAD_HEADER, overhead))
+    swept = masks.tables(rows)
+    if swept:
+        parts.append(f"<h2>What a mask costs</h2>{_note(masks.LEGEND)}")
+        parts += [f"<h3>{html.escape(title)}</h3>" + _table(masks.HEADER, cells) for title, cells in swept.items()]
     grids = curves.grids(rows)
     if grids:
         parts.append(f"<h2>Memory and time against frames</h2>{_note(curves.LEGEND)}")

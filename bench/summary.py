@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vdcore.bench.curves import MASKS, PROFILE
 from vdcore.bench.jobs import JOBS
 from vdcore.bench.machine import seconds_text
 from vdcore.bench.results import Row
@@ -67,8 +68,8 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     """One line a job of the ``time`` rows, in the order in which they were measured."""
     found: dict[tuple, Line] = {}
     for row in rows:
-        profile = row.op not in JOBS or row.case.startswith("profile")
-        if row.metric not in ("time", "memory") or profile:
+        elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
+        if row.metric not in ("time", "memory") or elsewhere:
             continue
         sizes = tuple(sorted(row.shape.items()))
         key = (row.op, row.case, row.workload, row.mode, row.dtype, row.device, row.threads, sizes)

@@ -176,6 +176,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
     memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
     full_size: Annotated[bool, typer.Option("--full-size", help="Do not cut workloads to this machine.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Only what frame masks cost: time per visible pair.")] = False,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")
     ] = None,
@@ -207,6 +208,9 @@ def bench(
     _threads(threads)
     limit = machine.memory_limit(device) if memory_limit is None else parse_bytes("--memory-limit", memory_limit)
     _relaunch(device)
+    if masks:
+        _write(out, lambda journal: _masks(journal, device, choice.dtypes or suite.BOTH))
+        return
 
     import torch
 
@@ -227,6 +231,8 @@ def bench(
     def measure(journal: Journal) -> None:
         from vdcore.bench import overhead
 
+        if everything:
+            _masks(journal, device)
         journal.add(impossible)
         with console.Screen(screen).live() as watch:
             if device == "cpu":
@@ -241,6 +247,15 @@ def bench(
 
     screen = console.make_console()
     _write(out, measure)
+
+
+def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",)) -> None:
+    from vdcore.bench import console, job, masks
+
+    screen = console.make_console()
+    with console.Screen(screen).live() as watch:
+        masks.run(journal, device, [job.DTYPES[name] for name in dtypes], watch.doing)
+    console.print_masks(screen, journal.rows)
 
 
 def _compare(a: str, b: str) -> None:

@@ -140,7 +140,7 @@ void product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, bool ac
 // grow with the length of the chain of additions, and the softmax passes those of a score on to everything.
 template <typename P>
 void score_product(int64_t m, int64_t n, int64_t k, Scalars a, Tile b, Tile c, P& prefetch) {
-  constexpr int64_t kLongest = 96;
+  constexpr int64_t kLongest = 80;
   const int64_t parts = k <= kLongest ? 1 : (k + 63) / 64, part = (k + parts - 1) / parts;
   for (int64_t i = 0; i < k; i += part) product(m, n, smaller(part, k - i), a.at(0, i), b.at(i, 0), c, i > 0, prefetch);
 }

@@ -1,0 +1,216 @@
+"""What a mask costs: time per visible pair of frame masks over numbers of frames, against dense attention's.
+
+A kernel that loops over runs of visible frames takes the same time for a pair, whatever the mask and however long
+the video. All masks and lengths run in one race, so that a drift of the machine hits all alike; SDPA, which gets the same
+mask as a boolean matrix, takes part where its score matrix is small enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from vdcore.bench.curves import MASKS
+from vdcore.bench.job import Job, Tensors, mask_text
+from vdcore.bench.jobs import make
+from vdcore.bench.machine import seconds_text
+from vdcore.bench.results import Journal, Row
+from vdcore.bench.rows import dense_mask, whole_job
+from vdcore.bench.runner import blank
+from vdcore.bench.timing import Contender, Spread, clock_for, race
+from vdcore.bench.workloads import Shape, load
+
+import vdcore
+from vdcore import FrameMask
+from vdcore.testing import TORCH_FORMS, error_ratio
+
+WORKLOAD = "latte-1-512"
+TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
+FRAMES = (16, 32, 64, 128)
+ROUNDS = 7
+SWEEP: dict[str, FrameMask] = {
+    "dense": FrameMask.full(),
+    "causal": FrameMask.causal(),
+    "chunk-causal": FrameMask(future=0, chunk=4),
+    "window": FrameMask.window(2),  # at 32 frames a tenth of the pairs
+    "symmetric window": FrameMask.symmetric(2),
+    "window + sink": FrameMask(past=2, future=0, sink=1),
+}
+FLOPS = {"cpu": 9e10, "cuda": 2e14}  # of one call; a mask that has more visible pairs is left out at that length
+SDPA_FLOPS = {"cpu": 6e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
+
+
+@dataclass
+class _Entry:
+    name: str
+    job: Job
+    provider: str
+    call: Callable[[], Tensor]
+    error_ratio: float | None = None
+    contender: Contender = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.contender = Contender(lambda _: self.call())
+
+
+def run(
+    journal: Journal,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    doing: Callable[[str], None] = lambda what: None,
+    *,
+    frames: Sequence[int] = FRAMES,
+    tokens: tuple[int, int] | None = None,
+    rounds: int = ROUNDS,
+) -> None:
+    """Measures every mask at every length; rows of an interrupted race are kept."""
+    kind = torch.device(device).type
+    for dtype in dtypes:
+        doing(f"masks, {str(dtype).removeprefix('torch.')}: warming up")
+        entries = _entries(device, dtype, frames, tokens or TOKENS[kind], kind)
+        for entry in entries:
+            entry.error_ratio = _judge(entry)
+        doing(f"masks, {str(dtype).removeprefix('torch.')}: {rounds} rounds of {len(entries)} calls")
+        contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
+        try:
+            race(contenders, dict.fromkeys(contenders, rounds), clock_for(device))
+        finally:
+            journal.add(_row(entry) for entry in entries if entry.contender.samples)
+
+
+def _entries(
+    device: str, dtype: torch.dtype, frames: Sequence[int], tokens: tuple[int, int], kind: str
+) -> list[_Entry]:
+    workload = load()[WORKLOAD]
+    whole = workload.shape()
+    heads = 2 if kind == "cpu" else whole.H
+    entries = []
+    for T in frames:
+        shape = Shape(B=1, T=T, rows=tokens[0], columns=tokens[1], H=heads, G=heads, D=whole.D)
+        tensors: Tensors = {}
+        for name, mask in SWEEP.items():
+            job = make("video_attention", workload, dtype=dtype, device=device, mask=mask, shape=shape)
+            if job.forward_flops() > FLOPS[kind]:
+                continue
+            tensors = tensors or job.tensors()
+            entries.append(_Entry(name, job, "vdcore", _ours(job, tensors)))
+            if 0 < job.forward_flops() / mask.density(T) <= SDPA_FLOPS[kind]:
+                entries.append(_Entry(name, job, "sdpa", _sdpa(job, tensors)))
+    return entries
+
+
+def _ours(job: Job, tensors: Tensors) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return vdcore.video_attention(**job.arguments(tensors))
+
+    return call
+
+
+def _sdpa(job: Job, tensors: Tensors) -> Callable[[], Tensor]:
+    mask = dense_mask(job)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return y.transpose(1, 2)
+
+    function = whole_job(job.op, attend)
+    arguments = {key: value for key, value in job.arguments(tensors).items() if key != "mask"}
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return function(**arguments)
+
+    return call
+
+
+def _judge(entry: _Entry) -> float | None:
+    """The error ratio of the last frame of one head, which is a problem of its own."""
+    job, T = entry.job, entry.job.shape.T
+    out = entry.call()[:, -1:, :, :1]
+    q, k, v = (x[..., :1, :] for x in job.qkv(job.tensors()))
+    piece = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+    wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
+    exact = vdcore.video_attention(**wide, backend="reference")
+    forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
+    return error_ratio(out, exact, forms).worst
+
+
+def _row(entry: _Entry) -> Row:
+    spread = Spread.of([sample.seconds for sample in entry.contender.samples])
+    base = blank(entry.job)
+    return replace(
+        base,
+        case=MASKS + entry.name,
+        provider=entry.provider,
+        variant="" if entry.provider == "vdcore" else "dense mask",
+        reason=mask_text(entry.job.mask),
+        p20=spread.p20,
+        p50=spread.p50,
+        p80=spread.p80,
+        samples=spread.samples,
+        error_ratio=entry.error_ratio,
+    )
+
+
+# ---- Tables ----
+
+HEADER = (
+    "mask",
+    "frames",
+    "visible",
+    "vdcore",
+    "a visible pair",
+    "over dense",
+    "SDPA, dense mask",
+    "speed-up",
+    "error",
+)
+LEGEND = (
+    "Forward. A visible pair: time over the visible pairs of all heads. Over dense: the same over that of dense "
+    "attention of the greatest length that is measured, in the same race."
+)
+
+
+def _pair(row: Row) -> float:
+    """Seconds per visible pair: a pair takes 4 D operations."""
+    assert row.p50 and row.flops
+    return row.p50 / (row.flops / (4 * row.shape["D"]))
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
+    """Cells as :data:`HEADER` names them, by a title: one table a machine's dtype."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.case.startswith(MASKS) and row.status == "ok" and row.p50:
+            groups.setdefault((row.dtype, row.device), []).append(row)
+    made = {}
+    for (dtype, device), group in groups.items():
+        ours = [row for row in group if row.provider == "vdcore"]
+        theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
+        dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
+        s = ours[0].shape if ours else group[0].shape
+        title = f"{dtype}, {device}: {s['S']} tokens a frame, {s['H']} x {s['D']} channels"
+        made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
+    return made
+
+
+def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
+    assert row.p50 and row.flops and row.x
+    s = row.shape
+    pairs = row.flops / (4 * s["D"] * s["H"] * s["B"])
+    name = row.case.removeprefix(MASKS)
+    return (
+        f"{name} ({row.reason})" if row.reason else name,
+        f"{row.x:g}",
+        f"{pairs / (s['S'] * row.x) ** 2:.1%}",
+        seconds_text(row.p50),
+        f"{_pair(row) * 1e9:.3g} ns",
+        "-" if dense is None else f"{_pair(row) / _pair(dense):.2f}",
+        "-" if sdpa is None or not sdpa.p50 else seconds_text(sdpa.p50),
+        "-" if sdpa is None or not sdpa.p50 else f"{sdpa.p50 / row.p50:.1f}x",
+        "-" if row.error_ratio is None else f"{row.error_ratio:.2f}",
+    )
