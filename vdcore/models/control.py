@@ -1,0 +1,96 @@
+"""A second stream of frames, such as depth, that steers a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vdcore.models.cache import FrameCache
+from vdcore.models.embedding import PatchEmbedding
+from vdcore.models.vdit import VDiT
+
+
+class DepthControl(nn.Module):
+    """A trainable copy of a model's first blocks, which sees depth too and adds to what the blocks return.
+
+    ControlNet (Zhang et al. 2023) for transformers, as in PixArt-delta (Chen et al. 2024): depth enters the copy
+    through an embedding that starts at 0, and what copied block ``i`` returns is added, through a projection that
+    starts at 0, after the model's block ``i``. So at first the model is what it was. To train the control alone::
+
+        model.requires_grad_(False)
+        control = DepthControl(model, blocks=6)
+        out = model(video, timestep, control=control(video, timestep, depth))
+
+    Args:
+        model: whose first blocks and embeddings are copied.
+        blocks: how many; None: half of them.
+        channels: of the depth stream.
+
+    Raises:
+        ValueError: if the model has fewer blocks.
+    """
+
+    def __init__(self, model: VDiT, blocks: int | None = None, channels: int = 1) -> None:
+        super().__init__()
+        config = model.config
+        blocks = (config.depth + 1) // 2 if blocks is None else blocks
+        if not 1 <= blocks <= config.depth:
+            raise ValueError(f"DepthControl: blocks must be 1 to {config.depth}, the model's depth, got {blocks}")
+        like = model.patch.weight
+        with torch.device(like.device):
+            self.copy = VDiT(replace(config, depth=blocks))
+            self.hint = PatchEmbedding(channels, config.width, config.patch)
+            self.outputs = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(blocks))
+        for parameter in (*self.hint.parameters(), *self.outputs.parameters()):
+            nn.init.zeros_(parameter)
+        del self.copy.final
+        names = self.copy.state_dict().keys()
+        self.copy.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+        self.to(like.dtype)
+
+    def forward(
+        self,
+        video: Tensor,
+        timestep: Tensor,
+        depth: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        label: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: FrameCache | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """What to add after each of the model's first blocks, the ``control`` of :meth:`VDiT.forward`.
+
+        Args:
+            video, timestep, text, text_lengths, label, positions, keep: what the model gets.
+            depth: ``(B, channels, T, H, W)``, of the video's size.
+            cache: of this control's :meth:`new_cache`.
+
+        Returns:
+            ``(B, T', S, C)`` per copied block.
+
+        Raises:
+            ValueError: if the depth stream has another size than the video.
+        """
+        expected = (len(video), self.hint.weight.shape[1], *video.shape[2:])
+        if depth.shape != expected:
+            found = tuple(depth.shape)
+            raise ValueError(f"DepthControl: depth must be (B, channels, T, H, W) = {expected}, got {found}")
+        given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions, "cache": cache}
+        x, context = self.copy.embed(video, timestep, **given)
+        x = x + self.hint(depth)
+        found = []
+        for i, output in enumerate(self.outputs):
+            x = self.copy.run(i, x, context, cache)
+            found.append(output(x))
+        if cache is not None and keep:
+            cache.frames += context.grid[0]
+        return tuple(found)
+
+    def new_cache(self, batch: int, height: int, width: int, *, frames: int | None = None) -> FrameCache:
+        """As :meth:`VDiT.new_cache`, for the copied blocks."""
+        return self.copy.new_cache(batch, height, width, frames=frames)
