@@ -1,8 +1,8 @@
 """What a mask costs: time per visible pair of frame masks over numbers of frames, against dense attention's.
 
 A kernel that loops over runs of visible frames takes the same time for a pair, whatever the mask and however long
-the video. All masks and lengths run in one race, so that a drift of the machine hits all alike; SDPA, which gets the same
-mask as a boolean matrix, takes part where its score matrix is small enough.
+the video. All masks and lengths run in one race, so that a drift of the machine hits all alike; SDPA, which gets the
+same mask as a boolean matrix, takes part where its score matrix is small enough.
 """
 
 from __future__ import annotations
