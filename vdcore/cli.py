@@ -355,6 +355,14 @@ def _write(out: Path, measure: Callable[[Journal], None]) -> None:
         raise typer.Exit(130)
 
 
+# ---- train, sample ----
+
+from vdcore.diffusion import commands as diffusion  # noqa: E402  (after the check of the extra)
+
+app.command()(diffusion.train)
+app.command()(diffusion.sample)
+
+
 def main() -> None:
     app()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdcore.diffusion.data import Source
+from vdcore.diffusion.data import Source, source_of
 from vdcore.diffusion.long import splice
 from vdcore.diffusion.sampling import drawing
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
@@ -143,6 +143,18 @@ def draw_videos(
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)
     return torch.cat(parts, 2)
+
+
+def real_clips(trained: Trained, count: int) -> Tensor | None:
+    """Clips ``(count, 3, T, H, W)`` in [0, 1] of what the model was trained on, drawn apart from training's.
+
+    Of scenes, ones that were never seen; of files, windows of the same files. None where the files are gone.
+    """
+    try:
+        source = source_of(trained.source)
+    except FileNotFoundError:
+        return None
+    return source.batch(count, torch.Generator().manual_seed(trained.recipe.seed + 2**32))
 
 
 @contextmanager

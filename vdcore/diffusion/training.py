@@ -18,7 +18,9 @@ from vdcore.diffusion.data import Source
 from vdcore.diffusion.process import Process
 from vdcore.extras import need
 from vdcore.models import VDiT, VDiTConfig
+from vdcore.video.scenes import MovingShapes
 
+SCENES = MovingShapes(frames=8, size=(24, 24))
 TARGETS = ("sample", "flow", "v_prediction", "epsilon")
 SMALL = VDiTConfig(
     in_channels=3,

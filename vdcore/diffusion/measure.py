@@ -1,0 +1,70 @@
+"""What sampled videos are held against: clips of the source that the model was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vdcore.metrics import flow_consistency, mean_flow, optical_flow, temporal_fid, temporal_flicker, warping_error
+
+# A model that learned the motion: its videos hold together nearly as real ones do, and they move as much. A still video
+# would win the first alone.
+MOST_ERROR, LEAST_MOTION, MOST_MOTION = 2.0, 0.5, 2.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over the videos of both sets.
+
+    Args:
+        samples, real: by measure: ``warping_error``, ``mean_flow`` (pixels a frame), ``flicker`` (VBench's score),
+            ``residual`` and ``acceleration`` of the flow (pixels).
+        temporal_fid: of the samples against the real clips.
+        temporal_fid_of_real: of one half of the real clips against the other: what chance alone gives.
+    """
+
+    samples: dict[str, float]
+    real: dict[str, float]
+    temporal_fid: float
+    temporal_fid_of_real: float
+
+    @property
+    def error_ratio(self) -> float:
+        """Warping error of the samples over that of real clips."""
+        return self.samples["warping_error"] / max(self.real["warping_error"], 1e-12)
+
+    @property
+    def motion_ratio(self) -> float:
+        """Mean flow of the samples over that of real clips."""
+        return self.samples["mean_flow"] / max(self.real["mean_flow"], 1e-12)
+
+    @property
+    def moves_as_real(self) -> bool:
+        """Warping error at most twice the real clips', at a mean flow between half and twice theirs."""
+        return self.error_ratio <= MOST_ERROR and LEAST_MOTION <= self.motion_ratio <= MOST_MOTION
+
+
+def measures(video: Tensor) -> dict[str, float]:
+    """Means over a batch ``(B, C, T, H, W)`` in [0, 1]; flow is estimated once."""
+    flow = optical_flow(video)
+    consistency = flow_consistency(video, flow)
+    values = {
+        "warping_error": warping_error(video, flow),
+        "mean_flow": mean_flow(video, flow),
+        "flicker": temporal_flicker(video),
+        "residual": consistency.residual,
+        "acceleration": consistency.acceleration,
+    }
+    return {name: x.mean().item() for name, x in values.items()}
+
+
+def compare(samples: Tensor, real: Tensor) -> Comparison:
+    """Samples against real clips, both ``(B, C, T, H, W)`` in [0, 1]."""
+    half = len(real) // 2
+    return Comparison(
+        samples=measures(samples),
+        real=measures(real),
+        temporal_fid=temporal_fid(real, samples).item(),
+        temporal_fid_of_real=temporal_fid(real[:half], real[half:]).item(),
+    )
