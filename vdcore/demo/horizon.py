@@ -1,0 +1,257 @@
+"""Horizon: what comes back from behind an occluder, against how far back a temporal window lets a model look.
+
+An object passes behind a wall and is out of sight for n frames. A causal net is given the clip up to the last of these
+and predicts the next frame, in which the object begins to return. It was last seen n frames before. A layer with a window
+of W past frames carries what it knows W frames on, L layers carry it ``L * W`` frames: so the object can return in its own
+colour and row if ``n <= L * W``, and by luck alone otherwise. Spatial attention stays inside a frame and adds no reach.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdcore.demo.figure import Figure
+from vdcore.demo.net import VideoNet
+from vdcore.demo.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
+from vdcore.mask import FrameMask
+from vdcore.video import Background, Layers, Scene, contact_sheet
+from vdcore.video.scenes import uniform
+
+NAME = "horizon"
+NETS = ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2))  # temporal layers, window in past frames
+LONGEST = 10  # frames out of sight
+FRAMES = LONGEST + 2  # given: the object is in the open in the first of them, whatever n is
+SIZE = (12, 32)
+PATCH = (4, 8)
+SPEED = 2.0  # pixels a frame
+COLOURS = ((0.9, 0.15, 0.15), (0.15, 0.8, 0.2), (0.2, 0.35, 0.95), (0.95, 0.85, 0.1))
+ROWS = (1.5, 5.5, 9.5)
+CHANCE = 1 / (len(COLOURS) * len(ROWS))
+SUCCESS = 0.9  # share of clips from which on a net is said to remember
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each net is trained, and on how many clips of every n it is judged."""
+
+    steps: int = 300
+    batch: int = 16
+    lr: float = 3e-3
+    clips: int = 192
+    width: int = 64
+
+
+def make_clips(hidden: Tensor, identity: Tensor, index: Sequence[int] | np.ndarray) -> Scene:
+    """Clips of ``FRAMES + 1`` frames in whose last frame an object returns after ``hidden`` frames out of sight.
+
+    Args:
+        hidden: ``(B,)``, n of each clip.
+        identity: ``(B,)``, ``colour * len(ROWS) + row``.
+        index: ``(B,)``, chooses the background.
+    """
+    n, kind = hidden.numpy().astype(np.float64), identity.numpy()
+    B, H, T = len(n), SIZE[0], FRAMES + 1
+    u = uniform(0, np.asarray(index), 10)
+    wall_right = 3.5 + SPEED * FRAMES  # where the object's middle is when half of it has come out again
+    x = wall_right + SPEED * (np.arange(T) - FRAMES)
+    y = np.array(ROWS)[kind % len(ROWS)]
+    wall_left = wall_right - SPEED * n - SPEED
+    center = np.empty((B, 2, T, 2))
+    center[:, 0, :, 0], center[:, 0, :, 1] = x, y[:, None]
+    center[:, 1, :, 0], center[:, 1, :, 1] = ((wall_left + wall_right) / 2)[:, None], (H - 1) / 2
+    half = np.empty((B, 2, 2))
+    half[:, 0], half[:, 1, 0], half[:, 1, 1] = SPEED, (wall_right - wall_left) / 2, H
+    colour = np.empty((B, 2, 2, 3))
+    colour[:, 0] = np.array(COLOURS)[kind // len(ROWS)][:, None]
+    colour[:, 1] = np.array(((0.45,), (0.55,)))
+    wave = np.full((B, 2, 2), 2 * np.pi / 6)
+    layers = Layers(center, half, np.zeros((B, 2)), colour, wave, np.zeros((B, 2, 2)))
+    heading, length = 2 * np.pi * u[:, :2], 8 + 16 * u[:, 2:4]
+    wave = np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * np.pi / length)[..., None]
+    shades = 0.15 + 0.7 * u[:, 4:6, None] * np.ones(3)
+    return Scene(Background(shades, wave, 2 * np.pi * u[:, 6:8]), layers, SIZE)
+
+
+def new_net(layers: int, window: int, width: int) -> VideoNet:
+    """Blocks of spatial attention, temporal attention to ``window`` past frames, and an MLP."""
+    return VideoNet(
+        3,
+        (FRAMES, *SIZE),
+        PATCH,
+        width=width,
+        blocks=layers,
+        layers=("spatial", "temporal"),
+        mask=FrameMask.window(window),
+    )
+
+
+def predict(net: VideoNet, given: Tensor) -> Tensor:
+    """The frame after ``given`` ``(B, 3, T, H, W)``: the last one and what the net, at the last one, adds to it."""
+    return given[:, :, -1] + net(given * 2 - 1)[:, :, -1]
+
+
+def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0) -> float:
+    """Squared error of the frame of return; n, identity and background are drawn anew for every clip. Last loss."""
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, budget.steps, pct_start=0.15)
+    loss = torch.zeros(())
+    for _ in track(label, budget.steps):
+        hidden = torch.randint(1, LONGEST + 1, (budget.batch,), generator=random)
+        identity = torch.randint(len(COLOURS) * len(ROWS), (budget.batch,), generator=random)
+        index = torch.randint(2**31, (budget.batch,), generator=random)
+        video = make_clips(hidden, identity, index.numpy()).video
+        loss = 100 * (predict(net, video[:, :, :-1]) - video[:, :, -1]).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def success(net: VideoNet, hidden: int, clips: int, seed: int = 1) -> float:
+    """Share of clips whose predicted frame is nearest, of all identities the object might have, to its own."""
+    kinds = len(COLOURS) * len(ROWS)
+    right = 0
+    for start in range(0, clips, 4 * kinds):
+        identity = (torch.arange(start, min(start + 4 * kinds, clips))) % kinds
+        index = 2**31 * (seed + 1) + 1000 * hidden + start + np.arange(len(identity))
+        n = torch.full_like(identity, hidden)
+        found = predict(net, make_clips(n, identity, index).video[:, :, :-1])
+        errors = []
+        for kind in range(kinds):
+            candidate = make_clips(n, torch.full_like(identity, kind), index).video[:, :, -1]
+            errors.append((found - candidate).square().flatten(1).sum(1))
+        right += int((torch.stack(errors, 1).argmin(1) == identity).sum())
+    return right / clips
+
+
+def influence(net: VideoNet, hidden: int) -> float:
+    """Largest derivative of the prediction by any pixel of a frame that shows the object; 0 is exact."""
+    given = make_clips(torch.tensor([hidden]), torch.tensor([0]), [7]).video[:, :, :-1].requires_grad_()
+    (gradient,) = torch.autograd.grad(predict(net, given).square().sum(), given)
+    return gradient[:, :, : FRAMES - hidden].abs().max().item()
+
+
+def run(out: Path, budget: Budget = Budget(), nets: Sequence[tuple[int, int]] = NETS) -> Figure:
+    """Trains every net, judges it for n = 1 to ``LONGEST``, and writes curves, a table and the figure into ``out``."""
+    started = time.monotonic()
+    curves: dict[tuple[int, int], list[float]] = {}
+    leak, reached, shown = 0.0, [], []
+    with progress(NAME) as track:
+        for layers, window in nets:
+            torch.manual_seed(0)
+            net = new_net(layers, window, budget.width)
+            train(net, budget, track, f"{_layers(layers)}, window {window}")
+            net.eval()
+            curves[layers, window] = [success(net, n, budget.clips) for n in range(1, LONGEST + 1)]
+            effects = [influence(net, n) for n in range(1, LONGEST + 1)]
+            leak = max([leak, *effects[layers * window :]])
+            reached += effects[: layers * window]
+            shown.append(_continued(net, min(layers * window, LONGEST)))
+    files = [_plot(out, curves), _table(out, curves, budget), _sheet(out, curves, shown)]
+    return _figure(curves, leak, reached, budget, time.monotonic() - started, files, out)
+
+
+def _figure(
+    curves: dict[tuple[int, int], list[float]],
+    leak: float,
+    reached: list[float],
+    budget: Budget,
+    seconds: float,
+    files: list[str],
+    out: Path,
+) -> Figure:
+    inside = [p for (L, W), curve in curves.items() for p in curve[: L * W]]
+    beyond = [p for (L, W), curve in curves.items() for p in curve[L * W :]]
+    luck = CHANCE + 4 * (CHANCE * (1 - CHANCE) / budget.clips) ** 0.5
+    numbers: dict[str, Any] = {
+        "least_success_within_reach": min(inside),
+        "mean_success_within_reach": sum(inside) / len(inside),
+        "most_success_beyond_reach": max(beyond, default=0.0),
+        "mean_success_beyond_reach": sum(beyond) / max(len(beyond), 1),
+        "largest_derivative_beyond_reach": leak,
+        "least_derivative_within_reach": min(reached),
+        "success": {f"layers={L}, window={W}": curve for (L, W), curve in curves.items()},
+    }
+    passed = min(inside) >= SUCCESS and max(beyond, default=0.0) <= luck and leak == 0 and min(reached) > 0
+    figure = Figure(
+        name=NAME,
+        claim="An object returns from an occlusion of n frames as what it was where n <= layers x window, "
+        "and by luck alone where n is longer.",
+        numbers=numbers,
+        compared_with={"success_counts_from": SUCCESS, "chance": CHANCE, "chance_plus_4_sigma": luck},
+        passed=passed,
+        size=_size(budget, seconds, len(curves)),
+        files=files,
+    )
+    figure.save(out)
+    return figure
+
+
+def _size(budget: Budget, seconds: float, nets: int) -> str:
+    return (
+        f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames given, one box of 4x4 pixels, "
+        f"{len(COLOURS)} colours x {len(ROWS)} rows; {nets} nets of width {budget.width}, "
+        f"{budget.steps} steps of {budget.batch} clips each; {budget.clips} clips for every n; {seconds:.0f} s in all"
+    )
+
+
+def _layers(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number} layers"
+
+
+def _plot(out: Path, curves: dict[tuple[int, int], list[float]]) -> str:
+    figure, axes = new_plot(10, 3.8, columns=2)
+    colours, styles = {1: ON, 2: OFF, 4: THIRD}, {2: "o", 4: "s", 8: "^"}
+    n = range(1, LONGEST + 1)
+    groups = (
+        ("One temporal layer: its window", [k for k in curves if k[0] == 1]),
+        ("Reach is layers x window", [*curves]),
+    )
+    for axis, (title, keys) in zip(axes[0], groups):
+        for L, W in keys:
+            label, colour = f"{_layers(L)}, window {W}", colours.get(L, "black")
+            axis.plot(n, curves[L, W], label=label, color=colour, marker=styles.get(W, "d"), markersize=5, alpha=0.85)
+        for reach in sorted({L * W for L, W in keys if L * W < LONGEST}):
+            axis.axvline(reach + 0.5, color="black", linewidth=0.8, linestyle=":")
+        axis.axhline(CHANCE, color="black", linewidth=0.8, linestyle="--")
+        axis.text(LONGEST, CHANCE + 0.02, "chance", ha="right", fontsize=8)
+        axis.set(xlabel="frames out of sight, n", ylim=(0, 1.04), xticks=list(n))
+        axis.set_title(title + " (dotted: n = reach + 1/2)", fontsize=10, loc="left")
+        axis.legend(fontsize=8, loc="center left" if len(keys) < 4 else "upper right")
+        axis.grid(alpha=0.2)
+    axes[0][0].set_ylabel("returns in its own colour and row")
+    return save_plot(figure, out / f"{NAME}.png")
+
+
+def _table(out: Path, curves: dict[tuple[int, int], list[float]], budget: Budget) -> str:
+    text = (
+        "Share of clips in which the object returns in its own colour and row, by the number n of frames that it was out "
+        f"of sight ({budget.clips} clips each; chance {CHANCE:.3f}; from {SUCCESS} on a net is said to remember)."
+    )
+    header = ["temporal layers", "window", "reach", *(f"n={n}" for n in range(1, LONGEST + 1))]
+    rows = [(L, W, L * W, *(f"{p:.2f}" for p in curve)) for (L, W), curve in curves.items()]
+    return save_table(out / f"{NAME}.md", header, rows, text)
+
+
+@torch.no_grad()
+def _continued(net: VideoNet, hidden: int) -> Tensor:
+    """One clip, true to its last hidden frame, and the predicted frame of return."""
+    video = make_clips(torch.tensor([hidden]), torch.tensor([hidden % 12]), [123 + hidden]).video
+    return torch.cat((video[0, :, :-1], predict(net, video[:, :, :-1])[0, :, None]), 1)
+
+
+def _sheet(out: Path, curves: dict[tuple[int, int], list[float]], shown: list[Tensor]) -> str:
+    labels = [f"{_layers(L)} x {W}, n={min(L * W, LONGEST)}" for L, W in curves]
+    return contact_sheet(out / f"{NAME}_frames.png", shown, labels=labels, frames=FRAMES + 1, scale=3).name

@@ -1,0 +1,121 @@
+"""A small transformer on video for experiments that need to see inside: vdcore's operators, and no more around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdcore.mask import FrameMask
+from vdcore.ops import patchify, spatial_attention, temporal_attention, unpatchify, video_attention
+
+KINDS = ("spatial", "temporal", "full")
+
+
+class Attention(nn.Module):
+    """One of ``KINDS`` on normed tokens ``(B, T, S, C)``, between two projections."""
+
+    def __init__(self, width: int, heads: int, kind: str, mask: FrameMask) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"Attention: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        self.heads, self.kind, self.mask = heads, kind, mask
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Packed ``(B, T, S, 3, H, D)``."""
+        return self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+
+    def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """What the operator returns, and its lse ``(B, T, S, H)``."""
+        if self.kind == "spatial":
+            return spatial_attention(qkv, return_lse=True)  # type: ignore[return-value]
+        operator = temporal_attention if self.kind == "temporal" else video_attention
+        return operator(qkv, mask=self.mask, return_lse=True)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.attend(self.project(x))[0].flatten(-2))
+
+    def weights(self, x: Tensor, frame: int, token: int) -> Tensor:
+        """What one token attends to, ``(B, H, T, S)``: ``exp(scale q . k - lse)``, from q, k and the operator's own lse.
+
+        With ``"temporal"`` attention only the token's own position is other than 0.
+        """
+        qkv = self.project(x)
+        q, k, _ = qkv.unbind(3)
+        lse = self.attend(qkv)[1][:, frame, token]  # (B, H)
+        q = q[:, frame, token] * q.shape[-1] ** -0.5
+        seen = torch.zeros(x.shape[1:3], dtype=torch.bool)
+        frames = torch.arange(x.shape[1]) == frame
+        if self.kind != "spatial":
+            frames = self.mask.visible(x.shape[1])[frame]
+        seen[frames] = True
+        if self.kind == "temporal":
+            seen &= torch.arange(x.shape[2]) == token
+        scores = torch.einsum("bhd,btshd->bhts", q, k) - lse[:, :, None, None]
+        return torch.where(seen, scores.exp(), 0.0)
+
+
+class VideoNet(nn.Module):
+    """Patches, layers of attention each, an MLP after every ``len(layers)`` of them, patches.
+
+    Args:
+        channels: of the video, in and out.
+        size: ``(T, H, W)`` of the clips.
+        patch: ``(ph, pw)``, pixels; patches are one frame deep.
+        width: channels of a token.
+        blocks: how many.
+        layers: of a block, from ``KINDS``, in order.
+        heads: of attention.
+        mask: which frames ``"temporal"`` and ``"full"`` see.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int, int],
+        patch: tuple[int, int],
+        *,
+        width: int,
+        blocks: int,
+        layers: Sequence[str],
+        heads: int = 4,
+        mask: FrameMask = FrameMask(),
+    ) -> None:
+        super().__init__()
+        T, H, W = size
+        self.patch, self.grid = (1, *patch), (T, H // patch[0], W // patch[1])
+        rows = channels * patch[0] * patch[1]
+        self.into = nn.Parameter(torch.randn(width, channels, *self.patch) * rows**-0.5)
+        self.back = nn.Parameter(torch.zeros(rows, width))
+        self.place = nn.Parameter(torch.randn(self.grid[1] * self.grid[2], width) * 0.5)
+        self.time = nn.Parameter(torch.randn(T, 1, width) * 0.5)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            self.blocks.extend(Attention(width, heads, kind, mask) for kind in layers)
+            self.blocks.append(MLP(width))
+        self.norm = nn.LayerNorm(width)
+
+    def tokens(self, video: Tensor) -> Tensor:
+        """``(B, T, S, C)``, with what a learned embedding says of place and time."""
+        return patchify(video, self.into) + self.place + self.time
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.tokens(video)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(self.norm(x), self.back, channels=video.shape[1], patch=self.patch, grid=self.grid)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
