@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdcore.extras import need
 
-FORMAT = "vdcore training 1"
+KEY, FORMAT = "vdcore", "vdcore training 1"
 
 
 class CheckpointError(ValueError):
@@ -29,7 +29,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Map
     write = need("safetensors.torch", "models", "checkpoint.save").save
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in notes.items()}}
+    metadata = {KEY: json.dumps({"format": FORMAT, **notes})}  # one entry: equal checkpoints are equal bytes
     data = write({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -60,12 +60,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint: {path}: not a whole safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint: {path}: its format must be {FORMAT!r}, got {metadata.get('format')!r}: "
-            "not written by vdcore train"
-        )
-    return tensors, {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+    notes = json.loads(metadata.get(KEY, "{}"))
+    if notes.pop("format", None) != FORMAT:
+        raise CheckpointError(f"checkpoint: {path}: expected the format {FORMAT!r}: not written by vdcore train")
+    return tensors, notes
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
