@@ -164,10 +164,10 @@ struct WeightGradient {
     const int64_t part = item / ranges, e0 = item % ranges * width, columns = smaller(width, n.E - e0);
     const int64_t first = n.tokens * part / g.parts, last = n.tokens * (part + 1) / g.parts;
     Arena count(nullptr);
-    count.floats(n.K * kMaxTile), count.floats(kMaxTile * width), count.floats(width);
+    count.floats(n.K * kMaxTile), count.floats(kMaxTile * width), count.floats(width), count.floats(width);
     Arena arena(scratch(count.used()));
     float *patches = arena.floats(n.K * kMaxTile), *tokens = arena.floats(kMaxTile * width);
-    float* line = arena.floats(width);
+    float *line = arena.floats(width), *sum_tile = arena.floats(width);
     float* dweight = g.dweight + part * n.K * n.E + e0;
     float* sum_tokens = g.sum_tokens ? g.sum_tokens + part * n.E + e0 : nullptr;
     float* sum_patches = g.sum_patches && e0 == 0 ? g.sum_patches + part * n.K : nullptr;
@@ -177,6 +177,7 @@ struct WeightGradient {
     for (int64_t token = first; token < last; token += kMaxTile) {
       const int64_t rows = smaller(kMaxTile, last - token);
       gather_patches<T>(g.patches, token, rows, patches, kMaxTile);
+      clear(sum_tile, columns);
       for (int64_t m = 0; m < rows; ++m) {
         const char* row = token_row(g.tokens, token + m) + e0 * size_of(T);
         read_row<T>(row, columns, line);
@@ -186,10 +187,15 @@ struct WeightGradient {
           store(at, load(line + c));
           store(at + W, load(line + c + W));
         }
-        if (sum_tokens) add(line, columns, sum_tokens);
+        if (sum_tokens) add(line, columns, sum_tile);
       }
-      for (int64_t k = 0; k < n.K && sum_patches; ++k)
-        for (int64_t m = 0; m < rows; ++m) sum_patches[k] += patches[k * kMaxTile + m];
+      // A tile's sum first: errors grow with the length of a chain of additions.
+      if (sum_tokens) add(sum_tile, columns, sum_tokens);
+      for (int64_t k = 0; k < n.K && sum_patches; ++k) {
+        float sum = 0;
+        for (int64_t m = 0; m < rows; ++m) sum += patches[k * kMaxTile + m];
+        sum_patches[k] += sum;
+      }
       for (int64_t c = 0; c < columns; c += kPanel)
         multiply_panel(n.K, rows, {patches, kMaxTile, 1}, tokens + c * kMaxTile,
                        [&](int64_t k, vf left, vf right) __attribute__((always_inline)) {
