@@ -181,6 +181,16 @@ def _peak() -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
+def peak_of(call: Callable[[], Any]) -> int:
+    """Peak bytes of a call beyond what the process held before, what it returns included. For a fresh process."""
+    machine.set_malloc(raised=False)  # a freed block must leave the process
+    before = _reset_peak()
+    result = call()
+    peak = _peak() - before
+    del result
+    return peak
+
+
 def measure_memory(point: Point, limit: int) -> dict[str, float]:
     """Peak bytes of one call beyond its inputs, and its seconds. An allocation beyond the limit raises."""
     device = point.jobs[0].device
