@@ -58,11 +58,20 @@ def lucas_kanade(
         xx, yy = xx + ridge, yy + ridge
         determinant = xx * yy - xy * xy
         for _ in range(iterations):
-            error = a - warp(b, flow, "bicubic")
+            error = (a - warp(b, flow, "bicubic")) * _inside(flow)
             ex, ey = _blur(dx * error, kernel), _blur(dy * error, kernel)
             move = torch.cat((yy * ex - xy * ey, xx * ey - xy * ex), 1) / determinant
             flow = flow + move / (1 + move.square().sum(1, keepdim=True) / step**2).sqrt()
     return flow
+
+
+def _inside(flow: Tensor) -> Tensor:
+    """1 where the flow stays in the picture and 0 where it leaves it, ``(N, 1, H, W)``, smooth over about a pixel."""
+    H, W = flow.shape[-2:]
+    x = flow[:, :1] + torch.arange(W, dtype=flow.dtype, device=flow.device)
+    y = flow[:, 1:] + torch.arange(H, dtype=flow.dtype, device=flow.device)[:, None]
+    sides = (x + 0.5, W - 0.5 - x, y + 0.5, H - 0.5 - y)
+    return torch.stack([(4 * side).sigmoid() for side in sides]).prod(0)
 
 
 def _gaussian(sigma: float, like: Tensor) -> Tensor:

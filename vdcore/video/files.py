@@ -45,10 +45,9 @@ def read_clip(
         ValueError: if it is no video, or has too few frames; on numbers that make no clip.
     """
     path = Path(path)
-    if frames is not None and frames < 1:
-        raise ValueError(f"read_clip: frames must be at least 1, got {frames}")
-    if stride < 1 or start < 0:
-        raise ValueError(f"read_clip: stride must be at least 1 and start at least 0, got {stride} and {start}")
+    for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("start", start, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"read_clip: {name} must be at least {least}, got {value}")
     if isinstance(size, int):
         size = (size, size)
     if size is not None and (len(size) != 2 or min(size) < 1):
