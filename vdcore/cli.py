@@ -355,12 +355,14 @@ def _write(out: Path, measure: Callable[[Journal], None]) -> None:
         raise typer.Exit(130)
 
 
-# ---- train, sample ----
+# ---- train, sample, demo ----
 
-from vdcore.diffusion import commands as diffusion  # noqa: E402  (after the check of the extra)
+from vdcore.demo import commands as demonstration  # noqa: E402  (after the check of the extra)
+from vdcore.diffusion import commands as diffusion  # noqa: E402
 
 app.command()(diffusion.train)
 app.command()(diffusion.sample)
+app.command()(demonstration.demo)
 
 
 def main() -> None:

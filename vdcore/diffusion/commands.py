@@ -144,7 +144,7 @@ def train(
             run = runs.train(
                 recipe, source, out, fresh=fresh, save_every=save_every, device=device, on_step=Meter(bar, recipe.steps)
             )
-        _plot_losses(run.losses, out / "losses.png")
+        plot_losses(run.losses, out / "losses.png")
     last = list(run.losses.values())[-100:]
     print(f"{run.checkpoint}: step {run.step} of {recipe.steps}, loss {sum(last) / max(len(last), 1):.4f}")
     if not run.finished:
@@ -252,7 +252,7 @@ def _set_threads(number: int | None) -> None:
         torch.set_num_threads(number)
 
 
-def _plot_losses(losses: dict[int, float], path: Path) -> None:
+def plot_losses(losses: dict[int, float], path: Path) -> None:
     if len(losses) < 2:
         return
     from vdcore.extras import need
