@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: help venv build test bench gpu lint format wheels clean
+.PHONY: help venv build test bench demo gpu lint format wheels clean
 
 help:
 	@echo "make venv    .venv with every extra, and vdcore built into it"
 	@echo "make test    the test suite"
 	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
+	@echo "make demo    train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu     correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
 	@echo "make lint    ruff, mypy, clang-format, all in check mode"
 	@echo "make format  ruff and clang-format, in place"
@@ -40,6 +41,9 @@ test: build
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench
+
+demo: build
+	$(BIN)/vdcore demo all --out out/demo
 
 gpu: build
 	$(BIN)/python bench/gpu.py --out out/gpu
