@@ -36,6 +36,8 @@ class MovingShapes:
         bounce: objects turn back at the border. Otherwise they pass through the picture: halfway through the clip
             their centres are inside.
         pan: most pixels a frame, in each direction, that the background moves.
+        object_wave, background_wave: shortest and longest wave of the textures, pixels; waves much longer than the
+            picture leave smooth shades.
         seed: another seed is another set.
 
     Raises:
@@ -51,6 +53,8 @@ class MovingShapes:
     spin: float = 0.0
     bounce: bool = False
     pan: float = 0.0
+    object_wave: tuple[float, float] = (4.0, 8.0)
+    background_wave: tuple[float, float] = (6.0, 24.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +65,10 @@ class MovingShapes:
             raise ValueError(f"MovingShapes: size must be two positive numbers (H, W), got {self.size}")
         if not 0 < self.radius[0] <= self.radius[1]:
             raise ValueError(f"MovingShapes: radius must be a range of positive pixels, got {self.radius}")
+        for name in ("object_wave", "background_wave"):
+            wave = getattr(self, name)
+            if not 0 < wave[0] <= wave[1]:
+                raise ValueError(f"MovingShapes: {name} must be a range of positive pixels, got {wave}")
         if not 0 <= self.speed[0] <= self.speed[1]:
             raise ValueError(f"MovingShapes: speed must be a range of pixels a frame, got {self.speed}")
 
@@ -110,7 +118,7 @@ class MovingShapes:
             angle = 2 * math.pi * u[..., 7:8] + (2 * u[..., 8:9] - 1) * self.spin * time
         hue = u[..., 9]
         colour = np.stack((_rgb(hue, 0.9, 0.8), _rgb(hue + 0.12 + 0.2 * u[..., 10], 0.7, 0.35)), -2)
-        wave = 2 * math.pi / _between(u[..., 11:13], 4.0, 8.0)
+        wave = 2 * math.pi / _between(u[..., 11:13], *self.object_wave)
         return Layers(center, half, corner, colour, wave, 2 * math.pi * u[..., 13:15], angle)
 
     def _occluders(self, u: Array) -> Layers:
@@ -137,7 +145,7 @@ class MovingShapes:
         n = BACKGROUND_WAVES
         hue = u[:, 0]
         colour = np.stack((_rgb(hue, 0.35, 0.25), _rgb(hue + 0.3 * u[:, 1], 0.35, 0.75)), 1)
-        heading, length = 2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], 6.0, 24.0)
+        heading, length = 2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave)
         wave = np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
         offset = None
         if self.pan:
