@@ -23,15 +23,18 @@ VDCORE_INLINE vf row_vector(const char* row, int64_t n, int64_t c) {
   return n - c >= W ? Element<T>::load(p) : load_partial<T>(p, n - c);
 }
 
-// Writes value(c) for the channels c, c + W, ...
+// Writes value(c) for the channels c, c + W, ... ; two vectors at a time, which two bytes an element pack into one.
 template <DType T, typename Value>
 VDCORE_INLINE void write_values(char* row, int64_t n, bool stream, const Value& value) {
   auto* p = reinterpret_cast<typename Element<T>::type*>(row);
   int64_t c = 0;
   if (stream) {
+    if (reinterpret_cast<uintptr_t>(p) % (2 * W * size_of(T)) == 0)
+      for (; c + 2 * W <= n; c += 2 * W) Element<T>::stream(p + c, value(c), value(c + W));
     for (; c < n; c += W) Element<T>::stream(p + c, value(c));
     return;
   }
+  for (; c + 2 * W <= n; c += 2 * W) Element<T>::store(p + c, value(c), value(c + W));
   for (; c + W <= n; c += W) Element<T>::store(p + c, value(c));
   if (c < n) store_partial<T>(p + c, value(c), n - c);
 }

@@ -36,9 +36,12 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
+typedef uint16_t vu16_pair __attribute__((vector_size(4 * W)));  // of two vectors
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t vu16_unaligned __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+typedef uint16_t vu16_pair_unaligned __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
 constexpr float kInf = __builtin_huge_valf();
 
@@ -150,6 +153,13 @@ VDCORE_INLINE vf log2(vf x) {
 
 VDCORE_INLINE vf from_bf16(vu16 x) { return reinterpret_cast<vf>(__builtin_convertvector(x, vu) << 16); }
 
+VDCORE_INLINE vu16_pair join(vu16 a, vu16 b) {
+  vu16_pair both;
+  memcpy(&both, &a, sizeof a);
+  memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
+  return both;
+}
+
 // The lower halves of lanes whose upper halves are 0.
 VDCORE_INLINE vu16 narrow(vu x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -160,12 +170,22 @@ VDCORE_INLINE vu16 narrow(vu x) {
 #endif
 }
 
-VDCORE_INLINE vu16 to_bf16(vf x) {
-  const vu bits = reinterpret_cast<vu>(x);
-  const vu nan = reinterpret_cast<vu>(x != x);
-  const vu round = (0x7FFFu + ((bits >> 16) & 1u)) & ~nan;  // to nearest even; NaN must not round to infinity
-  return narrow(((bits + round) >> 16) | (nan & 0x40u));
+// The lower halves of a, then those of b.
+VDCORE_INLINE vu16_pair narrow(vu a, vu b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i mixed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  return reinterpret_cast<vu16_pair>(_mm256_permute4x64_epi64(mixed, 0xD8));  // it packs half by half
+#else
+  return join(narrow(a), narrow(b));
+#endif
 }
+
+// Rounded to nearest even, in the lower half of a lane. NaN, which must not round to infinity, becomes all ones.
+VDCORE_INLINE vu bf16_bits(vf x) {
+  const vu bits = reinterpret_cast<vu>(x);
+  return ((bits + (((bits >> 16) & 1u) + 0x7FFFu)) | reinterpret_cast<vu>(x != x)) >> 16;
+}
+VDCORE_INLINE vu16 to_bf16(vf x) { return narrow(bf16_bits(x)); }
 
 #if defined(__AVX512F__)
 VDCORE_INLINE vf from_f16(vu16 x) { return _mm512_maskz_cvtph_ps(0xFFFF, reinterpret_cast<__m256i>(x)); }
@@ -233,6 +253,8 @@ struct Element<DType::f32> {
   static VDCORE_INLINE vf load(const float* p) { return VDCORE_ISA::load(p); }
   static VDCORE_INLINE void store(float* p, vf x) { VDCORE_ISA::store(p, x); }
   static VDCORE_INLINE void stream(float* p, vf x) { stream_bytes(p, x); }
+  static VDCORE_INLINE void store(float* p, vf x, vf y) { store(p, x), store(p + W, y); }
+  static VDCORE_INLINE void stream(float* p, vf x, vf y) { stream(p, x), stream(p + W, y); }
 };
 template <>
 struct Element<DType::bf16> {
@@ -240,6 +262,10 @@ struct Element<DType::bf16> {
   static VDCORE_INLINE vf load(const uint16_t* p) { return from_bf16(*reinterpret_cast<const vu16_unaligned*>(p)); }
   static VDCORE_INLINE void store(uint16_t* p, vf x) { *reinterpret_cast<vu16_unaligned*>(p) = to_bf16(x); }
   static VDCORE_INLINE void stream(uint16_t* p, vf x) { stream_bytes(p, to_bf16(x)); }
+  static VDCORE_INLINE void store(uint16_t* p, vf x, vf y) {
+    *reinterpret_cast<vu16_pair_unaligned*>(p) = narrow(bf16_bits(x), bf16_bits(y));
+  }
+  static VDCORE_INLINE void stream(uint16_t* p, vf x, vf y) { stream_bytes(p, narrow(bf16_bits(x), bf16_bits(y))); }
 };
 template <>
 struct Element<DType::f16> {
@@ -247,6 +273,10 @@ struct Element<DType::f16> {
   static VDCORE_INLINE vf load(const uint16_t* p) { return from_f16(*reinterpret_cast<const vu16_unaligned*>(p)); }
   static VDCORE_INLINE void store(uint16_t* p, vf x) { *reinterpret_cast<vu16_unaligned*>(p) = to_f16(x); }
   static VDCORE_INLINE void stream(uint16_t* p, vf x) { stream_bytes(p, to_f16(x)); }
+  static VDCORE_INLINE void store(uint16_t* p, vf x, vf y) {
+    *reinterpret_cast<vu16_pair_unaligned*>(p) = join(to_f16(x), to_f16(y));
+  }
+  static VDCORE_INLINE void stream(uint16_t* p, vf x, vf y) { stream_bytes(p, join(to_f16(x), to_f16(y))); }
 };
 
 // The last, partial vector of a row goes through a small buffer: memory beyond the row is never touched.
