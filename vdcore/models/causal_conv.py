@@ -28,7 +28,7 @@ class CausalConv3d(nn.Module):
             convolution that looks ahead has to do, and whose seams it leaves.
 
     Raises:
-        ValueError: if kernel sizes are even.
+        ValueError: if kernel sizes are even, or have fewer frames than the stride.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class CausalConv3d(nn.Module):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         if any(k % 2 == 0 for k in kernel):
             raise ValueError(f"CausalConv3d: kernel must be odd, got {kernel}")
+        if kernel[0] < (stride if isinstance(stride, int) else stride[0]):
+            raise ValueError(f"CausalConv3d: kernel must have at least stride = {stride} frames, got {kernel}")
         self.causal = causal
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
@@ -52,9 +54,11 @@ class CausalConv3d(nn.Module):
         """``(B, C, T, H, W)`` to ``(B, out_channels, T', H', W')``; with a stream T' may be 0."""
         kt, st = self.conv.kernel_size[0], self.conv.stride[0]
         if not self.causal:
+            begun = stream is not None and self in stream
             if stream is not None:
-                stream[self] = None  # begun, nothing kept
-            return self.conv(torch.cat((*[x[:, :, :1]] * (kt // 2), x, *[x[:, :, -1:]] * (kt // 2)), 2))
+                stream[self] = None  # nothing is kept
+            left = kt // 2 - (st - 1) * begun  # results stay st frames apart across the border
+            return self.conv(torch.cat((*[x[:, :, :1]] * left, x, *[x[:, :, -1:]] * (kt // 2)), 2))
         before = None if stream is None else stream.get(self)
         x = torch.cat((*([x[:, :, :1]] * (kt - 1) if before is None else [before]), x), 2)
         results = max((x.shape[2] - kt) // st + 1, 0)
