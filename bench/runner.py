@@ -197,6 +197,32 @@ def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
         else:
             function = partial(getattr(vdcore, job.op), backend=backend)
             found.append(Candidate(name, "auto" if i == 0 else "named", function))
+    return found + (_parts(job, tensors) if job.op == "gated_attention" else [])
+
+
+def _parts(job: Job, tensors: Tensors) -> list[Candidate]:
+    """What gated attention is made of, one operator after the other: what fusing them saves."""
+
+    def both(spatial: Any, temporal: Any, norm: Any, rope: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+        a = vdcore.spatial_attention(*spatial, norm=norm[0], rope=rope[0])
+        return a, vdcore.temporal_attention(*temporal, norm=norm[1], rope=rope[1])
+
+    def mixed(gate: Tensor, **rest: Any) -> Tensor:
+        a, b = both(**rest)
+        return gate * a + (1 - gate) * b
+
+    def interpolated(gate: Tensor, **rest: Any) -> Tensor:
+        a, b = both(**rest)
+        return torch.lerp(b, a, gate)
+
+    def unmixed(_: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return both(**job.arguments(tensors))
+
+    name = "vdcore, in parts"
+    found = [Candidate(name, "mixed by the formula", mixed), Candidate(name, "mixed by lerp", interpolated)]
+    if job.mode == "fwd":
+        found.append(Candidate(name, "not mixed", contender=Contender(unmixed)))
     return found
 
 
