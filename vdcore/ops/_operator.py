@@ -23,14 +23,45 @@ OVERLOADS: dict[str, Any] = {}
 
 
 def run(call: Call, backend: str | None) -> Any:
-    """Runs a checked call as a torch operator: a tensor, or a tuple of them where the call has several outputs."""
+    """Runs a checked call as a torch operator: a tensor, or a tuple of them where the call has several outputs.
+
+    Where nobody looks at operators and nothing is to be recorded, the backend is called at once: the operator's
+    boundary costs a third of a small call (96 us instead of 62 for a tiny temporal attention on the CPU).
+    """
     op = OVERLOADS[call.op]
+    if not call.grad and not torch.compiler.is_compiling() and _unobserved(call):
+        results = _forward(call, requested(backend))
+        return results if call.OUTPUTS > 1 else results[0]
     arguments = (*call.tensors(), *call.attributes(), call.grad, requested(backend))
     if call.grad or torch.compiler.is_compiling():
         return op(*arguments)
     # Nothing to record: going below autograd at once saves its Python kernel, half the cost of a small call.
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _unobserved(call: Call) -> bool:
+    """Plain tensors with memory, and no mode, transform, tracer or profiler that would have to see the operator."""
+    return (
+        call.main.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and all(x is None or type(x) in _PLAIN for x in call.tensors())
+    )
+
+
+def _forward(call: Call, backend: str) -> tuple[Tensor, ...]:
+    chosen = choose(call, "fwd", backend)
+    if call.grad:
+        choose(call, "bwd", backend)  # a backward that cannot run is an error now, not later
+    record(call.op, chosen, "fwd")
+    return implementation(call, chosen).forward(call)
 
 
 def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
@@ -55,12 +86,7 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
     # ---- forward ----
 
     def forward(*values: Any) -> Any:
-        call = build(values, values[-2])
-        chosen = choose(call, "fwd", values[-1])
-        if call.grad:
-            choose(call, "bwd", values[-1])  # a backward that cannot run is an error now, not later
-        record(op, chosen, "fwd")
-        results = implementation(call, chosen).forward(call)
+        results = _forward(build(values, values[-2]), values[-1])
         return results if outputs > 1 else results[0]
 
     def forward_fake(*values: Any) -> Any:
