@@ -11,7 +11,7 @@ import diffusers
 from host_runs import MODELS
 
 import vdcore.integrations.diffusers as package
-from vdcore.integrations.diffusers import TESTED, _families, _host
+from vdcore.integrations.diffusers import TESTED, _families, _host, _inference
 
 
 def test_fingerprints(monkeypatch):
@@ -27,6 +27,7 @@ def test_fingerprints(monkeypatch):
             monkeypatch.setattr(module, "unknown_source", note)
     for tiny in MODELS.values():
         package.swap_in(tiny.build())
+    note(*_inference.RELIES)
     for host in _families._frames.HOSTS:
         note(host.__call__)
     for host, fused in _families.PROCESSORS.items():

@@ -4,7 +4,12 @@
 """
 
 FINGERPRINTS: dict[str, str] = {
+    "diffusers.models.activations.GEGLU.forward": "28ea6dd13c76",
+    "diffusers.models.activations.GEGLU.gelu": "553eeddcc433",
+    "diffusers.models.activations.GELU.forward": "538b05d6963a",
+    "diffusers.models.activations.GELU.gelu": "d203f2720ee0",
     "diffusers.models.attention.BasicTransformerBlock.forward": "440071576ac5",
+    "diffusers.models.attention.FeedForward.forward": "dae2c9f53987",
     "diffusers.models.attention.TemporalBasicTransformerBlock.forward": "7eafa694dd59",
     "diffusers.models.attention_processor.AllegroAttnProcessor2_0.__call__": "d22709742596",
     "diffusers.models.attention_processor.AttnProcessor2_0.__call__": "bf23ea5ae404",

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
 import vdcore
-from vdcore.integrations.diffusers._attention import leave_projection, project, qk_norm
+from vdcore.integrations.diffusers._attention import heads, is_plain, leave_projection, project, qk_norm
 from vdcore.integrations.diffusers._host import unknown_source
 from vdcore.integrations.diffusers._swap import Processor, why_not_processor
 
@@ -69,14 +70,23 @@ class SpatialAttention(Processor):
             given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
             return self.leave(reason, attn, *given, **kwargs)
         x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
-        q, k, v = project(attn, x, encoder_hidden_states)
-        if encoder_hidden_states is None:
-            out = self.attend(*qk_norm(q, k, attn.norm_q, attn.norm_k), v)
+        if encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
+            out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
         else:
-            q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-            out = vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
-        out = leave_projection(attn, out)
+            out = leave_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
         return out.squeeze(1) if as_sequences else out
+
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Attention of ``(B, T, S, C)`` before its last projection: ``(B, T, S, H, D)``."""
+        q, k, v = project(attn, x, context)
+        if context is None:
+            return self.attend_normed(attn, q, k, v)
+        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+        return vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+
+    def attend_normed(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of ``(B, T, S, H, D)``, with the norms of q and k that the module has."""
+        return self.attend(*qk_norm(q, k, attn.norm_q, attn.norm_k), v)
 
     def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
         """Self-attention of ``(B, T, S, H, D)``."""
@@ -121,6 +131,25 @@ class FrameSequenceAttention(SpatialAttention):
         out = vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)
+
+
+# ---- One key ----
+
+
+def sees_one_key(attn: Any, context: Tensor) -> bool:
+    """Attention to a context ``(B, 1, C)`` of one token, whose weight is 1 whatever the query is.
+
+    With gradients the projection of queries has some, of 0; a hook on it wants its call.
+    """
+    return context.shape[1] == 1 and not torch.is_grad_enabled() and is_plain(attn.to_q)
+
+
+def one_key_attention(attn: Any, context: Tensor) -> Tensor:
+    """What every query gets from a context ``(B, 1, C)``: ``(B, 1, 1, C)``. The key stands in for the queries."""
+    k, v = (heads(projection(context), attn.heads) for projection in (attn.to_k, attn.to_v))
+    out = vdcore.cross_attention(k.unsqueeze(1), k, v)
+    assert isinstance(out, Tensor)
+    return leave_projection(attn, out)
 
 
 # ---- Blocks in (B, T, S, C) ----

@@ -41,15 +41,29 @@ def clip_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def _scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """The norm as ``x * scale + shift``, each ``(B, C)``."""
-    groups = x.unflatten(2, (norm.num_groups, -1)).to(compute_dtype(x.dtype))  # (B, T, G, C/G, S)
     # Per frame, where the numbers of a group lie together, then over the frames.
-    variance, mean = torch.var_mean(groups, (3, 4), correction=0)  # (B, T, G)
+    variance, mean = _frame_moments(x, norm.num_groups)  # (B, T, G)
+    size = x.shape[2] // norm.num_groups
     variance = variance.mean(1) + mean.var(1, correction=0)
-    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(groups.shape[3], 1)
-    shift = -mean.mean(1).repeat_interleave(groups.shape[3], 1) * scale
+    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(size, 1)
+    shift = -mean.mean(1).repeat_interleave(size, 1) * scale
     if norm.weight is not None:
         scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
     return scale, shift
+
+
+def _frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each frame and group of ``(B, T, C, S)``: ``(B, T, G)``."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.var_mean(x.unflatten(2, (groups, -1)).to(compute_dtype(x.dtype)), (3, 4), correction=0)
+    # torch's group norm finds them ten times as fast as var_mean does (1.8 against 17 ms for 21 MB, two threads). Frame
+    # by frame its result, which is not needed, stays in the cache; without an eps 1 / rstd**2 is the variance.
+    (B, T, C, S), moments = x.shape, []
+    for frame in x.contiguous().view(B * T, 1, C, S):
+        _, mean, rstd = torch.native_group_norm(frame, None, None, 1, C, S, groups, 0.0)
+        moments.append((rstd.pow(-2), mean))
+    variance, mean = (torch.cat(found).view(B, T, groups) for found in zip(*moments))
+    return variance, mean
 
 
 def _is_product(linear: Any, x: Tensor) -> bool:

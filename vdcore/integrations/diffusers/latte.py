@@ -15,10 +15,11 @@ from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers import _frames, _inference
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._inference import Piece
 from vdcore.integrations.diffusers._modulation import gated, modulated
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 from vdcore.integrations.diffusers.motion import feed_forward
@@ -138,8 +139,31 @@ def _block_forward(
     x = hidden_states
     table = self.scale_shift_table[None] + timestep.unflatten(-1, (6, -1))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)  # (B, C)
+    count = _inference.tokens_at_once(self, x) if temporal and self.attn2 is None and self._chunk_size is None else None
+    if count is not None:
+        return _without_gradients(self, x, count, (shift, scale, gate), (shift_mlp, scale_mlp, gate_mlp))
     attended = _frames.attend(self.attn1, modulated(self.norm1, x, shift, scale), temporal=temporal)
     x = gated(x, attended, gate)
     if self.attn2 is not None:
         x = _frames.attend(self.attn2, x, encoder_hidden_states, temporal=temporal) + x
     return gated(x, feed_forward(self, self.ff, modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
+
+
+def _without_gradients(
+    block: Any, x: Tensor, count: int, attention: tuple[Tensor, ...], mlp: tuple[Tensor, ...]
+) -> Tensor:
+    """The block with shift, scale and gate ``(B, C)`` of either half."""
+    tokens = x.shape[1] * x.shape[2]
+    before = [_inference.Norm(block.norm1, scale, shift) for shift, scale, _ in zip(*attention)]
+    leave = [_inference.Residual(block.attn1.to_out[0], tokens, gate) for gate in attention[2]]
+    between = [_inference.Norm(block.norm2, scale, shift) for shift, scale, _ in zip(*mlp)]
+    feed = [_inference.FeedForwardResidual(block.ff, tokens, gate) for gate in mlp[2]]
+
+    def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
+        return before[piece.b](x)
+
+    def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
+        leave[piece.b].write(x, attended, out)
+        feed[piece.b].write(out, between[piece.b](out), out)
+
+    return _inference.run(x, count, [block.attn1], [first, second])

@@ -17,10 +17,11 @@ from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEnc
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers import _frames, _inference
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._inference import Piece, Stage
 from vdcore.integrations.diffusers._rows import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 
@@ -102,10 +103,44 @@ def block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if hidden_states.ndim != 4:
         return host_forward(self, "called by a module in the host's layout", hidden_states, *args, **kwargs)
     x = hidden_states
+    count = _inference.tokens_at_once(self, x) if self._chunk_size is None else None
+    if count is not None:
+        return _without_gradients(self, x, count)
     x = _frames.attend(self.attn1, _embedded_norm(self.norm1, self.pos_embed, x), temporal=True) + x
     if self.attn2 is not None:
         x = _frames.attend(self.attn2, _embedded_norm(self.norm2, self.pos_embed, x), temporal=True) + x
     return feed_forward(self, self.ff, self.norm3(x)) + x
+
+
+def _without_gradients(block: Any, x: Tensor, count: int) -> Tensor:
+    T, tokens = x.shape[1], x.shape[1] * x.shape[2]
+    attentions = [attn for attn in (block.attn1, block.attn2) if attn is not None]
+    leave = [_inference.Residual(attn.to_out[0], tokens) for attn in attentions]
+    feed, last_norm = _inference.FeedForwardResidual(block.ff, tokens), _inference.Norm(block.norm3)
+    frames = None if block.pos_embed is None else block.pos_embed.pe[0, :T].to(x.dtype)  # (T, C)
+    shifts = [None] if frames is None else list(frames)
+    embedded = [[_inference.Norm(norm, shift=shift) for shift in shifts] for norm in (block.norm1, block.norm2)]
+
+    def before(i: int, piece: Piece, rows: Tensor) -> Tensor:
+        """The norm before attention ``i``, with the embedding of the frame."""
+        if frames is None or piece.first == piece.last:
+            return embedded[i][0 if frames is None else piece.first](rows)
+        of_frames = rows.chunk(piece.last - piece.first + 1)
+        return torch.cat([norm(y) for norm, y in zip(embedded[i][piece.first :], of_frames)])
+
+    def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
+        return before(0, piece, x)
+
+    def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
+        leave[0].write(x, attended, out)
+        return before(1, piece, out)
+
+    def last(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
+        leave[-1].write(x if block.attn2 is None else out, attended, out)
+        feed.write(out, last_norm(out), out)
+
+    stages: list[Stage] = [first, last] if block.attn2 is None else [first, second, last]
+    return _inference.run(x, count, attentions, stages)
 
 
 def feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Tensor:

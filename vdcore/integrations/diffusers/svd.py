@@ -17,10 +17,11 @@ from diffusers.models.transformers.transformer_temporal import (
 )
 from torch import Tensor
 
-from vdcore.integrations.diffusers import _frames
+from vdcore.integrations.diffusers import _frames, _inference
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers._inference import Piece
 from vdcore.integrations.diffusers._rows import add_images_of, rows_of
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 from vdcore.integrations.diffusers.motion import feed_forward
@@ -101,6 +102,10 @@ def block_forward(
         reason = "called by a module in the host's layout"
         return host_forward(self, reason, hidden_states, num_frames, encoder_hidden_states)
     x = hidden_states
+    if self.is_res and self._chunk_size is None:
+        count = _inference.tokens_at_once(self, x, encoder_hidden_states)
+        if count is not None:
+            return _without_gradients(self, x, encoder_hidden_states, count)
     entered = feed_forward(self, self.ff_in, self.norm_in(x))
     x = entered + x if self.is_res else entered
     x = _frames.attend(self.attn1, self.norm1(x), temporal=True) + x
@@ -108,3 +113,24 @@ def block_forward(
         x = _frames.attend(self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
     out = feed_forward(self, self.ff, self.norm3(x))
     return out + x if self.is_res else out
+
+
+def _without_gradients(block: Any, x: Tensor, text: Tensor | None, count: int) -> Tensor:
+    from_text = [None] * x.shape[0]
+    if block.attn2 is not None:
+        assert text is not None
+        from_text = list(_frames.one_key_attention(block.attn2, text).flatten(0, 2))  # B times (C,)
+    tokens = x.shape[1] * x.shape[2]
+    feed_in, feed = (_inference.FeedForwardResidual(ff, tokens) for ff in (block.ff_in, block.ff))
+    norm_in, norm1, norm3 = (_inference.Norm(norm) for norm in (block.norm_in, block.norm1, block.norm3))
+    leave = [_inference.Residual(block.attn1.to_out[0], tokens, row=row) for row in from_text]
+
+    def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
+        feed_in.write(x, norm_in(x), out)
+        return norm1(out)
+
+    def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
+        leave[piece.b].write(out, attended, out)
+        feed.write(out, norm3(out), out)
+
+    return _inference.run(x, count, [block.attn1], [first, second])

@@ -1,0 +1,99 @@
+"""Temporal blocks without gradients: some tokens at a time, the same result, and the host's way where anyone looks."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from host_runs import MODELS, as_host, exact, run
+
+from vdcore.integrations import table
+from vdcore.integrations.diffusers import _inference, swap_in
+from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+from vdcore.testing import error_ratio
+
+FACTORISED = [name for name, tiny in MODELS.items() if tiny.factorised]
+TEMPORAL = [name for name in BLOCKS if name != "Wan 1.3B block"]
+
+
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """Blocks of tiny clips take a few tokens at a time; ``runs`` says what they did."""
+    runs = []
+
+    def noted(x, count, attentions, stages):
+        runs.append(_inference.pieces(x, count)[1])
+        return real(x, count, attentions, stages)
+
+    real = _inference.run
+    monkeypatch.setattr(_inference, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(_inference, "CACHE_BYTES", 0)
+    monkeypatch.setattr(_inference, "run", noted)
+    return runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FACTORISED)
+def test_models_are_the_hosts(name, dtype, few_tokens):
+    model = MODELS[name].model(dtype)
+    swap_in(model)
+    ratio = error_ratio(run(model, name, dtype), exact(name), [as_host(name, dtype)])
+    assert few_tokens and all(len(sizes) > 2 for sizes in few_tokens)
+    assert ratio.worst <= 1, ratio
+
+
+@pytest.mark.parametrize("tokens", [9, 100], ids=["parts of frames", "several frames"])
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_blocks_of_real_width_are_the_hosts(name, tokens, few_tokens, monkeypatch):
+    monkeypatch.setattr(_inference, "LEAST_TOKENS", tokens)
+    before, after, exact = table.block_calls(BLOCKS[name], (5, 7, 5), torch.float32)
+    ratio = error_ratio(after(), exact(), [before()])
+    assert few_tokens
+    assert ratio.worst <= 1, ratio
+
+
+@pytest.mark.parametrize("size", [(2, 3, 8, 5), (1, 4, 1, 3), (3, 1, 64, 2), (2, 5, 6, 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 7, 16, 40])
+def test_pieces_are_all_tokens_in_order(size, count):
+    x = torch.empty(size)
+    B, T, S, _ = size
+    places, sizes = _inference.pieces(x, count)
+    of_token = [(b, t) for b in range(B) for t in range(T) for _ in range(S)]
+    assert sum(sizes) == len(of_token)
+    start = 0
+    for place, n in zip(places, sizes, strict=True):
+        assert {(place.b, t) for t in range(place.first, place.last + 1)} == set(of_token[start : start + n])
+        assert n <= max(count, S if place.last > place.first else 1)
+        start += n
+
+
+def test_hooks_see_the_whole_clip(few_tokens):
+    """A hook inside a block is called once a call, with all tokens."""
+    model = MODELS["Latte"].model()
+    swap_in(model)
+    run(model, "Latte")
+    assert few_tokens
+    seen = []
+    blocks = model.temporal_transformer_blocks
+    for block in blocks:
+        block.ff.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    few_tokens.clear()
+    run(model, "Latte")
+    assert not few_tokens
+    assert len(seen) == len(blocks) and all(len(shape) == 4 for shape in seen)
+
+
+def test_gradients_take_the_other_way(few_tokens):
+    model = MODELS["SVD"].model()
+    swap_in(model)
+    model(**MODELS["SVD"].arguments(torch.float32))
+    assert not few_tokens
+
+
+def test_the_input_of_a_block_stays(few_tokens):
+    before, after, _ = table.block_calls(BLOCKS["SVD temporal block"], (3, 4, 4), torch.float32)
+    given = next(cell.cell_contents for cell in after.__closure__ if isinstance(cell.cell_contents, tuple))
+    kept = given[1].clone()
+    after()
+    assert few_tokens
+    assert torch.equal(given[1], kept)
