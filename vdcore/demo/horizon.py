@@ -1,9 +1,10 @@
 """Horizon: what comes back from behind an occluder, against how far back a temporal window lets a model look.
 
 An object passes behind a wall and is out of sight for n frames. A causal net is given the clip up to the last of these
-and predicts the next frame, in which the object begins to return. It was last seen n frames before. A layer with a window
-of W past frames carries what it knows W frames on, L layers carry it ``L * W`` frames: so the object can return in its own
-colour and row if ``n <= L * W``, and by luck alone otherwise. Spatial attention stays inside a frame and adds no reach.
+and predicts the next frame, in which the object begins to return. It was last seen n frames before. A layer with a
+window of W past frames carries what it knows W frames on, L layers carry it ``L * W`` frames: so the object can return
+in its own colour and row if ``n <= L * W``, and by luck alone otherwise. Spatial attention stays inside a frame and
+adds no reach.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import torch
 from torch import Tensor
 
 from vdcore.demo.figure import Figure
-from vdcore.demo.net import VideoNet
+from vdcore.demo.net import MLP, VideoNet
 from vdcore.demo.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
 from vdcore.mask import FrameMask
 from vdcore.video import Background, Layers, Scene, contact_sheet
 from vdcore.video.scenes import uniform
 
 NAME = "horizon"
-NETS = ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2))  # temporal layers, window in past frames
-LONGEST = 10  # frames out of sight
+NETS = ((1, 2), (1, 4), (1, 6), (2, 3), (3, 2))  # temporal layers, window in past frames
+LONGEST = 8  # frames out of sight
 FRAMES = LONGEST + 2  # given: the object is in the open in the first of them, whatever n is
-SIZE = (12, 32)
-PATCH = (4, 8)
+SIZE = (12, 28)
+PATCH = (4, 7)
 SPEED = 2.0  # pixels a frame
 COLOURS = ((0.9, 0.15, 0.15), (0.15, 0.8, 0.2), (0.2, 0.35, 0.95), (0.95, 0.85, 0.1))
 ROWS = (1.5, 5.5, 9.5)
-CHANCE = 1 / (len(COLOURS) * len(ROWS))
+KINDS = len(COLOURS) * len(ROWS)
+CHANCE = 1 / KINDS
 SUCCESS = 0.9  # share of clips from which on a net is said to remember
 
 
@@ -42,26 +44,28 @@ SUCCESS = 0.9  # share of clips from which on a net is said to remember
 class Budget:
     """How long each net is trained, and on how many clips of every n it is judged."""
 
-    steps: int = 300
+    steps: int = 300  # for every layer: deeper nets take longer to learn to hand on
     batch: int = 16
     lr: float = 3e-3
     clips: int = 192
     width: int = 64
 
 
-def make_clips(hidden: Tensor, identity: Tensor, index: Sequence[int] | np.ndarray) -> Scene:
+def make_clips(hidden: Tensor, identity: Tensor, index: Sequence[int] | np.ndarray, *, last: bool = False) -> Scene:
     """Clips of ``FRAMES + 1`` frames in whose last frame an object returns after ``hidden`` frames out of sight.
 
     Args:
         hidden: ``(B,)``, n of each clip.
         identity: ``(B,)``, ``colour * len(ROWS) + row``.
         index: ``(B,)``, chooses the background.
+        last: only the last frame.
     """
     n, kind = hidden.numpy().astype(np.float64), identity.numpy()
     B, H, T = len(n), SIZE[0], FRAMES + 1
     u = uniform(0, np.asarray(index), 10)
     wall_right = 3.5 + SPEED * FRAMES  # where the object's middle is when half of it has come out again
-    x = wall_right + SPEED * (np.arange(T) - FRAMES)
+    x = wall_right + SPEED * (np.arange(T)[-1:] if last else np.arange(T)) - SPEED * FRAMES
+    T = len(x)
     y = np.array(ROWS)[kind % len(ROWS)]
     wall_left = wall_right - SPEED * n - SPEED
     center = np.empty((B, 2, T, 2))
@@ -94,22 +98,30 @@ def new_net(layers: int, window: int, width: int) -> VideoNet:
 
 
 def predict(net: VideoNet, given: Tensor) -> Tensor:
-    """The frame after ``given`` ``(B, 3, T, H, W)``: the last one and what the net, at the last one, adds to it."""
-    return given[:, :, -1] + net(given * 2 - 1)[:, :, -1]
+    """What each frame of ``given`` ``(B, 3, T, H, W)`` is when the object returns: itself and what the net adds."""
+    return given + net(2 * given - 1)
 
 
 def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0) -> float:
-    """Squared error of the frame of return; n, identity and background are drawn anew for every clip. Last loss."""
+    """Squared error of the frame of return, predicted from every frame in which the object is out of sight.
+
+    Identity and background are drawn anew for every clip, and n, up to a limit that grows from 1 to ``LONGEST`` in the
+    first half: otherwise a deep net of short windows sees little of what it can learn. Returns the last loss.
+    """
+    steps = budget.steps * sum(isinstance(block, MLP) for block in net.blocks)
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, budget.steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 30, 4 - 4 * n / steps, 1))
     loss = torch.zeros(())
-    for _ in track(label, budget.steps):
-        hidden = torch.randint(1, LONGEST + 1, (budget.batch,), generator=random)
-        identity = torch.randint(len(COLOURS) * len(ROWS), (budget.batch,), generator=random)
+    for step in track(label, steps):
+        longest = 1 + int((LONGEST - 1) * min(2 * step / steps, 1))
+        hidden = torch.randint(1, longest + 1, (budget.batch,), generator=random)
+        identity = torch.randint(KINDS, (budget.batch,), generator=random)
         index = torch.randint(2**31, (budget.batch,), generator=random)
         video = make_clips(hidden, identity, index.numpy()).video
-        loss = 100 * (predict(net, video[:, :, :-1]) - video[:, :, -1]).square().mean()
+        error = (predict(net, video[:, :, :-1]) - video[:, :, -1:]).square().mean((1, 3, 4))
+        out_of_sight = torch.arange(FRAMES) >= FRAMES - hidden[:, None]
+        loss = 100 * (error * out_of_sight).sum() / out_of_sight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -118,28 +130,41 @@ def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0
     return loss.item()
 
 
-@torch.no_grad()
-def success(net: VideoNet, hidden: int, clips: int, seed: int = 1) -> float:
-    """Share of clips whose predicted frame is nearest, of all identities the object might have, to its own."""
-    kinds = len(COLOURS) * len(ROWS)
-    right = 0
-    for start in range(0, clips, 4 * kinds):
-        identity = (torch.arange(start, min(start + 4 * kinds, clips))) % kinds
-        index = 2**31 * (seed + 1) + 1000 * hidden + start + np.arange(len(identity))
+@dataclass(frozen=True)
+class Exam:
+    """Clips of one n, and what every identity would look like as it returns.
+
+    Args:
+        given: ``(B, 3, T, H, W)``.
+        identity: ``(B,)``, the true one.
+        candidates: ``(kinds, B, 3, H, W)``.
+    """
+
+    given: Tensor
+    identity: Tensor
+    candidates: Tensor
+
+    @classmethod
+    def of(cls, hidden: int, clips: int) -> Exam:
+        identity = torch.arange(clips) % KINDS
+        index = 2**31 + 10000 * hidden + np.arange(clips)  # training draws below 2**31
         n = torch.full_like(identity, hidden)
-        found = predict(net, make_clips(n, identity, index).video[:, :, :-1])
-        errors = []
-        for kind in range(kinds):
-            candidate = make_clips(n, torch.full_like(identity, kind), index).video[:, :, -1]
-            errors.append((found - candidate).square().flatten(1).sum(1))
-        right += int((torch.stack(errors, 1).argmin(1) == identity).sum())
-    return right / clips
+        given = make_clips(n, identity, index).video[:, :, :-1]
+        returns = [make_clips(n, torch.full_like(n, kind), index, last=True).video[:, :, 0] for kind in range(KINDS)]
+        return cls(given, identity, torch.stack(returns))
+
+    @torch.no_grad()
+    def success(self, net: VideoNet) -> float:
+        """Share of clips whose predicted frame is nearest, of all identities, to the true one's."""
+        found = predict(net, self.given)[:, :, -1]
+        errors = (found - self.candidates).square().flatten(2).sum(2)
+        return (errors.argmin(0) == self.identity).float().mean().item()
 
 
 def influence(net: VideoNet, hidden: int) -> float:
     """Largest derivative of the prediction by any pixel of a frame that shows the object; 0 is exact."""
     given = make_clips(torch.tensor([hidden]), torch.tensor([0]), [7]).video[:, :, :-1].requires_grad_()
-    (gradient,) = torch.autograd.grad(predict(net, given).square().sum(), given)
+    (gradient,) = torch.autograd.grad(net(2 * given - 1)[:, :, -1].square().sum(), given)
     return gradient[:, :, : FRAMES - hidden].abs().max().item()
 
 
@@ -148,13 +173,14 @@ def run(out: Path, budget: Budget = Budget(), nets: Sequence[tuple[int, int]] = 
     started = time.monotonic()
     curves: dict[tuple[int, int], list[float]] = {}
     leak, reached, shown = 0.0, [], []
+    exams = [Exam.of(n, budget.clips) for n in range(1, LONGEST + 1)]
     with progress(NAME) as track:
         for layers, window in nets:
             torch.manual_seed(0)
             net = new_net(layers, window, budget.width)
             train(net, budget, track, f"{_layers(layers)}, window {window}")
             net.eval()
-            curves[layers, window] = [success(net, n, budget.clips) for n in range(1, LONGEST + 1)]
+            curves[layers, window] = [exam.success(net) for exam in exams]
             effects = [influence(net, n) for n in range(1, LONGEST + 1)]
             leak = max([leak, *effects[layers * window :]])
             reached += effects[: layers * window]
@@ -203,7 +229,7 @@ def _size(budget: Budget, seconds: float, nets: int) -> str:
     return (
         f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames given, one box of 4x4 pixels, "
         f"{len(COLOURS)} colours x {len(ROWS)} rows; {nets} nets of width {budget.width}, "
-        f"{budget.steps} steps of {budget.batch} clips each; {budget.clips} clips for every n; {seconds:.0f} s in all"
+        f"{budget.steps} steps a layer of {budget.batch} clips; {budget.clips} clips for every n; {seconds:.0f} s in all"
     )
 
 
@@ -213,7 +239,7 @@ def _layers(number: int) -> str:
 
 def _plot(out: Path, curves: dict[tuple[int, int], list[float]]) -> str:
     figure, axes = new_plot(10, 3.8, columns=2)
-    colours, styles = {1: ON, 2: OFF, 4: THIRD}, {2: "o", 4: "s", 8: "^"}
+    colours, styles = {1: ON, 2: OFF, 3: THIRD}, {2: "o", 4: "s", 6: "^"}
     n = range(1, LONGEST + 1)
     groups = (
         ("One temporal layer: its window", [k for k in curves if k[0] == 1]),
@@ -222,7 +248,9 @@ def _plot(out: Path, curves: dict[tuple[int, int], list[float]]) -> str:
     for axis, (title, keys) in zip(axes[0], groups):
         for L, W in keys:
             label, colour = f"{_layers(L)}, window {W}", colours.get(L, "black")
-            axis.plot(n, curves[L, W], label=label, color=colour, marker=styles.get(W, "d"), markersize=5, alpha=0.85)
+            axis.plot(
+                n, curves[L, W], label=label, color=colour, marker=styles.get(L * W, "d"), markersize=5, alpha=0.85
+            )
         for reach in sorted({L * W for L, W in keys if L * W < LONGEST}):
             axis.axvline(reach + 0.5, color="black", linewidth=0.8, linestyle=":")
         axis.axhline(CHANCE, color="black", linewidth=0.8, linestyle="--")
@@ -237,8 +265,8 @@ def _plot(out: Path, curves: dict[tuple[int, int], list[float]]) -> str:
 
 def _table(out: Path, curves: dict[tuple[int, int], list[float]], budget: Budget) -> str:
     text = (
-        "Share of clips in which the object returns in its own colour and row, by the number n of frames that it was out "
-        f"of sight ({budget.clips} clips each; chance {CHANCE:.3f}; from {SUCCESS} on a net is said to remember)."
+        "Share of clips in which the object returns in its own colour and row, by the number n of frames that it was"
+        f" out of sight ({budget.clips} clips each; chance {CHANCE:.3f}; from {SUCCESS} on a net is said to remember)."
     )
     header = ["temporal layers", "window", "reach", *(f"n={n}" for n in range(1, LONGEST + 1))]
     rows = [(L, W, L * W, *(f"{p:.2f}" for p in curve)) for (L, W), curve in curves.items()]
@@ -249,7 +277,7 @@ def _table(out: Path, curves: dict[tuple[int, int], list[float]], budget: Budget
 def _continued(net: VideoNet, hidden: int) -> Tensor:
     """One clip, true to its last hidden frame, and the predicted frame of return."""
     video = make_clips(torch.tensor([hidden]), torch.tensor([hidden % 12]), [123 + hidden]).video
-    return torch.cat((video[0, :, :-1], predict(net, video[:, :, :-1])[0, :, None]), 1)
+    return torch.cat((video[0, :, :-1], predict(net, video[:, :, :-1])[0, :, -1:]), 1)
 
 
 def _sheet(out: Path, curves: dict[tuple[int, int], list[float]], shown: list[Tensor]) -> str:

@@ -40,24 +40,26 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(self.attend(self.project(x))[0].flatten(-2))
 
-    def weights(self, x: Tensor, frame: int, token: int) -> Tensor:
-        """What one token attends to, ``(B, H, T, S)``: ``exp(scale q . k - lse)``, from q, k and the operator's own lse.
+    def weights(self, x: Tensor, frame: int, token: Tensor) -> Tensor:
+        """What a token of each clip attends to, ``(B, H, T, S)``, from q, k and the lse that the operator returned.
 
-        With ``"temporal"`` attention only the token's own position is other than 0.
+        ``exp(scale q . k - lse)`` where the mask lets it look, 0 elsewhere.
+
+        Args:
+            x: ``(B, T, S, C)``, what the layer is given.
+            frame: of the token.
+            token: ``(B,)``, its index in the frame.
         """
+        (B, T, S, _), clips = x.shape, torch.arange(len(x))
         qkv = self.project(x)
         q, k, _ = qkv.unbind(3)
-        lse = self.attend(qkv)[1][:, frame, token]  # (B, H)
-        q = q[:, frame, token] * q.shape[-1] ** -0.5
-        seen = torch.zeros(x.shape[1:3], dtype=torch.bool)
-        frames = torch.arange(x.shape[1]) == frame
-        if self.kind != "spatial":
-            frames = self.mask.visible(x.shape[1])[frame]
-        seen[frames] = True
+        lse = self.attend(qkv)[1][clips, frame, token]  # (B, H)
+        scores = torch.einsum("bhd,btshd->bhts", q[clips, frame, token] * q.shape[-1] ** -0.5, k)
+        seen = torch.arange(T) == frame if self.kind == "spatial" else self.mask.visible(T)[frame]
+        seen = seen[None, :, None].expand(B, T, S)
         if self.kind == "temporal":
-            seen &= torch.arange(x.shape[2]) == token
-        scores = torch.einsum("bhd,btshd->bhts", q, k) - lse[:, :, None, None]
-        return torch.where(seen, scores.exp(), 0.0)
+            seen = seen & (torch.arange(S) == token[:, None, None])
+        return torch.where(seen[:, None], (scores - lse[:, :, None, None]).exp(), 0.0)
 
 
 class VideoNet(nn.Module):
