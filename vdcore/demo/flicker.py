@@ -17,24 +17,25 @@ from torch import Tensor
 
 from vdcore.demo.figure import Figure
 from vdcore.demo.show import GREY, OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
-from vdcore.diffusion import runs
+from vdcore.diffusion import runs, training
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.measure import measures
-from vdcore.diffusion.training import SCENES, SMALL, Recipe, Trained, Trainer
+from vdcore.diffusion.training import SMALL, Recipe, Trained, Trainer
 from vdcore.metrics import temporal_fid
 from vdcore.video import contact_sheet, real_windows, write_video
 
 NAME = "flicker"
+SCENES = replace(training.SCENES, size=(16, 16), radius=(2.5, 4.0))
 ATTENTION = {"off": ("spatial", 4), "on": ("factorized", 3)}  # temporal attention -> VDiT's attention and depth
 MEASURES = ("flicker", "warping_error", "residual", "acceleration", "mean_flow", "temporal_fid")
-HALF = 0.5  # what "on" may have of the excess that "off" has over real clips
+HALF = 0.5  # what "on" may have of the gap between "off" and real clips
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long each model is trained, and how many clips are drawn of it."""
 
-    steps: int = 300
+    steps: int = 700
     batch: int = 8
     width: int = 96
     clips: int = 48
@@ -94,26 +95,28 @@ def _figure(
     seconds: float,
 ) -> Figure:
     off, on, real = found["off"], found["on"], found["real"]
-    excess = {
-        "flicker": (real["flicker"] - on["flicker"]) / (real["flicker"] - off["flicker"]),
-        "warping_error": (on["warping_error"] - real["warping_error"]) / (off["warping_error"] - real["warping_error"]),
-        "temporal_fid": (on["temporal_fid"] - real["temporal_fid"]) / (off["temporal_fid"] - real["temporal_fid"]),
+    left = {
+        name: abs(on[name] - real[name]) / abs(off[name] - real[name])
+        for name in ("flicker", "warping_error", "temporal_fid")
     }
-    worse = off["flicker"] < real["flicker"] and all(
-        off[name] > real[name] for name in ("warping_error", "temporal_fid")
-    )
+    flickers = off["flicker"] < real["flicker"] and off["warping_error"] > real["warping_error"]
     figure = Figure(
         name=NAME,
         claim="Without temporal attention frames flicker; with it, at most half of the gap to real clips is left in "
         "the flicker score, the warping error and the temporal FID.",
-        numbers={"on": on, "off": off, "excess_of_on_over_excess_of_off": excess},
+        numbers={
+            "on": on,
+            "off": off,
+            "gap_of_on_over_gap_of_off": left,
+            "motion_of_on_over_real": on["mean_flow"] / real["mean_flow"],
+        },
         compared_with={
             "real": real,
             "still": found["still"],
             **({"film": found["film"]} if "film" in found else {}),
-            "most_excess": HALF,
+            "most_of_the_gap": HALF,
         },
-        passed=worse and all(value <= HALF for value in excess.values()),
+        passed=flickers and all(value <= HALF for value in left.values()),
         size=f"small models for minutes: {weights['on'] / 1e6:.2f} M weights with temporal attention and "
         f"{weights['off'] / 1e6:.2f} M without, {SCENES.frames} frames of {SCENES.size[0]}x{SCENES.size[1]} pixels of "
         f"synthetic scenes, {budget.steps} steps of {budget.batch} clips each; {budget.clips} clips of each set; "
@@ -152,8 +155,8 @@ def _plot(out: Path, found: dict[str, dict[str, float]]) -> str:
 def _table(out: Path, found: dict[str, dict[str, float]]) -> str:
     text = (
         "Means over clips. flicker: VBench's score, higher is steadier; warping error: mean square of values in "
-        "[0, 1]; residual and acceleration of the flow, and mean flow: pixels. A still video wins all but the last two. "
-        "Temporal FID is against other unseen scenes, and is not calibrated."
+        "[0, 1]; residual and acceleration of the flow, and mean flow: pixels. A still video wins all but the last "
+        "two. Temporal FID is against other unseen scenes, and is not calibrated."
     )
     rows: list[list[Any]] = []
     for kind, values in found.items():

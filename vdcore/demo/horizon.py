@@ -44,7 +44,8 @@ SUCCESS = 0.9  # share of clips from which on a net is said to remember
 class Budget:
     """How long each net is trained, and on how many clips of every n it is judged."""
 
-    steps: int = 300  # for every layer: deeper nets take longer to learn to hand on
+    steps: int = 500
+    more_steps: int = 200  # for every layer but the first: what is handed on takes longer to learn
     batch: int = 16
     lr: float = 3e-3
     clips: int = 192
@@ -108,7 +109,8 @@ def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0
     Identity and background are drawn anew for every clip, and n, up to a limit that grows from 1 to ``LONGEST`` in the
     first half: otherwise a deep net of short windows sees little of what it can learn. Returns the last loss.
     """
-    steps = budget.steps * sum(isinstance(block, MLP) for block in net.blocks)
+    layers = sum(isinstance(block, MLP) for block in net.blocks)
+    steps = budget.steps + budget.more_steps * (layers - 1)
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 30, 4 - 4 * n / steps, 1))
@@ -229,7 +231,8 @@ def _size(budget: Budget, seconds: float, nets: int) -> str:
     return (
         f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames given, one box of 4x4 pixels, "
         f"{len(COLOURS)} colours x {len(ROWS)} rows; {nets} nets of width {budget.width}, "
-        f"{budget.steps} steps a layer of {budget.batch} clips; {budget.clips} clips for every n; {seconds:.0f} s in all"
+        f"{budget.steps} steps of {budget.batch} clips and {budget.more_steps} more for every layer but the first; "
+        f"{budget.clips} clips for every n; {seconds:.0f} s in all"
     )
 
 

@@ -32,14 +32,14 @@ FRAMES, SIZE, PATCH = 9, (12, 32), 4  # frames; pixels; a patch is PATCH x PATCH
 MIDDLE = FRAMES // 2
 SPEEDS = (1.0, 2.0, 3.0)  # pixels a frame, to either side; trained between 0 and the last
 NOISE = 0.5  # standard deviation, of values in [-1, 1]
-TIMES = 3.0  # that the line has to outweigh the others
+TIMES_SAME, TIMES_ANY = 2.0, 5.0  # that the line has to outweigh the same position, and a token of the average
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long each net is trained, and on how many clips of each speed it is measured."""
 
-    steps: int = 400
+    steps: int = 800
     batch: int = 8
     lr: float = 3e-3
     width: int = 64
@@ -178,7 +178,8 @@ def run(out: Path, budget: Budget = Budget()) -> Figure:
         name=NAME,
         claim="Full 3D attention learns to look along the slanted line x + v dt: beyond |dt| = patch / 2v, where "
         "attention at one position has lost the object, the token on the line outweighs the one at the same position "
-        f"and the average token at least {TIMES:g} times, at every speed.",
+        f"{TIMES_SAME:g} times at least and the average token {TIMES_ANY:g} times, at every speed; and temporal "
+        "attention puts more on the frames within that limit than all frames alike would have.",
         numbers={
             "share_of_the_line": {f"v={v:g}": shares[v]["line"] for v in SPEEDS},
             "share_of_the_same_position": {f"v={v:g}": shares[v]["same"] for v in SPEEDS},
@@ -187,11 +188,13 @@ def run(out: Path, budget: Budget = Budget()) -> Figure:
         },
         compared_with={
             "share_of_any_token": 1 / (SIZE[0] // PATCH * SIZE[1] // PATCH),
-            "times": TIMES,
+            "times_same_position": TIMES_SAME,
+            "times_any_token": TIMES_ANY,
             "limit_in_frames": {f"v={v:g}": limit(v) for v in SPEEDS},
             "temporal_attention_within_the_limit_if_alike": {f"v={v:g}": near[v][1] for v in SPEEDS},
         },
-        passed=all(s["line"] >= TIMES * max(s["same"], s["alike"]) for s in shares.values()),
+        passed=all(s["line"] >= max(TIMES_SAME * s["same"], TIMES_ANY * s["alike"]) for s in shares.values())
+        and all(share > alike for share, alike in near.values()),
         size=f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames, patches of {PATCH}x{PATCH}, a square of one, "
         f"noise of {NOISE:g}; nets of two layers of width {budget.width}, {budget.steps} steps of {budget.batch} "
         f"clips; {budget.clips} clips of each speed; {time.monotonic() - started:.0f} s in all",

@@ -1,0 +1,55 @@
+"""Figures: what is saved is what is loaded, and nothing that is no result can be saved."""
+
+import numpy as np
+import pytest
+import torch
+
+from vdcore.demo.figure import Figure
+
+
+def figure(**changes) -> Figure:
+    values = {
+        "name": "answer",
+        "claim": "It is 42.",
+        "numbers": {"found": 42, "curve": [0.5, 1.0], "by": {"v=1": 1.5}},
+        "compared_with": {"expected": 42},
+        "passed": True,
+        "size": "one number",
+    }
+    return Figure(**{**values, **changes})
+
+
+def test_saved_and_loaded(tmp_path):
+    (tmp_path / "plot.png").touch()
+    saved = figure(files=["plot.png"])
+    path = saved.save(tmp_path)
+    assert path == tmp_path / "answer.json" and Figure.load(path) == saved
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.json", "plot.png"]
+
+
+def test_numbers_of_torch_and_numpy(tmp_path):
+    numbers = {"a": torch.tensor(0.1), "b": np.float32(2 / 3), "c": np.int64(3), "d": (True, None), "e": np.bool_(True)}
+    found = Figure.load(figure(numbers=numbers).save(tmp_path)).numbers
+    assert found == {"a": 0.1, "b": 0.666667, "c": 3, "d": [True, None], "e": True}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(torch.nan)])
+def test_what_is_no_number_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="Figure answer, numbers, found: must be finite"):
+        figure(numbers={"found": value}).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Figure answer: files must be in .*, missing plot\.png"):
+        figure(files=["plot.png"]).save(tmp_path)
+
+
+def test_other_files_are_no_figures(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        Figure.load(path)
+    path.write_text('{"name": "a"}')
+    with pytest.raises(ValueError, match="must hold claim, compared_with"):
+        Figure.load(path)
