@@ -35,10 +35,10 @@ HALF = 0.5  # what "on" may have of the gap between "off" and real clips
 class Budget:
     """How long each model is trained, and how many clips are drawn of it."""
 
-    steps: int = 700
+    steps: int = 600
     batch: int = 8
     width: int = 96
-    clips: int = 48
+    clips: int = 32
     sampling_steps: int = 16
 
 
