@@ -183,12 +183,10 @@ def predict_memory(point: ModelPoint) -> int:
 
 
 def points(variants: Sequence[str], settings: Settings) -> list[list[ModelPoint]]:
-    """One list a curve, in the order of frames."""
+    """One list a curve, in the order of frames. A backward pass is timed with its forward."""
+    mode = "fwd+bwd" if "bwd" in settings.mode else "fwd"
     return [
-        [
-            ModelPoint(variant, provider, n, settings.mode, settings.dtype, settings.device)
-            for n in sorted(set(settings.frames))
-        ]
+        [ModelPoint(variant, provider, n, mode, settings.dtype, settings.device) for n in sorted(set(settings.frames))]
         for variant in variants
         for provider in settings.attentions
     ]
@@ -198,19 +196,21 @@ def run(
     variants: Sequence[str],
     settings: Settings,
     journal: Journal,
-    watch: Callable[[ModelPoint, int, int], None] = lambda point, number, total: None,
-    done: Callable[[ModelPoint, list[Row]], None] = lambda point, rows: None,
+    watch: Callable[[str, int, int], None] = lambda what, number, total: None,
 ) -> None:
-    """Measures or predicts every point; rows stand in the journal as soon as they exist."""
+    """Measures or predicts every point; rows stand in the journal as soon as they exist.
+
+    Args:
+        watch: is told what is measured, its number, and how many there are.
+    """
     curves = points(variants, settings)
     total, number = sum(map(len, curves)), 0
     for curve in curves:
         rate = 0.0  # FLOP/s of the last measured point of this curve
         for point in curve:
-            watch(point, number, total)
+            watch(f"{point.variant}, {point.provider}, {point.frames} frames", number, total)
             rows = measure(point, settings, rate)
             journal.add(rows)
-            done(point, rows)
             number += 1
             took = next((r.p50 for r in rows if r.metric == "time" and r.status == "ok"), None)
             rate = point.flops() / took if took else rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from vdcore.models.cache import Place, Ring
 from vdcore.models.config import VDiTConfig
-from vdcore.models.layout import Layout
 from vdcore.models.position import Rotations
 from vdcore.norm import QKNorm
 from vdcore.ops import (
@@ -51,10 +51,13 @@ class Context:
     frame_embedding: Tensor | None = None
 
 
+def merged(heads: Any) -> Tensor:
+    """``(B, T, S, H, D)`` to ``(B, T, S, C)``, a view."""
+    return heads.flatten(-2)
+
+
 class SelfAttention(nn.Module):
     """What the layers below share: packed projections, QK-norm, output projection."""
-
-    layout: Layout = "any"
 
     def __init__(self, config: VDiTConfig, branches: int = 1) -> None:
         super().__init__()
@@ -90,23 +93,20 @@ class SelfAttention(nn.Module):
         norm = self.norm(branch)
         if norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
-        return q, *(x.to(q.dtype) for x in ring.write(k, v, place))
+        k, v = ring.write(k, v, place)
+        return q, k.to(q.dtype), v.to(q.dtype)
 
 
 class SpatialAttention(SelfAttention):
     """The tokens of a frame among themselves."""
 
-    layout: Layout = "space"
-
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         out = spatial_attention(*self.project(x), norm=self.norm(), rope=context.rotations.space)
-        return self.proj(out.flatten(-2))
+        return self.proj(merged(out))
 
 
 class TemporalAttention(SelfAttention):
     """Every position across the frames that the mask shows."""
-
-    layout: Layout = "time"
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         rope = context.rotations.time
@@ -114,13 +114,11 @@ class TemporalAttention(SelfAttention):
             out = temporal_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
         else:
             out = temporal_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
-        return self.proj(out.flatten(-2))
+        return self.proj(merged(out))
 
 
 class FullAttention(SelfAttention):
     """All tokens of the frames that the mask shows."""
-
-    layout: Layout = "space"
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         rope = context.rotations.full
@@ -128,7 +126,7 @@ class FullAttention(SelfAttention):
             out = video_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
         else:
             out = video_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
-        return self.proj(out.flatten(-2))
+        return self.proj(merged(out))
 
 
 class GatedAttention(SelfAttention):
@@ -137,18 +135,16 @@ class GatedAttention(SelfAttention):
     ``m`` is learned: a scalar, one per head, or a linear function of each token. It starts at 0: both count the same.
     """
 
-    layout: Layout = "space"
-
     def __init__(self, config: VDiTConfig) -> None:
         super().__init__(config, branches=2)
         per_token = config.gate == "token"
-        self.mix = nn.Linear(config.width, 1) if per_token else None
         size = config.heads if config.gate == "head" else 1
+        self.mix = nn.Linear(config.width, 1) if per_token else nn.Identity()
         self.mix_factor = None if per_token else nn.Parameter(torch.zeros(size, 1))
 
     def alpha(self, x: Tensor) -> Tensor:
         """``(B, T, S, 1, 1)`` per token, ``(H, 1)`` per head, ``(1, 1)``."""
-        return torch.sigmoid(self.mix_factor if self.mix is None else self.mix(x)[..., None])
+        return torch.sigmoid(self.mix(x)[..., None] if self.mix_factor is None else self.mix_factor)
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         spatial, temporal = (self.split(y) for y in self.qkv(x).chunk(2, -1))
@@ -157,16 +153,14 @@ class GatedAttention(SelfAttention):
             norm, rope = (self.norm(0), self.norm(1)), (rotations.space, rotations.time)
             out = gated_attention(spatial, temporal, alpha, mask=self.mask, norm=norm, rope=rope)
         else:
-            a_s = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
-            a_t = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
+            a_s: Any = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
+            a_t: Any = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
             out = torch.lerp(a_t, a_s, alpha.to(a_s.dtype))
-        return self.proj(out.flatten(-2))
+        return self.proj(merged(out))
 
 
 class CrossAttention(nn.Module):
     """Tokens to the text of their sample, or of their frame. Neither modulated nor normed, after PixArt-alpha."""
-
-    layout: Layout = "any"
 
     def __init__(self, config: VDiTConfig) -> None:
         super().__init__()
@@ -179,12 +173,10 @@ class CrossAttention(nn.Module):
         assert context.text is not None
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(context.text).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return self.proj(cross_attention(q, k, v, lengths=context.text_lengths).flatten(-2))
+        return self.proj(merged(cross_attention(q, k, v, lengths=context.text_lengths)))
 
 
 class MLP(nn.Module):
-    layout: Layout = "any"
-
     def __init__(self, config: VDiTConfig) -> None:
         super().__init__()
         hidden = round(config.width * config.mlp_ratio)

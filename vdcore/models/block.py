@@ -16,7 +16,7 @@ from vdcore.models.attention import (
 )
 from vdcore.models.cache import Ring
 from vdcore.models.config import VDiTConfig
-from vdcore.models.layout import switch_layout
+from vdcore.models.layout import Layout, switch_layout
 from vdcore.ops import gate_residual, modulate
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -27,6 +27,10 @@ LAYERS: dict[str, type[nn.Module]] = {
     "cross": CrossAttention,
     "mlp": MLP,
 }
+
+
+# What a layer wants of the tokens: whole frames, whole tracks of a position, or either.
+LAYOUTS: dict[str, Layout] = {"spatial": "space", "temporal": "time", "gated": "space", "full": "space"}
 
 
 class AdaLNZero(nn.Module):
@@ -67,7 +71,7 @@ class Block(nn.Module):
         """x ``(B, T, S, C)`` to the same shape; ``ring``: what the block remembers of earlier frames."""
         rows = iter(self.modulation(context).unbind(-2))
         for part, layer in self.layers.items():
-            x = switch_layout(x, layer.layout)
+            x = switch_layout(x, LAYOUTS.get(part, "any"))
             if part == "cross":
                 x = x + layer(x, context)
             else:

@@ -78,10 +78,17 @@ class DepthControl(nn.Module):
         """
         expected = (len(video), self.hint.weight.shape[1], *video.shape[2:])
         if depth.shape != expected:
-            found = tuple(depth.shape)
-            raise ValueError(f"DepthControl: depth must be (B, channels, T, H, W) = {expected}, got {found}")
-        given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions, "cache": cache}
-        x, context = self.copy.embed(video, timestep, **given)
+            shape = tuple(depth.shape)
+            raise ValueError(f"DepthControl: depth must be (B, channels, T, H, W) = {expected}, got {shape}")
+        x, context = self.copy.embed(
+            video,
+            timestep,
+            text=text,
+            text_lengths=text_lengths,
+            label=label,
+            positions=positions,
+            cache=cache,
+        )
         x = x + self.hint(depth)
         found = []
         for i, output in enumerate(self.outputs):

@@ -64,12 +64,14 @@ class FinalLayer(nn.Module):
         self.channels, self.patch = config.channels_out, config.patch
         self.weight = nn.Parameter(torch.zeros(self.channels * math.prod(self.patch), config.width))
         self.bias = nn.Parameter(torch.zeros(len(self.weight)))
-        self.modulation = nn.Linear(config.width, 2 * config.width) if config.modulation == "zero" else None
-        self.table = nn.Parameter(torch.empty(2, config.width)) if config.modulation == "single" else None
+        single = config.modulation == "single"
+        self.modulation = None if single else nn.Linear(config.width, 2 * config.width)
+        self.table = nn.Parameter(torch.empty(2, config.width)) if single else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Tokens ``(B, T', S, C)`` to video ``(B, channels, T, H, W)``."""
-        if self.modulation is not None:
+        if self.table is None:
+            assert self.modulation is not None
             shift, scale = self.modulation(context.activated).chunk(2, -1)
         else:
             shift, scale = (self.table + context.condition[..., None, :]).unbind(-2)

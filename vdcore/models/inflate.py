@@ -55,10 +55,10 @@ def inflate(image_model: VDiT, *, attention: str = "factorized", mask: FrameMask
     if config.modulation == "single":
         for i in range(config.depth):
             added = {"temporal", "mlp"} if apart else {"temporal"}
-            for part, layer in model.blocks[i].layers.items():
-                if "temporal" in config.parts(i) and part in added:
-                    torch.nn.init.zeros_(layer.proj.weight)
-                    torch.nn.init.zeros_(layer.proj.bias)
+            for part in added.intersection(config.parts(i)) if "temporal" in config.parts(i) else ():
+                proj = model.get_submodule(f"blocks.{i}.layers.{part}.proj")
+                for parameter in proj.parameters():
+                    torch.nn.init.zeros_(parameter)
     return model.train(image_model.training)
 
 

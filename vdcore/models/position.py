@@ -79,8 +79,11 @@ def time_rope(positions: Tensor, head_dim: int, theta: float) -> Rope:
 def space_rope(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> Rope:
     """Half of the channels (rounded to pairs) turn with the row, half with the column: ``(1, H*W, R/2)``."""
     columns = head_dim // 4 * 2
-    parts = _axis_tables(grid, (head_dim - columns, columns), theta, device)
-    return Rope(*(_over_grid(row[:, None], column[None, :], grid)[None] for row, column in parts))
+    cos, sin = (
+        _over_grid(row[:, None], column[None, :], grid)[None]
+        for row, column in _axis_tables(grid, (head_dim - columns, columns), theta, device)
+    )
+    return Rope(cos, sin)
 
 
 def full_rope(positions: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Rope:
@@ -93,7 +96,8 @@ def full_rope(positions: Tensor, grid: tuple[int, int], head_dim: int, theta: fl
         space = _over_grid(row[:, None], column[None, :], grid)  # (S, side)
         T, S = len(frame), len(space)
         tables.append(torch.cat((frame[:, None].expand(T, S, -1), space.expand(T, S, -1)), -1))
-    return Rope(*tables)
+    cos, sin = tables
+    return Rope(cos, sin)
 
 
 def _axis_tables(

@@ -1,0 +1,335 @@
+"""A whole V-DiT block, forward and training, against the block as PyTorch users write it on SDPA: time and peak memory.
+
+Both are the same module: the same weights, in vdcore's operators and in torch's. The block is the factorized one: norm,
+modulation and QKV projection, spatial attention, the same for temporal attention, text attention, and the MLP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vdcore.bench import machine
+from vdcore.bench.job import DTYPES
+from vdcore.bench.jobs import make
+from vdcore.bench.memory import PointError, in_process, peak_of
+from vdcore.bench.results import Journal, Row
+from vdcore.bench.runner import Watch, blank, first_line, touch_heap
+from vdcore.bench.timing import Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore.bench.workloads import Budget, Shape, load, scaled
+
+from vdcore.models import VDiTConfig
+from vdcore.models.attention import Context
+from vdcore.models.block import Block
+from vdcore.testing import error_ratio
+
+OP, WORKLOAD = "vdit_block", "latte-1-512"
+MODES = ("fwd", "fwd+bwd")
+JUDGED_ROWS = 1  # rows of tokens at which outputs and gradients are compared with float64
+SHARE = 0.25  # of the budget of one call that a block takes, for it runs in training too
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A block on a workload's shape.
+
+    Args:
+        original: the workload's shape, before it was cut to the machine.
+    """
+
+    original: Shape
+    shape: Shape
+    mode: str = "fwd"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def trains(self) -> bool:
+        return "bwd" in self.mode
+
+    def flops(self) -> float:
+        """Of all products; backward takes twice the projections' and 2.5 times the attentions'."""
+        s, C = self.shape, self.shape.H * self.shape.D
+        tokens = s.B * s.T * s.S
+        projections = 2.0 * tokens * C * C * (3 + 1 + 3 + 1 + 1 + 1 + 8) + 4.0 * s.B * s.L * C * C
+        attention = 4.0 * tokens * C * (s.S + s.T + s.L)
+        return projections * (3 if self.trains else 1) + attention * (3.5 if self.trains else 1)
+
+    def need(self) -> int:
+        """Bytes of activations at most: the MLP's hidden channels, and what training keeps."""
+        s = self.shape
+        return s.B * s.T * s.S * s.H * s.D * self.dtype.itemsize * (36 if self.trains else 16)
+
+    def row(self) -> Row:
+        like = make(
+            "modulate", load()[WORKLOAD], mode=self.mode, dtype=self.dtype, device=self.device, shape=self.shape
+        )
+        base = blank(replace(like, original=self.original))
+        return replace(base, op=OP, case="spatial + temporal + text + MLP", flops=self.flops(), bytes=None)
+
+
+def jobs(modes: Sequence[str], dtypes: Sequence[str], device: str, budget: Budget, batch: int = 1) -> list[BlockJob]:
+    """One per mode and dtype, of one shape: Latte-1's, with rows of tokens left out until a call fits the budget."""
+    original = load()[WORKLOAD].shape(batch)
+
+    def fits(shape: Shape) -> bool:
+        return BlockJob(original, shape).flops() <= budget.flops * SHARE
+
+    shape = scaled(original, ("rows",), fits)
+    return [BlockJob(original, shape, mode, DTYPES[dtype], device) for dtype in dtypes for mode in modes]
+
+
+# ---- The block, and the inputs ----
+
+
+@dataclass
+class Inputs:
+    """x ``(B, T, S, C)``, condition ``(B, C)``, text ``(B, L, C)``, and the gradient of the result."""
+
+    block: Block
+    x: Tensor
+    condition: Tensor
+    text: Tensor
+    dout: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.condition, self.text, *self.block.parameters()]
+
+    def context(self) -> Context:
+        s = self.x.shape
+        grid = (s[1], 1, s[2])
+        return Context(grid=grid, condition=self.condition, activated=F.silu(self.condition), text=self.text)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """A copy."""
+        block = Block(_config(self.x.shape[-1] // self.block.layers["spatial"].head_dim, self.x.shape[-1]), PARTS)
+        block.load_state_dict(self.block.state_dict())
+        given = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (self.x, self.condition, self.text))
+        return Inputs(block.to(self.x.device, dtype), *given, self.dout.to(dtype))
+
+
+PARTS = ("spatial", "temporal", "cross", "mlp")
+
+
+def _config(heads: int, width: int) -> VDiTConfig:
+    return VDiTConfig(width=width, heads=heads, depth=1, attention="factorized", text_width=width)
+
+
+def inputs(job: BlockJob, rows: int | None = None) -> Inputs:
+    """Drawn at random; weights as large as keep activations near 1."""
+    s = job.shape if rows is None else replace(job.shape, rows=rows)
+    C = s.H * s.D
+    torch.manual_seed(0)
+    with torch.device(job.device):
+        block = Block(_config(s.H, C), PARTS)
+        for p in block.parameters():
+            nn.init.normal_(p, std=p.shape[1] ** -0.5 if p.ndim == 2 else 0.1)
+        block = block.to(job.dtype)
+        x, c, text, dout = (
+            torch.randn(n, dtype=job.dtype) for n in ((s.B, s.T, s.S, C), (s.B, C), (s.B, s.L, C), (s.B, s.T, s.S, C))
+        )
+    for t in (x, c, text):
+        t.requires_grad_(job.trains)
+    return Inputs(block, x, c, text, dout)
+
+
+# ---- How PyTorch users write it ----
+
+
+def eager(given: Inputs, permuted: bool = False) -> Tensor:
+    """The block on SDPA, with views where SDPA takes them.
+
+    Args:
+        permuted: tokens are brought to ``(B, S, T, C)`` for temporal attention and back, as hosts do; else its queries,
+            keys and values are strided views.
+    """
+    block, x, text = given.block, given.x, given.text
+    B, T, S, C = x.shape
+    layers = block.layers
+    heads = layers["spatial"].heads
+    rows = block.modulation(given.context())[:, :, None, None].unbind(1)  # (B, 1, 1, C) each
+
+    def norm(x: Tensor, i: int) -> Tensor:
+        return torch.addcmul(rows[i], F.layer_norm(x, (C,), eps=1e-6), 1 + rows[i + 1])
+
+    y = layers["spatial"].qkv(norm(x, 0)).view(B * T, S, 3, heads, -1)
+    q, k, v = y.permute(2, 0, 3, 1, 4)  # (B*T, H, S, D)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, S, C)
+    x = torch.addcmul(x, rows[2], layers["spatial"].proj(y))
+
+    y = norm(x, 3)
+    if permuted:
+        y = layers["temporal"].qkv(y.transpose(1, 2).reshape(B * S, T, C)).view(B * S, T, 3, heads, -1)
+        q, k, v = y.permute(2, 0, 3, 1, 4)  # (B*S, H, T, D)
+        y = layers["temporal"].proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, T, C))
+        y = y.transpose(1, 2)
+    else:
+        y = layers["temporal"].qkv(y).view(B, T, S, 3, heads, -1)
+        q, k, v = (z.flatten(0, 1) for z in y.permute(3, 0, 2, 4, 1, 5))  # (B*S, H, T, D), views for one video
+        y = F.scaled_dot_product_attention(q, k, v).unflatten(0, (B, S)).permute(0, 3, 1, 2, 4)
+        y = layers["temporal"].proj(y.reshape(B, T, S, C))
+    x = torch.addcmul(x, rows[5], y)
+
+    cross = layers["cross"]
+    q = cross.q(x).view(B, T * S, heads, -1).transpose(1, 2)
+    k, v = cross.kv(text).view(B, text.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)
+    x = x + cross.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, S, C))
+
+    y = layers["mlp"].proj(F.gelu(layers["mlp"].up(norm(x, 6)), approximate="tanh"))
+    return torch.addcmul(x, rows[8], y)
+
+
+def ours(given: Inputs) -> Tensor:
+    return given.block(given.x, given.context())
+
+
+def eager_permuted(given: Inputs) -> Tensor:
+    return eager(given, permuted=True)
+
+
+def compiled() -> Callable[[Inputs], Tensor]:
+    return torch.compile(eager)
+
+
+# (provider, variant) -> the function; compiled ones are made when they are measured.
+PROVIDERS: dict[tuple[str, str], Callable[[Inputs], Tensor]] = {
+    ("vdcore", "auto"): ours,
+    ("eager", "views"): eager,
+    ("eager", "permuted"): eager_permuted,
+    ("eager", "compiled"): eager,
+}
+
+
+def function_of(provider: str, variant: str) -> Callable[[Inputs], Tensor]:
+    return compiled() if variant == "compiled" else PROVIDERS[provider, variant]
+
+
+# ---- Measuring ----
+
+
+def step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor]) -> list[Tensor]:
+    """The result, and in training the gradients of everything."""
+    with torch.set_grad_enabled(job.trains):
+        out = function(given)
+    found = torch.autograd.grad(out, given.leaves, given.dout) if job.trains else ()
+    return [out.detach(), *found]
+
+
+def judge(job: BlockJob) -> dict[tuple[str, str], float]:
+    """Every provider's worst error ratio over outputs and gradients, on few tokens a frame, against float64."""
+    given = inputs(job, JUDGED_ROWS)
+    exact = step(job, given.to(torch.float64), eager)
+    plain = [step(job, given, PROVIDERS["eager", name]) for name in ("views", "permuted")]
+    found = {}
+    for provider in (("vdcore", "auto"), ("eager", "views"), ("eager", "permuted")):
+        results = step(job, given, PROVIDERS[provider])
+        ratios = [
+            error_ratio(y, e, [p[i] for p in plain], gradient=i > 0).worst
+            for i, (y, e) in enumerate(zip(results, exact))
+        ]
+        found[provider] = max(ratios)
+    return found
+
+
+def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
+    """Peak bytes of one call beyond weights and inputs, gradients included. For a fresh process."""
+    function = function_of(provider, variant)
+    step(job, inputs(job, 1), function)  # starts threads and loads code
+    given = inputs(job)
+    if variant == "compiled":
+        step(job, given, function)
+    if not job.device.startswith("cuda"):
+        return peak_of(lambda: step(job, given, function))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(job, given, function)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run(
+    wanted: Sequence[BlockJob],
+    journal: Journal,
+    watch: Watch,
+    *,
+    seconds: float = 2.0,
+    rounds: int = 9,
+    memory: int = 2**62,
+    providers: Sequence[tuple[str, str]] = tuple(PROVIDERS),
+) -> None:
+    """Time and memory rows of every job.
+
+    Args:
+        seconds: for the rounds of one job; few rounds are run in any case.
+        memory: bytes that a call may take.
+    """
+    for job in wanted:
+        base = job.row()
+        if job.device.startswith("cuda") and not torch.cuda.is_available():
+            journal.add([replace(base, provider="all", status="skipped", reason="no GPU is visible to torch")])
+            continue
+        if job.need() > memory:
+            reason = f"needs {machine.bytes_text(job.need())}, the limit is {machine.bytes_text(memory)}"
+            row = replace(base, provider="all", metric="memory", unit="bytes", status="predicted")
+            journal.add([replace(row, p50=float(job.need()), reason=reason)])
+            continue
+        journal.add(_memory_rows(job, base, providers, watch))
+        journal.add(_time_rows(job, base, providers, watch, seconds, rounds))
+
+
+def _memory_rows(job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch) -> list[Row]:
+    rows = []
+    for provider, variant in providers:
+        watch.doing(f"{OP} {job.mode}: memory of {provider} {variant}")
+        row = replace(base, provider=provider, variant=variant, metric="memory", unit="bytes")
+        try:
+            peak = float(in_process(measure_memory, job, provider, variant))
+            rows.append(replace(row, p20=peak, p50=peak, p80=peak, samples=1, allocator="glibc, default thresholds"))
+        except PointError as error:
+            rows.append(replace(row, status="failed", reason=str(error)[:300]))
+    return rows
+
+
+def _time_rows(
+    job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch, seconds: float, rounds: int
+) -> list[Row]:
+    watch.doing(f"{OP} {job.mode}: errors")
+    ratios = judge(job)
+    if job.device == "cpu":
+        touch_heap(2 * job.need())
+        base = job.row()  # it names the heap
+    given, clock = inputs(job), clock_for(job.device)
+    contenders: dict[tuple[str, str], Contender] = {}
+    estimates, rows = {}, []
+    for name in providers:
+        watch.doing(f"{OP} {job.mode}: {' '.join(name)}")
+        try:
+            function = function_of(*name)
+            contender = Contender(lambda _, function=function: step(job, given, function))
+            begin = time.perf_counter()
+            contender.run(clock)
+            first = time.perf_counter() - begin
+            estimates[name] = first if first > seconds and name[1] != "compiled" else contender.run(clock).seconds
+            contenders[name] = contender
+        except Exception as error:
+            reason = first_line(error)
+            rows.append(replace(base, provider=name[0], variant=name[1], status="failed", reason=reason))
+    known = {" ".join(name): t for name, t in estimates.items()}
+    counts = rounds_for(known, seconds, rounds, frozenset(n for n in known if n.startswith("vdcore")))
+    named = {" ".join(name): c for name, c in contenders.items()}
+    for name, n in counts.items():
+        if n == 0:
+            named[name].samples.append(Sample(known[name]))
+    watch.doing(f"{OP} {job.mode}: {max(counts.values())} rounds")
+    race(named, counts, clock)
+    for name, contender in contenders.items():
+        s = Spread.of([sample.seconds for sample in contender.samples])
+        row = replace(base, provider=name[0], variant=name[1], p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples)
+        note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens a frame" if name in ratios else ""
+        rows.append(replace(row, error_ratio=ratios.get(name), reason=note))
+    return rows

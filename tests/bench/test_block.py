@@ -1,0 +1,73 @@
+"""The block's benchmark: both forms compute the same, and the rows say what was run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vdcore.bench import block
+from vdcore.bench.results import Journal
+from vdcore.bench.runner import Watch
+from vdcore.bench.workloads import Budget, Shape
+
+SMALL = Shape(B=2, T=3, rows=2, columns=4, H=2, G=2, D=16, L=5)
+FORMS = [name for name in block.PROVIDERS if name[1] != "compiled"]
+
+
+@pytest.mark.parametrize("mode", block.MODES)
+def test_outputs_and_gradients(mode):
+    ratios = block.judge(block.BlockJob(SMALL, SMALL, mode))
+    assert set(ratios) == set(FORMS)
+    assert max(ratios.values()) <= 1
+
+
+def test_a_wrong_block_is_noticed(monkeypatch):
+    wrong = dict(block.PROVIDERS)
+    wrong["vdcore", "auto"] = lambda given: block.eager(given) * 1.001
+    monkeypatch.setattr(block, "PROVIDERS", wrong)
+    assert block.judge(block.BlockJob(SMALL, SMALL))["vdcore", "auto"] > 1
+
+
+def test_the_shape_is_latte_s():
+    (whole,) = block.jobs(("fwd",), ("float32",), "cpu", Budget.unlimited())
+    assert whole.shape.sizes() == {"B": 1, "T": 16, "S": 1024, "H": 16, "G": 16, "D": 72, "L": 120}
+    cut = block.jobs(block.MODES, ("float32", "bfloat16"), "cpu", Budget(4e11, float("inf")))
+    assert len(cut) == 4
+    assert len({job.shape for job in cut}) == 1
+    assert cut[0].flops() <= block.SHARE * 4e11
+    assert (cut[0].shape.T, cut[0].shape.H, cut[0].shape.D, cut[0].shape.L) == (16, 16, 72, 120)
+
+
+def test_rows(tmp_path):
+    journal = Journal(tmp_path / "results.jsonl")
+    jobs = [block.BlockJob(replace(SMALL, rows=4), SMALL, mode) for mode in block.MODES]
+    providers = [("vdcore", "auto"), ("eager", "views")]
+    block.run(jobs, journal, Watch(), seconds=0.01, rounds=3, providers=providers)
+    assert {(r.mode, r.provider, r.metric) for r in journal.rows} == {
+        (mode, provider, metric)
+        for mode in block.MODES
+        for provider in ("vdcore", "eager")
+        for metric in ("time", "memory")
+    }
+    assert all(r.op == "vdit_block" and r.status == "ok" and r.p50 > 0 for r in journal.rows)
+    assert all(r.error_ratio <= 1 for r in journal.rows if r.metric == "time")
+    assert all("rows" in r.scaling or r.scaling for r in journal.rows)
+
+
+def test_what_does_not_fit_says_what_it_needs(tmp_path):
+    journal = Journal(tmp_path / "results.jsonl")
+    job = block.BlockJob(SMALL, SMALL)
+    block.run([job], journal, Watch(), memory=1000)
+    (row,) = journal.rows
+    assert (row.status, row.metric, row.p50) == ("predicted", "memory", job.need())
+    assert "needs" in row.reason
+
+
+@pytest.mark.parametrize("mode", block.MODES)
+def test_flops_are_counted(mode):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    job = block.BlockJob(SMALL, SMALL, mode)
+    given = block.inputs(job)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        block.step(job, given, block.eager)
+    assert abs(counter.get_total_flops() / job.flops() - 1) < 0.1
