@@ -176,6 +176,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
     memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
     full_size: Annotated[bool, typer.Option("--full-size", help="Do not cut workloads to this machine.")] = False,
+    model: Annotated[list[str] | None, several("Models and blocks of diffusers, before and after the swap.")] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Only what frame masks cost: time per visible pair.")] = False,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")
@@ -194,6 +195,11 @@ def bench(
         return
     if readme is not None:
         _readme(readme)
+        return
+    if model:
+        _bench_models(
+            model, _known("--dtype", dtype, job.DTYPES) or ("float32",), rounds, threads, _device(device), out
+        )
         return
     choice = suite.Choice(
         ops=_known("--op", op, jobs.JOBS),
@@ -249,6 +255,39 @@ def bench(
     _write(out, measure)
 
 
+def _bench_models(
+    given: list[str], dtypes: tuple[str, ...], rounds: int, threads: int | None, device: str, out: Path
+) -> None:
+    from vdcore.bench import console, hosts, job
+
+    _need_diffusers()
+    names = _known("--model", given, [*hosts.models(), *hosts.blocks()])
+    if device != "cpu":
+        raise typer.BadParameter(f"{device}: models of diffusers are measured on the CPU", param_hint="--device")
+    _threads(threads)
+    _relaunch(device)
+
+    def measure(journal: Journal) -> None:
+        with console.Screen(screen).live() as watch:
+            for name in names:
+                watch.doing(name)
+                hosts.compare(name, [job.DTYPES[dtype] for dtype in dtypes], rounds, journal)
+        screen.print(console.table("Models before and after the swap", hosts.HEADER, hosts.cells(journal.rows)))
+
+    screen = console.make_console()
+    _write(out, measure)
+
+
+def _need_diffusers() -> None:
+    import importlib.util
+    import logging
+
+    if importlib.util.find_spec("diffusers") is None:
+        print("vdcore: diffusers missing here: pip install 'vdcore[models]'", file=sys.stderr)
+        raise typer.Exit(1)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
 def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",)) -> None:
     from vdcore.bench import console, job, masks
 
@@ -284,6 +323,7 @@ def _readme(path: Path) -> None:
 @app.command()
 def profile(
     workload: Annotated[list[str] | None, several("Models' shapes, from workloads.json.")] = None,
+    model: Annotated[list[str] | None, several("Instead: VDiT variants, or blocks of diffusers.")] = None,
     frames: Annotated[str | None, typer.Option(help="Numbers of frames, such as 8,16,32.")] = None,
     attention: Annotated[list[str] | None, several("naive, sdpa, vdcore.")] = None,
     mode: Annotated[str, typer.Option(help="fwd, bwd or fwd+bwd.")] = "fwd",
@@ -310,9 +350,39 @@ def profile(
     }
     if memory_limit is not None:
         settings["memory_limit"] = parse_bytes("--memory-limit", memory_limit)
+    if model:
+        _profile_models(model, device, threads, out, **settings)
+        return
     _threads(threads)
     _relaunch(device)
     _write(out, lambda journal: _profile(journal, device, names, **settings))
+
+
+def _profile_models(given: list[str], device: str, threads: int | None, out: Path, **settings: Any) -> None:
+    from vdcore.bench import console, hosts, machine, profile, vdit
+
+    wanted = set(_split(given)) - set(vdit.VARIANTS)
+    if wanted:
+        _need_diffusers()
+    names = _known("--model", given, [*vdit.VARIANTS, *(hosts.blocks() if wanted else ())])
+    if wanted and (device != "cpu" or settings["mode"] != "fwd"):
+        raise typer.BadParameter("blocks of diffusers are profiled forward on the CPU", param_hint="--model")
+    _threads(threads)
+    _relaunch(device)
+    settings.setdefault("memory_limit", machine.memory_limit(device))
+
+    def measure(journal: Journal) -> None:
+        with console.Screen(screen).live() as watch:
+            for name in names:
+                if name in vdit.VARIANTS:
+                    vdit.run((name,), profile.Settings(device=device, **settings), journal)
+                    continue
+                limits = settings["memory_limit"], settings["time_limit"]
+                hosts.profile(name, settings["frames"], settings["dtype"], *limits, journal, watch.show)
+        console.print_profile(screen, journal.rows)
+
+    screen = console.make_console()
+    _write(out, measure)
 
 
 def _profile(

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from host_runs import MODELS, as_host, exact, run
+from vdcore.bench import swap as table
 
-from vdcore.integrations import table
 from vdcore.integrations.diffusers import _inference, swap_in
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio

@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from host_runs import MODELS
+from vdcore.bench import swap as table
 
-from vdcore.integrations import measure, table
+from vdcore.integrations import measure
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
 

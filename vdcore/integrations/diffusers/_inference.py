@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from vdcore.integrations.diffusers._attention import is_plain
@@ -58,7 +59,9 @@ def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -
     count = max(LEAST_TOKENS, CACHE_BYTES // (width * x.element_size()))
     if count >= x.shape[1] * x.shape[2] or not all(_is_known(m, x.dtype) for m in block.modules()):
         return None
-    return None if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks else count
+    hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    # Over fake tensors these are a memory tracker's, which looks at modules and not at tokens.
+    return None if hooks and not isinstance(x, FakeTensor) else count
 
 
 def run(x: Tensor, count: int, attentions: Sequence[Any], stages: Sequence[Stage]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of every video model of diffusers before and after the swap: ``python -m vdcore.integrations.table``.
+"""The table of every video model of diffusers before and after the swap: ``python -m vdcore.bench.swap``.
 
 Tiny models with random weights, at least three frames, rows and columns of different numbers; and with ``--blocks``
 blocks of real width, with a breakdown of their time. Run it outside of the repository's root.
@@ -125,7 +125,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 if a name is unknown."""
-    parser = argparse.ArgumentParser(prog="python -m vdcore.integrations.table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vdcore.bench.swap", description=__doc__)
     parser.add_argument("names", nargs="*", help="models, or blocks with --blocks; none: all")
     parser.add_argument("--blocks", action="store_true", help="blocks of real width instead of tiny models")
     parser.add_argument("--small", action="store_true", help="blocks at a size for small machines")

@@ -1,0 +1,249 @@
+"""Whole models of diffusers before and after the swap: their time, peak memory and error as rows of results.
+
+Every model of the zoo in small, and blocks of real width. Peers are the host as it comes, whose attention is torch's
+SDPA, and the host with SDPA kept from its fused kernels, which is naive attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from vdcore.bench import machine
+from vdcore.bench.curves import PROFILE
+from vdcore.bench.memory import PointError, in_process
+from vdcore.bench.results import Journal, Row
+from vdcore.bench.runner import DTYPE_NAMES, heap
+
+from vdcore.testing import error_ratio
+
+PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "diffusers": nullcontext,
+    "diffusers, naive attention": partial(sdpa_kernel, SDPBackend.MATH),
+    "vdcore": nullcontext,
+}
+FRAMES = (4, 8, 16, 32)
+
+
+def models() -> list[str]:
+    """Tiny models by the name of their class's family."""
+    from vdcore.integrations.diffusers.zoo import MODELS
+
+    return list(MODELS)
+
+
+def blocks() -> list[str]:
+    """Blocks of real width."""
+    from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+
+    return list(BLOCKS)
+
+
+@dataclass(frozen=True)
+class HostPoint:
+    """A model or block, who computes it, and for a block how many frames; None: its small machine's size."""
+
+    name: str
+    provider: str = "diffusers"
+    frames: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def make(self) -> tuple[nn.Module, Callable[[], Tensor]]:
+        """The module and a call of it without gradients."""
+        from vdcore.integrations.diffusers import swap_in
+        from vdcore.integrations.diffusers.zoo import MODELS, output
+        from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+
+        ours = self.provider == "vdcore"
+        if self.name in MODELS:
+            tiny = MODELS[self.name]
+            module, given = tiny.model(self.dtype), tiny.arguments(self.dtype)
+            run: Callable[[], Tensor] = lambda: output(module(**given))  # noqa: E731
+        else:
+            block = BLOCKS[self.name]
+            torch.manual_seed(0)
+            module = block.build().eval()
+            if next(module.parameters()).dtype != self.dtype:
+                module = nn.Module.to(module, self.dtype)
+            inputs = _cast(block.inputs(*self.size()), self.dtype)
+            run = partial(block.ours if ours else block.host, module, inputs)
+        if ours:
+            swap_in(module)
+
+        def call() -> Tensor:
+            with torch.no_grad(), PROVIDERS[self.provider]():
+                return run()
+
+        return module, call
+
+    def size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a block's tokens."""
+        from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+
+        T, H, W = BLOCKS[self.name].small
+        return (T if self.frames is None else self.frames, H, W)
+
+    def row(self) -> Row:
+        """Everything but the numbers."""
+        from vdcore.integrations.diffusers.zoo import MODELS, T
+
+        tiny = self.name in MODELS
+        shape = {"T": T} if tiny else dict(zip("THW", self.size()))
+        return Row(
+            op="model" if tiny else "block",
+            workload=self.name,
+            provider=self.provider,
+            mode="fwd",
+            case="tiny, random weights" if tiny else "real width, random weights",
+            x=shape["T"],
+            dtype=DTYPE_NAMES[self.dtype],
+            threads=torch.get_num_threads(),
+            allocator=heap(),
+            original=shape,
+            shape=shape,
+            versions=machine.versions(),
+            commit=machine.commit(),
+        )
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_cast(y, dtype) for y in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def exact(name: str) -> Tensor:
+    """The host's result with every operation in float64."""
+    from vdcore.integrations.diffusers.exact import Float64
+
+    with Float64():
+        return HostPoint(name, dtype=torch.float64).make()[1]()
+
+
+def predict_memory(point: HostPoint) -> int:
+    """Peak bytes of a call beyond parameters and inputs, by running it on fake tensors: nothing is computed."""
+    from torch._subclasses import FakeTensorMode
+
+    from vdcore.integrations.measure import predicted_bytes
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(point.dtype)  # fake modules cannot be cast
+    try:
+        with FakeTensorMode():
+            module, call = point.make()
+            return predicted_bytes(module, call) - sum(p.nbytes for p in module.parameters())
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def measure(point: HostPoint, rounds: int) -> dict[str, Any]:
+    """Peak bytes and seconds of one provider, for a fresh process."""
+    from vdcore.integrations.measure import peak_bytes, race
+
+    _, call = point.make()
+    return {"bytes": peak_bytes(call), "spread": race({"": call}, rounds=rounds)[""]}
+
+
+# ---- bench --model ----
+
+
+def compare(name: str, dtypes: Sequence[torch.dtype], rounds: int, journal: Journal) -> list[Row]:
+    """Time in interleaved rounds, peak memory and error of all providers; rows go to the journal."""
+    from vdcore.integrations.measure import peak_bytes, race
+
+    begin = len(journal.rows)
+    reference = exact(name)
+    for dtype in dtypes:
+        points = {provider: HostPoint(name, provider, dtype=dtype) for provider in PROVIDERS}
+        calls = {provider: point.make()[1] for provider, point in points.items()}
+        results = {provider: call() for provider, call in calls.items()}
+        spreads = race(calls, rounds=rounds)
+        for provider, point in points.items():
+            row, s = point.row(), spreads[provider]
+            ratio = error_ratio(results[provider], reference, [results["diffusers"]]).worst
+            peak = float(peak_bytes(calls[provider]))
+            timed = replace(row, p20=s.p20, p50=s.p50, p80=s.p80, samples=rounds, error_ratio=ratio)
+            memory = replace(row, metric="memory", unit="bytes", p20=peak, p50=peak, p80=peak, samples=1)
+            journal.add([timed, memory])
+    return journal.rows[begin:]
+
+
+HEADER = ("model", "dtype", "who", "time", "peak memory", "error")
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """One line a provider, for a table."""
+    lines = []
+    for timed, memory in zip(rows[::2], rows[1::2]):
+        numbers = machine.seconds_text(timed.p50 or 0.0), machine.bytes_text(memory.p50 or 0.0)
+        lines.append((timed.workload, timed.dtype, timed.provider, *numbers, f"{timed.error_ratio:.2f}"))
+    return lines
+
+
+# ---- profile --model ----
+
+
+def profile(
+    name: str,
+    frames: Sequence[int],
+    dtype: torch.dtype,
+    memory_limit: int,
+    time_limit: float,
+    journal: Journal,
+    watch: Callable[[str, int, int], None] = lambda what, number, total: None,
+) -> list[Row]:
+    """A block of real width against frames: measured in processes of their own, or predicted where it would not fit."""
+    begin, providers = len(journal.rows), ("diffusers", "vdcore")
+    points = [HostPoint(name, provider, n, dtype) for provider in providers for n in sorted(set(frames))]
+    rates: dict[str, float] = {}  # seconds a frame of the point before
+    for number, point in enumerate(points):
+        watch(f"{name}, {point.provider}, {point.frames} frames", number, len(points))
+        assert point.frames is not None
+        rows = _profile_rows(point, memory_limit, time_limit, rates.get(point.provider))
+        journal.add(rows)
+        if rows[1].status == "ok" and rows[1].p50:
+            rates[point.provider] = rows[1].p50 / point.frames
+    return journal.rows[begin:]
+
+
+def _profile_rows(point: HostPoint, memory_limit: int, time_limit: float, rate: float | None) -> list[Row]:
+    assert point.frames is not None
+    base = _with_heads(point)
+    memory, clock = replace(base, metric="memory", unit="bytes"), base
+    need = predict_memory(point)
+    guess = rate * point.frames if rate else None
+    if need > memory_limit or (guess is not None and guess > time_limit):
+        reason = f"needs {machine.bytes_text(need)} by a run on fake tensors"
+        reason += f", the limit is {machine.bytes_text(memory_limit)}" if need > memory_limit else ""
+        if guess is not None:
+            reason += f"; about {machine.seconds_text(guess)} a call at the rate of the point before"
+        predicted = replace(memory, status="predicted", p50=float(need), reason=reason)
+        return [predicted, replace(clock, status="predicted", p50=guess, reason=reason)]
+    try:
+        found = in_process(measure, point, 3)
+    except PointError as error:
+        return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
+    peak, s = float(found["bytes"]), found["spread"]
+    note = f"predicted {machine.bytes_text(need)}"
+    memory = replace(memory, p20=peak, p50=peak, p80=peak, samples=1, reason=note)
+    return [memory, replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=3)]
+
+
+def _with_heads(point: HostPoint) -> Row:
+    """The row with what the profile's tables say of a shape, asked of the block's first attention."""
+    from torch._subclasses import FakeTensorMode
+
+    from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+
+    row = point.row()
+    with FakeTensorMode():
+        attn: Any = next(m for m in BLOCKS[point.name].build().modules() if hasattr(m, "to_q"))
+    T, rows, columns = point.size()
+    shape = {"B": 1, "T": T, "S": rows * columns, "H": attn.heads, "D": attn.to_q.out_features // attn.heads}
+    return replace(row, case=f"{PROFILE}one block", original=shape, shape=shape)
