@@ -30,10 +30,11 @@ def wrap_attn(func):
 
     @functools.wraps(func)
     def wrapper(*args, **kwargs):
+        if "_inside_attn_wrapper" in kwargs:
+            return func(*args, **kwargs)
         options = kwargs.get("transformer_options") or {}
-        if "_inside_attn_wrapper" not in kwargs and "optimized_attention_override" in options:
-            return options["optimized_attention_override"](func, *args, **{**kwargs, "_inside_attn_wrapper": True})
-        return func(*args, **kwargs)
+        override = options.get("optimized_attention_override", lambda f, *a, **k: f(*a, **k))
+        return override(func, *args, **kwargs, _inside_attn_wrapper=True)
 
     return wrapper
 
@@ -146,8 +147,10 @@ def test_wan_scales_and_dtypes():
         wan.flash_attention(q, k, v, window_size=(1, 1))
 
 
-def attention(q, k, v, mode="flash", cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None,
-              batch_size=1):  # fmt: skip
+def attention(
+    q, k, v, mode="flash", drop_rate=0, attn_mask=None, causal=False,
+    cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None, batch_size=1,
+):  # fmt: skip
     """As HunyuanVideo's: packed runs of valid tokens and of padding, each attending to itself."""
     rows = [x.flatten(0, 1) for x in (q, k, v)]
     out = torch.zeros_like(rows[0])
@@ -165,6 +168,33 @@ class MMSingleStreamBlock(nn.Module):
     def forward(self, x, bounds):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
         return attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, batch_size=x.shape[0])
+
+
+class TokenRefinerBlock(nn.Module):
+    """As the refiner of text tokens: the same function under a dense mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        return attention(q, k, v, mode="torch", attn_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_hunyuan_video_refines_text_under_a_dense_mask(dtype):
+    torch.manual_seed(0)
+    block, x = TokenRefinerBlock(), torch.randn(2, 5, 16)
+    valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    seen = (valid[:, None, :, None] & valid[:, None, None]) | torch.eye(5, dtype=torch.bool)
+    mask = seen if dtype == torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+    q, k, v = (y.transpose(1, 2) for y in block.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2))
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    assert hunyuan_video.swap_in(block) == [""]
+    close(block(x, mask), want)
+    with pytest.raises(NotImplementedError, match="mode flash"):
+        hunyuan_video.attention(q, k, v, attn_mask=mask)
 
 
 def test_hunyuan_video():

@@ -1,6 +1,7 @@
 """The official HunyuanVideo repository: vdcore in place of its ``attention``.
 
-Tested against the signature of ``hyvideo/modules/attenion.py``; the repository itself is not installed in the tests.
+Written against ``hyvideo/modules/attenion.py`` as of the commit that docs/hunyuan_video.md names; the repository itself is
+not installed in the tests.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vdcore
@@ -33,11 +35,22 @@ def attention(
     The host packs every sample as its valid tokens and its padding, ``2 B + 1`` bounds in ``cu_seqlens``. Here the
     valid tokens are a length; rows of padding attend to them too, where the host lets them attend to one another.
 
+    A dense mask, as the refiner of text tokens has it, a causal one and dropout run on torch, in modes "torch" and
+    "vanilla"; mode "flash" has none of them.
+
     Raises:
-        NotImplementedError: dropout, dense masks, masks of tokens.
+        NotImplementedError: one of them in mode "flash".
     """
     if drop_rate or causal or attn_mask is not None:
-        raise NotImplementedError("attention: drop_rate, attn_mask and causal must be 0, None and False")
+        if mode == "flash":
+            raise NotImplementedError(
+                "attention: drop_rate, attn_mask and causal must be 0, None and False in mode flash"
+            )
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(q.dtype)
+        rows = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*rows, attn_mask=attn_mask, dropout_p=drop_rate, is_causal=causal)
+        return out.transpose(1, 2).flatten(2)
     lengths = None
     if mode == "flash" and cu_seqlens_kv is not None:
         bounds = cu_seqlens_kv.to(torch.int64)
