@@ -11,6 +11,15 @@ from vdcore.demo.figure import Figure
 from vdcore.demo.show import save_table
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These nets are too small to be shared out, and threads that wait for others slow a busy machine down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("hidden", [1, 4, horizon.LONGEST])
 def test_the_object_is_out_of_sight_for_n_frames(hidden):
     scene = horizon.make_clips(torch.tensor([hidden]), torch.tensor([5]), [3])

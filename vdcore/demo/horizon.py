@@ -242,25 +242,20 @@ def _layers(number: int) -> str:
 
 def _plot(out: Path, curves: dict[tuple[int, int], list[float]]) -> str:
     figure, axes = new_plot(10, 3.8, columns=2)
-    colours, styles = {1: ON, 2: OFF, 3: THIRD}, {2: "o", 4: "s", 6: "^"}
-    n = range(1, LONGEST + 1)
+    n, reach = range(1, LONGEST + 1), max(L * W for L, W in curves)
     groups = (
-        ("One temporal layer: its window", [k for k in curves if k[0] == 1]),
-        ("Reach is layers x window", [*curves]),
+        ("One temporal layer: the window is the reach", [(L, W) for L, W in curves if L == 1]),
+        (f"Layers x window = {reach}", [(L, W) for L, W in curves if reach == L * W]),
     )
-    for axis, (title, keys) in zip(axes[0], groups):
-        for L, W in keys:
-            label, colour = f"{_layers(L)}, window {W}", colours.get(L, "black")
-            axis.plot(
-                n, curves[L, W], label=label, color=colour, marker=styles.get(L * W, "d"), markersize=5, alpha=0.85
-            )
-        for reach in sorted({L * W for L, W in keys if L * W < LONGEST}):
-            axis.axvline(reach + 0.5, color="black", linewidth=0.8, linestyle=":")
+    for axis, (title, nets) in zip(axes[0], groups):
+        for (L, W), colour, marker, size in zip(nets, (ON, OFF, THIRD), "os^", (9, 6, 4)):
+            axis.plot(n, curves[L, W], label=f"{_layers(L)}, window {W}", color=colour, marker=marker, markersize=size)
+            axis.axvline(L * W + 0.5, color=colour, linewidth=0.8, linestyle=":")
         axis.axhline(CHANCE, color="black", linewidth=0.8, linestyle="--")
-        axis.text(LONGEST, CHANCE + 0.02, "chance", ha="right", fontsize=8)
+        axis.text(1, CHANCE + 0.02, "chance", fontsize=8)
         axis.set(xlabel="frames out of sight, n", ylim=(0, 1.04), xticks=list(n))
-        axis.set_title(title + " (dotted: n = reach + 1/2)", fontsize=10, loc="left")
-        axis.legend(fontsize=8, loc="center left" if len(keys) < 4 else "upper right")
+        axis.set_title(f"{title} (dotted)", fontsize=10, loc="left")
+        axis.legend(fontsize=8, loc="center left")
         axis.grid(alpha=0.2)
     axes[0][0].set_ylabel("returns in its own colour and row")
     return save_plot(figure, out / f"{NAME}.png")

@@ -230,7 +230,7 @@ def _plot(out: Path, found: dict[str, dict[float, Look]]) -> str:
         edge = PATCH * (width // 2 + 0.5)
         top = full.map[dt != 0].max().item()
         box = (-edge, PATCH * width - edge, -MIDDLE - 0.5, MIDDLE + 0.5)
-        axis.imshow(full.map, origin="lower", aspect="auto", extent=box, cmap="Blues", vmin=0, vmax=top)
+        axis.imshow(full.map.numpy(), origin="lower", aspect="auto", extent=box, cmap="Blues", vmin=0, vmax=top)
         axis.plot(speed * dt, dt, color=OFF, linewidth=1.5, label="x + v dt")
         axis.axvline(0, color="black", linewidth=1, linestyle="--", label="same position")
         axis.axhspan(-limit(speed), limit(speed), facecolor="none", edgecolor=GREY, linestyle=":")

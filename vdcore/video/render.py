@@ -253,11 +253,12 @@ def _draw(background: Background, layers: Layers, x: Array, y: Array, frames: sl
         points = layers.local(x, y, k, frames)
         cover = np.float32(0.5) - layers.distance(*points, k)
         np.clip(cover, 0, 1, out=cover)
+        bare = 1 - cover  # exactly 0 or 1 away from edges: what is covered leaves no trace, not in the last bit
         share = layers.texture(*points, k)
         for c in range(3):
             first, second = layers.colour[:, k, :, c, None, None, None].swapaxes(0, 1)
-            towards = share * (second - first)
-            towards += first
-            towards -= out[:, c]
-            towards *= cover
-            out[:, c] += towards
+            colour = share * (second - first)
+            colour += first
+            colour *= cover
+            out[:, c] *= bare
+            out[:, c] += colour
