@@ -7,7 +7,7 @@ modulation and QKV projection, spatial attention, the same for temporal attentio
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from vdcore.bench.jobs import make
 from vdcore.bench.memory import PointError, in_process, peak_of
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import Watch, blank, first_line, touch_heap
+from vdcore.bench.summary import time_of
 from vdcore.bench.timing import Contender, Sample, Spread, clock_for, race, rounds_for
 from vdcore.bench.workloads import Budget, Shape, load, scaled
 
@@ -80,7 +81,8 @@ def jobs(modes: Sequence[str], dtypes: Sequence[str], device: str, budget: Budge
         return BlockJob(original, shape).flops() <= budget.flops * SHARE
 
     shape = scaled(original, ("rows",), fits)
-    return [BlockJob(original, shape, mode, DTYPES[dtype], device) for dtype in dtypes for mode in modes]
+    found = dict.fromkeys("fwd+bwd" if "bwd" in mode else mode for mode in modes)  # backward alone is not measured
+    return [BlockJob(original, shape, mode, DTYPES[dtype], device) for dtype in dtypes for mode in found]
 
 
 # ---- The block, and the inputs ----
@@ -192,21 +194,26 @@ def eager_permuted(given: Inputs) -> Tensor:
     return eager(given, permuted=True)
 
 
-def compiled() -> Callable[[Inputs], Tensor]:
-    return torch.compile(eager)
-
-
-# (provider, variant) -> the function; compiled ones are made when they are measured.
+# (provider, variant) -> the function; compiled when it is measured.
 PROVIDERS: dict[tuple[str, str], Callable[[Inputs], Tensor]] = {
     ("vdcore", "auto"): ours,
-    ("eager", "views"): eager,
-    ("eager", "permuted"): eager_permuted,
-    ("eager", "compiled"): eager,
+    ("eager[sdpa]", "views"): eager,
+    ("eager[sdpa]", "permuted"): eager_permuted,
+    ("eager[compiled]", "views"): eager,
 }
+PEERS = ("eager", "eager[sdpa]", "eager[compiled]")
+PLAIN = tuple(name for name in PROVIDERS if name[0] != "eager[compiled]")
+
+
+def chosen(peers: frozenset[str]) -> list[tuple[str, str]]:
+    """The providers of these names, vdcore among them; all if there are none."""
+    names = [*peers, "vdcore"]
+    return [key for key in PROVIDERS if not peers or key[0] in names or key[0].partition("[")[0] in names]
 
 
 def function_of(provider: str, variant: str) -> Callable[[Inputs], Tensor]:
-    return compiled() if variant == "compiled" else PROVIDERS[provider, variant]
+    function = PROVIDERS[provider, variant]
+    return torch.compile(function) if provider == "eager[compiled]" else function
 
 
 # ---- Measuring ----
@@ -224,9 +231,9 @@ def judge(job: BlockJob) -> dict[tuple[str, str], float]:
     """Every provider's worst error ratio over outputs and gradients, on few tokens a frame, against float64."""
     given = inputs(job, JUDGED_ROWS)
     exact = step(job, given.to(torch.float64), eager)
-    plain = [step(job, given, PROVIDERS["eager", name]) for name in ("views", "permuted")]
+    plain = [step(job, given, PROVIDERS[name]) for name in PLAIN if name[0] != "vdcore"]
     found = {}
-    for provider in (("vdcore", "auto"), ("eager", "views"), ("eager", "permuted")):
+    for provider in PLAIN:
         results = step(job, given, PROVIDERS[provider])
         ratios = [
             error_ratio(y, e, [p[i] for p in plain], gradient=i > 0).worst
@@ -241,7 +248,7 @@ def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
     function = function_of(provider, variant)
     step(job, inputs(job, 1), function)  # starts threads and loads code
     given = inputs(job)
-    if variant == "compiled":
+    if provider == "eager[compiled]":
         step(job, given, function)
     if not job.device.startswith("cuda"):
         return peak_of(lambda: step(job, given, function))
@@ -260,14 +267,16 @@ def run(
     seconds: float = 2.0,
     rounds: int = 9,
     memory: int = 2**62,
-    providers: Sequence[tuple[str, str]] = tuple(PROVIDERS),
+    peers: frozenset[str] = frozenset(),
 ) -> None:
     """Time and memory rows of every job.
 
     Args:
         seconds: for the rounds of one job; few rounds are run in any case.
         memory: bytes that a call may take.
+        peers: names among :data:`PEERS`; none: all of them.
     """
+    providers = chosen(peers)
     for job in wanted:
         base = job.row()
         if job.device.startswith("cuda") and not torch.cuda.is_available():
@@ -314,7 +323,7 @@ def _time_rows(
             begin = time.perf_counter()
             contender.run(clock)
             first = time.perf_counter() - begin
-            estimates[name] = first if first > seconds and name[1] != "compiled" else contender.run(clock).seconds
+            estimates[name] = first if first > seconds and name in PLAIN else contender.run(clock).seconds
             contenders[name] = contender
         except Exception as error:
             reason = first_line(error)
@@ -333,3 +342,35 @@ def _time_rows(
         note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens a frame" if name in ratios else ""
         rows.append(replace(row, error_ratio=ratios.get(name), reason=note))
     return rows
+
+
+# ---- Tables ----
+
+HEADER = ("block", "mode", "dtype", "vdcore", "eager", "speed-up", "memory: vdcore", "eager", "ratio", "error")
+
+
+def cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """A line per job: vdcore beside the fastest eager form, and the one that takes the least memory."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.op == OP and row.status == "ok" and row.p50:
+            found.setdefault((row.scaling or str(row.shape), row.mode, row.dtype, row.device), []).append(row)
+    lines = []
+    for (shape, mode, dtype, _), group in found.items():
+        best = {}
+        for metric in ("time", "memory"):
+            of = sorted((r for r in group if r.metric == metric), key=lambda r: r.p50 or 0.0)
+            ours, theirs = ([r for r in of if (r.provider == "vdcore") == mine][:1] for mine in (True, False))
+            best[metric] = (*ours, *theirs) if ours and theirs else ()
+        if not best["time"]:
+            continue
+        a, b = best["time"]
+        line = [shape, mode, dtype, time_of(a, spread=True), f"{time_of(b, spread=True)} {b.provider} {b.variant}"]
+        line.append(f"{b.p50 / a.p50:.2f}x")
+        if best["memory"]:
+            c, d = best["memory"]
+            line += [machine.bytes_text(c.p50), machine.bytes_text(d.p50), f"{d.p50 / c.p50:.2f}x"]
+        else:
+            line += ["", "", ""]
+        lines.append((*line, "" if a.error_ratio is None else f"{a.error_ratio:.2f}"))
+    return lines

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vdcore.bench import curves, masks, summary
+from vdcore.bench import block, curves, masks, summary
 from vdcore.bench.doctor import operator_table
 from vdcore.bench.results import Row, parse
 
@@ -90,11 +90,18 @@ def mask_tables(root: Path) -> str:
     return "\n".join([*parts, f"{masks.LEGEND}\n"]) if parts else "No sweep over masks is committed.\n"
 
 
+def blocks(root: Path) -> str:
+    """A whole V-DiT block."""
+    made = block.cells(committed(root))
+    return markdown(block.HEADER, made) if made else "No results of a block are committed.\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "cpu": _results("cpu"),
     "gpu": _results("cuda"),
     "masks": mask_tables,
+    "block": blocks,
     "memory": memory,
 }
 

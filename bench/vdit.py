@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import ATTENTIONS, ENOUGH, LONG, PointError, in_process, peak_of
-from vdcore.bench.profile import FRAMES, Settings
+from vdcore.bench.memory import ENOUGH, LONG, PointError, in_process, peak_of
+from vdcore.bench.profile import Settings
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES, heap, touch_heap
 from vdcore.bench.timing import Spread, clock_for
@@ -248,6 +248,3 @@ def measure(point: ModelPoint, settings: Settings, rate: float) -> list[Row]:
     s = timed["spread"]
     clock = replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, allocator=timed["allocator"])
     return [memory, clock]
-
-
-__all__ = ["ATTENTIONS", "FRAMES", "VARIANTS", "ModelPoint", "attention_by", "measure", "predict_memory", "run"]

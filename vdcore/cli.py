@@ -188,7 +188,7 @@ def bench(
 
     Without arguments: the default set of shapes, the cost of a call, and the profile over frames.
     """
-    from vdcore.bench import console, job, jobs, machine, peers, runner, suite, workloads
+    from vdcore.bench import block, console, job, jobs, machine, peers, runner, suite, workloads
 
     if compare is not None:
         _compare(*compare)
@@ -201,15 +201,16 @@ def bench(
             model, _known("--dtype", dtype, job.DTYPES) or ("float32",), rounds, threads, _device(device), out
         )
         return
+    ops = _known("--op", op, [*jobs.JOBS, block.OP])
     choice = suite.Choice(
-        ops=_known("--op", op, jobs.JOBS),
+        ops=tuple(name for name in ops if name != block.OP),
         workloads=_known("--workload", workload, workloads.load()),
         modes=_known("--mode", mode, job.MODES),
         dtypes=_known("--dtype", dtype, job.DTYPES),
         norm_rope=norm_rope,
         batch=batch,
     )
-    chosen_peers = frozenset(_known("--peer", peer, peers.names()))
+    chosen_peers = frozenset(_known("--peer", peer, dict.fromkeys([*peers.names(), *block.PEERS])))
     device = _device(device)
     _threads(threads)
     limit = machine.memory_limit(device) if memory_limit is None else parse_bytes("--memory-limit", memory_limit)
@@ -220,11 +221,12 @@ def bench(
 
     import torch
 
-    everything = not (chosen_peers or choice != suite.Choice())
+    everything = not (ops or chosen_peers or choice != suite.Choice())
     budget = workloads.Budget.of(device, torch.get_num_threads(), machine.memory_limit(device))
-    wanted, impossible = suite.jobs(
-        suite.items(choice), device, workloads.Budget.unlimited() if full_size else budget, batch
-    )
+    budget = workloads.Budget.unlimited() if full_size else budget
+    wanted, impossible = suite.jobs([] if ops == (block.OP,) else suite.items(choice), device, budget, batch)
+    modes, dtypes = choice.modes or block.MODES, choice.dtypes or ("float32",)
+    blocks = block.jobs(modes, dtypes, device, budget, batch) if block.OP in ops else []
     settings = runner.Settings(
         seconds=seconds,
         rounds=rounds,
@@ -245,9 +247,13 @@ def bench(
                 watch.doing("touching memory")
                 runner.touch_heap(min(runner.heap_for(wanted, limit), limit // 2))
             runner.run_jobs(wanted, settings, journal, watch)
+            limits = {"seconds": seconds, "rounds": rounds, "memory": limit}
+            block.run(blocks, journal, watch, peers=chosen_peers.intersection(block.PEERS), **limits)
             if everything:
                 overhead.run(journal, device, watch.doing)
         console.print_summary(screen, journal.rows)
+        if blocks:
+            screen.print(console.table("A V-DiT block", block.HEADER, block.cells(journal.rows)))
         if everything:
             _profile(journal, device, default=True)
 
@@ -375,7 +381,7 @@ def _profile_models(given: list[str], device: str, threads: int | None, out: Pat
         with console.Screen(screen).live() as watch:
             for name in names:
                 if name in vdit.VARIANTS:
-                    vdit.run((name,), profile.Settings(device=device, **settings), journal)
+                    vdit.run((name,), profile.Settings(device=device, **settings), journal, watch.show)
                     continue
                 limits = settings["memory_limit"], settings["time_limit"]
                 hosts.profile(name, settings["frames"], settings["dtype"], *limits, journal, watch.show)

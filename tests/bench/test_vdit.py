@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from vdcore.bench import vdit
+from vdcore.bench.memory import ATTENTIONS
 from vdcore.bench.profile import Settings
 from vdcore.bench.results import Journal
 
@@ -21,7 +22,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("variant", vdit.VARIANTS)
 def test_providers_compute_the_same(variant, small):
     results = []
-    for provider in vdit.ATTENTIONS:
+    for provider in ATTENTIONS:
         before = vdcore.calls()
         with vdit.attention_by(provider):
             model, _ = vdit._step(vdit.ModelPoint(variant, provider, 12), 12)
