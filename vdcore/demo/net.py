@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,14 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """What the operator returns, and its lse ``(B, T, S, H)``."""
+        result: Any
         if self.kind == "spatial":
-            return spatial_attention(qkv, return_lse=True)  # type: ignore[return-value]
-        operator = temporal_attention if self.kind == "temporal" else video_attention
-        return operator(qkv, mask=self.mask, return_lse=True)  # type: ignore[operator]
+            result = spatial_attention(qkv, return_lse=True)
+        elif self.kind == "temporal":
+            result = temporal_attention(qkv, mask=self.mask, return_lse=True)
+        else:
+            result = video_attention(qkv, mask=self.mask, return_lse=True)
+        return result
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(self.attend(self.project(x))[0].flatten(-2))
