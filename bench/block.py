@@ -31,7 +31,7 @@ from vdcore.testing import error_ratio
 OP, WORKLOAD = "vdit_block", "latte-1-512"
 MODES = ("fwd", "fwd+bwd")
 JUDGED_ROWS = 1  # rows of tokens at which outputs and gradients are compared with float64
-SHARE = 0.25  # of the budget of one call that a block takes, for it runs in training too
+CALLS = 24.0  # budgets of one operator's call that a block's forward takes: a second or two on a CPU
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def jobs(modes: Sequence[str], dtypes: Sequence[str], device: str, budget: Budge
     original = load()[WORKLOAD].shape(batch)
 
     def fits(shape: Shape) -> bool:
-        return BlockJob(original, shape).flops() <= budget.flops * SHARE
+        return BlockJob(original, shape).flops() <= budget.flops * CALLS
 
     shape = scaled(original, ("rows",), fits)
     found = dict.fromkeys("fwd+bwd" if "bwd" in mode else mode for mode in modes)  # backward alone is not measured

@@ -184,4 +184,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        return self.proj(F.gelu(self.up(x), approximate="tanh"))
+        hidden = self.up(x)
+        if not torch.is_grad_enabled():  # in place: a second hidden tensor would be the block's peak of memory
+            return self.proj(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+        return self.proj(F.gelu(hidden, approximate="tanh"))
