@@ -1,7 +1,7 @@
 """The official HunyuanVideo repository: vdcore in place of its ``attention``.
 
-Written against ``hyvideo/modules/attenion.py`` as of the commit that docs/hunyuan_video.md names; the repository itself is
-not installed in the tests.
+Written against ``hyvideo/modules/attenion.py`` as of the commit that docs/hunyuan_video.md names; the repository
+itself is not installed in the tests.
 """
 
 from __future__ import annotations

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.models import normalization
-from diffusers.models.transformers import transformer_easyanimate, transformer_skyreels_v2, transformer_wan
+from diffusers.models.transformers import (
+    transformer_cosmos,
+    transformer_easyanimate,
+    transformer_ltx,
+    transformer_mochi,
+    transformer_skyreels_v2,
+    transformer_wan,
+)
 from torch import Tensor, nn
 
+from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
 from vdcore.integrations.diffusers._modulation import gated, modulated
@@ -76,7 +85,73 @@ def joint_zero(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, 
     return video, text, gate, text_gate
 
 
+def cosmos(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb: Tensor | None = None) -> Any:
+    """Cosmos' norm, and the one that returns a gate as well; modulated by sample or by token."""
+    given = hidden_states, embedded_timestep, temb
+    rows = embedded_timestep.shape[1:-1]
+    if hidden_states.ndim != 3 or rows not in ((), hidden_states.shape[1:2]):
+        return host_forward(self, "modulation that is by neither sample nor token", *given)
+    zero = isinstance(self, transformer_cosmos.CosmosAdaLayerNormZero)
+    table = self.linear_2(self.linear_1(self.activation(embedded_timestep)))
+    if temb is not None:
+        table = table + (temb if zero else temb[..., : 2 * self.embedding_dim])
+    shift, scale, *gates = table.chunk(3 if zero else 2, -1)
+    if rows:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)  # (B, 1, N, C)
+    out = _rows(self.norm, hidden_states, shift, scale)
+    if not zero:
+        return out
+    return out, gates[0] if rows else gates[0].unsqueeze(1)
+
+
+def mochi_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> Any:
+    scale, gate, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(4, 1)
+    normed = _rows(self.norm, hidden_states, torch.zeros_like(scale), scale)
+    return normed, gate, scale_mlp, gate_mlp
+
+
+def mochi_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    if not is_plain(self.norm):
+        return host_forward(self, "its norm has hooks", x, conditioning_embedding)
+    scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
+    return _rows(self.norm.norm, x, torch.zeros_like(scale), scale)
+
+
 # ---- Blocks ----
+
+
+def ltx_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
+    B, N, _ = hidden_states.shape
+    given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
+    if temb.shape[1] not in (1, N) or len(self.scale_shift_table) != 6:
+        return host_forward(self, "modulation that is by neither sample nor token", *given)
+    table = self.scale_shift_table.to(temb.device) + temb.unflatten(-1, (6, -1))  # (B, 1 or N, 6, C)
+    parts = (table[:, 0] if temb.shape[1] == 1 else table.unsqueeze(1)).unbind(-2)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts  # (B, C) or (B, 1, N, C)
+    rows = hidden_states.unsqueeze(1)
+    attended = self.attn1(
+        hidden_states=modulated(self.norm1, rows, shift, scale).squeeze(1),
+        encoder_hidden_states=None,
+        image_rotary_emb=image_rotary_emb,
+    )
+    x = gated(rows, attended.unsqueeze(1), gate).squeeze(1)
+    x = x + self.attn2(
+        x,
+        encoder_hidden_states=encoder_hidden_states,
+        image_rotary_emb=None,
+        attention_mask=encoder_attention_mask,
+    )
+    rows = x.unsqueeze(1)
+    out = self.ff(modulated(self.norm2, rows, shift_mlp, scale_mlp).squeeze(1))
+    return gated(rows, out.unsqueeze(1), gate_mlp).squeeze(1)
 
 
 def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
@@ -122,7 +197,12 @@ HOSTS: dict[type[nn.Module], tuple[Callable[..., Any], str]] = {
     normalization.AdaLayerNormZero: (zero, "modulate"),
     normalization.AdaLayerNormZeroSingle: (zero_single, "modulate"),
     normalization.CogVideoXLayerNormZero: (joint_zero, "modulate"),
+    transformer_cosmos.CosmosAdaLayerNorm: (cosmos, "modulate"),
+    transformer_cosmos.CosmosAdaLayerNormZero: (cosmos, "modulate"),
     transformer_easyanimate.EasyAnimateLayerNormZero: (joint_zero, "modulate"),
+    transformer_ltx.LTXVideoTransformerBlock: (ltx_block, "modulate, gate_residual"),
+    transformer_mochi.MochiLayerNormContinuous: (mochi_continuous, "modulate"),
+    transformer_mochi.MochiRMSNormZero: (mochi_zero, "modulate"),
     transformer_skyreels_v2.SkyReelsV2TransformerBlock: (skyreels_block, "modulate, gate_residual"),
     transformer_wan.WanTransformerBlock: (wan_block, "modulate, gate_residual"),
 }
