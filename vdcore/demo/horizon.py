@@ -1,7 +1,7 @@
 """Horizon: what comes back from behind an occluder, against how far back a temporal window lets a model look.
 
 An object passes behind a wall and is out of sight for n frames. A causal net is given the clip up to the last of these
-and predicts the next frame, in which the object begins to return. It was last seen n frames before. A layer with a
+and predicts the next frame, in which the object returns. It was last seen n frames before. A layer with a
 window of W past frames carries what it knows W frames on, L layers carry it ``L * W`` frames: so the object can return
 in its own colour and row if ``n <= L * W``, and by luck alone otherwise. Spatial attention stays inside a frame and
 adds no reach.
@@ -44,7 +44,7 @@ SUCCESS = 0.9  # share of clips from which on a net is said to remember
 class Budget:
     """How long each net is trained, and on how many clips of every n it is judged."""
 
-    steps: int = 500
+    steps: int = 450
     more_steps: int = 200  # for every layer but the first: what is handed on takes longer to learn
     batch: int = 16
     lr: float = 3e-3
@@ -64,16 +64,16 @@ def make_clips(hidden: Tensor, identity: Tensor, index: Sequence[int] | np.ndarr
     n, kind = hidden.numpy().astype(np.float64), identity.numpy()
     B, H, T = len(n), SIZE[0], FRAMES + 1
     u = uniform(0, np.asarray(index), 10)
-    wall_right = 3.5 + SPEED * FRAMES  # where the object's middle is when half of it has come out again
-    x = wall_right + SPEED * (np.arange(T)[-1:] if last else np.arange(T)) - SPEED * FRAMES
+    wall_right = 3.5 + SPEED * FRAMES  # in its last frame the object has just come out; it is seen whole or not at all
+    x = wall_right + SPEED * ((np.arange(T)[-1:] if last else np.arange(T)) - FRAMES + 0.5)
     T = len(x)
     y = np.array(ROWS)[kind % len(ROWS)]
-    wall_left = wall_right - SPEED * n - SPEED
+    wall_left = wall_right - SPEED * n
     center = np.empty((B, 2, T, 2))
     center[:, 0, :, 0], center[:, 0, :, 1] = x, y[:, None]
     center[:, 1, :, 0], center[:, 1, :, 1] = ((wall_left + wall_right) / 2)[:, None], (H - 1) / 2
     half = np.empty((B, 2, 2))
-    half[:, 0], half[:, 1, 0], half[:, 1, 1] = SPEED, (wall_right - wall_left) / 2, H
+    half[:, 0], half[:, 1, 0], half[:, 1, 1] = (SPEED / 2, 2.0), (wall_right - wall_left) / 2, H
     colour = np.empty((B, 2, 2, 3))
     colour[:, 0] = np.array(COLOURS)[kind // len(ROWS)][:, None]
     colour[:, 1] = np.array(((0.45,), (0.55,)))
@@ -107,7 +107,7 @@ def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0
     """Squared error of the frame of return, predicted from every frame in which the object is out of sight.
 
     Identity and background are drawn anew for every clip, and n, up to a limit that grows from 1 to ``LONGEST`` in the
-    first half: otherwise a deep net of short windows sees little of what it can learn. Returns the last loss.
+    first third: otherwise a deep net of short windows sees little of what it can learn. Returns the last loss.
     """
     layers = sum(isinstance(block, MLP) for block in net.blocks)
     steps = budget.steps + budget.more_steps * (layers - 1)
@@ -116,7 +116,7 @@ def train(net: VideoNet, budget: Budget, track: Track, label: str, seed: int = 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 30, 4 - 4 * n / steps, 1))
     loss = torch.zeros(())
     for step in track(label, steps):
-        longest = 1 + int((LONGEST - 1) * min(2 * step / steps, 1))
+        longest = 1 + int((LONGEST - 1) * min(3 * step / steps, 1))
         hidden = torch.randint(1, longest + 1, (budget.batch,), generator=random)
         identity = torch.randint(KINDS, (budget.batch,), generator=random)
         index = torch.randint(2**31, (budget.batch,), generator=random)
@@ -229,7 +229,7 @@ def _figure(
 
 def _size(budget: Budget, seconds: float, nets: int) -> str:
     return (
-        f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames given, one box of 4x4 pixels, "
+        f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames given, one box of 4x2 pixels, "
         f"{len(COLOURS)} colours x {len(ROWS)} rows; {nets} nets of width {budget.width}, "
         f"{budget.steps} steps of {budget.batch} clips and {budget.more_steps} more for every layer but the first; "
         f"{budget.clips} clips for every n; {seconds:.0f} s in all"
