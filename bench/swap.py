@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from vdcore.bench.runner import heap, touch_heap
 
 from vdcore.integrations.diffusers import Report, swap_in
 from vdcore.integrations.diffusers.exact import Float64
@@ -138,7 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
         return 2
     logging.disable(logging.WARNING)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if given.blocks:
+        touch_heap(2**31)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {heap()}"
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {machine}.")
     print("Pairs are host / vdcore. Errors are over what the tolerance rule allows: fine up to 1.")
     notes: list[str] = []
