@@ -46,11 +46,10 @@ def test_train_sample(tmp_path):
 
 def test_splicing(tmp_path):
     train_sample.run(tmp_path, RECIPE, samples=4, steps=1)
-    settings = splicing.Settings(frames=(8, 32), pixels=32, videos=1, steps=2)
+    settings = splicing.Settings(frames=(32,), pixels=32, videos=1, steps=2)
     figure = complete(splicing.run(tmp_path, settings), tmp_path)
     whole, spliced = (figure.numbers[f"peak_bytes_{kind}"] for kind in ("whole", "spliced"))
-    assert whole[32] > 2 * whole[8] > 0
-    assert spliced[32] < whole[32] / 2
+    assert 0 < spliced[32] < whole[32] / 2
     assert figure.numbers["memory_share"] == pytest.approx(spliced[32] / whole[32], rel=1e-3)
 
 
