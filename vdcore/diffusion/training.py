@@ -61,7 +61,7 @@ class Recipe:
     frames: int = 8
     size: tuple[int, int] = (24, 24)
     batch: int = 8
-    steps: int = 1000
+    steps: int = 2000
     lr: float = 2e-3
     warmup: int = 50
     ema: float = 0.99
