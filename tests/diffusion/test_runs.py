@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_leaves_no_checkpoint(args, message, tmp_path)
 def test_a_checkpoint_of_another_recipe_is_not_written_over(trained_folder):
     before = (trained_folder / "checkpoint.safetensors").read_bytes()
     code, output = cli("train", "--out", trained_folder, *TINY, "--lr", "0.1")
-    assert code == 1 and "trained with another recipe: lr 0.002, now 0.1" in output
+    assert code == 1 and "trained with another recipe: lr 0.001, now 0.1" in output
     assert (trained_folder / "checkpoint.safetensors").read_bytes() == before
 
 

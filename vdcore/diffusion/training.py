@@ -62,7 +62,7 @@ class Recipe:
     size: tuple[int, int] = (24, 24)
     batch: int = 8
     steps: int = 2000
-    lr: float = 2e-3
+    lr: float = 1e-3
     warmup: int = 50
     ema: float = 0.99
     hold: float = 0.25
