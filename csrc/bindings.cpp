@@ -215,13 +215,14 @@ void frame_attention_forward(const TokenGroups& groups, const std::vector<py::ob
   cpu::kernels().frame_attention_forward(args);
 }
 
-// `delta`: float32 (B, H, rows). `workspace`: float32 (workers, floats of one component's queries), or None for two
-// passes.
+// `delta`: float32 (B, H, rows). `workspace`: float32 (workers, floats of one component's queries), or, with `parts` >
+// 1, one row for every component, key/value head and part; None for two passes.
 void frame_attention_backward(const TokenGroups& groups, const std::vector<py::object>& video,
                               const std::vector<py::object>& text, float scale, py::handle delta, py::handle workspace,
-                              int threads) {
+                              int64_t parts, int threads) {
   cpu::FrameAttention args = frame_call(groups, video, text, scale, threads);
   args.delta = floats(delta);
+  args.parts = parts;
   args.workspace = floats(workspace);
   if (args.workspace) {
     args.workers = tensor_of(workspace).shape[0];

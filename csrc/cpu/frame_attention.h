@@ -27,10 +27,11 @@ struct FrameAttention {
   int threads = 1;
 
   // Backward: dout . out - dlse of every row, (B, H, rows), the video's rows first; and memory for the gradients of one
-  // component's queries per worker.
+  // component's queries: one for each worker, or, if components are shared, one for every component, key/value head
+  // and part of its keys.
   float* delta = nullptr;
   float* workspace = nullptr;
-  int64_t workers = 1, workspace_floats = 0;
+  int64_t workers = 1, workspace_floats = 0, parts = 1;
 
   const FrameSegment& of(const TokenRun& run) const { return segment[run.text]; }
 };

@@ -1,8 +1,9 @@
 // Frame attention, backward: with P recomputed from lse and delta = rowsum(dout * out) - dlse,
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q.
 // A worker that owns a component (see token_groups.h) goes through its keys once and adds dq up in float32: five
-// products. Where there are fewer components than threads, dq and dk, dv take a pass each, seven products, in which
-// every tile has one owner. Neither adds across threads, so the bits never depend on who was first.
+// products. Few components are shared: each of several workers takes a part of the keys, with a dq of its own, and
+// these are added up in order. Where that would take much memory, dq and dk, dv take a pass each: seven products, in
+// which every tile has one owner. The parts depend on sizes alone, so the bits never depend on threads.
 #include <atomic>
 
 #include "common/threads.h"
@@ -72,24 +73,39 @@ class Backward {
 
   // All gradients of a component for one key/value head; `dq` holds its query rows head by head, the video's first.
   void one_pass(const TokenComponent& c, int64_t kv_head, float* dq) const {
-    const TokenRun runs[2] = {{false, c.video.begin, c.video.end}, {true, c.text.begin, c.text.end}};
-    const int64_t rows = c.queries();
-    memset(dq, 0, heads * rows * row * sizeof(float));
-    for (int64_t h = 0; h < heads; ++h)
-      for (const TokenRun& run : runs) find_delta(c.sample, kv_head * heads + h, run, at_hand(c));
-    const auto dq_rows = [&](int64_t h, const TokenRun& queries) -> Tile {
-      const int64_t at = queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
-      return {dq + (h * rows + at) * row, row};
-    };
+    find_deltas(c, kv_head);
+    part_of_keys(c, kv_head, 0, 1, dq);
+    for (int64_t h = 0; h < heads; ++h) scatter_queries(c, kv_head, h, dq);
+  }
+
+  void find_deltas(const TokenComponent& c, int64_t kv_head) const {
+    for (int64_t h = 0; h < heads; ++h) {
+      find_delta(c.sample, kv_head * heads + h, video_of(c), at_hand(c));
+      find_delta(c.sample, kv_head * heads + h, text_of(c), at_hand(c));
+    }
+  }
+
+  // dk and dv of a part of the component's tiles of keys, and what they give to dq.
+  void part_of_keys(const TokenComponent& c, int64_t kv_head, int64_t part, int64_t parts, float* dq) const {
+    const int64_t all = tiles_of_keys(c), first = all * part / parts, last = all * (part + 1) / parts;
+    memset(dq, 0, heads * c.queries() * row * sizeof(float));
+    const auto dq_rows = [&](int64_t h, const TokenRun& queries) { return rows_of(c, h, queries, dq); };
+    int64_t tile = 0;
     for (int64_t i = c.first_group; i < c.end_group; ++i) {
       const TokenGroup& group = a.groups->keys.data()[i];
-      for (int64_t j = 0; j < group.tokens.size(); j += kKeyTile)
-        key_tile(group, kv_head, piece(group.tokens, j, kKeyTile), at_hand(c), dq_rows);
+      for (int64_t j = 0; j < group.tokens.size(); j += kKeyTile, ++tile)
+        if (tile >= first && tile < last)
+          key_tile(group, kv_head, piece(group.tokens, j, kKeyTile), at_hand(c), dq_rows);
     }
-    for (int64_t h = 0; h < heads; ++h)
-      for (const TokenRun& run : runs)
-        if (run.size()) scatter_run(a.of(run).dq, c.sample, kv_head * heads + h, run, dq_rows(h, run), a.scale);
   }
+
+  void scatter_queries(const TokenComponent& c, int64_t kv_head, int64_t h, float* dq) const {
+    for (const TokenRun& run : {video_of(c), text_of(c)})
+      if (run.size()) scatter_run(a.of(run).dq, c.sample, kv_head * heads + h, run, rows_of(c, h, run, dq), a.scale);
+  }
+
+  int64_t heads_of_group() const { return heads; }
+  int64_t dq_floats(const TokenComponent& c) const { return heads * c.queries() * row; }
 
   // dk and dv of a tile of keys.
   void keys_alone(const TokenGroup& group, int64_t kv_head, TokenRun keys) const {
@@ -116,6 +132,21 @@ class Backward {
   const FrameAttention& a;
   const Tiles& t;
   const int64_t H, heads, D, row, video_rows, all_rows;  // heads: query heads of a key/value head
+
+  static TokenRun video_of(const TokenComponent& c) { return {false, c.video.begin, c.video.end}; }
+  static TokenRun text_of(const TokenComponent& c) { return {true, c.text.begin, c.text.end}; }
+
+  int64_t tiles_of_keys(const TokenComponent& c) const {
+    int64_t tiles = 0;
+    for (int64_t i = c.first_group; i < c.end_group; ++i)
+      tiles += (a.groups->keys.data()[i].tokens.size() + kKeyTile - 1) / kKeyTile;
+    return tiles;
+  }
+
+  Tile rows_of(const TokenComponent& c, int64_t h, const TokenRun& queries, float* dq) const {
+    const int64_t at = queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
+    return {dq + (h * c.queries() + at) * row, row};
+  }
 
   float* delta_of(int64_t b, int64_t head, const TokenRun& queries) const {
     return a.delta + (b * H + head) * all_rows + (queries.text ? video_rows : 0) + queries.begin;
@@ -223,6 +254,55 @@ struct OnePass {
   }
 };
 
+struct SharedComponents {
+  static constexpr int64_t kPieces = 16;  // of a sum over parts
+
+  const FrameAttention& a;
+  const int64_t G = a.segment[0].k.size[3], items = static_cast<int64_t>(a.groups->components.size()) * G;
+
+  void run() {
+    each<&SharedComponents::find_deltas>(items);
+    each<&SharedComponents::part_of_keys>(items * a.parts);
+    each<&SharedComponents::add_parts>(items * kPieces);
+    each<&SharedComponents::scatter>(items);
+  }
+
+ private:
+  const TokenComponent& component(int64_t item) const { return a.groups->components.data()[item / G]; }
+  float* dq(int64_t item, int64_t part) const { return a.workspace + (item * a.parts + part) * a.workspace_floats; }
+
+  template <void (SharedComponents::*step)(int64_t) const>
+  void each(int64_t count) {
+    parallel_for(count, a.threads, [](void* p, int64_t i) { (static_cast<SharedComponents*>(p)->*step)(i); }, this);
+  }
+  void find_deltas(int64_t item) const {
+    with_tiles(a, [&](const Backward& backward) { backward.find_deltas(component(item), item % G); });
+  }
+  void part_of_keys(int64_t i) const {
+    const int64_t item = i / a.parts, part = i % a.parts;
+    with_tiles(a, [&](const Backward& backward) {
+      backward.part_of_keys(component(item), item % G, part, a.parts, dq(item, part));
+    });
+  }
+  void add_parts(int64_t i) const {
+    const int64_t item = i / kPieces, piece = i % kPieces;
+    with_tiles(a, [&](const Backward& backward) {
+      const int64_t vectors = backward.dq_floats(component(item)) / W;
+      for (int64_t v = vectors * piece / kPieces; v < vectors * (piece + 1) / kPieces; ++v) {
+        vf total = load(dq(item, 0) + v * W);
+        for (int64_t part = 1; part < a.parts; ++part) total += load(dq(item, part) + v * W);
+        store(dq(item, 0) + v * W, total);
+      }
+    });
+  }
+  void scatter(int64_t item) const {
+    with_tiles(a, [&](const Backward& backward) {
+      for (int64_t h = 0; h < backward.heads_of_group(); ++h)
+        backward.scatter_queries(component(item), item % G, h, dq(item, 0));
+    });
+  }
+};
+
 struct TwoPasses {
   const FrameAttention& a;
   TokenTiles queries, keys;
@@ -257,7 +337,9 @@ void frame_attention_backward(const FrameAttention& a) {
     const TokenGroup& group = a.groups->queries.data()[i];
     for (int64_t h = 0; h < H && !group.count; ++h) clear_run(a.of(group.tokens).dq, group.sample, h, group.tokens);
   }
-  if (a.workspace) {
+  if (a.workspace && a.parts > 1) {
+    SharedComponents{a}.run();
+  } else if (a.workspace) {
     OnePass pass{a};
     parallel_for(a.workers, a.threads, [](void* p, int64_t worker) { static_cast<OnePass*>(p)->work(worker); }, &pass);
   } else {

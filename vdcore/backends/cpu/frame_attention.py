@@ -16,9 +16,11 @@ from vdcore.backends.call import QKV, CrossCall, FrameCall, mask_numbers
 from vdcore.backends.cpu._arguments import capsule, unit_stride, why_not
 from vdcore.backends.cpu._norm_rope import NormRopeBefore
 
-# Backward takes five products where threads share out components and heads, and seven where these are too few to share
-# out. Not a matter of the number of threads: the same bits on every machine.
-_FEWEST_COMPONENTS = 8
+# Threads share out components and heads. Where these are fewer, each is cut into parts of its keys; a part has a query
+# gradient of its own, and where those would take more than this, backward takes seven products instead of five. Not a
+# matter of the number of threads: the same bits on every machine.
+_FEWEST_ITEMS = 8
+_MOST_WORKSPACE = 256 * 2**20
 
 Groups = Any  # of the native module: which query tokens see which key tokens
 Segment = list[Tensor | None]
@@ -151,13 +153,16 @@ def run_backward(
     B, _, _, H, D = c.q.shape
     G = inputs[0][1].shape[3]
     threads, workspace = torch.get_num_threads(), None
-    if groups.components * G >= _FEWEST_COMPONENTS:
-        workers = min(threads, groups.components * G)
-        workspace = torch.empty(workers, groups.largest_component * (H // G) * -(-D // 16) * 16)
+    items, floats = groups.components * G, groups.largest_component * (H // G) * -(-D // 16) * 16
+    parts = max(-(-_FEWEST_ITEMS // max(items, 1)), 1)
+    if parts == 1:
+        workspace = torch.empty(min(threads, items), floats)
+    elif items * parts * floats * 4 <= _MOST_WORKSPACE:
+        workspace = torch.empty(items * parts, floats)
     delta = torch.empty(B, H, lse.numel() // (B * H))
     native().frame_attention_backward(
         *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),
-        *(c.scale, capsule(delta), capsule(workspace), threads),
+        *(c.scale, capsule(delta), capsule(workspace), parts, threads),
     )
     found: Gradients = {}
     for prefix, part, (dq, dk, dv) in zip(("", "text_"), (x for x in before if x is not None), gradients):
