@@ -42,11 +42,15 @@ class CMakeBuild(build_ext):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_native", "--parallel", jobs], check=True)
-        (module,) = build.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
-        fresh = target.with_suffix(".new")
-        shutil.copy2(module, fresh)
-        fresh.replace(target)  # a process that runs the old module keeps it
+        # A development install also gets the emulator of the CUDA kernels, which is for tests.
+        modules = ["_native", *(["_cuda_emulated"] if self.editable_mode or self.inplace else [])]
+        subprocess.run(["cmake", "--build", str(build), "--target", *modules, "--parallel", jobs], check=True)
+        for name in modules:
+            (module,) = build.glob(f"{name}*{sysconfig.get_config_var('EXT_SUFFIX')}")
+            path = target.with_name(module.name)
+            fresh = path.with_suffix(".new")
+            shutil.copy2(module, fresh)
+            fresh.replace(path)  # a process that runs the old module keeps it
 
 
 setup(

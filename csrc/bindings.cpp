@@ -1,53 +1,19 @@
 // The Python module vdcore._native: tensors come as DLPack capsules and go to the engines as TensorView. Arguments have
 // been checked in Python; what is checked here is what would corrupt memory.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "cuda/bindings.h"
 
 #include <array>
-#include <optional>
 
-#include "common/dlpack.h"
+#include "bindings_common.h"
 #include "common/threads.h"
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/engine.h"
-#include "cuda/device.h"
 
-namespace py = pybind11;
 using namespace pybind11::literals;
 using namespace vdcore;
 
 namespace {
-
-const dlpack::Tensor& tensor_of(py::handle capsule) {
-  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (!managed) throw py::error_already_set();
-  return managed->tensor;
-}
-
-TensorView strided_view(py::handle capsule, int rank) {
-  TensorView v;
-  if (capsule.is_none()) return v;
-  const dlpack::Tensor& t = tensor_of(capsule);
-  if (t.ndim != rank) throw py::value_error("a tensor of " + std::to_string(rank) + " dimensions was expected");
-  if (t.dtype.code == 2 && t.dtype.bits == 32)
-    v.dtype = DType::f32;
-  else if (t.dtype.code == 2 && t.dtype.bits == 16)
-    v.dtype = DType::f16;
-  else if (t.dtype.code == 4 && t.dtype.bits == 16)
-    v.dtype = DType::bf16;
-  else
-    throw py::type_error("float32, float16 or bfloat16 was expected");
-  v.data = static_cast<char*>(t.data) + t.byte_offset;
-  v.ndim = rank;
-  int64_t dense = 1;
-  for (int axis = rank - 1; axis >= 0; --axis) {
-    v.size[axis] = t.shape[axis];
-    v.stride[axis] = t.strides ? t.strides[axis] : dense;
-    dense *= t.shape[axis];
-  }
-  return v;
-}
 
 TensorView strided_cpu_view(py::handle capsule, int rank) {
   if (!capsule.is_none() && tensor_of(capsule).device.type != 1) throw py::value_error("a CPU tensor was expected");
@@ -75,8 +41,6 @@ float* floats(py::handle capsule) {
     throw py::type_error("a float32 CPU tensor was expected");
   return reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
 }
-
-FrameMask mask_of(const std::vector<int64_t>& numbers) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
 
 // (kind, over_all, eps, q_weight, k_weight, q_bias, k_bias) or None.
 cpu::Norm norm_of(py::handle given) {
@@ -421,10 +385,7 @@ py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "vdcore's compiled kernels. Use the functions of vdcore instead: they check their arguments.";
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
-  m.def("cuda_missing", []() -> std::optional<std::string> {
-    const std::string reason = cuda::missing();
-    return reason.empty() ? std::nullopt : std::optional(reason);
-  });
+  cuda::define(m);
   m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); });
   m.def("frame_runs", frame_runs);
   py::class_<TokenGroups>(m, "TokenGroups")

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run under the interpreter; that is decided before they are imported."""
+"""Without a GPU, Triton kernels run under its interpreter and CUDA kernels under their emulator: decided before imports."""
 
 import os
 
@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("VDCORE_CUDA_EMULATE", "1")
 
 import pytest
 

@@ -5,7 +5,11 @@
 
 // Everything in common/ is compiled once per instruction set. Forced inlining keeps a copy made for a newer one from
 // being shared by the linker with code that runs on an older machine.
+#ifdef __CUDACC__
+#define VDCORE_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define VDCORE_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace vdcore {
 

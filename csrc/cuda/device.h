@@ -4,7 +4,7 @@
 
 namespace vdcore::cuda {
 
-// Why no CUDA kernel can run here, empty if one can. Starts no context.
+// Why no kernel can run here, empty if one can. Starts no context.
 std::string missing();
 
 }  // namespace vdcore::cuda

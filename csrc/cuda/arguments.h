@@ -1,0 +1,48 @@
+// What the attention kernels are told. Plain values: a launch copies them.
+#pragma once
+
+#include "common/frame_runs.h"
+
+namespace vdcore::cuda {
+
+// (B, T, S, heads, D): where it starts and its strides in bytes. Rows start at multiples of 16 bytes, D is dense.
+struct Tokens {
+  char* data;
+  int64_t b, t, s, h;
+
+  VDCORE_INLINE char* row(int64_t i_b, int64_t i_t, int64_t i_s, int64_t i_h) const {
+    return data + (i_b * b + i_t * t + i_s * s + i_h * h);
+  }
+};
+
+enum class NormKind : int32_t { none = 0, rms = 1, layer = 2 };
+enum class RopeStyle : int32_t { none = 0, interleaved = 1, half = 2 };
+
+// Weights and biases are float32 (D), or null for 1 and 0.
+struct HeadNorm {
+  const float *weight, *bias;
+};
+
+// Tables are float32 with unit stride over their `pairs` channels; strides in elements, 0 where they are broadcast.
+struct NormRope {
+  NormKind kind = NormKind::none;
+  float eps = 0;
+  HeadNorm q{}, k{};
+  RopeStyle style = RopeStyle::none;
+  int32_t pairs = 0;
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t table_t = 0, table_s = 0, table_h = 0;
+
+  VDCORE_INLINE bool any() const { return kind != NormKind::none || style != RopeStyle::none; }
+};
+
+// Which frames see which: see common/frame_runs.h.
+struct Frames {
+  FrameMask mask;
+  int64_t start;           // index of the first query frame among the keys
+  const int64_t* lengths;  // (B) on the device, or null
+  int32_t queries, keys;
+  bool masked;  // some pair may be hidden
+};
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,313 @@
+#include "cuda/emulator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__x86_64__)
+extern "C" void vdcore_switch_fiber(void** save, void* load);
+#endif
+
+namespace vdcore::cuda::emulator {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touched cost nothing
+
+// ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times.
+// ------------
+
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+};
+asm(R"(
+.text
+.type vdcore_switch_fiber, @function
+vdcore_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size vdcore_switch_fiber, . - vdcore_switch_fiber
+)");
+void switch_to(Context& from, Context& to) { vdcore_switch_fiber(&from.stack_pointer, to.stack_pointer); }
+void prepare(Context& context, char* stack, void (*entry)()) {
+  auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStack) & ~uintptr_t{15});
+  top[-1] = nullptr;  // entry() never returns
+  top[-2] = reinterpret_cast<void*>(entry);
+  for (int i = 3; i <= 8; ++i) top[-i] = nullptr;  // the six registers
+  context.stack_pointer = top - 8;
+}
+#else
+using Context = ucontext_t;
+void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+void prepare(Context& context, char* stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+#endif
+
+struct AsyncCopy {
+  void* shared;
+  const void* global;
+  size_t bytes;
+  bool valid;
+};
+
+struct Fiber {
+  enum State { ready, waiting, polling, done } state = ready;
+  Context context;
+  uint32_t index = 0;
+  bool (*poll)(void*) = nullptr;
+  void* poll_argument = nullptr;
+  const char* where = "";
+  std::vector<AsyncCopy> open;  // copies of no group yet
+  std::deque<std::vector<AsyncCopy>> groups;
+};
+
+struct Warp {
+  int arrived = 0;
+  Complete complete = nullptr;
+  void* lanes[kLanes] = {};
+};
+
+struct Barrier {
+  uint32_t arrived = 0, count = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  Context scheduler;
+  Fiber* running = nullptr;
+  std::unique_ptr<char[]> memory;
+  char* shared = nullptr;
+  size_t shared_bytes = 0;
+  const std::function<void()>* kernel = nullptr;
+  std::string error;
+  Position position{};
+};
+
+struct Range {
+  const char *begin, *end;
+};
+
+thread_local Block* block = nullptr;
+thread_local std::vector<std::unique_ptr<char[]>> stacks;
+thread_local std::vector<Range> exposed;
+thread_local Order order = Order::forward;
+thread_local uint64_t random_state = 1;
+
+uint32_t random_below(size_t n) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return static_cast<uint32_t>(random_state % n);
+}
+
+void give_way(Fiber::State state) {
+  Fiber& self = *block->running;
+  self.state = state;
+  switch_to(self.context, block->scheduler);
+}
+
+void fiber_entry() {
+  (*block->kernel)();
+  for (const auto& group : block->running->groups)
+    if (!group.empty()) fail("a thread ends before its cp.async has");
+  give_way(Fiber::done);
+  __builtin_unreachable();
+}
+
+bool can_run(Fiber& fiber) {
+  if (fiber.state == Fiber::polling && fiber.poll(fiber.poll_argument)) fiber.state = Fiber::ready;
+  return fiber.state == Fiber::ready;
+}
+
+void resume(Fiber& fiber) {
+  block->running = &fiber;
+  block->position.thread = fiber.index;
+  switch_to(block->scheduler, fiber.context);
+}
+
+// Runs every lane of the warp that can run until it waits. False if there is none.
+bool run_warp(size_t warp) {
+  const size_t first = warp * kLanes, count = std::min<size_t>(kLanes, block->fibers.size() - first);
+  bool ran = false;
+  const size_t turn = order == Order::random ? random_below(count) : 0;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t lane = order == Order::backward ? count - 1 - i : (i + turn) % count;
+    Fiber& fiber = block->fibers[first + lane];
+    if (!can_run(fiber)) continue;
+    resume(fiber);
+    ran = true;
+    if (!block->error.empty()) return true;
+  }
+  return ran;
+}
+
+bool run_some_warp() {
+  const size_t warps = block->warps.size(), turn = order == Order::random ? random_below(warps) : 0;
+  for (size_t i = 0; i < warps; ++i)
+    if (run_warp(order == Order::backward ? warps - 1 - i : (i + turn) % warps)) return true;
+  return false;
+}
+
+void run_block(uint32_t index) {
+  block->position.block = index;
+  std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every format
+  for (Warp& warp : block->warps) warp.arrived = 0;
+  for (Barrier& barrier : block->barriers) barrier = Barrier{};
+  for (Fiber& fiber : block->fibers) {
+    fiber.state = Fiber::ready;
+    fiber.open.clear();
+    fiber.groups.clear();
+    prepare(fiber.context, stacks[fiber.index].get(), fiber_entry);
+  }
+  while (block->error.empty() && run_some_warp()) {
+  }
+  if (!block->error.empty()) return;
+  for (Fiber& fiber : block->fibers)
+    if (fiber.state != Fiber::done) {
+      block->error = "thread " + std::to_string(fiber.index) + " waits for ever at " + fiber.where;
+      return;
+    }
+}
+
+}  // namespace
+
+void set_order(Order o, uint64_t seed) {
+  order = o;
+  random_state = seed * 0x9e3779b97f4a7c15u + 1;
+}
+
+void expose(const void* begin, const void* end) {
+  exposed.push_back({static_cast<const char*>(begin), static_cast<const char*>(end)});
+}
+void expose_nothing() { exposed.clear(); }
+
+void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  Block running;
+  running.fibers.resize(threads);
+  running.warps.resize((threads + kLanes - 1) / kLanes);
+  running.memory.reset(new char[shared_bytes + 1024]);
+  const auto start = (reinterpret_cast<uintptr_t>(running.memory.get()) + 1023) & ~uintptr_t{1023};
+  running.shared = reinterpret_cast<char*>(start);
+  running.shared_bytes = shared_bytes;
+  running.kernel = &kernel;
+  running.position.threads = static_cast<uint32_t>(threads);
+  while (stacks.size() < running.fibers.size()) stacks.emplace_back(new char[kStack]);
+  for (int i = 0; i < threads; ++i) running.fibers[i].index = static_cast<uint32_t>(i);
+  Block* const outer = block;
+  block = &running;
+  for (int64_t i = 0; i < blocks && running.error.empty(); ++i) run_block(static_cast<uint32_t>(i));
+  block = outer;
+  if (!running.error.empty())
+    throw std::runtime_error("block " + std::to_string(running.position.block) + ": " + running.error);
+}
+
+const Position& position() { return block->position; }
+char* shared_memory() { return block->shared; }
+
+void fail(const std::string& what) {
+  block->error = "thread " + std::to_string(block->running->index) + ": " + what;
+  give_way(Fiber::done);
+  __builtin_unreachable();
+}
+
+void check_access(const void* p, size_t bytes) {
+  const char* begin = static_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+  if (begin >= block->shared && begin + bytes <= block->shared + block->shared_bytes) return;
+  if (exposed.empty()) return;
+  for (const Range& range : exposed)
+    if (begin >= range.begin && begin + bytes <= range.end) return;
+  fail("an access of " + std::to_string(bytes) + " bytes lies outside of every tensor of the call");
+}
+
+void meet_warp(Complete complete, void* mine, const char* what) {
+  Fiber& self = *block->running;
+  Warp& warp = block->warps[self.index / kLanes];
+  self.where = what;
+  if (warp.arrived && warp.complete != complete)
+    fail(std::string("lanes of a warp are at different instructions, one at ") + what);
+  warp.complete = complete;
+  warp.lanes[self.index % kLanes] = mine;
+  if (++warp.arrived < kLanes) return give_way(Fiber::waiting);
+  warp.arrived = 0;
+  complete(warp.lanes);
+  const uint32_t first = self.index / kLanes * kLanes;
+  for (uint32_t i = first; i < first + kLanes; ++i) block->fibers[i].state = Fiber::ready;
+}
+
+void meet_block(int id, uint32_t count) {
+  Fiber& self = *block->running;
+  Barrier& barrier = block->barriers[id];
+  self.where = "a barrier";
+  if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
+  barrier.count = count;
+  if (++barrier.arrived < count) {
+    barrier.waiting.push_back(&self);
+    return give_way(Fiber::waiting);
+  }
+  for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
+  barrier = Barrier{};
+}
+
+void wait_until(bool (*ready)(void*), void* argument, const char* what) {
+  Fiber& self = *block->running;
+  if (ready(argument)) return;
+  self.where = what;
+  self.poll = ready;
+  self.poll_argument = argument;
+  give_way(Fiber::polling);
+}
+
+void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
+  check_access(shared, bytes);
+  if (valid) check_access(global, bytes);
+  std::memset(shared, 0xff, bytes);
+  block->running->open.push_back({shared, global, bytes, valid});
+}
+
+void async_commit() {
+  Fiber& self = *block->running;
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+void async_wait(int groups_left) {
+  auto& groups = block->running->groups;
+  for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
+    for (const AsyncCopy& copy : groups.front())
+      if (copy.valid)
+        std::memcpy(copy.shared, copy.global, copy.bytes);
+      else
+        std::memset(copy.shared, 0, copy.bytes);
+}
+
+}  // namespace vdcore::cuda::emulator

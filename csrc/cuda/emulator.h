@@ -1,0 +1,57 @@
+// Runs CUDA kernels on the CPU, for tests: blocks one after another, every thread of a block a fiber of its own.
+//
+// What it is strict about: shared memory is poisoned with NaN when a block starts; global memory may be touched only
+// inside the tensors of the call; cp.async lands when it is waited for, and until then its destination holds NaN; a
+// collective that not all lanes reach, or that lanes reach differently, is an error; warps, and lanes between two
+// collectives, run in an order that the test chooses, each as far as it can, so that a missing barrier shows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace vdcore::cuda::emulator {
+
+// `forward`, `backward`: of the warps that can run, the first or the last does, and so do its lanes. `random`: any.
+enum class Order { forward, backward, random };
+void set_order(Order order, uint64_t seed);
+
+// Runs the kernel's blocks. Throws std::runtime_error for what a kernel must not do.
+void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Memory [begin, end) that the next kernels may touch; without any, all of it.
+void expose(const void* begin, const void* end);
+void expose_nothing();
+
+// ---- For the instructions of csrc/cuda/ptx_emulated.h: called by a thread of a kernel
+// --------------------------------
+
+struct Position {
+  uint32_t thread, block, threads;
+};
+const Position& position();
+
+char* shared_memory();
+
+// Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned to its size.
+void check_access(const void* p, size_t bytes);
+
+// All 32 lanes of the warp meet here; the last one calls complete(arguments of lane 0 to 31).
+using Complete = void (*)(void* const* lanes);
+void meet_warp(Complete complete, void* mine, const char* what);
+
+// `count` threads of the block meet at barrier `id`.
+void meet_block(int id, uint32_t count);
+
+// Gives way to other threads until ready(argument) holds.
+void wait_until(bool (*ready)(void*), void* argument, const char* what);
+
+void async_copy(void* shared, const void* global, size_t bytes, bool valid);
+void async_commit();
+void async_wait(int groups_left);
+
+// Ends the kernel with an error.
+[[noreturn]] void fail(const std::string& what);
+
+}  // namespace vdcore::cuda::emulator

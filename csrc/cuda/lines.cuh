@@ -1,0 +1,27 @@
+// Lines: one (position, head) each, all frames of it.
+#pragma once
+
+#include "cuda/rows.cuh"
+#include "cuda/temporal_attention.h"
+
+namespace vdcore::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+struct Line {
+  int64_t b, s;
+  int32_t h;
+};
+
+VDCORE_DEVICE Line line_at(int64_t line, int64_t positions, int32_t heads) {
+  // Division of 64-bit numbers costs as much as a row's norm.
+  if (line < (int64_t{1} << 31) && positions < (int64_t{1} << 31)) {
+    const uint32_t i = static_cast<uint32_t>(line), p = i / static_cast<uint32_t>(heads);
+    const uint32_t b = p / static_cast<uint32_t>(positions);
+    return {b, p - b * static_cast<uint32_t>(positions), static_cast<int32_t>(i - p * heads)};
+  }
+  const int64_t p = line / heads, b = p / positions;
+  return {b, p - b * positions, static_cast<int32_t>(line - p * heads)};
+}
+
+}  // namespace vdcore::cuda

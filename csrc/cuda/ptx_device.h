@@ -1,0 +1,166 @@
+// Bodies of csrc/cuda/ptx.h under nvcc. Instructions of a whole warp are volatile: they must not move into a branch.
+#pragma once
+
+namespace vdcore::cuda {
+
+VDCORE_DEVICE uint32_t thread_index() { return threadIdx.x; }
+VDCORE_DEVICE uint32_t block_index() { return blockIdx.x; }
+
+extern __shared__ __align__(1024) char vdcore_shared[];
+VDCORE_DEVICE char* shared_memory() { return vdcore_shared; }
+
+// ---- Memory
+// ----------------------------------------------------------------------------------------------------------
+
+// What no thread writes while the kernel runs.
+template <typename V>
+VDCORE_DEVICE V load_global(const void* p);
+template <>
+VDCORE_DEVICE Vec4 load_global<Vec4>(const void* p) {
+  Vec4 v;
+  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3]) : "l"(p));
+  return v;
+}
+template <>
+VDCORE_DEVICE uint16_t load_global<uint16_t>(const void* p) {
+  uint16_t v;
+  asm("ld.global.nc.b16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+template <>
+VDCORE_DEVICE float load_global<float>(const void* p) {
+  float v;
+  asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+template <>
+VDCORE_DEVICE int64_t load_global<int64_t>(const void* p) {
+  int64_t v;
+  asm("ld.global.nc.b64 %0, [%1];" : "=l"(v) : "l"(p));
+  return v;
+}
+
+template <typename V>
+VDCORE_DEVICE void store_global(void* p, const V& v) {
+  *static_cast<V*>(p) = v;
+}
+
+template <typename V>
+VDCORE_DEVICE V load_shared(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <typename V>
+VDCORE_DEVICE void store_shared(void* p, const V& v) {
+  *static_cast<V*>(p) = v;
+}
+
+VDCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes to shared memory, past L1; zeros where not valid.
+VDCORE_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+VDCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+VDCORE_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8. Register m of a lane: row lane / 4, columns
+// 2 * (lane % 4) and the next of matrix m; transposed: of its transpose.
+VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// ---- Among lanes and warps
+// -------------------------------------------------------------------------------------------
+
+// The 8x8 matrix whose row lane / 4, columns 2 * (lane % 4) and the next every lane holds, transposed.
+VDCORE_DEVICE uint32_t transpose8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+VDCORE_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+VDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+VDCORE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+VDCORE_DEVICE void sync_warp() { __syncwarp(); }
+VDCORE_DEVICE void sync_block() { __syncthreads(); }
+
+// ---- Arithmetic
+// ------------------------------------------------------------------------------------------------------
+
+// c[16, 8] += a[16, 16] b[16, 8]. a: rows r and r + 8 of columns 0 to 7, then of columns 8 to 15; b: rows 0 to 7, then
+// 8 to 15 of its column lane / 4; c: two columns of row r, then of row r + 8.
+template <typename E>
+VDCORE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+VDCORE_DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+VDCORE_DEVICE void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <typename E>
+VDCORE_DEVICE uint32_t pack(float lo, float hi);
+template <>
+VDCORE_DEVICE uint32_t pack<bf16>(float lo, float hi) {
+  uint32_t x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+  return x;
+}
+template <>
+VDCORE_DEVICE uint32_t pack<f16>(float lo, float hi) {
+  uint32_t x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+  return x;
+}
+
+template <typename E>
+VDCORE_DEVICE Float2 unpack(uint32_t x);
+template <>
+VDCORE_DEVICE Float2 unpack<bf16>(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+template <>
+VDCORE_DEVICE Float2 unpack<f16>(uint32_t x) {
+  Float2 v;
+  asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+      : "=f"(v.lo), "=f"(v.hi)
+      : "r"(x));
+  return v;
+}
+
+VDCORE_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VDCORE_DEVICE float log2_approx(float x) { return __log2f(x); }
+VDCORE_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+VDCORE_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+VDCORE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+VDCORE_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,220 @@
+// Rows of channels in registers, and products of them: what the temporal kernels are made of.
+//
+// A product over channels does not care in which order they come, as long as both sides agree. So a lane takes from its
+// row, lane / 4, eight channels that lie together, 32 i + 8 (lane % 4) and on: one load of 16 bytes is half of what two
+// mma.m16n8k16 want of it, as rows of a or as columns of b. In a product over rows, b's 8x8 blocks are transposed in
+// registers; its columns are then channels in an order that leaves a lane with eight channels of a row of c that lie
+// together, again 32 i + 8 (lane % 4) and on. So nothing goes through shared memory, every access is 16 bytes wide, and
+// results lie as inputs do.
+#pragma once
+
+#include "cuda/arguments.h"
+#include "cuda/ptx.h"
+
+namespace vdcore::cuda {
+
+VDCORE_DEVICE int lane_row() { return static_cast<int>(thread_index() % 32 / 4); }
+VDCORE_DEVICE int lane_column() { return static_cast<int>(thread_index() % 4); }
+
+// Row lane / 4 of eight: channels 32 i + 8 (lane % 4) and on in x[i], 0 past the head's.
+template <int C>
+struct Rows {
+  Vec4 x[C];
+};
+
+// c of a product with 16 rows: channels 32 i + 8 (lane % 4) + 2 j and the next of row lane / 4 in x[i][j][0] and [1],
+// of row lane / 4 + 8 in [2] and [3].
+template <int C>
+struct RowSums {
+  float x[C][4][4];
+};
+
+// Whether chunk i of 32 channels holds any of D: the largest instantiation serves a range of D.
+template <int C>
+VDCORE_DEVICE bool has_chunk(int i, int D) {
+  return C < 8 || 32 * i < D;
+}
+VDCORE_DEVICE bool has_channels(int i, int D) { return 32 * i + 8 * lane_column() < D; }
+
+// `row`: where the lane's row starts.
+template <int C>
+VDCORE_DEVICE void load_rows(Rows<C>& r, const char* row, bool valid, int D) {
+  const char* p = row + 16 * lane_column();
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) r.x[i] = valid && has_channels(i, D) ? load_global<Vec4>(p + 64 * i) : Vec4{};
+}
+
+// s[16, 8] += rows (first eight, last eight) times other rows, over channels.
+template <typename E, int C>
+VDCORE_DEVICE void inner_product(float (&s)[4], const Rows<C>& first, const Rows<C>& last, const Rows<C>& other,
+                                 int D) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (has_chunk<C>(i, D)) {
+      const uint32_t (&a)[4] = first.x[i].x, (&b)[4] = last.x[i].x, (&o)[4] = other.x[i].x;
+      mma<E>(s, {a[0], b[0], a[1], b[1]}, o[0], o[1]);
+      mma<E>(s, {a[2], b[2], a[3], b[3]}, o[2], o[3]);
+    }
+}
+
+// sums[16, D] += weights[16, 16] times rows (first eight, last eight).
+template <typename E, int C>
+VDCORE_DEVICE void weighted_sum(RowSums<C>& sums, const uint32_t (&weights)[4], const Rows<C>& first,
+                                const Rows<C>& last, int D) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (has_chunk<C>(i, D)) {
+      VDCORE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        mma<E>(sums.x[i][j], weights, transpose8x8(first.x[i].x[j]), transpose8x8(last.x[i].x[j]));
+    }
+}
+
+// Half h of the sums, times a factor, to the row of the lane's half.
+template <typename E, int C>
+VDCORE_DEVICE void store_rows(const RowSums<C>& sums, int h, float factor, char* row, bool valid, int D) {
+  char* p = row + 16 * lane_column();
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (valid && has_channels(i, D)) {
+      Vec4 v;
+      VDCORE_UNROLL
+      for (int j = 0; j < 4; ++j) v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor);
+      store_global(p + 64 * i, v);
+    }
+}
+
+template <int C>
+VDCORE_DEVICE void clear(RowSums<C>& sums) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) sums.x[i][j][e] = 0;
+}
+
+template <int C>
+VDCORE_DEVICE bool has_nan(const RowSums<C>& sums) {
+  bool found = false;
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) found |= !(sums.x[i][j][e] == sums.x[i][j][e]);
+  return found;
+}
+
+// Over the four lanes of a row.
+VDCORE_DEVICE float row_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+VDCORE_DEVICE float row_maximum(float x) {
+  x = maximum(x, shuffle_xor(x, 1));
+  return maximum(x, shuffle_xor(x, 2));
+}
+
+// ---- Hidden rows
+// ----------------------------------------------------------------------------------------------------- A product
+// multiplies hidden rows by 0, and 0 * NaN is NaN. So where a sum holds a NaN it is taken again without the infinities
+// and NaN of its rows, and that is the result of all rows of the sum that do not see one of them.
+
+template <typename E>
+VDCORE_DEVICE uint32_t finite_part(uint32_t x) {
+  constexpr uint32_t kExponent = E::dtype == DType::bf16 ? 0x7f80 : 0x7c00;
+  const bool lo = (x & kExponent) == kExponent, hi = (x >> 16 & kExponent) == kExponent;
+  return (lo ? 0 : x & 0xffffu) | (hi ? 0 : x & 0xffff0000u);
+}
+
+// Leaves the finite values; bit 4 * r and the three after it of the result: row r of the eight held others.
+template <typename E, int C>
+VDCORE_DEVICE uint32_t make_finite(Rows<C>& r) {
+  bool changed = false;
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t finite = finite_part<E>(r.x[i].x[j]);
+    changed |= finite != r.x[i].x[j];
+    r.x[i].x[j] = finite;
+  }
+  return ballot(changed);
+}
+VDCORE_DEVICE bool row_changed(uint32_t ballots, int row) { return (ballots >> 4 * row & 15) != 0; }
+
+// ---- Which rows see which -------------------------------------------------------------------------------------------
+
+// Other frames that a frame sees: [begin, end) and those before `sink`.
+struct Seen {
+  int32_t begin, end, sink;
+  VDCORE_DEVICE bool operator()(int frame) const {
+    return (frame >= begin && frame < end) || static_cast<uint32_t>(frame) < static_cast<uint32_t>(sink);
+  }
+};
+
+VDCORE_DEVICE int64_t valid_frames(const Frames& f, int64_t sample) {
+  return f.lengths ? larger(load_global<int64_t>(f.lengths + sample), 0) : -1;
+}
+
+VDCORE_DEVICE Seen seen_by_query(const Frames& f, int64_t length, int t) {
+  if (!f.masked) return {0, f.keys, 0};
+  if (t >= f.queries || (length >= 0 && f.start + t >= length)) return {0, 0, 0};
+  Run sink, window;
+  f.mask.visible(f.start + t, length >= 0 ? smaller(length, f.keys) : f.keys, sink, window);
+  return {static_cast<int32_t>(window.begin), static_cast<int32_t>(window.end), static_cast<int32_t>(sink.end)};
+}
+
+VDCORE_DEVICE Seen seen_by_key(const Frames& f, int64_t length, int k) {
+  if (!f.masked) return {0, f.queries, 0};
+  if (k >= f.keys || (length >= 0 && k >= length)) return {0, 0, 0};
+  const int64_t alive = length >= 0 ? smaller(larger(length - f.start, 0), f.queries) : f.queries;
+  const Run run = intersect(f.mask.seen_by(k, f.start, f.queries), {0, alive});
+  return {static_cast<int32_t>(smaller(run.begin, f.queries)), static_cast<int32_t>(larger(run.end, 0)), 0};
+}
+
+// The weighted sums of rows over all N tiles of the other side, weights 0 where a pair is hidden. load(rows, next, n)
+// loads tile n from `next` and moves it on; visible(n, h, e): row half h sees column 2 (lane % 4) + e of tile n;
+// finish(sums, h, now): the sums of row half h are final, of the lane's row if `now`. `hides`: some pair may be hidden.
+template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
+VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
+                             Visible visible, Finish finish) {
+  bool done[2] = {false, false};
+  VDCORE_NO_UNROLL
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    RowSums<C> sums;
+    clear(sums);
+    const char* next = first_row;
+    VDCORE_UNROLL
+    for (int kk = 0; kk < N / 2; ++kk) {
+      Rows<C> first, last;
+      load(first, next, 2 * kk);
+      load(last, next, 2 * kk + 1);
+      if (attempt) {
+        make_finite<E>(first);
+        make_finite<E>(last);
+      }
+      weighted_sum<E>(sums, weights[kk], first, last, D);
+    }
+    const bool again = hides && attempt == 0 && warp_any(has_nan(sums));
+    bool tainted[2] = {false, false};
+    if (again) {
+      next = first_row;
+      VDCORE_UNROLL
+      for (int n = 0; n < N; ++n) {
+        Rows<C> rows;
+        load(rows, next, n);
+        const uint32_t changed = make_finite<E>(rows);
+        VDCORE_UNROLL
+        for (int h = 0; h < 2; ++h) VDCORE_UNROLL
+        for (int e = 0; e < 2; ++e) tainted[h] |= visible(n, h, e) && row_changed(changed, 2 * lane_column() + e);
+      }
+    }
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      // A row that sees a NaN is right as it is; the others are taken again.
+      const bool right = !again || row_changed(ballot(tainted[h]), lane_row());
+      finish(sums, h, right && !done[h]);
+      done[h] |= right;
+    }
+    if (!again) break;
+  }
+}
+
+}  // namespace vdcore::cuda
