@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run under its interpreter and CUDA kernels under their emulator: decided before imports."""
+"""Without a GPU, kernels run under Triton's interpreter and the CUDA emulator; that is decided before they are imported."""
 
 import os
 

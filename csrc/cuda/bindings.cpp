@@ -3,6 +3,7 @@
 #include "cuda/bindings.h"
 
 #include "bindings_common.h"
+#include "cuda/gated_attention.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/temporal_attention.h"
 #ifdef VDCORE_EMULATE
@@ -183,6 +184,30 @@ void rows_forward(py::handle x, py::handle y, int64_t frame_start, int role, py:
   rows_norm_rope(call.where(), dtype, args);
 }
 
+// `gate`: expanded to q's shape.
+void gated_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle kept, py::handle lse,
+                   py::handle gate, py::handle lengths, float scale, uintptr_t stream) {
+  Call call("gated_attention", stream);
+  const dlpack::Tensor& shape = tensor_of(q);
+  SpatialGated args{};
+  args.q = call.tokens(q), args.k = call.tokens(k), args.v = call.tokens(v);
+  args.out = call.tokens(out), args.kept = call.tokens(kept);
+  args.lse = call.floats(lse, 4);
+  const TensorView g = call.view(gate, 5);
+  args.gate = {g.data, g.dtype, g.stride[0], g.stride[1], g.stride[2], g.stride[3], g.stride[4]};
+  args.lengths = call.integers(lengths);
+  args.batch = shape.shape[0];
+  args.frames = static_cast<int32_t>(shape.shape[1]);
+  args.tokens = static_cast<int32_t>(shape.shape[2]);
+  args.heads = static_cast<int32_t>(shape.shape[3]);
+  args.groups = static_cast<int32_t>(tensor_of(k).shape[3]);
+  args.head_dim = static_cast<int32_t>(shape.shape[4]);
+  args.scale = scale;
+  const DType dtype = strided_view(q, 5).dtype;
+  py::gil_scoped_release unlocked;
+  spatial_gated_forward(call.where(), dtype, args);
+}
+
 std::optional<std::string> why_missing() {
 #ifdef VDCORE_EMULATE
   return std::nullopt;
@@ -201,6 +226,7 @@ void define(py::module_& m) {
   m.def("cuda_temporal_attention_forward", temporal_forward);
   m.def("cuda_temporal_backward_fits", temporal_backward_fits);
   m.def("cuda_temporal_attention_backward", temporal_backward);
+  m.def("cuda_spatial_gated_forward", gated_forward);
   m.def("cuda_rows_norm_rope", rows_forward);
 }
 

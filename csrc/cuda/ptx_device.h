@@ -40,6 +40,11 @@ VDCORE_DEVICE int64_t load_global<int64_t>(const void* p) {
   return v;
 }
 
+// What this kernel itself writes, too.
+template <typename V>
+VDCORE_DEVICE V load_written(const void* p) {
+  return *static_cast<const V*>(p);
+}
 template <typename V>
 VDCORE_DEVICE void store_global(void* p, const V& v) {
   *static_cast<V*>(p) = v;

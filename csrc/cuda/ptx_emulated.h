@@ -22,6 +22,10 @@ VDCORE_DEVICE V load_global(const void* p) {
   return *static_cast<const V*>(p);
 }
 template <typename V>
+VDCORE_DEVICE V load_written(const void* p) {
+  return load_global<V>(p);
+}
+template <typename V>
 VDCORE_DEVICE void store_global(void* p, const V& v) {
   emulator::check_access(p, sizeof(V));
   *static_cast<V*>(p) = v;

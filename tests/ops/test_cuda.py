@@ -6,7 +6,7 @@ from support import HALF
 
 import vdcore
 from vdcore.backends import BACKENDS
-from vdcore.testing import Case, cases_of, check
+from vdcore.testing import cases_of, check
 
 cuda = BACKENDS["cuda"]
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=f"cuda: {cuda.missing()}")

@@ -25,7 +25,7 @@ _STYLES = {"interleaved": 1, "half": 2}
 
 @cache
 def emulated() -> bool:
-    """``VDCORE_CUDA_EMULATE=1``: kernels run on CPU tensors, thread by thread. For tests: it takes a development install."""
+    """``VDCORE_CUDA_EMULATE=1``: kernels run on CPU tensors, thread by thread; in development installs, for tests."""
     return os.environ.get("VDCORE_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
