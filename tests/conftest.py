@@ -1,4 +1,4 @@
-"""Without a GPU, kernels run under Triton's interpreter and the CUDA emulator; that is decided before they are imported."""
+"""Without a GPU, kernels run under Triton's interpreter and the CUDA emulator: decided before they are imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Gated attention: temporal attention, then csrc/cuda/gated_attention.cuh, whose epilogue mixes the two. Forward only."""
+"""Gated attention, forward: temporal attention, then csrc/cuda/gated_attention.cuh, whose epilogue mixes the two."""
 
 from __future__ import annotations
 
