@@ -69,9 +69,11 @@ void launch(const Where& where, void (*kernel)(Arguments), int64_t blocks, int t
   if (shared_bytes > 48 << 10)
     OnDevice::check(where, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 static_cast<int>(shared_bytes)));
-  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, static_cast<cudaStream_t>(where.stream)> > >(
-      arguments);
-  OnDevice::check(where, cudaGetLastError());
+  Arguments copy = arguments;
+  void* pointers[] = {&copy};
+  OnDevice::check(where, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                          dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
+                                          static_cast<cudaStream_t>(where.stream)));
 }
 
 #endif

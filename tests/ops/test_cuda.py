@@ -1,12 +1,16 @@
 """The CUDA kernels under their emulator: every case, and shapes around the edges of their tiles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import HALF
 
 import vdcore
+from vdcore import FrameMask, QKNorm, Rope
 from vdcore.backends import BACKENDS
-from vdcore.testing import cases_of, check
+from vdcore.backends.cuda._common import emulated, kernels
+from vdcore.testing import LAYOUTS, Case, cases_of, check
 
 cuda = BACKENDS["cuda"]
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=f"cuda: {cuda.missing()}")
@@ -27,3 +31,172 @@ def check_what_runs(case, dtype, **kwargs):
 @pytest.mark.parametrize("case", [c for op in cuda.operators for c in cases_of(op)], ids=str)
 def test_case(case, dtype):
     check_what_runs(case, dtype)
+
+
+def qkv(d, *shape, T_k=None, G=None):
+    B, T, S, H, D = shape
+    kv = (B, T_k or T, S, G or H, D)
+    return {"q": d("q", *shape), "k": d("k", *kv), "v": d("v", *kv)}
+
+
+# Edges of the tiles of 8 and 16 frames, and of the instantiations for 16, 32, 64, 128 and 256 keys.
+@pytest.mark.parametrize("mask", [FrameMask(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "runs"])
+@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)])
+def test_frames(T, T_k, mask):
+    def build(d):
+        return {**qkv(d, 1, T, 3, 1, 24, T_k=T_k), "mask": mask, "return_lse": True}
+
+    check_what_runs(Case("temporal_attention", f"{T} x {T_k} frames", build), torch.bfloat16)
+
+
+@pytest.mark.parametrize("T", [8, 20, 40])
+@pytest.mark.parametrize("D", [8, 40, 64, 72, 80, 96, 104, 128, 160, 256])
+def test_head_dims(D, T):
+    def build(d):
+        return {**qkv(d, 1, T, 1, 2, D), "mask": FrameMask.causal()}
+
+    check_what_runs(Case("temporal_attention", f"{T} x {D}", build), torch.float16)
+
+
+@pytest.mark.parametrize("D", [8, 40, 72, 128, 256])
+def test_gated_head_dims(D):
+    """Tokens that fill one tile of queries and keys and part of another."""
+
+    def build(d):
+        triples = [tuple(qkv(d, 1, 2, 70, 1, D).values()), tuple(d(f"temporal_{n}", 1, 2, 70, 1, D) for n in "qkv")]
+        return {"spatial": triples[0], "temporal": triples[1], "gate": d("gate", D, around=0.5, spread=0.2)}
+
+    check_what_runs(Case("gated_attention", f"70 x {D}", build), torch.bfloat16)
+
+
+@pytest.mark.parametrize("T", [6, 12, 25])
+@pytest.mark.parametrize("style", ["interleaved", "half"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm_and_rope(kind, style, T):
+    """On the way where pairs are neighbours, else before; a table for every token, and one for none."""
+
+    def build(d):
+        norm = QKNorm(d("q_weight", 40, around=1.0), d("k_weight", 40, around=1.0), kind)
+        if kind == "layer":
+            norm = replace(norm, q_bias=d("q_bias", 40), k_bias=d("k_bias", 40))
+        angle = torch.randn(T, 3 if kind == "rms" else 1, 16, generator=d.generator, dtype=torch.float64)
+        rope = Rope(d.leaf("cos", angle.cos(), torch.float32), d.leaf("sin", angle.sin(), torch.float32), style)
+        return {**qkv(d, 2, T, 3, 2, 40), "norm": norm, "rope": rope, "mask": FrameMask.window(4)}
+
+    check_what_runs(Case("temporal_attention", f"{kind} {style} {T}", build), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("case", cases_of("temporal_attention", "gated_attention", tag="plain"), ids=str)
+def test_layout(case, layout):
+    check_what_runs(case, torch.bfloat16, layout=layout)
+
+
+def grads_of(out, leaves, seed=1):
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("T", [7, 9, 30])
+@pytest.mark.parametrize("mask", [FrameMask.causal(), FrameMask(past=1, future=0, sink=1)], ids=str)
+def test_hidden_frames(T, mask, name):
+    """Hazard 11: a NaN reaches exactly what sees it; two positions that share a tile do not see one another."""
+    bad = 4
+    tensors = {n: torch.randn(1, T, 3, 1, 16).bfloat16() for n in "qkv"}
+    results = []
+    for poison in (False, True):
+        leaves = {n: x.clone() for n, x in tensors.items()}
+        if poison:
+            leaves[name][0, bad, 1] = torch.nan
+        leaves = [x.requires_grad_() for x in leaves.values()]
+        out = vdcore.temporal_attention(*leaves, mask=mask, backend="cuda")
+        results.append([out, *grads_of(out, leaves)])
+    clean, poisoned = results
+    for ours, expected in zip(poisoned, clean):
+        assert torch.equal(ours[:, :, [0, 2]], expected[:, :, [0, 2]]), "other positions"
+    sees = mask.visible(T)
+    hit = sees[:, bad] if name != "q" else torch.arange(T) == bad
+    assert poisoned[0][0, hit, 1].isnan().all()
+    assert torch.equal(poisoned[0][0, ~hit], clean[0][0, ~hit])
+    assert torch.equal(poisoned[1][0, ~hit], clean[1][0, ~hit])
+    untouched = ~sees[hit].any(0)
+    for i in (2, 3):
+        assert torch.equal(poisoned[i][0, untouched], clean[i][0, untouched])
+
+
+def test_padded_frames_of_any_content():
+    """Hazards 10, 11: NaN past the lengths, in inputs and in the incoming gradient."""
+    lengths = torch.tensor([4, 0])
+    results = []
+    for filler in (0.5, torch.nan):
+        torch.manual_seed(0)
+        tensors = [torch.randn(2, 7, 3, 2, 16).bfloat16() for _ in range(4)]
+        for x in tensors:
+            x[0, 4:], x[1] = filler, filler
+        leaves = [x.requires_grad_() for x in tensors[:3]]
+        out, lse = vdcore.temporal_attention(*leaves, lengths=lengths, return_lse=True, backend="cuda")
+        results.append([out, lse, *torch.autograd.grad(out, leaves, tensors[3])])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+    out, lse = results[1][:2]
+    assert out[0, 4:].eq(0).all() and out[1].eq(0).all() and out[0, :4].ne(0).any()
+    assert lse[1].eq(-torch.inf).all() and all(dx[1].eq(0).all() for dx in results[1][2:])
+
+
+def test_a_query_that_sees_no_key():
+    q, k, v = (torch.randn(1, 6, 3, 2, 16).bfloat16().requires_grad_() for _ in range(3))
+    out, lse = vdcore.temporal_attention(q, k, v, q_start=30, mask=FrameMask.window(3), return_lse=True, backend="cuda")
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+    assert all(dx.eq(0).all() for dx in grads_of(out, [q, k, v]))
+
+
+@pytest.mark.parametrize("B,S,H", [(1, 65_537, 1), (70_000, 1, 1), (1, 1, 70_000)])
+def test_many_sequences(B, S, H):
+    """Hazard 1."""
+    leaves = [torch.randn(B, 4, S, H, 8).bfloat16().requires_grad_() for _ in range(3)]
+    out = vdcore.temporal_attention(*leaves, mask=FrameMask.causal(), backend="cuda")
+    found = [out, *grads_of(out, leaves)]
+    b, s, h = (slice(n - 1, n) for n in (B, S, H))
+    at = (b, slice(None), s, h)
+    last = [x[at].detach().float().requires_grad_() for x in leaves]
+    expected = vdcore.temporal_attention(*last, mask=FrameMask.causal(), backend="reference")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    expected = [expected, *torch.autograd.grad(expected, last, dout[at].float())]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours[at].float(), theirs, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.skipif(not emulated(), reason="the order of warps is the emulator's")
+@pytest.mark.parametrize("op", ["temporal_attention", "gated_attention"])
+def test_every_order_of_warps(op):
+    """The same bits, whichever warps and lanes come first: a barrier that is missing shows."""
+    results = set()
+    for order, seed in (("forward", 0), ("backward", 0), ("random", 1), ("random", 2)):
+        torch.manual_seed(0)
+        leaves = [torch.randn(1, 30, 70, 1, 24).bfloat16() for _ in range(3)]
+        kernels().set_order(order, seed)
+        try:
+            if op == "gated_attention":
+                found = [vdcore.gated_attention(leaves, leaves, torch.tensor(0.3), backend="cuda")]
+            else:
+                leaves = [x.requires_grad_() for x in leaves]
+                out = vdcore.temporal_attention(*leaves, mask=FrameMask.window(8), backend="cuda")
+                found = [out, *grads_of(out, leaves)]
+        finally:
+            kernels().set_order("forward", 0)
+        results.add(tuple(x.detach().contiguous().view(torch.int16).numpy().tobytes() for x in found))
+    assert len(results) == 1
+
+
+def test_what_is_refused():
+    q = torch.randn(1, 4, 3, 2, 24).bfloat16()
+    for args, reason in (
+        ({"q": q.float(), "k": q.float(), "v": q.float()}, "float32"),
+        ({"q": q[..., :20], "k": q[..., :20], "v": q[..., :20]}, "multiple of 8"),
+        ({"q": torch.randn(1, 4, 3, 2, 28).bfloat16()[..., :24], "k": q, "v": q}, "16 bytes"),
+        ({"q": q, "k": q.expand(1, 4, 3, 2, 24)[:, [0] * 257], "v": q[:, [0] * 257]}, "key frames"),
+        ({"q": q, "k": q, "v": q, "norm": QKNorm(torch.ones(48), torch.ones(48), over="all")}, "all heads"),
+    ):
+        with pytest.raises(vdcore.BackendError, match=reason):
+            vdcore.temporal_attention(**args, backend="cuda")
