@@ -117,17 +117,30 @@ def ceilings(journal: Journal) -> None:
 
 def correctness(journal: Journal, shard: int, first: int) -> None:
     """Every case in bfloat16, plain ones in float16 too, by the tolerance rule. Leaves when the GPU is lost."""
+    from vdcore.backends import BACKENDS
     from vdcore.testing import CASES, judge
 
-    jobs = [(case, torch.bfloat16) for case in CASES]
-    jobs += [(case, torch.float16) for case in CASES if "plain" in case.tags]
-    base = replace(_base(), provider="vdcore[triton]", mode="fwd+bwd", metric="error", unit="ratio")
-    for i, (case, dtype) in enumerate(jobs):
+    cases = [(case, torch.bfloat16) for case in CASES]
+    cases += [(case, torch.float16) for case in CASES if "plain" in case.tags]
+    jobs = [(case, dtype, "triton") for case, dtype in cases]
+    jobs += [(case, dtype, "cuda") for case, dtype in cases if case.op in BACKENDS["cuda"].operators]
+    base = replace(_base(), metric="error", unit="ratio")
+    for i, (case, dtype, backend) in enumerate(jobs):
         if i % SHARDS != shard or i < first:
             continue
         row = replace(base, op=case.op, case=case.name, dtype=str(dtype).removeprefix("torch."))
+        row = replace(row, provider=f"vdcore[{backend}]", mode="fwd+bwd")
         try:
-            ratios = judge(case, "triton", dtype, device="cuda")
+            if backend == "cuda":
+                reasons = [
+                    dict(vdcore.explain(case.op, **case.inputs(dtype, device="cuda", requires_grad=grad).args))[backend]
+                    for grad in (True, False)
+                ]
+                row = replace(row, mode="fwd" if reasons[0] is not None else "fwd+bwd")
+                if reasons[1] is not None:
+                    journal.add([replace(row, status="skipped", reason=reasons[1])])
+                    continue
+            ratios = judge(case, backend, dtype, device="cuda", gradients=row.mode == "fwd+bwd")
             worst = max(ratios, key=lambda name: ratios[name].worst)
             ratio = ratios[worst].worst
             reason = "" if ratio <= 1 else f"error of {worst} over what is allowed"
@@ -152,7 +165,8 @@ def contract(journal: Journal) -> None:
                 reason = str(report.longrepr).strip().splitlines()[-1] if report.failed else ""
                 journal.add([replace(base, case=report.nodeid.split("::", 1)[-1], status=status, reason=reason)])
 
-    files = [str(ROOT / "tests" / "gpu" / name) for name in ("test_contract.py", "test_configs.py")]
+    files = [str(ROOT / "tests" / "gpu" / name) for name in ("test_contract.py", "test_configs.py", "test_cuda.py")]
+    files.append(str(ROOT / "tests" / "ops" / "test_cuda.py"))
     pytest.main(["-q", "--maxfail=20", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files], [Rows()])
 
 

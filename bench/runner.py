@@ -192,6 +192,8 @@ def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
             reason = "the oracle, too slow to be timed at this size"
         if reason is None and backend == "triton" and not job.device.startswith("cuda"):
             reason = "Triton's interpreter is for tests"
+        if reason is None and backend == "cuda" and not job.device.startswith("cuda"):
+            reason = "the emulator of CUDA kernels is for tests"
         if reason is not None:
             found.append(Candidate(name, status="skipped", reason=reason))
         else:

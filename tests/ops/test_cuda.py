@@ -1,4 +1,4 @@
-"""The CUDA kernels under their emulator: every case, and shapes around the edges of their tiles."""
+"""The CUDA kernels, on a GPU or under their emulator: every case, edges of their tiles, what must not be read."""
 
 from dataclasses import replace
 
@@ -15,15 +15,23 @@ from vdcore.testing import LAYOUTS, Case, cases_of, check
 cuda = BACKENDS["cuda"]
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=f"cuda: {cuda.missing()}")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
 
 def check_what_runs(case, dtype, **kwargs):
     """Forward, and backward where there is one; a skip with the reason where the call is not served."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for gradients in (True, False):
-        inputs = case.inputs(dtype, requires_grad=gradients, device=device, layout=kwargs.get("layout", "contiguous"))
+        inputs = case.inputs(dtype, requires_grad=gradients, device=DEVICE, layout=kwargs.get("layout", "contiguous"))
         reason = dict(vdcore.explain(case.op, **inputs.args))["cuda"]
         if reason is None:
-            return check(case, "cuda", dtype, gradients=gradients, device=device, **kwargs)
+            return check(case, "cuda", dtype, gradients=gradients, device=DEVICE, **kwargs)
     pytest.skip(reason)
 
 
@@ -79,7 +87,7 @@ def test_norm_and_rope(kind, style, T):
         norm = QKNorm(d("q_weight", 40, around=1.0), d("k_weight", 40, around=1.0), kind)
         if kind == "layer":
             norm = replace(norm, q_bias=d("q_bias", 40), k_bias=d("k_bias", 40))
-        angle = torch.randn(T, 3 if kind == "rms" else 1, 16, generator=d.generator, dtype=torch.float64)
+        angle = torch.randn(T, 3 if kind == "rms" else 1, 16, generator=d.generator, dtype=torch.float64, device="cpu")
         rope = Rope(d.leaf("cos", angle.cos(), torch.float32), d.leaf("sin", angle.sin(), torch.float32), style)
         return {**qkv(d, 2, T, 3, 2, 40), "norm": norm, "rope": rope, "mask": FrameMask.window(4)}
 
@@ -92,9 +100,12 @@ def test_layout(case, layout):
     check_what_runs(case, torch.bfloat16, layout=layout)
 
 
-def grads_of(out, leaves, seed=1):
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-    return torch.autograd.grad(out, leaves, dout)
+def incoming(out):
+    return torch.randn(out.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(out)
+
+
+def grads_of(out, leaves):
+    return torch.autograd.grad(out, leaves, incoming(out.detach()))
 
 
 @pytest.mark.parametrize("name", "qkv")
@@ -161,7 +172,7 @@ def test_many_sequences(B, S, H):
     at = (b, slice(None), s, h)
     last = [x[at].detach().float().requires_grad_() for x in leaves]
     expected = vdcore.temporal_attention(*last, mask=FrameMask.causal(), backend="reference")
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    dout = incoming(out.detach())
     expected = [expected, *torch.autograd.grad(expected, last, dout[at].float())]
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours[at].float(), theirs, rtol=3e-2, atol=3e-2)

@@ -41,12 +41,12 @@ class Draw:
             layout,
             requires_grad,
         )
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.leaves: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, around: float = 0.0, spread: float = 1.0, dtype: Any = None) -> Tensor:
         """A normally distributed tensor, a leaf of the call. ``dtype``: float32 beside a half-precision case."""
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * spread + around
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * spread + around
         return self.leaf(name, values, dtype)
 
     def leaf(self, name: str, values: Tensor, dtype: Any = None) -> Tensor:
@@ -134,7 +134,7 @@ def _norm(
 
 
 def _rope(d: Draw, *shape: int, style: str = "interleaved", prefix: str = "", dtype: Any = None) -> Rope:
-    angle = torch.randn(shape, generator=d.generator, dtype=torch.float64)
+    angle = torch.randn(shape, generator=d.generator, dtype=torch.float64, device="cpu")
     cos, sin = d.leaf(prefix + "cos", angle.cos(), dtype), d.leaf(prefix + "sin", angle.sin(), dtype)
     return Rope(cos, sin, style)  # type: ignore[arg-type]
 

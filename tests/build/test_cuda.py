@@ -1,0 +1,99 @@
+"""The CUDA kernels in machine code: what is in the module, nothing that spills, registers and memory as planned."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import vdcore
+
+
+def _triton_tools() -> Path:
+    """Triton brings NVIDIA's binary tools."""
+    spec = importlib.util.find_spec("triton")
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else Path()
+
+
+MODULE = next(Path(vdcore.__file__).parent.glob("_native*.so"), None)
+CUOBJDUMP = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(_triton_tools()))
+
+
+class Usage(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    local: int
+
+
+# Most registers a thread of each kernel may take: what its blocks per SM are chosen for.
+PLAN = {
+    "temporal_forward_kernel": 255,
+    "temporal_backward_kernel": 255,
+    "spatial_gated_kernel": 255,
+    "rows_norm_rope_kernel": 128,
+}
+ARCHITECTURES = {"sm_80", "sm_90a"}
+
+
+def resources() -> list[Usage]:
+    """What ``cuobjdump --dump-resource-usage`` says of every kernel of the module."""
+    dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", MODULE], capture_output=True, text=True, check=True)
+    found, arch = [], ""
+    name = ""
+    for line in dump.stdout.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            name = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found.append(Usage(name, arch, *map(int, match.groups())))
+    return found
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[Usage]:
+    if CUOBJDUMP is None or MODULE is None:
+        pytest.skip("needs cuobjdump and the compiled module")
+    found = resources()
+    if not found:
+        pytest.skip("vdcore was built without CUDA")
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture(usage):
+    for kernel in PLAN:
+        assert {u.arch for u in usage if kernel in u.name} == ARCHITECTURES
+    assert len({u.name for u in usage}) * 2 == len([u for u in usage if u.arch in ARCHITECTURES])
+
+
+def test_nothing_spills(usage):
+    assert not [u for u in usage if u.local or u.stack]
+
+
+@pytest.mark.parametrize("kernel", PLAN)
+def test_registers(usage, kernel):
+    assert max(u.registers for u in usage if kernel in u.name) <= PLAN[kernel]
+
+
+def test_module_loads_without_a_driver():
+    if MODULE is None:
+        pytest.skip("needs the compiled module")
+    code = "import vdcore; print(vdcore.backends()['cuda'])"
+    env = {**os.environ, "VDCORE_CUDA_EMULATE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert "CUDA" in said
+
+
+def test_the_emulator_stays_out_of_wheels():
+    """It is built by development installs alone."""
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert "_cuda_emulated" in setup and "editable_mode" in setup
