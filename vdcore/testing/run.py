@@ -44,8 +44,8 @@ def run(
     wanted = {name: x for name, x in inputs.leaves.items() if x.requires_grad}
     incoming = []
     for i, y in enumerate(outputs):
-        generator = torch.Generator().manual_seed(1000 + i)
-        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(1000 + i)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")
         # Every precision of a case gets the same incoming gradient: one that the lowest can hold.
         dy = dy.to(torch.bfloat16).to(y.dtype).to(y.device)
         dy = torch.where(y.detach().isfinite(), dy, torch.zeros_like(dy))
