@@ -10,7 +10,7 @@
 // buffered with cp.async. Queries stay in registers, keys come as rows.cuh describes, values by ldmatrix.trans.
 //
 //   channels            64      96     128     256
-//   row tiles a warp     2       2       1       1
+//   row tiles a warp     2       1       1       1
 //   shared memory, KiB  42      50      74     138     2 stages of 64 keys and values
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr int kTileKeys = 64, kGatedThreads = 128;
 constexpr int key_pitch(int C) { return 64 * (C | 1); }
 constexpr int value_pitch(int C) { return 64 * C + 16; }
 constexpr int gated_shared_bytes(int C) { return 2 * kTileKeys * (key_pitch(C) + value_pitch(C)); }
-constexpr int row_tiles(int C) { return C <= 3 ? 2 : 1; }
+constexpr int row_tiles(int C) { return C <= 2 ? 2 : 1; }
 
 VDCORE_DEVICE Float2 load_gate(const Gate& g, int64_t at) {
   Float2 x;

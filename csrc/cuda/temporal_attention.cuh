@@ -15,9 +15,11 @@
 // that a load touches of a row make up whole lines of L2. Warps of the same line read its keys from L1 after the first
 // one. T <= 256 keys in one pass: the softmax knows its whole row before the first product with v.
 //
-// Instantiated for 16, 32, 64, 128, 256 keys and 64, 96, 128, 256 channels: models have 16 to 32 frames (2 and 4 tiles
-// of keys) and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are never loaded, only
-// multiplied, which a kernel that waits for memory does not feel.
+// Instantiated for 16, 32, 64, 128, 256 keys and 64, 96, 128 channels, up to 32 keys also 256: models have 16 to 32
+// frames (2 and 4 tiles of keys) and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are
+// never loaded, only multiplied, which a kernel that waits for memory does not feel. Up to 64 keys of 96 channels and
+// 32 of 128 nothing spills; beyond, arithmetic is the limit, and tens to hundreds of bytes do
+// (tests/build/test_cuda.py).
 #pragma once
 
 #include "cuda/lines.cuh"
@@ -172,7 +174,7 @@ void temporal_forward(const Where& where, const TemporalForward& f) {
   if constexpr (N <= 8)
     if (D <= 96) return temporal_forward<E, N, 3>(where, f);
   if (D <= 128) return temporal_forward<E, N, 4>(where, f);
-  if constexpr (N <= 16) return temporal_forward<E, N == 8 ? 16 : N, 8>(where, f);
+  if constexpr (N <= 4) return temporal_forward<E, N, 8>(where, f);
 }
 
 template <typename E>

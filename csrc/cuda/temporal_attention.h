@@ -20,7 +20,7 @@ struct TemporalAttention {
 // What kernels are there for.
 constexpr int kMostFrames = 256, kMostChannels = 256;
 constexpr bool temporal_fits(int64_t keys, int64_t channels) {
-  return keys <= kMostFrames && channels <= kMostChannels && channels % 8 == 0 && (keys <= 128 || channels <= 128);
+  return keys <= kMostFrames && channels <= kMostChannels && channels % 8 == 0 && (keys <= 32 || channels <= 128);
 }
 
 // Whether norm and rope happen on the way: beyond, every warp of a line would repeat them for all keys.
@@ -39,7 +39,7 @@ struct TemporalAttentionBackward {
 
 // Scores and their gradients of all pairs of a warp's rows are in registers at once.
 constexpr bool temporal_backward_fits(int64_t frames, int64_t channels) {
-  return channels % 8 == 0 && channels <= (frames <= 16 ? 256 : frames <= 64 ? 128 : frames <= 128 ? 64 : 0);
+  return channels % 8 == 0 && channels <= (frames <= 64 ? 128 : frames <= 128 ? 64 : 0);
 }
 
 void temporal_attention_backward(const Where& where, DType dtype, const TemporalAttentionBackward& args);

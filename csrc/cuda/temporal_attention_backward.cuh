@@ -28,9 +28,7 @@ struct TemporalBackward {
 };
 
 constexpr int temporal_backward_threads(int N) { return N / 2 > 4 ? 16 * N : 128; }
-constexpr int temporal_backward_blocks_per_sm(int N, int C) {
-  return N == 2 && C <= 3 ? 3 : N == 4 && C == 2 ? 3 : N == 16 ? 1 : 2;
-}
+constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : N == 16 ? 1 : 2; }
 
 template <typename E, int N, int C>
 VDCORE_KERNEL(temporal_backward_threads(N), temporal_backward_blocks_per_sm(N, C))
@@ -207,8 +205,7 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
   if (frames <= 16) {
     if (D <= 64) return temporal_backward<E, 2, 2>(where, f);
     if (D <= 96) return temporal_backward<E, 2, 3>(where, f);
-    if (D <= 128) return temporal_backward<E, 2, 4>(where, f);
-    return temporal_backward<E, 2, 8>(where, f);
+    return temporal_backward<E, 2, 4>(where, f);
   }
   if (frames <= 32) {
     if (D <= 64) return temporal_backward<E, 4, 2>(where, f);

@@ -75,8 +75,29 @@ def test_every_kernel_is_there_for_every_architecture(usage):
     assert len({u.name for u in usage}) * 2 == len([u for u in usage if u.arch in ARCHITECTURES])
 
 
-def test_nothing_spills(usage):
-    assert not [u for u in usage if u.local or u.stack]
+# Bytes of stack a thread, by kernel, tiles of 8 keys and chunks of 32 channels: beyond 64 frames, or 32 of 128 channels,
+# arithmetic is the limit, and some registers are not there. All others: none.
+SPILLS = {
+    ("temporal_forward_kernel", 4, 8): 64,
+    ("temporal_forward_kernel", 8, 4): 64,
+    ("temporal_forward_kernel", 16, 4): 64,
+    ("temporal_forward_kernel", 32, 2): 128,
+    ("temporal_forward_kernel", 32, 4): 512,
+    ("temporal_backward_kernel", 4, 4): 64,
+    ("temporal_backward_kernel", 8, 2): 64,
+    ("temporal_backward_kernel", 8, 4): 128,
+    ("temporal_backward_kernel", 16, 2): 128,
+}
+
+
+def test_spills(usage):
+    found = []
+    for u in usage:
+        match = re.search(r"(temporal_\w+_kernel)INS\w*?Li(\d+)ELi(\d+)E", u.name)
+        allowed = SPILLS.get((match[1], int(match[2]), int(match[3])), 0) if match else 0
+        if u.local or u.stack > allowed:
+            found.append((u, allowed))
+    assert not found
 
 
 @pytest.mark.parametrize("kernel", PLAN)

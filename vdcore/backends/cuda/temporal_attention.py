@@ -24,7 +24,7 @@ def why_not_temporal(c: TemporalCall) -> str | None:
         return reason
     T_k, D = c.k.shape[1], c.q.shape[-1]
     if not kernels().cuda_temporal_fits(T_k, D):
-        return f"it holds up to {MAX_FRAMES} key frames, and half of that beyond 128 channels; got {T_k} x {D}"
+        return f"it holds up to {MAX_FRAMES} key frames, or 32 beyond 128 channels; got {T_k} x {D}"
     return None if c.q.shape[1] < 2**31 else "it counts frames in 32 bits"
 
 
@@ -62,7 +62,7 @@ def _why_not_backward(c: TemporalCall) -> str | None:
         return "its backward has no grouped heads"
     frames, D = max(c.q.shape[1], c.k.shape[1]), c.q.shape[-1]
     if not kernels().cuda_temporal_backward_fits(frames, D):
-        return f"its backward holds 16 frames of 256 channels, 64 of 128 or 128 of 64; got {frames} x {D}"
+        return f"its backward holds 64 frames of 128 channels, or 128 of 64; got {frames} x {D}"
     return None
 
 
