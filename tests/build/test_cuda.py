@@ -75,7 +75,7 @@ def test_every_kernel_is_there_for_every_architecture(usage):
     assert len({u.name for u in usage}) * 2 == len([u for u in usage if u.arch in ARCHITECTURES])
 
 
-# Bytes of stack a thread, by kernel, tiles of 8 keys and chunks of 32 channels: beyond 64 frames, or 32 of 128 channels,
+# Bytes of stack a thread, by kernel, tiles of 8 keys, chunks of 32 channels: beyond 64 frames, or 32 of 128 channels,
 # arithmetic is the limit, and some registers are not there. All others: none.
 SPILLS = {
     ("temporal_forward_kernel", 4, 8): 64,
