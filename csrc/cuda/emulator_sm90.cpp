@@ -1,0 +1,305 @@
+#include "cuda/emulator_sm90.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cuda/emulator.h"
+
+namespace vdcore::cuda::emulator {
+namespace {
+
+constexpr int kLanes = 32;
+
+// ---- State of a block -----------------------------------------------------------------------------------------------
+
+struct Box {
+  char* shared;
+  const TensorMap* map;
+  uint64_t* barrier;
+  int32_t at[5];
+};
+
+// The result of products of one warp that add to one another, while they are in flight.
+struct Sum {
+  float* d[kLanes];
+  std::vector<float> rows;  // [16][n]
+  bool at_once;
+};
+
+struct Product {
+  Operands operands;
+  const uint32_t* a[kLanes];
+  std::shared_ptr<Sum> sum;
+  int group;
+  bool done;
+};
+
+struct Products {  // of a warp: a warp does 16 rows of its warpgroup's product by itself
+  bool fenced = false;
+  int open = 0;  // number of the group that the next product joins
+  std::vector<Product> list;
+};
+
+struct Engines : Extension {
+  std::vector<Box> boxes;
+  Products warps[32];
+  std::string finish() override {
+    if (!boxes.empty()) return "the block ends before its boxes have landed";
+    for (const Products& warp : warps)
+      if (!warp.list.empty()) return "the block ends before its wgmma have been waited for";
+    return "";
+  }
+};
+
+Engines& engines() {
+  auto& own = extension();
+  if (!own) own.reset(new Engines);
+  return static_cast<Engines&>(*own);
+}
+
+// ---- mbarrier: phase, arrivals that are pending and expected, bytes, in the 64 bits themselves ----------------------
+
+struct Barrier {
+  uint32_t phase, pending, expected;
+  int32_t bytes;
+};
+constexpr uint32_t kCounts = (1u << 19) - 1;
+
+Barrier read(const uint64_t* barrier) {
+  check_access(barrier, 8);
+  const uint64_t x = *barrier;
+  if (x == ~uint64_t{0}) fail("an mbarrier is used before it is initialised");
+  return {static_cast<uint32_t>(x & 1), static_cast<uint32_t>(x >> 1) & kCounts,
+          static_cast<uint32_t>(x >> 20) & kCounts, static_cast<int32_t>(x >> 39) - (1 << 22)};
+}
+
+void write(uint64_t* barrier, Barrier b) {
+  if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.expected;
+  *barrier = b.phase | uint64_t{b.pending} << 1 | uint64_t{b.expected} << 20 |
+             static_cast<uint64_t>(b.bytes + (1 << 22)) << 39;
+}
+
+// ---- Boxes ----------------------------------------------------------------------------------------------------------
+
+char* at_address(uint32_t address) { return shared_memory() + address; }
+uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+void land(const Box& box) {
+  const TensorMap& m = *box.map;
+  const uint32_t first = shared_address(box.shared);
+  for (int32_t r = 0; r < m.box[1]; ++r)
+    for (int32_t c = 0; c < m.box[0]; ++c) {
+      const int64_t at[5] = {int64_t{box.at[0]} + c, int64_t{box.at[1]} + r, box.at[2], box.at[3], box.at[4]};
+      bool inside = true;
+      int64_t offset = 0;
+      for (int i = 0; i < 5; ++i) {
+        inside = inside && at[i] >= 0 && at[i] < m.size[i];
+        offset += at[i] * m.stride[i];
+      }
+      char* to = at_address(swizzled(first + 128 * r + 2 * c));
+      if (inside) check_access(m.base + offset, 2);
+      if (inside)
+        std::memcpy(to, m.base + offset, 2);
+      else
+        std::memset(to, 0, 2);
+    }
+  Barrier b = read(box.barrier);
+  b.bytes -= 2 * m.box[0] * m.box[1];
+  write(box.barrier, b);
+}
+
+struct Awaited {
+  uint64_t* barrier;
+  uint32_t parity;
+};
+
+bool completed(void* argument) {
+  const auto& awaited = *static_cast<Awaited*>(argument);
+  auto& boxes = engines().boxes;
+  if (read(awaited.barrier).phase != awaited.parity) return true;
+  for (size_t i = boxes.size(); i--;)  // the last first: boxes land in any order
+    if (boxes[i].barrier == awaited.barrier) {
+      const Box box = boxes[i];
+      boxes.erase(boxes.begin() + i);
+      land(box);
+    }
+  return read(awaited.barrier).phase != awaited.parity;
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+float value(DType type, uint16_t bits) {
+  if (type == DType::bf16) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? std::numeric_limits<float>::quiet_NaN() : INFINITY)
+                     : exponent     ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25)
+                                    : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits >> 15 ? -size : size;
+}
+
+float shared_value(DType type, uint32_t address) {
+  const char* p = at_address(swizzled(address));
+  check_access(p, 2);
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return value(type, bits);
+}
+
+struct Descriptor {
+  uint32_t address, leading, stride;
+  explicit Descriptor(uint64_t x)
+      : address((x & 0x3fff) << 4), leading((x >> 16 & 0x3fff) << 4), stride((x >> 32 & 0x3fff) << 4) {
+    if (x >> 62 != 1) fail("a matrix descriptor without the swizzle of 128 bytes");
+    if (x >> 49 & 7) fail("a matrix descriptor with a base offset");
+  }
+};
+
+int result_row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+int result_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
+void multiply(Product& p, int warp) {
+  const Operands& o = p.operands;
+  const int n = o.n;
+  float a[16][16];
+  std::vector<float> b(16 * n);
+  const Descriptor right(o.b_descriptor);
+  for (int k = 0; k < 16; ++k)
+    for (int j = 0; j < n; ++j)
+      b[k * n + j] = shared_value(
+          o.type, o.columns ? right.address + j / 64 * right.leading + k / 8 * right.stride + k % 8 * 128 + j % 64 * 2
+                            : right.address + j / 8 * right.stride + j % 8 * 128 + 2 * k);
+  if (o.a) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; i < 8; ++i)
+        a[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] =
+            value(o.type, static_cast<uint16_t>(p.a[lane][i / 2] >> 16 * (i % 2)));
+  } else {
+    const Descriptor left(o.a_descriptor);
+    for (int r = 0; r < 16; ++r)
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t row = 16 * (warp % 4) + r;
+        a[r][k] = shared_value(o.type, left.address + row / 8 * left.stride + row % 8 * 128 + 2 * k);
+      }
+  }
+  float* rows = p.sum->rows.data();
+  if (!o.add) std::fill_n(rows, 16 * n, 0.f);
+  for (int r = 0; r < 16; ++r)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < n; ++j) rows[r * n + j] += a[r][k] * b[k * n + j];
+  p.done = true;
+}
+
+Products& own_warp() { return engines().warps[position().thread / kLanes]; }
+int own_index() { return static_cast<int>(position().thread / kLanes); }
+
+// The result so far leaves the registers: they hold NaN until a wait.
+std::shared_ptr<Sum> begin_sum(void* const* lanes, int n) {
+  auto sum = std::make_shared<Sum>();
+  sum->rows.resize(16 * n);
+  sum->at_once = lands_at_once();
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sum->d[lane] = static_cast<Operands*>(lanes[lane])->d;
+    for (int i = 0; i < n / 2; ++i) {
+      float& d = sum->d[lane][i];
+      sum->rows[result_row(lane, i) * n + result_column(lane, i)] = d;
+      d = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  return sum;
+}
+
+void meet_product(void* const* lanes) {
+  Products& warp = own_warp();
+  Product p{*static_cast<Operands*>(lanes[0]), {}, nullptr, warp.open, false};
+  if (!warp.fenced) fail("wgmma without a wgmma.fence since the last wait");
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& other = *static_cast<Operands*>(lanes[lane]);
+    if (other.a_descriptor != p.operands.a_descriptor || other.b_descriptor != p.operands.b_descriptor)
+      fail("lanes give wgmma different descriptors");
+    p.a[lane] = other.a;
+  }
+  for (const Product& earlier : warp.list)
+    if (earlier.operands.d == p.operands.d) p.sum = earlier.sum;
+  if (!p.sum) p.sum = begin_sum(lanes, p.operands.n);
+  if (p.sum->at_once) multiply(p, own_index());
+  warp.list.push_back(std::move(p));
+}
+
+void meet_wait(void* const* lanes) {
+  Products& warp = own_warp();
+  const int left = *static_cast<int*>(lanes[0]);
+  size_t done = 0;
+  for (; done < warp.list.size() && warp.list[done].group < warp.open - left; ++done)
+    if (!warp.list[done].done) multiply(warp.list[done], own_index());
+  for (size_t i = 0; i < done; ++i) {
+    const Product& p = warp.list[i];
+    bool last = true;
+    for (size_t j = i + 1; j < warp.list.size(); ++j) last = last && warp.list[j].sum != p.sum;
+    if (!last) continue;
+    const int n = p.operands.n;
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int r = 0; r < n / 2; ++r)
+        p.sum->d[lane][r] = p.sum->rows[result_row(lane, r) * n + result_column(lane, r)];
+  }
+  warp.list.erase(warp.list.begin(), warp.list.begin() + done);
+  warp.fenced = false;
+}
+
+void meet_fence(void* const*) { own_warp().fenced = true; }
+void meet_commit(void* const*) { ++own_warp().open; }
+
+}  // namespace
+
+uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - shared_memory()); }
+
+void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  check_access(barrier, 8);
+  *barrier = 0;
+  write(barrier, {0, arrivals, arrivals, 0});
+}
+
+void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+  Barrier b = read(barrier);
+  if (!b.pending) fail("more arrivals at an mbarrier than it was initialised with");
+  b.bytes += static_cast<int32_t>(bytes);
+  --b.pending;
+  write(barrier, b);
+}
+
+void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  Awaited awaited{barrier, parity};
+  wait_until(completed, &awaited, "an mbarrier");
+}
+
+void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]) {
+  if (shared_address(shared) % 1024) fail("a box with a swizzle of 128 bytes begins at a multiple of 1024 bytes");
+  Box box{static_cast<char*>(shared), map, barrier, {}};
+  std::memcpy(box.at, at, sizeof at);
+  check_access(shared, 16);
+  check_access(static_cast<char*>(shared) + 128 * map->box[1] - 16, 16);
+  if (lands_at_once())
+    land(box);
+  else
+    engines().boxes.push_back(box);
+}
+
+void wgmma_fence() { meet_warp(meet_fence, nullptr, "wgmma.fence"); }
+
+void wgmma(const Operands& mine) {
+  meet_warp(meet_product, const_cast<Operands*>(&mine), "wgmma.mma_async");
+}
+
+void wgmma_commit() { meet_warp(meet_commit, nullptr, "wgmma.commit_group"); }
+
+void wgmma_wait(int groups_left) { meet_warp(meet_wait, &groups_left, "wgmma.wait_group"); }
+
+}  // namespace vdcore::cuda::emulator

@@ -1,0 +1,204 @@
+#include "cuda/frame_attention_sm90.h"
+
+#include <algorithm>
+
+#include "cuda/frame_attention_sm90.cuh"
+#include "cuda/tensor_map.h"
+
+namespace vdcore::cuda {
+namespace {
+
+// ---- Plans ----------------------------------------------------------------------------------------------------------
+// All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills the
+// others of the last 64 with zeros.
+
+using Plan64 = FramePlan<64, 3, 128, 2>;         // three warpgroups share the keys: half the exponentials' time is hidden
+using Plan72 = FramePlan<72, 2, 176, 2>;         // its products end at 80 and 72 channels
+using Plan80 = FramePlan<80, 2, 176, 2>;
+using Plan96 = FramePlan<96, 2, 176, 2>;
+using Plan128 = FramePlan<128, 2, 176, 2>;       // as many keys as shared memory holds twice
+using Plan128Short = FramePlan<128, 2, 128, 2>;  // where runs end shortly after a multiple of 128 keys
+constexpr int64_t kMostChannels = 128;
+
+// ---- How tokens lie in memory ---------------------------------------------------------------------------------------
+
+int64_t stride_of(const TensorView& x, int axis) { return x.size[axis] > 1 ? x.stride[axis] : 0; }
+
+// Tokens follow one another at even distances through all frames.
+bool flat(const TensorView& x) { return x.size[1] == 1 || x.size[2] == 1 || x.stride[1] == x.size[2] * x.stride[2]; }
+
+int64_t token_stride(const TensorView& x) { return x.size[2] > 1 ? stride_of(x, 2) : stride_of(x, 1); }
+
+// A map takes no stride of 0; where there is nothing to step to, any other will do.
+MapShape shape_of(const TensorView& x, int32_t rows) {
+  return {x.dtype, x.data, {x.size[4], 1, 1, x.size[3], x.size[0]},
+          {1, 8, 8, std::max<int64_t>(stride_of(x, 3), 8), std::max<int64_t>(stride_of(x, 0), 8)}, 64, rows};
+}
+
+// channels x tokens of a frame x frames x heads x batch, or all tokens as one frame.
+TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32_t rows) {
+  MapShape shape = shape_of(x, rows);
+  shape.size[1] = as_one ? x.size[1] * x.size[2] : x.size[2];
+  shape.size[2] = as_one ? 1 : x.size[1];
+  shape.stride[1] = std::max<int64_t>(as_one ? token_stride(x) : stride_of(x, 2), 8);
+  shape.stride[2] = std::max<int64_t>(as_one ? 0 : stride_of(x, 1), 8);
+  return make_tensor_map(where, shape);
+}
+
+// channels x rows of a window x ends x heads x batch: window e holds the rows before token e. Its first ones begin before
+// the tensor does, and no box touches that part.
+TensorMap windows_map(const Where& where, const TensorView& x, int32_t rows) {
+  MapShape shape = shape_of(x, rows);
+  const int64_t stride = std::max<int64_t>(token_stride(x), 8);
+  shape.base -= rows * stride * 2;
+  shape.size[1] = rows;
+  shape.size[2] = x.size[1] * x.size[2] + 1;
+  shape.stride[1] = shape.stride[2] = stride;
+  return make_tensor_map(where, shape);
+}
+
+FrameSource source_of(const Where& where, const FrameTokens& x, int32_t rows, int32_t keys) {
+  FrameSource source{};
+  const bool q_flat = flat(x.q), k_flat = flat(x.k) && flat(x.v);
+  source.q = frames_map(where, x.q, q_flat, rows);
+  source.k = k_flat ? windows_map(where, x.k, keys) : frames_map(where, x.k, false, keys);
+  source.v = k_flat ? windows_map(where, x.v, keys) : frames_map(where, x.v, false, keys);
+  source.q_frame = q_flat ? 0 : static_cast<int32_t>(x.q.size[2]);
+  source.k_frame = k_flat ? 0 : static_cast<int32_t>(x.k.size[2]);
+  return source;
+}
+
+// ---- Work -----------------------------------------------------------------------------------------------------------
+
+QueryTiles tiles_of(const FrameAttention& call) {
+  const TensorView &q = call.video.q, &k = call.video.k;
+  QueryTiles tiles;
+  tiles.queries = static_cast<int32_t>(q.size[1]);
+  tiles.keys = static_cast<int32_t>(k.size[1]);
+  tiles.tokens = static_cast<int32_t>(q.size[2]);
+  tiles.text = call.text.q ? static_cast<int32_t>(call.text.q.size[2]) : 0;
+  tiles.q_start = static_cast<int32_t>(call.q_start);
+  tiles.text_sees_video = call.text_sees_video;
+  // Numbers beyond the video are cut down: products with them then stay inside 32 bits.
+  const int64_t frames = std::max(k.size[1], call.q_start + q.size[1]);
+  FrameMask& mask = tiles.mask = call.mask;
+  mask.chunk = std::min(mask.chunk, frames);
+  mask.sink = std::min(mask.sink, frames);
+  const int64_t chunks = (frames + mask.chunk - 1) / mask.chunk;
+  for (int64_t* bound : {&mask.past, &mask.future})
+    if (*bound >= chunks) *bound = -1;
+  tiles.group = static_cast<int32_t>(!flat(q) ? 1 : mask.full() ? frames : mask.chunk);
+  return tiles;
+}
+
+struct Work {
+  int64_t tiles = 0;  // of keys, all query frames together
+  bool even = true;   // every query frame sees the same number
+};
+
+Work work_of(const FrameAttention& call, const QueryTiles& tiles, int32_t keys) {
+  Work work;
+  const int64_t frame = flat(call.video.k) && flat(call.video.v) ? 0 : tiles.tokens;
+  int64_t first = -1;
+  for (int32_t t = 0; t < tiles.queries; ++t) {
+    Run runs[2];
+    tiles.mask.visible(tiles.q_start + t, tiles.keys, runs[0], runs[1]);
+    int64_t mine = 0;
+    for (const Run& run : runs)
+      mine += frame ? run.size() * ((frame + keys - 1) / keys) : (run.size() * tiles.tokens + keys - 1) / keys;
+    if (first < 0) first = mine;
+    work.tiles += mine;
+    work.even = work.even && mine == first;
+  }
+  work.even = work.even && !call.lengths && !call.text.q;
+  return work;
+}
+
+int multiprocessors(const Where& where) {
+#ifdef VDCORE_EMULATE
+  (void)where;
+  return 3;  // few, so that a block has several tiles
+#else
+  int count = 0;
+  OnDevice::check(where, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, where.device));
+  return count;
+#endif
+}
+
+template <class Plan, typename E>
+void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
+  const TensorView& q = call.video.q;
+  FrameParameters p{};
+  tiles.rows = Plan::kRows;
+  p.tiles = tiles;
+  p.video = source_of(where, call.video, Plan::kRows, Plan::kKeys);
+  if (call.text.q) p.text = source_of(where, call.text, Plan::kRows, Plan::kKeys);
+  p.lengths = call.lengths;
+  p.text_lengths = call.text_lengths;
+  p.out = call.out.data;
+  p.lse = reinterpret_cast<float*>(call.lse.data);
+  p.rows = call.out.size[1];
+  p.video_row = call.video_row;
+  p.text_row = call.text_row;
+  p.heads = static_cast<int32_t>(q.size[3]);
+  p.ratio = static_cast<int32_t>(q.size[3] / call.video.k.size[3]);
+  p.channels = static_cast<int32_t>(q.size[4]);
+  p.exponent = call.exponent;
+  const int64_t items = q.size[0] * q.size[3] * tiles.count();
+  if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
+  p.items = static_cast<int32_t>(items);
+  // Where all tiles cost the same, one block an SM takes them in turn and loads the next one's tokens while it stores.
+  // Otherwise a block each: the hardware hands them out, the longest first.
+  const bool even = work_of(call, tiles, Plan::kKeys).even;
+  p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
+  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, p.blocks, Plan::kThreads, Plan::kShared, p);
+}
+
+template <typename E>
+void run_type(const Where& where, const FrameAttention& call) {
+  const int64_t channels = call.video.q.size[4];
+  const QueryTiles tiles = tiles_of(call);
+  if (channels <= 64) return run<Plan64, E>(where, call, tiles);
+  if (channels <= 72) return run<Plan72, E>(where, call, tiles);
+  if (channels <= 80) return run<Plan80, E>(where, call, tiles);
+  if (channels <= 96) return run<Plan96, E>(where, call, tiles);
+  // Predicted: 128 keys a tile cost 4 % more a key, which tiles that are partly empty can outweigh.
+  const int64_t large = work_of(call, tiles, Plan128::kKeys).tiles * Plan128::kKeys;
+  const int64_t small = work_of(call, tiles, Plan128Short::kKeys).tiles * Plan128Short::kKeys;
+  if (small * 26 < large * 25) return run<Plan128Short, E>(where, call, tiles);
+  return run<Plan128, E>(where, call, tiles);
+}
+
+}  // namespace
+
+std::string why_not_frame_attention_sm90(const FrameAttention& call) {
+  const TensorView& video = call.video.q;
+  if (video.dtype == DType::f32) return "it multiplies float16 and bfloat16";
+  if (video.size[4] % 8 || video.size[4] > kMostChannels)
+    return "head_dim must be a multiple of 8 up to 128, got " + std::to_string(video.size[4]);
+  for (const FrameTokens* tokens : {&call.video, &call.text}) {
+    if (!tokens->q) continue;
+    for (const TensorView* x : {&tokens->q, &tokens->k, &tokens->v}) {
+      if (reinterpret_cast<uintptr_t>(x->data) % 16) return "tensors must begin at multiples of 16 bytes";
+      for (int axis = 0; axis < 4; ++axis)
+        if (x->size[axis] > 1 && (x->stride[axis] % 8 || x->stride[axis] <= 0 || x->stride[axis] >= int64_t{1} << 39))
+          return "strides must be multiples of 16 bytes, above 0 and below 2^40, got " +
+                 std::to_string(x->stride[axis]) + " elements";
+    }
+  }
+  const int64_t frames = std::max(call.video.k.size[1], call.q_start + video.size[1]);
+  if (frames * video.size[2] + call.out.size[1] >= (int64_t{1} << 31) - 512)
+    return "it counts the tokens of a sample in 32 bits";
+  return "";
+}
+
+void frame_attention_sm90_forward(const Where& where, const FrameAttention& call) {
+  const std::string reason = why_not_frame_attention_sm90(call);
+  if (!reason.empty()) launch_error(where, reason);
+  if (call.video.q.dtype == DType::bf16)
+    run_type<bf16>(where, call);
+  else
+    run_type<f16>(where, call);
+}
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,400 @@
+// Spatial and video attention on Hopper: one block a tile of query tokens and head, which walks over the keys that the
+// tile sees. Tensor memory accelerator, wgmma and warp specialisation as in FlashAttention-3 (Shah et al. 2024,
+// arXiv:2407.08608); runs of visible frames instead of a mask.
+//
+// Roles. One thread of warpgroup 0 loads: the tile's queries once, then keys and values into rings of kStages tiles each,
+// as soon as the consumers have released a stage. Each of the other warpgroups owns 64 query rows: scores S = Q K^T go
+// to registers, probabilities P = 2^(S c - m c) stay there as the first operand of O += P V. The product for the next
+// tile's scores is issued before the softmax of this one, and named barriers let the warpgroups take turns at the tensor
+// cores, so that one's softmax runs under the other's products.
+//
+// Runs. A tile of queries never leaves a chunk of the mask, so all its rows see the same one or two runs of frames, and
+// text. Where frames follow one another in memory, a run is one sequence of tokens. A tile that begins with a run and
+// ends with it needs no mask but at its last, partial tile, whose other rows must not be read at all: what is not
+// visible may be NaN, and 0 * NaN is NaN. So keys and values are seen through a tensor map of windows, channels x
+// kKeys x ends x heads x batch, in which window e holds the kKeys tokens before token e: its second and third stride are
+// the same. A box that starts kKeys - rows tokens into window start + rows holds exactly the tokens [start, start +
+// rows), and the accelerator fills the rest with zeros, because there the window ends. Every tile, whole or not, is
+// loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay inside a
+// frame and the map is channels x S x frames x heads x batch, which ends where the frame does.
+//
+// Plan, D = 128 and 64. Work is 4 D FLOP a visible pair. Per tile of 128 x 176: 2 * 128 * 176 * 128 * 2 FLOP are 11.5
+// MFLOP, 2.8 k cycles of an SM's tensor cores at 4,096 FLOP a cycle; its 22.5 k exponentials take 1.4 k cycles at 16 a
+// cycle, half of that. It loads 90 KB: 33 B a cycle and SM, 7.8 TB/s at 1.75 GHz, from L2, where all tiles of a head
+// meet; from memory a head's keys come once. Shared memory is read by the products of Q K^T: 128 B a cycle for A and B
+// at most. Shared: 32 KB of queries + 2 stages of 2 * 44 KB = 209 KB, one block an SM. D = 64: rows of 192 queries,
+// because 2 * 64 rows leave the exponentials (the same number for half the products) no time to hide: 24 KB + 2 stages
+// of 2 * 16 KB.
+// Registers at D = 128, a consumer: S 88, P 44, O 64, 44 left of 240. D = 64: S 64, P 32, O 32, 32 left of 160.
+// Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, FlashAttention-3's rates, and
+// 90 % of these a pair under a mask, where the last tile of a run is partly empty. None of it is measured yet.
+#pragma once
+
+#include "common/query_tiles.h"
+#include "cuda/ptx_sm90.h"
+
+namespace vdcore::cuda {
+
+// The compile-time plan of a kernel: channels D (a multiple of 8), warpgroups of 64 query rows, keys a tile, stages.
+template <int kD, int kGroups, int kKeyRows, int kStageCount, bool kTurns = true>
+struct FramePlan {
+  static constexpr int D = kD, kConsumers = kGroups, kKeys = kKeyRows, kStages = kStageCount;
+  static constexpr bool kPingPong = kTurns;  // warpgroups take turns at the tensor cores
+  static constexpr int kRows = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kColumns = (D + 63) / 64;  // of 64 channels, 128 bytes
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr uint32_t kQueryBytes = kRows * kColumns * 128, kKeyBytes = kKeys * kColumns * 128;
+  static constexpr int kBarriers = 2 + 4 * kStages;
+  static constexpr size_t kShared = 1024 + kQueryBytes + 2 * kStages * kKeyBytes + 8 * kBarriers + 48 + 4 * kStages;
+  static_assert(D % 8 == 0 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
+  static_assert(kShared <= 232448, "of 227 KB");
+};
+
+struct FrameSource {
+  TensorMap q, k, v;
+  int32_t q_frame, k_frame;  // tokens a frame where frames have gaps between them, 0: none
+};
+
+struct FrameParameters {
+  FrameSource video, text;
+  QueryTiles tiles;
+  const int64_t *lengths, *text_lengths;  // (B), or null
+  char* out;
+  float* lse;
+  int64_t rows, video_row, text_row;  // of a sample in out, and where the video and the text begin
+  int32_t items, blocks;  // tiles of all heads and samples, and how many blocks share them
+  int32_t heads, ratio;   // query heads, and how many of them share a key head
+  int32_t channels;
+  float exponent;  // scale times log2 e
+};
+
+// A stage of a ring and how often it has come round.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  VDCORE_DEVICE void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// What the producer tells the consumers of an item: a tile of queries of a head.
+struct FrameItem {
+  int64_t first;                // of its rows in out, counted in rows of one head
+  int32_t rows, live, key_tiles;
+};
+
+template <class Plan>
+struct FrameShared {
+  char* queries;  // [columns][rows][64]
+  char* keys;     // [stages][columns][keys][64]
+  char* values;
+  FrameItem* items;   // [2]: the next one is written while the last one's result is stored
+  uint64_t *q_full, *q_empty;
+  uint64_t *k_full, *k_empty, *v_full, *v_empty;  // [stages]
+  int32_t* key_rows;                              // [stages]
+
+  VDCORE_DEVICE explicit FrameShared(char* base) {
+    base += -shared_address(base) & 1023;  // what a swizzle of 128 bytes repeats after
+    queries = base;
+    keys = queries + Plan::kQueryBytes;
+    values = keys + Plan::kStages * Plan::kKeyBytes;
+    items = reinterpret_cast<FrameItem*>(values + Plan::kStages * Plan::kKeyBytes);
+    q_full = reinterpret_cast<uint64_t*>(items + 2);
+    q_empty = q_full + 1;
+    k_full = q_empty + 1;
+    k_empty = k_full + Plan::kStages;
+    v_full = k_empty + Plan::kStages;
+    v_empty = v_full + Plan::kStages;
+    key_rows = reinterpret_cast<int32_t*>(v_empty + Plan::kStages);
+  }
+};
+
+template <class Plan>
+VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, uint64_t* barrier, int32_t c1,
+                                             int32_t c2, int32_t c3, int32_t c4) {
+VDCORE_UNROLL
+  for (int column = 0; column < Plan::kColumns; ++column)
+    load_box(shared + column * rows * 128, map, barrier, 64 * column, c1, c2, c3, c4);
+}
+
+VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
+  if (!lengths) return INT32_MAX;
+  const int64_t n = load_global<int64_t>(lengths + sample);
+  return static_cast<int32_t>(n < INT32_MAX ? n : INT32_MAX);
+}
+
+template <class Plan>
+VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& shared) {
+  Ring<Plan::kStages> ring;
+  Ring<2> slot;
+  uint32_t q_parity = 0;
+  const int32_t count = p.tiles.count();
+  for (int32_t i = block_index(); i < p.items; i += p.blocks, slot.next(), q_parity ^= 1) {
+    const int32_t pair = i / count, sample = pair / p.heads, head = pair % p.heads;
+    // From the end: text and the last frames of a causal mask see the most, and nobody should be left with them.
+    const QueryTile tile = p.tiles.at(count - 1 - i % count, valid_of(p.lengths, sample),
+                                      valid_of(p.text_lengths, sample));
+    const FrameSource& own = tile.of_text ? p.text : p.video;
+    const KeyWalk<Plan::kKeys> walk(tile, p.video.k_frame);
+
+    mbarrier_wait(shared.q_empty, q_parity ^ 1);
+    const int64_t row = sample * p.rows + (tile.of_text ? p.text_row : p.video_row) + tile.start;
+    shared.items[slot.stage] = {row * p.heads + head, tile.rows, tile.live, walk.count};
+    mbarrier_arrive_expect(shared.q_full, walk.count ? Plan::kQueryBytes : 0);
+    if (!walk.count) continue;
+    const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
+    load_columns<Plan>(shared.queries, Plan::kRows, &own.q, shared.q_full, tile.start - frame * own.q_frame, frame, head,
+                       sample);
+
+    for (int32_t j = 0; j < walk.count; ++j, ring.next()) {
+      const KeyTile keys = walk.at(j);
+      const FrameSource& source = keys.of_text ? p.text : p.video;
+      int32_t c1 = Plan::kKeys - keys.rows, c2 = keys.start + keys.rows;  // window c2, and where in it
+      if (source.k_frame) c2 = keys.start / source.k_frame, c1 = keys.start - c2 * source.k_frame;
+      const uint32_t offset = ring.stage * Plan::kKeyBytes;
+      mbarrier_wait(shared.k_empty + ring.stage, ring.parity ^ 1);
+      shared.key_rows[ring.stage] = keys.rows;
+      mbarrier_arrive_expect(shared.k_full + ring.stage, Plan::kKeyBytes);
+      load_columns<Plan>(shared.keys + offset, Plan::kKeys, &source.k, shared.k_full + ring.stage, c1, c2,
+                         head / p.ratio, sample);
+      mbarrier_wait(shared.v_empty + ring.stage, ring.parity ^ 1);
+      mbarrier_arrive_expect(shared.v_full + ring.stage, Plan::kKeyBytes);
+      load_columns<Plan>(shared.values + offset, Plan::kKeys, &source.v, shared.v_full + ring.stage, c1, c2,
+                         head / p.ratio, sample);
+    }
+  }
+}
+
+// Largest score and sum of a thread's two rows, and the step of the online softmax.
+template <class Plan>
+struct FrameSoftmax {
+  float top[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+
+  // Scores become probabilities in place; `shrink`: what the result so far is to be multiplied by.
+  VDCORE_DEVICE void step(float (&s)[Plan::kKeys / 2], int32_t rows, int lane, float exponent, float (&shrink)[2]) {
+    if (rows < Plan::kKeys) {
+      VDCORE_UNROLL
+      for (int i = 0; i < Plan::kKeys / 2; ++i)
+        if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= rows) s[i] = -infinity();
+    }
+    VDCORE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float most = top[r];
+      VDCORE_UNROLL
+      for (int i = 2 * r; i < Plan::kKeys / 2; i += 4) most = maximum(most, maximum(s[i], s[i + 1]));
+      most = maximum(most, shuffle_xor(most, 1));
+      most = maximum(most, shuffle_xor(most, 2));
+      shrink[r] = exp2_approx((top[r] - most) * exponent);
+      top[r] = most;
+      const float shift = most * exponent;
+      float total = 0;
+      VDCORE_UNROLL
+      for (int i = 2 * r; i < Plan::kKeys / 2; i += 4) {
+        s[i] = exp2_approx(fmaf(s[i], exponent, -shift));
+        s[i + 1] = exp2_approx(fmaf(s[i + 1], exponent, -shift));
+        total += s[i] + s[i + 1];
+      }
+      sum[r] = fmaf(sum[r], shrink[r], total);
+    }
+  }
+};
+
+template <class Plan, typename E>
+struct FrameConsumer {
+  static constexpr int kKeys = Plan::kKeys, D = Plan::D;
+  const FrameParameters& p;
+  const FrameShared<Plan>& shared;
+  int group, lane, row;  // warpgroup; lane of its warp; first of the two rows, row and row + 8
+  Ring<Plan::kStages> k_ring, v_ring;
+  Ring<2> slot;
+  uint32_t q_parity = 0;
+  float o[D / 2];
+  uint32_t probabilities[kKeys / 16][4];
+
+  VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory,
+                                           int thread)
+      : p(parameters), shared(memory), group(warp_uniform(thread / 128)), lane(thread % 32) {
+    row = 16 * (thread / 32) + lane / 4;
+  }
+
+  // Named barrier 1 + group lets a warpgroup issue its products; they pass it round.
+  VDCORE_DEVICE void await_turn() const {
+    if (Plan::kPingPong) named_barrier_wait(1 + group, 256);
+  }
+  VDCORE_DEVICE void pass_turn() const {
+    if (Plan::kPingPong) named_barrier_arrive(1 + (group + 1) % Plan::kConsumers, 256);
+  }
+
+  VDCORE_DEVICE void release(uint64_t* barrier) const {
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  VDCORE_DEVICE void issue_scores(float (&s)[kKeys / 2]) const {
+    const uint32_t q = shared_address(shared.queries) + group * 64 * 128;
+    const uint32_t k = shared_address(shared.keys) + k_ring.stage * Plan::kKeyBytes;
+    wgmma_fence();
+VDCORE_UNROLL
+    for (int step = 0; step < (D + 15) / 16; ++step) {
+      const uint32_t column = step / 4, offset = step % 4 * 32;
+      const uint64_t a = rows_descriptor(q + column * Plan::kRows * 128 + offset);
+      const uint64_t b = rows_descriptor(k + column * kKeys * 128 + offset);
+      if (step == 0)
+        Wgmma<E, kKeys>::template rows_times_rows<false>(s, a, b);
+      else
+        Wgmma<E, kKeys>::template rows_times_rows<true>(s, a, b);
+    }
+    wgmma_commit();
+  }
+
+  VDCORE_DEVICE void issue_result() {
+    const uint32_t v = shared_address(shared.values) + v_ring.stage * Plan::kKeyBytes;
+    wgmma_fence();
+VDCORE_UNROLL
+    for (int step = 0; step < kKeys / 16; ++step)
+      Wgmma<E, D>::registers_times_columns(o, probabilities[step], columns_descriptor(v + step * 16 * 128, kKeys * 128));
+    wgmma_commit();
+  }
+
+  VDCORE_DEVICE void await_keys() const { mbarrier_wait(shared.k_full + k_ring.stage, k_ring.parity); }
+  VDCORE_DEVICE void await_values() const { mbarrier_wait(shared.v_full + v_ring.stage, v_ring.parity); }
+  VDCORE_DEVICE void release_keys() {
+    release(shared.k_empty + k_ring.stage);
+    k_ring.next();
+  }
+  VDCORE_DEVICE void release_values() {
+    release(shared.v_empty + v_ring.stage);
+    v_ring.next();
+  }
+
+  // The result of a product is laid out as the first operand of the next.
+  VDCORE_DEVICE void keep_probabilities(const float (&s)[kKeys / 2]) {
+VDCORE_UNROLL
+    for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = pack<E>(s[2 * i], s[2 * i + 1]);
+  }
+
+  VDCORE_DEVICE void shrink_result(const float (&shrink)[2]) {
+VDCORE_UNROLL
+    for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
+  }
+
+  VDCORE_DEVICE void run() {
+    mbarrier_wait(shared.q_full, q_parity);
+    q_parity ^= 1;
+    FrameSoftmax<Plan> softmax;
+VDCORE_UNROLL
+    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    const int32_t key_tiles = shared.items[slot.stage].key_tiles;
+    if (key_tiles) {
+      float shrink[2];
+      {
+        float s[kKeys / 2];
+        await_keys();
+        const int32_t rows = shared.key_rows[k_ring.stage];
+        issue_scores(s);
+        wgmma_wait<0>();
+        release_keys();
+        softmax.step(s, rows, lane, p.exponent, shrink);
+        keep_probabilities(s);
+      }
+      for (int32_t j = 1; j < key_tiles; ++j) {
+        float s[kKeys / 2];
+        await_keys();
+        const int32_t rows = shared.key_rows[k_ring.stage];
+        await_turn();
+        issue_scores(s);
+        await_values();
+        issue_result();
+        pass_turn();
+        wgmma_wait<1>();
+        release_keys();
+        softmax.step(s, rows, lane, p.exponent, shrink);
+        wgmma_wait<0>();
+        release_values();
+        shrink_result(shrink);
+        keep_probabilities(s);
+      }
+    }
+    release(shared.q_empty);
+    if (key_tiles) {
+      await_values();
+      issue_result();
+      wgmma_wait<0>();
+      release_values();
+    }
+    store(shared.items[slot.stage], softmax);
+    slot.next();
+  }
+
+  VDCORE_DEVICE void store(const FrameItem& item, const FrameSoftmax<Plan>& softmax) const {
+VDCORE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float sum = softmax.sum[r];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int mine = row + 8 * r;
+      const bool live = mine < item.live, inside = mine < item.rows;
+      const float factor = live ? 1 / sum : 0;
+      const int64_t at = item.first + static_cast<int64_t>(mine) * p.heads;
+VDCORE_UNROLL
+      for (int c = 0; c < D / 8; c += 4) {
+        uint32_t word[4];
+VDCORE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int d = 4 * (c + i) + 2 * r;
+          word[i] = c + i < D / 8 && live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
+        }
+        transpose_quad(word, lane);
+        const int channel = 8 * (c + lane % 4);
+        if (inside && channel < p.channels) store_global<Vec4>(p.out + 2 * (at * p.channels + channel), {{word[0], word[1], word[2], word[3]}});
+      }
+      if (p.lse && inside && lane % 4 == 0)
+        p.lse[at] = live ? fmaf(softmax.top[r], p.exponent, log2f(sum)) * 0.6931471805599453f : -infinity();
+    }
+  }
+
+  // Word i of lane j of four becomes word j of lane i: a lane's words are then 16 bytes of one row.
+  static VDCORE_DEVICE void transpose_quad(uint32_t (&word)[4], int lane) {
+VDCORE_UNROLL
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool high = lane & bit;
+VDCORE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const uint32_t got = shuffle_xor(high ? word[i] : word[i + bit], bit);
+        (high ? word[i] : word[i + bit]) = got;
+      }
+    }
+  }
+};
+
+template <class Plan, typename E>
+VDCORE_KERNEL(Plan::kThreads, 1)
+frame_attention_sm90_fwd_kernel(const VDCORE_GRID_CONSTANT FrameParameters p) {
+  const FrameShared<Plan> shared(shared_memory());
+  const int thread = static_cast<int>(thread_index());
+  if (thread == 0) {
+    mbarrier_init(shared.q_full, 1);
+    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival a warp
+    for (int i = 0; i < Plan::kStages; ++i) {
+      mbarrier_init(shared.k_full + i, 1);
+      mbarrier_init(shared.v_full + i, 1);
+      mbarrier_init(shared.k_empty + i, 4 * Plan::kConsumers);
+      mbarrier_init(shared.v_empty + i, 4 * Plan::kConsumers);
+    }
+    mbarrier_init_fence();
+  }
+  sync_block();
+  if (thread < 128) {
+    give_registers<Plan::kProducerRegisters>();
+    if (thread == 0) produce<Plan>(p, shared);
+  } else {
+    take_registers<Plan::kConsumerRegisters>();
+    FrameConsumer<Plan, E> consumer(p, shared, thread - 128);
+    if (consumer.group == Plan::kConsumers - 1) consumer.pass_turn();  // the first one's first turn
+    for (int32_t i = block_index(); i < p.items; i += p.blocks) consumer.run();
+  }
+}
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,42 @@
+// What sm_90a adds to PTX, as csrc/cuda/ptx.h: mbarriers, the tensor memory accelerator (TMA), wgmma, registers that move
+// between warpgroups, named barriers.
+//
+// wgmma multiplies 64 rows by 16 of K. Thread t of the warpgroup holds of the 64 x N result d[i]: row 16 (t / 32) +
+// (t % 32) / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2; and of a 64 x 16 first operand a[i], two values:
+// row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2), columns 8 (i / 2) + 2 (t % 4) and the next.
+#pragma once
+
+#include "cuda/ptx.h"
+
+// For a parameter that holds tensor maps: the accelerator reads them where the launch put them.
+#ifdef VDCORE_EMULATE
+#define VDCORE_GRID_CONSTANT
+#include "cuda/ptx_sm90_emulated.h"
+#else
+#define VDCORE_GRID_CONSTANT __grid_constant__
+#include "cuda/ptx_sm90_device.h"
+#endif
+
+namespace vdcore::cuda {
+
+// ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1) -----------------------------------------------
+// Tiles lie as TMA writes them with a swizzle of 128 bytes: rows of 64 channels, 8 rows in 1024 bytes, in which the
+// 16-byte piece i of row r stands at i ^ r.
+
+// Bits 0-13: address, 16-29: leading, 32-45: stride byte offset, all without their last 4 bits; 62: the swizzle.
+VDCORE_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+  return uint64_t{1} << 62 | static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+}
+
+// Rows are the M or the N of the product, channels its K; the address is that of the first of 16 channels. The leading
+// offset has no meaning with this swizzle.
+VDCORE_DEVICE uint64_t rows_descriptor(uint32_t address) { return matrix_descriptor(address, 16, 1024); }
+
+// Rows are the K of the product, channels its N, in columns of 64 channels that are `column` bytes apart; the address
+// is that of the first of 16 rows.
+VDCORE_DEVICE uint64_t columns_descriptor(uint32_t address, uint32_t column) {
+  return matrix_descriptor(address, column, 1024);
+}
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,105 @@
+// Bodies of csrc/cuda/ptx_sm90.h under nvcc. Numbers of sections are those of the PTX ISA 8.
+#pragma once
+
+#include <cuda.h>
+
+namespace vdcore::cuda {
+
+using TensorMap = CUtensorMap;
+
+// ---- mbarrier (9.7.13.15) ----
+
+VDCORE_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the accelerator; before a barrier of the whole block.
+VDCORE_DEVICE void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+VDCORE_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets the phase wait for so many more bytes.
+VDCORE_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase with this parity has completed. A fresh barrier counts as if a phase of parity 1 had.
+VDCORE_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "TRY:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni DONE;\n"
+      "bra.uni TRY;\n"
+      "DONE:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- Tensor memory accelerator (9.7.9.27) ----
+
+VDCORE_DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies the box at these coordinates, innermost first, to shared memory, 0 where it leaves the tensor, and then counts
+// all its bytes at the barrier.
+VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1,
+                                         int32_t c2, int32_t c3, int32_t c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// ---- Warpgroups ----
+
+template <int kRegisters>
+VDCORE_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+VDCORE_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Named barriers (9.7.13.1); 0 is that of __syncthreads. `threads` counts those that wait and those that only arrive.
+VDCORE_DEVICE void named_barrier_wait(int id, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+VDCORE_DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- wgmma (9.7.15) ----
+
+// Orders registers that were written by ordinary instructions before the products that use them.
+VDCORE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+VDCORE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most so many of the latest groups are still running.
+template <int kGroups>
+VDCORE_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+// What all lanes agree on, in a register of the warp.
+VDCORE_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+}  // namespace vdcore::cuda
+
+#include "cuda/wgmma_device.h"

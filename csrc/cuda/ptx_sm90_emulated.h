@@ -1,0 +1,55 @@
+// Bodies of csrc/cuda/ptx_sm90.h on the CPU.
+#pragma once
+
+#include "cuda/emulator_sm90.h"
+
+namespace vdcore::cuda {
+
+VDCORE_DEVICE uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
+VDCORE_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
+VDCORE_DEVICE void mbarrier_init_fence() {}
+VDCORE_DEVICE void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
+VDCORE_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  emulator::mbarrier_arrive(barrier, bytes);
+}
+VDCORE_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+
+VDCORE_DEVICE void prefetch_map(const TensorMap*) {}
+VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1, int32_t c2,
+                            int32_t c3, int32_t c4) {
+  emulator::load_box(shared, map, barrier, {c0, c1, c2, c3, c4});
+}
+
+template <int kRegisters>
+VDCORE_DEVICE void take_registers() {}
+template <int kRegisters>
+VDCORE_DEVICE void give_registers() {}
+
+VDCORE_DEVICE void named_barrier_wait(int id, int threads) { emulator::meet_block(id, threads); }
+VDCORE_DEVICE void named_barrier_arrive(int id, int threads) { emulator::arrive_block(id, threads); }
+
+VDCORE_DEVICE void wgmma_fence() { emulator::wgmma_fence(); }
+VDCORE_DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
+template <int kGroups>
+VDCORE_DEVICE void wgmma_wait() {
+  emulator::wgmma_wait(kGroups);
+}
+
+template <typename E, int N>
+struct Wgmma {
+  template <bool kAdd>
+  static void rows_times_rows(float (&d)[N / 2], uint64_t a, uint64_t b) {
+    emulator::wgmma({E::dtype, N, d, nullptr, a, b, false, kAdd});
+  }
+  static void registers_times_columns(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+    emulator::wgmma({E::dtype, N, d, a, 0, b, true, true});
+  }
+};
+
+VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {
+  return emulated::meet(emulated::shfl_xor, x, lanes, "shfl");
+}
+VDCORE_DEVICE int warp_uniform(int x) { return x; }
+
+}  // namespace vdcore::cuda

@@ -1,0 +1,20 @@
+// Tensor maps: what the tensor memory accelerator knows of a tensor.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/ptx_sm90.h"
+
+namespace vdcore::cuda {
+
+// Five dimensions of 16-bit elements, innermost first; strides in elements, the first one 1. Boxes are `columns` x `rows`
+// of the first two and go to shared memory with a swizzle of 128 bytes; what lies outside is 0.
+struct MapShape {
+  DType dtype;
+  const char* base;
+  int64_t size[5], stride[5];
+  int32_t columns, rows;
+};
+
+TensorMap make_tensor_map(const Where& where, const MapShape& shape);
+
+}  // namespace vdcore::cuda
