@@ -254,6 +254,8 @@ void meet_wait(void* const* lanes) {
   warp.fenced = false;
 }
 
+bool no_longer(void* polls) { return --*static_cast<int*>(polls) < 0; }
+
 void meet_fence(void* const*) { own_warp().fenced = true; }
 void meet_commit(void* const*) { ++own_warp().open; }
 
@@ -300,6 +302,11 @@ void wgmma(const Operands& mine) {
 
 void wgmma_commit() { meet_warp(meet_commit, nullptr, "wgmma.commit_group"); }
 
-void wgmma_wait(int groups_left) { meet_warp(meet_wait, &groups_left, "wgmma.wait_group"); }
+// Products take their time: who else can run does so first, and may spoil what they have yet to read.
+void wgmma_wait(int groups_left) {
+  int polls = 1;
+  if (!lands_at_once()) wait_until(no_longer, &polls, "wgmma.wait_group");
+  meet_warp(meet_wait, &groups_left, "wgmma.wait_group");
+}
 
 }  // namespace vdcore::cuda::emulator

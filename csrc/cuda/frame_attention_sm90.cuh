@@ -310,6 +310,7 @@ VDCORE_UNROLL
         wgmma_wait<1>();
         release_keys();
         softmax.step(s, rows, lane, p.exponent, shrink);
+        after_computing(softmax.sum[0] + softmax.sum[1], shared.q_full);
         wgmma_wait<0>();
         release_values();
         shrink_result(shrink);

@@ -95,6 +95,15 @@ VDCORE_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
+// Keeps the wait that follows behind the computation of x, which is never below 0: ptxas moves a wait up as far as the
+// next access to memory, and what was to run beside the products would then run after them. This is an access that
+// depends on x and never happens.
+VDCORE_DEVICE void after_computing(float x, const void* shared) {
+  asm volatile("{.reg .pred never; setp.lt.f32 never, %0, 0f00000000; @never st.shared.b32 [%1], 0;}" ::"f"(x),
+               "r"(shared_address(shared))
+               : "memory");
+}
+
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
 // What all lanes agree on, in a register of the warp.
