@@ -62,6 +62,7 @@ struct QueryTiles {
       tile.window = span(window);
     }
     if (!tile.live) tile.sink = tile.window = tile.text = {};
+    if (!tile.sink.size() && !tile.window.size() && !tile.text.size()) tile.live = 0;
     return tile;
   }
 

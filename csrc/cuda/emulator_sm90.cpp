@@ -247,8 +247,7 @@ void meet_wait(void* const* lanes) {
     if (!last) continue;
     const int n = p.operands.n;
     for (int lane = 0; lane < kLanes; ++lane)
-      for (int r = 0; r < n / 2; ++r)
-        p.sum->d[lane][r] = p.sum->rows[result_row(lane, r) * n + result_column(lane, r)];
+      for (int r = 0; r < n / 2; ++r) p.sum->d[lane][r] = p.sum->rows[result_row(lane, r) * n + result_column(lane, r)];
   }
   warp.list.erase(warp.list.begin(), warp.list.begin() + done);
   warp.fenced = false;
@@ -296,9 +295,7 @@ void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32
 
 void wgmma_fence() { meet_warp(meet_fence, nullptr, "wgmma.fence"); }
 
-void wgmma(const Operands& mine) {
-  meet_warp(meet_product, const_cast<Operands*>(&mine), "wgmma.mma_async");
-}
+void wgmma(const Operands& mine) { meet_warp(meet_product, const_cast<Operands*>(&mine), "wgmma.mma_async"); }
 
 void wgmma_commit() { meet_warp(meet_commit, nullptr, "wgmma.commit_group"); }
 

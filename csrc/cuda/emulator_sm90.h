@@ -1,8 +1,8 @@
 // The asynchronous engines of sm_90a under the emulator: mbarrier, tensor maps, wgmma.
 //
 // Copies of the accelerator and products run on their own: each lands at once or only when it is waited for, as the
-// order of the test chooses, so that a tile that is overwritten, read or released too early gives wrong numbers. Until a
-// product has been waited for its result holds NaN.
+// order of the test chooses, so that a tile that is overwritten, read or released too early gives wrong numbers. Until
+// a product has been waited for its result holds NaN.
 #pragma once
 
 #include <cstdint>

@@ -1,19 +1,18 @@
-#include "cuda/frame_attention_sm90.h"
-
 #include <algorithm>
 
 #include "cuda/frame_attention_sm90.cuh"
+#include "cuda/frame_attention_sm90.h"
 #include "cuda/tensor_map.h"
 
 namespace vdcore::cuda {
 namespace {
 
 // ---- Plans ----------------------------------------------------------------------------------------------------------
-// All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills the
-// others of the last 64 with zeros.
+// All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills
+// the others of the last 64 with zeros.
 
-using Plan64 = FramePlan<64, 3, 128, 2>;         // three warpgroups share the keys: half the exponentials' time is hidden
-using Plan72 = FramePlan<72, 2, 176, 2>;         // its products end at 80 and 72 channels
+using Plan64 = FramePlan<64, 3, 128, 2>;  // three warpgroups share what is loaded
+using Plan72 = FramePlan<72, 2, 176, 2>;  // its products end at 80 and 72 channels
 using Plan80 = FramePlan<80, 2, 176, 2>;
 using Plan96 = FramePlan<96, 2, 176, 2>;
 using Plan128 = FramePlan<128, 2, 176, 2>;       // as many keys as shared memory holds twice
@@ -31,8 +30,12 @@ int64_t token_stride(const TensorView& x) { return x.size[2] > 1 ? stride_of(x, 
 
 // A map takes no stride of 0; where there is nothing to step to, any other will do.
 MapShape shape_of(const TensorView& x, int32_t rows) {
-  return {x.dtype, x.data, {x.size[4], 1, 1, x.size[3], x.size[0]},
-          {1, 8, 8, std::max<int64_t>(stride_of(x, 3), 8), std::max<int64_t>(stride_of(x, 0), 8)}, 64, rows};
+  return {x.dtype,
+          x.data,
+          {x.size[4], 1, 1, x.size[3], x.size[0]},
+          {1, 8, 8, std::max<int64_t>(stride_of(x, 3), 8), std::max<int64_t>(stride_of(x, 0), 8)},
+          64,
+          rows};
 }
 
 // channels x tokens of a frame x frames x heads x batch, or all tokens as one frame.
@@ -45,8 +48,8 @@ TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32
   return make_tensor_map(where, shape);
 }
 
-// channels x rows of a window x ends x heads x batch: window e holds the rows before token e. Its first ones begin before
-// the tensor does, and no box touches that part.
+// channels x rows of a window x ends x heads x batch: window e holds the rows before token e. Its first ones begin
+// before the tensor does, and no box touches that part.
 TensorMap windows_map(const Where& where, const TensorView& x, int32_t rows) {
   MapShape shape = shape_of(x, rows);
   const int64_t stride = std::max<int64_t>(token_stride(x), 8);

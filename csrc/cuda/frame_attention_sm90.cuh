@@ -2,32 +2,34 @@
 // tile sees. Tensor memory accelerator, wgmma and warp specialisation as in FlashAttention-3 (Shah et al. 2024,
 // arXiv:2407.08608); runs of visible frames instead of a mask.
 //
-// Roles. One thread of warpgroup 0 loads: the tile's queries once, then keys and values into rings of kStages tiles each,
-// as soon as the consumers have released a stage. Each of the other warpgroups owns 64 query rows: scores S = Q K^T go
-// to registers, probabilities P = 2^(S c - m c) stay there as the first operand of O += P V. The product for the next
-// tile's scores is issued before the softmax of this one, and named barriers let the warpgroups take turns at the tensor
-// cores, so that one's softmax runs under the other's products.
+// Roles. One thread of warpgroup 0 loads: the tile's queries once, then keys and values into rings of kStages tiles
+// each, as soon as the consumers have released a stage. Each of the other warpgroups owns 64 query rows: scores S = Q
+// K^T go to registers, probabilities P = 2^(S c - m c) stay there as the first operand of O += P V. The product for the
+// next tile's scores is issued before the softmax of this one, and named barriers let the warpgroups take turns at the
+// tensor cores, so that one's softmax runs under the other's products.
 //
 // Runs. A tile of queries never leaves a chunk of the mask, so all its rows see the same one or two runs of frames, and
 // text. Where frames follow one another in memory, a run is one sequence of tokens. A tile that begins with a run and
 // ends with it needs no mask but at its last, partial tile, whose other rows must not be read at all: what is not
 // visible may be NaN, and 0 * NaN is NaN. So keys and values are seen through a tensor map of windows, channels x
-// kKeys x ends x heads x batch, in which window e holds the kKeys tokens before token e: its second and third stride are
-// the same. A box that starts kKeys - rows tokens into window start + rows holds exactly the tokens [start, start +
+// kKeys x ends x heads x batch, in which window e holds the kKeys tokens before token e: its second and third stride
+// are the same. A box that starts kKeys - rows tokens into window start + rows holds exactly the tokens [start, start +
 // rows), and the accelerator fills the rest with zeros, because there the window ends. Every tile, whole or not, is
 // loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay inside a
 // frame and the map is channels x S x frames x heads x batch, which ends where the frame does.
 //
-// Plan, D = 128 and 64. Work is 4 D FLOP a visible pair. Per tile of 128 x 176: 2 * 128 * 176 * 128 * 2 FLOP are 11.5
-// MFLOP, 2.8 k cycles of an SM's tensor cores at 4,096 FLOP a cycle; its 22.5 k exponentials take 1.4 k cycles at 16 a
-// cycle, half of that. It loads 90 KB: 33 B a cycle and SM, 7.8 TB/s at 1.75 GHz, from L2, where all tiles of a head
-// meet; from memory a head's keys come once. Shared memory is read by the products of Q K^T: 128 B a cycle for A and B
-// at most. Shared: 32 KB of queries + 2 stages of 2 * 44 KB = 209 KB, one block an SM. D = 64: rows of 192 queries,
-// because 2 * 64 rows leave the exponentials (the same number for half the products) no time to hide: 24 KB + 2 stages
-// of 2 * 16 KB.
-// Registers at D = 128, a consumer: S 88, P 44, O 64, 44 left of 240. D = 64: S 64, P 32, O 32, 32 left of 160.
-// Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, FlashAttention-3's rates, and
-// 90 % of these a pair under a mask, where the last tile of a run is partly empty. None of it is measured yet.
+// Plan. Work is 4 D FLOP a visible pair, an SM's tensor cores do 4,096 FLOP a cycle and its special units 16
+// exponentials.
+//   D = 128, 128 queries x 176 keys: 11.5 MFLOP, 2,816 cycles; 22.5 k exponentials, 1,408 cycles, and 2 x 650
+//     instructions a scheduler. Keys and values are 90 KB, 32 B a cycle at most, from L2, where the tiles of a head
+//     meet; from memory a head's keys come once. Shared memory: 32 KB of queries + 2 stages x 2 x 44 KB = 208 KB, one
+//     block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
+//   D = 64, 192 queries x 128 keys: 6.3 MFLOP, 1,536 cycles, and as many for the exponentials: these are the bound.
+//     Three warpgroups share what is loaded, 21 B a cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
+//   D = 72, 80, 96: as 128; the second column of 64 channels is partly zeros, which only cost shared memory.
+// Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, the rates of FlashAttention-3,
+// whose tiles these are, and 90 % of that a pair under a mask, where the last tile of a run is partly empty. None of it
+// is measured yet.
 #pragma once
 
 #include "common/query_tiles.h"
@@ -63,8 +65,8 @@ struct FrameParameters {
   char* out;
   float* lse;
   int64_t rows, video_row, text_row;  // of a sample in out, and where the video and the text begin
-  int32_t items, blocks;  // tiles of all heads and samples, and how many blocks share them
-  int32_t heads, ratio;   // query heads, and how many of them share a key head
+  int32_t items, blocks;              // tiles of all heads and samples, and how many blocks share them
+  int32_t heads, ratio;               // query heads, and how many of them share a key head
   int32_t channels;
   float exponent;  // scale times log2 e
 };
@@ -81,7 +83,7 @@ struct Ring {
 
 // What the producer tells the consumers of an item: a tile of queries of a head.
 struct FrameItem {
-  int64_t first;                // of its rows in out, counted in rows of one head
+  int64_t first;  // of its rows in out, counted in rows of one head
   int32_t rows, live, key_tiles;
 };
 
@@ -90,7 +92,7 @@ struct FrameShared {
   char* queries;  // [columns][rows][64]
   char* keys;     // [stages][columns][keys][64]
   char* values;
-  FrameItem* items;   // [2]: the next one is written while the last one's result is stored
+  FrameItem* items;  // [2]: the next one is written while the last one's result is stored
   uint64_t *q_full, *q_empty;
   uint64_t *k_full, *k_empty, *v_full, *v_empty;  // [stages]
   int32_t* key_rows;                              // [stages]
@@ -112,9 +114,9 @@ struct FrameShared {
 };
 
 template <class Plan>
-VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, uint64_t* barrier, int32_t c1,
-                                             int32_t c2, int32_t c3, int32_t c4) {
-VDCORE_UNROLL
+VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, uint64_t* barrier, int32_t c1, int32_t c2,
+                                int32_t c3, int32_t c4) {
+  VDCORE_UNROLL
   for (int column = 0; column < Plan::kColumns; ++column)
     load_box(shared + column * rows * 128, map, barrier, 64 * column, c1, c2, c3, c4);
 }
@@ -125,17 +127,35 @@ VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
   return static_cast<int32_t>(n < INT32_MAX ? n : INT32_MAX);
 }
 
+// Where a tile of keys lies in its tensor map.
+struct KeyBox {
+  const FrameSource* source;
+  int32_t c1, c2, rows;
+  KeyBox() = default;
+  VDCORE_DEVICE KeyBox(const FrameParameters& p, const KeyTile& tile, int32_t window)
+      : source(tile.of_text ? &p.text : &p.video), rows(tile.rows) {
+    if (source->k_frame) {
+      c2 = tile.start / source->k_frame;
+      c1 = tile.start - c2 * source->k_frame;
+    } else {
+      c2 = tile.start + tile.rows;
+      c1 = window - tile.rows;
+    }
+  }
+};
+
 template <class Plan>
 VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& shared) {
-  Ring<Plan::kStages> ring;
+  Ring<Plan::kStages> k_ring, v_ring;
   Ring<2> slot;
   uint32_t q_parity = 0;
   const int32_t count = p.tiles.count();
-  for (int32_t i = block_index(); i < p.items; i += p.blocks, slot.next(), q_parity ^= 1) {
-    const int32_t pair = i / count, sample = pair / p.heads, head = pair % p.heads;
+  for (int64_t i = block_index(); i < p.items; i += p.blocks, slot.next(), q_parity ^= 1) {
+    const auto item = static_cast<int32_t>(i);
+    const int32_t pair = item / count, sample = pair / p.heads, head = pair % p.heads;
     // From the end: text and the last frames of a causal mask see the most, and nobody should be left with them.
-    const QueryTile tile = p.tiles.at(count - 1 - i % count, valid_of(p.lengths, sample),
-                                      valid_of(p.text_lengths, sample));
+    const QueryTile tile =
+        p.tiles.at(count - 1 - item % count, valid_of(p.lengths, sample), valid_of(p.text_lengths, sample));
     const FrameSource& own = tile.of_text ? p.text : p.video;
     const KeyWalk<Plan::kKeys> walk(tile, p.video.k_frame);
 
@@ -145,24 +165,28 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
     mbarrier_arrive_expect(shared.q_full, walk.count ? Plan::kQueryBytes : 0);
     if (!walk.count) continue;
     const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
-    load_columns<Plan>(shared.queries, Plan::kRows, &own.q, shared.q_full, tile.start - frame * own.q_frame, frame, head,
-                       sample);
+    load_columns<Plan>(shared.queries, Plan::kRows, &own.q, shared.q_full, tile.start - frame * own.q_frame, frame,
+                       head, sample);
 
-    for (int32_t j = 0; j < walk.count; ++j, ring.next()) {
-      const KeyTile keys = walk.at(j);
-      const FrameSource& source = keys.of_text ? p.text : p.video;
-      int32_t c1 = Plan::kKeys - keys.rows, c2 = keys.start + keys.rows;  // window c2, and where in it
-      if (source.k_frame) c2 = keys.start / source.k_frame, c1 = keys.start - c2 * source.k_frame;
-      const uint32_t offset = ring.stage * Plan::kKeyBytes;
-      mbarrier_wait(shared.k_empty + ring.stage, ring.parity ^ 1);
-      shared.key_rows[ring.stage] = keys.rows;
-      mbarrier_arrive_expect(shared.k_full + ring.stage, Plan::kKeyBytes);
-      load_columns<Plan>(shared.keys + offset, Plan::kKeys, &source.k, shared.k_full + ring.stage, c1, c2,
-                         head / p.ratio, sample);
-      mbarrier_wait(shared.v_empty + ring.stage, ring.parity ^ 1);
-      mbarrier_arrive_expect(shared.v_full + ring.stage, Plan::kKeyBytes);
-      load_columns<Plan>(shared.values + offset, Plan::kKeys, &source.v, shared.v_full + ring.stage, c1, c2,
-                         head / p.ratio, sample);
+    // In the order of their use: the keys of a tile, then the values of the one before.
+    KeyBox box, before;
+    for (int32_t j = 0; j <= walk.count; ++j, before = box) {
+      if (j < walk.count) {
+        box = KeyBox(p, walk.at(j), Plan::kKeys);
+        mbarrier_wait(shared.k_empty + k_ring.stage, k_ring.parity ^ 1);
+        shared.key_rows[k_ring.stage] = box.rows;
+        mbarrier_arrive_expect(shared.k_full + k_ring.stage, Plan::kKeyBytes);
+        load_columns<Plan>(shared.keys + k_ring.stage * Plan::kKeyBytes, Plan::kKeys, &box.source->k,
+                           shared.k_full + k_ring.stage, box.c1, box.c2, head / p.ratio, sample);
+        k_ring.next();
+      }
+      if (j) {
+        mbarrier_wait(shared.v_empty + v_ring.stage, v_ring.parity ^ 1);
+        mbarrier_arrive_expect(shared.v_full + v_ring.stage, Plan::kKeyBytes);
+        load_columns<Plan>(shared.values + v_ring.stage * Plan::kKeyBytes, Plan::kKeys, &before.source->v,
+                           shared.v_full + v_ring.stage, before.c1, before.c2, head / p.ratio, sample);
+        v_ring.next();
+      }
     }
   }
 }
@@ -213,8 +237,7 @@ struct FrameConsumer {
   float o[D / 2];
   uint32_t probabilities[kKeys / 16][4];
 
-  VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory,
-                                           int thread)
+  VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory, int thread)
       : p(parameters), shared(memory), group(warp_uniform(thread / 128)), lane(thread % 32) {
     row = 16 * (thread / 32) + lane / 4;
   }
@@ -235,7 +258,7 @@ struct FrameConsumer {
     const uint32_t q = shared_address(shared.queries) + group * 64 * 128;
     const uint32_t k = shared_address(shared.keys) + k_ring.stage * Plan::kKeyBytes;
     wgmma_fence();
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int step = 0; step < (D + 15) / 16; ++step) {
       const uint32_t column = step / 4, offset = step % 4 * 32;
       const uint64_t a = rows_descriptor(q + column * Plan::kRows * 128 + offset);
@@ -251,9 +274,10 @@ VDCORE_UNROLL
   VDCORE_DEVICE void issue_result() {
     const uint32_t v = shared_address(shared.values) + v_ring.stage * Plan::kKeyBytes;
     wgmma_fence();
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int step = 0; step < kKeys / 16; ++step)
-      Wgmma<E, D>::registers_times_columns(o, probabilities[step], columns_descriptor(v + step * 16 * 128, kKeys * 128));
+      Wgmma<E, D>::registers_times_columns(o, probabilities[step],
+                                           columns_descriptor(v + step * 16 * 128, kKeys * 128));
     wgmma_commit();
   }
 
@@ -270,12 +294,12 @@ VDCORE_UNROLL
 
   // The result of a product is laid out as the first operand of the next.
   VDCORE_DEVICE void keep_probabilities(const float (&s)[kKeys / 2]) {
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = pack<E>(s[2 * i], s[2 * i + 1]);
   }
 
   VDCORE_DEVICE void shrink_result(const float (&shrink)[2]) {
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
   }
 
@@ -283,7 +307,7 @@ VDCORE_UNROLL
     mbarrier_wait(shared.q_full, q_parity);
     q_parity ^= 1;
     FrameSoftmax<Plan> softmax;
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
     const int32_t key_tiles = shared.items[slot.stage].key_tiles;
     if (key_tiles) {
@@ -329,7 +353,7 @@ VDCORE_UNROLL
   }
 
   VDCORE_DEVICE void store(const FrameItem& item, const FrameSoftmax<Plan>& softmax) const {
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float sum = softmax.sum[r];
       sum += shuffle_xor(sum, 1);
@@ -338,29 +362,31 @@ VDCORE_UNROLL
       const bool live = mine < item.live, inside = mine < item.rows;
       const float factor = live ? 1 / sum : 0;
       const int64_t at = item.first + static_cast<int64_t>(mine) * p.heads;
-VDCORE_UNROLL
+      VDCORE_UNROLL
       for (int c = 0; c < D / 8; c += 4) {
         uint32_t word[4];
-VDCORE_UNROLL
+        VDCORE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int d = 4 * (c + i) + 2 * r;
           word[i] = c + i < D / 8 && live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
         }
         transpose_quad(word, lane);
         const int channel = 8 * (c + lane % 4);
-        if (inside && channel < p.channels) store_global<Vec4>(p.out + 2 * (at * p.channels + channel), {{word[0], word[1], word[2], word[3]}});
+        if (inside && channel < p.channels)
+          store_global<Vec4>(p.out + 2 * (at * p.channels + channel), {{word[0], word[1], word[2], word[3]}});
       }
       if (p.lse && inside && lane % 4 == 0)
-        p.lse[at] = live ? fmaf(softmax.top[r], p.exponent, log2f(sum)) * 0.6931471805599453f : -infinity();
+        store_global(p.lse + at,
+                     live ? fmaf(softmax.top[r], p.exponent, log2f(sum)) * 0.6931471805599453f : -infinity());
     }
   }
 
   // Word i of lane j of four becomes word j of lane i: a lane's words are then 16 bytes of one row.
   static VDCORE_DEVICE void transpose_quad(uint32_t (&word)[4], int lane) {
-VDCORE_UNROLL
+    VDCORE_UNROLL
     for (int bit = 1; bit <= 2; bit *= 2) {
       const bool high = lane & bit;
-VDCORE_UNROLL
+      VDCORE_UNROLL
       for (int i = 0; i < 4; ++i) {
         if (i & bit) continue;
         const uint32_t got = shuffle_xor(high ? word[i] : word[i + bit], bit);
@@ -394,7 +420,7 @@ frame_attention_sm90_fwd_kernel(const VDCORE_GRID_CONSTANT FrameParameters p) {
     take_registers<Plan::kConsumerRegisters>();
     FrameConsumer<Plan, E> consumer(p, shared, thread - 128);
     if (consumer.group == Plan::kConsumers - 1) consumer.pass_turn();  // the first one's first turn
-    for (int32_t i = block_index(); i < p.items; i += p.blocks) consumer.run();
+    for (int64_t i = block_index(); i < p.items; i += p.blocks) consumer.run();
   }
 }
 

@@ -9,16 +9,16 @@
 
 namespace vdcore::cuda {
 
-// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens a frame, K key frames, H query heads, G
-// key/value heads, D head channels.
+// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens a frame, K key frames, H query heads,
+// G key/value heads, D head channels.
 struct FrameTokens {
   TensorView q, k, v;  // (B, T, S, H, D), (B, K, S, G, D), (B, K, S, G, D)
 };
 
 struct FrameAttention {
-  FrameTokens video, text;  // text may be missing
-  TensorView out;           // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
-  TensorView lse;           // (B, N, H) float32, contiguous, optional
+  FrameTokens video, text;              // text may be missing
+  TensorView out;                       // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
+  TensorView lse;                       // (B, N, H) float32, contiguous, optional
   int64_t video_row = 0, text_row = 0;  // where they begin in out
   FrameMask mask;
   int64_t q_start = 0;

@@ -1,5 +1,5 @@
-// What sm_90a adds to PTX, as csrc/cuda/ptx.h: mbarriers, the tensor memory accelerator (TMA), wgmma, registers that move
-// between warpgroups, named barriers.
+// What sm_90a adds to PTX, as csrc/cuda/ptx.h: mbarriers, the tensor memory accelerator (TMA), wgmma, registers that
+// move between warpgroups, named barriers.
 //
 // wgmma multiplies 64 rows by 16 of K. Thread t of the warpgroup holds of the 64 x N result d[i]: row 16 (t / 32) +
 // (t % 32) / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2; and of a 64 x 16 first operand a[i], two values:
@@ -19,9 +19,9 @@
 
 namespace vdcore::cuda {
 
-// ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1) -----------------------------------------------
-// Tiles lie as TMA writes them with a swizzle of 128 bytes: rows of 64 channels, 8 rows in 1024 bytes, in which the
-// 16-byte piece i of row r stands at i ^ r.
+// ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1)
+// ----------------------------------------------- Tiles lie as TMA writes them with a swizzle of 128 bytes: rows of 64
+// channels, 8 rows in 1024 bytes, in which the 16-byte piece i of row r stands at i ^ r.
 
 // Bits 0-13: address, 16-29: leading, 32-45: stride byte offset, all without their last 4 bits; 62: the swizzle.
 VDCORE_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {

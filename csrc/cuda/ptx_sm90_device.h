@@ -52,8 +52,8 @@ VDCORE_DEVICE void prefetch_map(const TensorMap* map) {
 
 // Copies the box at these coordinates, innermost first, to shared memory, 0 where it leaves the tensor, and then counts
 // all its bytes at the barrier.
-VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1,
-                                         int32_t c2, int32_t c3, int32_t c4) {
+VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1, int32_t c2,
+                            int32_t c3, int32_t c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
       "[%7];" ::"r"(shared_address(shared)),

@@ -1,6 +1,6 @@
-#include "cuda/tensor_map.h"
-
 #include <mutex>
+
+#include "cuda/tensor_map.h"
 
 namespace vdcore::cuda {
 namespace {
@@ -40,8 +40,8 @@ Encode find_encode(const Where& where) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!found) {
     cudaDriverEntryPointQueryResult status;
-    OnDevice::check(where, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                                                            &status));
+    OnDevice::check(
+        where, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
     if (status != cudaDriverEntryPointSuccess || !found)
       launch_error(where, "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer is needed)");
   }
@@ -59,9 +59,9 @@ TensorMap make_tensor_map(const Where& where, const MapShape& shape) {
   const cuuint32_t every[5] = {1, 1, 1, 1, 1};
   const auto type = shape.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   TensorMap map;
-  const CUresult status = find_encode(where)(
-      &map, type, 5, const_cast<char*>(shape.base), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = find_encode(where)(&map, type, 5, const_cast<char*>(shape.base), size, stride, box, every,
+                                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     launch_error(where, "cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
   return map;

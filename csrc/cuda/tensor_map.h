@@ -6,8 +6,8 @@
 
 namespace vdcore::cuda {
 
-// Five dimensions of 16-bit elements, innermost first; strides in elements, the first one 1. Boxes are `columns` x `rows`
-// of the first two and go to shared memory with a swizzle of 128 bytes; what lies outside is 0.
+// Five dimensions of 16-bit elements, innermost first; strides in elements, the first one 1. Boxes are `columns` x
+// `rows` of the first two and go to shared memory with a swizzle of 128 bytes; what lies outside is 0.
 struct MapShape {
   DType dtype;
   const char* base;

@@ -1,0 +1,83 @@
+"""The Hopper kernel of frame attention without a GPU: mistakes in it show under the emulator, and what ptxas made of it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("emulator.cpp", "emulator_sm90.cpp", "tensor_map.cu")
+FLAGS = ("-std=c++17", "-O1", "-DVDCORE_EMULATE", "-Wno-psabi")
+
+# What is wrong, and the line that is replaced by others.
+LOOP_WAIT = "        wgmma_wait<0>();\n        release_values();\n        shrink_result(shrink);\n"
+MISTAKES = {
+    "keys are released while they are read": (
+        "        wgmma_wait<1>();\n        release_keys();\n",
+        "        release_keys();\n        wgmma_wait<1>();\n",
+    ),
+    "values are released while they are read": (
+        LOOP_WAIT,
+        "        release_values();\n        wgmma_wait<0>();\n        shrink_result(shrink);\n",
+    ),
+    "the result is touched while products add to it": (
+        LOOP_WAIT,
+        "        shrink_result(shrink);\n        wgmma_wait<0>();\n        release_values();\n",
+    ),
+    "values are not waited for": ("        await_values();\n        issue_result();\n", "        issue_result();\n"),
+    "no fence between registers and products": ("    wgmma_fence();\n", ""),
+    "queries are replaced while they are read": (
+        "    mbarrier_wait(shared.q_empty, q_parity ^ 1);\n",
+        "",
+    ),
+    "a descriptor that skips rows": ("columns_descriptor(v + step * 16 * 128,", "columns_descriptor(v + step * 8 * 128,"),
+}
+
+
+def compiler():
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return found or pytest.skip("needs a C++ compiler")
+
+
+def run(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The emulator's object files."""
+    folder = tmp_path_factory.mktemp("emulator")
+    objects = [folder / f"{Path(name).stem}.o" for name in SOURCES]
+    for name, target in zip(SOURCES, objects):
+        status, said = run(
+            *(compiler(), *FLAGS, "-I", ROOT / "csrc", "-x", "c++", "-c", ROOT / "csrc" / "cuda" / name, "-o", target)
+        )
+        assert status == 0, said
+    return objects
+
+
+def run_kernel(folder, emulator, replace=None):
+    """Exit status and output of hopper_kernel.cpp, with the first such line of the kernel replaced."""
+    copy = folder / "cuda" / "frame_attention_sm90.cuh"
+    copy.parent.mkdir()
+    text = (ROOT / "csrc" / "cuda" / copy.name).read_text()
+    if replace is not None:
+        assert replace[0] in text
+        text = text.replace(*replace, 1)
+    copy.write_text(text)
+    source, program = ROOT / "tests" / "build" / "hopper_kernel.cpp", folder / "kernel"
+    status, said = run(compiler(), *FLAGS, "-I", folder, "-I", ROOT / "csrc", source, *emulator, "-o", program)
+    assert status == 0, said
+    return run(program)
+
+
+def test_emulated_in_every_order(tmp_path, emulator):
+    assert run_kernel(tmp_path, emulator) == (0, "")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_shows_under_the_emulator(tmp_path, emulator, mistake):
+    status, said = run_kernel(tmp_path, emulator, MISTAKES[mistake])
+    assert status in (1, 2), said
