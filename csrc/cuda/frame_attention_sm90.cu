@@ -140,6 +140,10 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   p.text_lengths = call.text_lengths;
   p.out = call.out.data;
   p.lse = reinterpret_cast<float*>(call.lse.data);
+  const TensorView& gate = call.gate;
+  p.gate = {gate.data,      gate.dtype == DType::f32, gate.stride[0], gate.stride[1],
+            gate.stride[2], gate.stride[3],           gate.stride[4]};
+  p.ungated = call.ungated.data;
   p.rows = call.out.size[1];
   p.video_row = call.video_row;
   p.text_row = call.text_row;

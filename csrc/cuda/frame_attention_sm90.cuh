@@ -48,7 +48,7 @@ struct FramePlan {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
   static constexpr uint32_t kQueryBytes = kRows * kColumns * 128, kKeyBytes = kKeys * kColumns * 128;
   static constexpr int kBarriers = 2 + 4 * kStages;
-  static constexpr size_t kShared = 1024 + kQueryBytes + 2 * kStages * kKeyBytes + 8 * kBarriers + 48 + 4 * kStages;
+  static constexpr size_t kShared = 1024 + kQueryBytes + 2 * kStages * kKeyBytes + 2 * 40 + 8 * kBarriers + 4 * kStages;
   static_assert(D % 8 == 0 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
   static_assert(kShared <= 232448, "of 227 KB");
 };
@@ -58,12 +58,21 @@ struct FrameSource {
   int32_t q_frame, k_frame;  // tokens a frame where frames have gaps between them, 0: none
 };
 
+// Broadcast to (B, T, S, H, D): strides in elements, 0 where there is one for all.
+struct FrameGate {
+  const char* data;  // null: no gate
+  bool wide;         // float32, else the element of the call
+  int64_t b, t, s, h, d;
+};
+
 struct FrameParameters {
   FrameSource video, text;
   QueryTiles tiles;
   const int64_t *lengths, *text_lengths;  // (B), or null
   char* out;
   float* lse;
+  FrameGate gate;                     // out = gate * result + (1 - gate) * out
+  char* ungated;                      // the result itself, or null
   int64_t rows, video_row, text_row;  // of a sample in out, and where the video and the text begin
   int32_t items, blocks;              // tiles of all heads and samples, and how many blocks share them
   int32_t heads, ratio;               // query heads, and how many of them share a key head
@@ -85,6 +94,7 @@ struct Ring {
 struct FrameItem {
   int64_t first;  // of its rows in out, counted in rows of one head
   int32_t rows, live, key_tiles;
+  int32_t sample, head, start;
 };
 
 template <class Plan>
@@ -161,7 +171,7 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
 
     mbarrier_wait(shared.q_empty, q_parity ^ 1);
     const int64_t row = sample * p.rows + (tile.of_text ? p.text_row : p.video_row) + tile.start;
-    shared.items[slot.stage] = {row * p.heads + head, tile.rows, tile.live, walk.count};
+    shared.items[slot.stage] = {row * p.heads + head, tile.rows, tile.live, walk.count, sample, head, tile.start};
     mbarrier_arrive_expect(shared.q_full, walk.count ? Plan::kQueryBytes : 0);
     if (!walk.count) continue;
     const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
@@ -372,13 +382,35 @@ struct FrameConsumer {
         }
         transpose_quad(word, lane);
         const int channel = 8 * (c + lane % 4);
-        if (inside && channel < p.channels)
-          store_global<Vec4>(p.out + 2 * (at * p.channels + channel), {{word[0], word[1], word[2], word[3]}});
+        if (!inside || channel >= p.channels) continue;
+        const int64_t offset = 2 * (at * p.channels + channel);
+        if (p.ungated) store_global<Vec4>(p.ungated + offset, {{word[0], word[1], word[2], word[3]}});
+        if (p.gate.data) mix(word, p.out + offset, item, mine, channel);
+        store_global<Vec4>(p.out + offset, {{word[0], word[1], word[2], word[3]}});
       }
       if (p.lse && inside && lane % 4 == 0)
         store_global(p.lse + at,
                      live ? fmaf(softmax.top[r], p.exponent, log2f(sum)) * 0.6931471805599453f : -infinity());
     }
+  }
+
+  // word: eight channels of the result; becomes its mix with what `other` holds.
+  VDCORE_DEVICE void mix(uint32_t (&word)[4], const char* other, const FrameItem& item, int mine, int channel) const {
+    const FrameGate& g = p.gate;
+    const int32_t token = item.start + mine, frame = token / p.tiles.tokens;
+    const int64_t first = item.sample * g.b + frame * g.t + (token - frame * p.tiles.tokens) * g.s + item.head * g.h;
+    const Vec4 others = load_written(other);
+    VDCORE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Float2 ours = unpack<E>(word[i]), theirs = unpack<E>(others.x[i]);
+      const float lo = gate_at(first + (channel + 2 * i) * g.d), hi = gate_at(first + (channel + 2 * i + 1) * g.d);
+      word[i] = pack<E>(fmaf(lo, ours.lo - theirs.lo, theirs.lo), fmaf(hi, ours.hi - theirs.hi, theirs.hi));
+    }
+  }
+
+  VDCORE_DEVICE float gate_at(int64_t i) const {
+    return p.gate.wide ? load_global<float>(p.gate.data + 4 * i)
+                       : unpack<E>(load_global<uint16_t>(p.gate.data + 2 * i)).lo;
   }
 
   // Word i of lane j of four becomes word j of lane i: a lane's words are then 16 bytes of one row.
