@@ -139,8 +139,8 @@ VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
 
 // Where a tile of keys lies in its tensor map.
 struct KeyBox {
-  const FrameSource* source;
-  int32_t c1, c2, rows;
+  const FrameSource* source = nullptr;
+  int32_t c1 = 0, c2 = 0, rows = 0;
   KeyBox() = default;
   VDCORE_DEVICE KeyBox(const FrameParameters& p, const KeyTile& tile, int32_t window)
       : source(tile.of_text ? &p.text : &p.video), rows(tile.rows) {
