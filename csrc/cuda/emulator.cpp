@@ -19,6 +19,7 @@ namespace vdcore::cuda::emulator {
 namespace {
 
 constexpr int kLanes = 32;
+constexpr int kPatience = 8;          // passes without progress until a block is stuck
 constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touched cost nothing
 
 // ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times.
@@ -110,6 +111,7 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
   std::string error;
   Position position{};
+  std::unique_ptr<Extension> extension;
 };
 
 struct Range {
@@ -182,13 +184,15 @@ void run_block(uint32_t index) {
   std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every format
   for (Warp& warp : block->warps) warp.arrived = 0;
   for (Barrier& barrier : block->barriers) barrier = Barrier{};
+  block->extension.reset();
   for (Fiber& fiber : block->fibers) {
     fiber.state = Fiber::ready;
     fiber.open.clear();
     fiber.groups.clear();
     prepare(fiber.context, stacks[fiber.index].get(), fiber_entry);
   }
-  while (block->error.empty() && run_some_warp()) {
+  // Who waits for a unit that works on its own may have to be asked a few times.
+  for (int idle = 0; block->error.empty() && idle < kPatience; idle = run_some_warp() ? 0 : idle + 1) {
   }
   if (!block->error.empty()) return;
   for (Fiber& fiber : block->fibers)
@@ -196,6 +200,7 @@ void run_block(uint32_t index) {
       block->error = "thread " + std::to_string(fiber.index) + " waits for ever at " + fiber.where;
       return;
     }
+  if (block->extension) block->error = block->extension->finish();
 }
 
 }  // namespace
@@ -277,6 +282,19 @@ void meet_block(int id, uint32_t count) {
   for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
   barrier = Barrier{};
 }
+
+void arrive_block(int id, uint32_t count) {
+  Barrier& barrier = block->barriers[id];
+  if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
+  barrier.count = count;
+  if (++barrier.arrived < count) return;
+  for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
+  barrier = Barrier{};
+}
+
+bool lands_at_once() { return order == Order::forward || (order == Order::random && random_below(2)); }
+
+std::unique_ptr<Extension>& extension() { return block->extension; }
 
 void wait_until(bool (*ready)(void*), void* argument, const char* what) {
   Fiber& self = *block->running;

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
 namespace vdcore::cuda::emulator {
@@ -50,6 +51,19 @@ void wait_until(bool (*ready)(void*), void* argument, const char* what);
 void async_copy(void* shared, const void* global, size_t bytes, bool valid);
 void async_commit();
 void async_wait(int groups_left);
+
+// Counts the thread at barrier `id` without waiting there.
+void arrive_block(int id, uint32_t count);
+
+// Whether work that runs on its own is to be done at once, or only when it is waited for: as the order says.
+bool lands_at_once();
+
+// What other units of a multiprocessor keep of a running block; made by whoever asks first.
+struct Extension {
+  virtual ~Extension() = default;
+  virtual std::string finish() = 0;  // after the last thread: what is wrong, or nothing
+};
+std::unique_ptr<Extension>& extension();
 
 // Ends the kernel with an error.
 [[noreturn]] void fail(const std::string& what);

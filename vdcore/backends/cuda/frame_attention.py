@@ -1,0 +1,77 @@
+"""Spatial and video attention on Hopper, forward: csrc/cuda/frame_attention_sm90.cuh.
+
+Norm and rope take a pass of their own before, because the kernel reads every key many times.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vdcore.backends.base import Implementation
+from vdcore.backends.call import FrameCall, mask_numbers
+from vdcore.backends.cuda._common import capsule, kernels, stream, why_not, why_not_norm, why_not_rows
+from vdcore.backends.cuda.qk_norm_rope import seen_by_scores
+
+MAX_HEAD_DIM = 128
+_CAPABILITY = (9, 0)  # wgmma is for this one alone
+
+
+def _why_not_strides(**tensors: Tensor) -> str | None:
+    """What a tensor map cannot hold: a step of 0, as an expanded tensor has it."""
+    for name, x in tensors.items():
+        if any(stride == 0 for stride, size in zip(x.stride(), x.shape) if size > 1):
+            return f"it steps through memory, and {name} is expanded: strides {tuple(x.stride())}"
+    return why_not_rows(**tensors)
+
+
+def _why_not(c: FrameCall) -> str | None:
+    reason = why_not(c.q) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
+    if reason is not None:
+        return reason
+    if c.q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {c.q.shape[-1]}"
+    if c.q.is_cuda and torch.cuda.get_device_capability(c.q.device) != _CAPABILITY:
+        return "it is for GPUs of compute capability 9.0"
+    if max(c.k.shape[1], c.q_start + c.q.shape[1]) * c.q.shape[2] + c.rows >= 2**31 - 2**10:
+        return "it counts the tokens of a sample in 32 bits"
+    text = {} if c.text is None else dict(zip(("text_q", "text_k", "text_v"), (_as_frame(x) for x in c.text)))
+    return _why_not_strides(q=c.q, k=c.k, v=c.v, **text)
+
+
+def _as_frame(text: Tensor) -> Tensor:
+    """Text ``(B, L, heads, D)`` as one frame."""
+    return text.unsqueeze(1)
+
+
+def _int64(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+def _forward(c: FrameCall) -> tuple[Tensor, ...]:
+    out, lse = c.empty_outputs()
+    q, k = seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope)
+    text: tuple[Tensor, ...] = ()
+    if c.text is not None:
+        text_q, text_k, text_v = (_as_frame(x) for x in c.text)
+        text = (seen_by_scores(text_q, c.text_norm, "q"), seen_by_scores(text_k, c.text_norm, "k"), text_v)
+    if c.scale < 0:
+        q, text = -q, (-text[0], *text[1:]) if text else text
+    # Not quite 0: a maximum of -inf is multiplied by it.
+    exponent = max(abs(c.scale), 1e-30) / math.log(2)
+    L, video = c.rows - q.shape[1] * q.shape[2], q.shape[1] * q.shape[2]
+    lengths, text_lengths = _int64(c.lengths), _int64(c.text_lengths)
+    kernels().cuda_frame_attention_forward(
+        *(c.op, [capsule(x) for x in (q, k, c.v)], [capsule(x) for x in text], capsule(out)),
+        *(capsule(lse if c.lse else None), capsule(lengths), capsule(text_lengths)),
+        *(L if c.text_first else 0, 0 if c.text_first else video, mask_numbers(c.mask), c.q_start),
+        *(c.text_sees == "all", exponent, stream(q)),
+    )
+    return out, lse
+
+
+_attention = Implementation(_forward, None, _why_not)
+
+OPERATORS = dict.fromkeys(("spatial_attention", "video_attention"), _attention)
