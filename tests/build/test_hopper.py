@@ -31,7 +31,10 @@ MISTAKES = {
         "    mbarrier_wait(shared.q_empty, q_parity ^ 1);\n",
         "",
     ),
-    "a descriptor that skips rows": ("columns_descriptor(v + step * 16 * 128,", "columns_descriptor(v + step * 8 * 128,"),
+    "a descriptor that skips rows": (
+        "columns_descriptor(v + step * 16 * 128,",
+        "columns_descriptor(v + step * 8 * 128,",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 from vdcore.backends.base import Backend
-from vdcore.backends.cuda import gated_attention, qk_norm_rope, temporal_attention
+from vdcore.backends.cuda import frame_attention, gated_attention, qk_norm_rope, temporal_attention
 from vdcore.backends.cuda._common import kernels, why_no_kernels
 
 
@@ -17,7 +17,7 @@ def missing() -> str | None:
     return why_no_kernels() or kernels().cuda_missing()
 
 
-_FAMILIES = (temporal_attention, gated_attention, qk_norm_rope)
+_FAMILIES = (temporal_attention, frame_attention, gated_attention, qk_norm_rope)
 
 BACKEND = Backend(
     name="cuda",

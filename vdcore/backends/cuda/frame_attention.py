@@ -50,8 +50,15 @@ def _int64(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
-def _forward(c: FrameCall) -> tuple[Tensor, ...]:
-    out, lse = c.empty_outputs()
+def run_forward(
+    c: FrameCall,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    spatial: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    """Fills out and lse; with a gate ``out = gate * result + (1 - gate) * out``, and ``spatial`` gets the result."""
     q, k = seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope)
     text: tuple[Tensor, ...] = ()
     if c.text is not None:
@@ -61,14 +68,19 @@ def _forward(c: FrameCall) -> tuple[Tensor, ...]:
         q, text = -q, (-text[0], *text[1:]) if text else text
     # Not quite 0: a maximum of -inf is multiplied by it.
     exponent = max(abs(c.scale), 1e-30) / math.log(2)
-    L, video = c.rows - q.shape[1] * q.shape[2], q.shape[1] * q.shape[2]
+    video = q.shape[1] * q.shape[2]
     lengths, text_lengths = _int64(c.lengths), _int64(c.text_lengths)
     kernels().cuda_frame_attention_forward(
-        *(c.op, [capsule(x) for x in (q, k, c.v)], [capsule(x) for x in text], capsule(out)),
-        *(capsule(lse if c.lse else None), capsule(lengths), capsule(text_lengths)),
-        *(L if c.text_first else 0, 0 if c.text_first else video, mask_numbers(c.mask), c.q_start),
-        *(c.text_sees == "all", exponent, stream(q)),
+        *(c.op, [capsule(x) for x in (q, k, c.v)], [capsule(x) for x in text], capsule(out), capsule(lse)),
+        *(capsule(lengths), capsule(text_lengths)),
+        *(c.rows - video if c.text_first else 0, 0 if c.text_first else video, mask_numbers(c.mask), c.q_start),
+        *(c.text_sees == "all", exponent, capsule(gate), capsule(spatial), stream(q)),
     )
+
+
+def _forward(c: FrameCall) -> tuple[Tensor, ...]:
+    out, lse = c.empty_outputs()
+    run_forward(c, out, lse if c.lse else None)
     return out, lse
 
 
