@@ -66,7 +66,7 @@ def test_frames_with_gaps_between_them(which):
 @pytest.mark.parametrize("mask", [FrameMask.same_frame(), FrameMask(past=1, future=0, sink=1)], ids=["same", "window"])
 @pytest.mark.parametrize("name", "qkv")
 def test_hidden_frames(mask, name):
-    """Hazard 11: frames of NaN reach what sees them, and nothing else, although tiles of keys are larger than frames."""
+    """Hazard 11: frames of NaN reach what sees them, and nothing else; tiles of keys are larger than frames."""
     T, S, bad = 5, 30, 2
     tensors = {n: randn(1, T, S, 1, 64) for n in "qkv"}
     clean = vdcore.video_attention(*tensors.values(), mask=mask, backend="cuda")
