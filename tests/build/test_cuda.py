@@ -72,7 +72,8 @@ def usage() -> list[Usage]:
 def test_every_kernel_is_there_for_every_architecture(usage):
     for kernel in PLAN:
         assert {u.arch for u in usage if kernel in u.name} == ARCHITECTURES
-    assert len({u.name for u in usage}) * 2 == len([u for u in usage if u.arch in ARCHITECTURES])
+    every = [u for u in usage if "_sm90_" not in u.name]  # these have tests/build/test_hopper_code.py
+    assert len({u.name for u in every}) * 2 == len([u for u in every if u.arch in ARCHITECTURES])
 
 
 # Bytes of stack a thread, by kernel, tiles of 8 keys, chunks of 32 channels: beyond 64 frames, or 32 of 128 channels,

@@ -61,7 +61,8 @@ def kernels():
     for name, text in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump("-arch", "sm_90a", "-res-usage")):
         usage[name] = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", text)}
     found = {}
-    for part in dump("-arch", "sm_90a", "-sass").split("Function : ")[1:]:
+    ours = ",".join(name for name in usage if re.search(NAME, name))
+    for part in dump("-arch", "sm_90a", "-sass", "-fun", ours).split("Function : ")[1:]:
         name = part.split("\n", 1)[0].strip()
         if match := re.search(NAME, name):
             plan, element = tuple(int(n) for n in match.groups()[:4]), match.group(5)
