@@ -88,15 +88,15 @@ def test_padding_of_any_content():
         for x in text:
             x[0, 13:] = x[1] = filler
         lengths, text_lengths = (torch.tensor(n, device=device()) for n in ([2, 0], [13, 0]))
-        (out, out_text), lse = vdcore.video_attention(
+        (out, out_text), (lse, lse_text) = vdcore.video_attention(
             *video, text=tuple(text), lengths=lengths, text_lengths=text_lengths, return_lse=True, backend="cuda"
         )
-        results.append([out, out_text, lse])
+        results.append([out, out_text, lse, lse_text])
     for a, b in zip(*results):
         assert torch.equal(a, b)
-    out, out_text, lse = results[1]
+    out, out_text, lse, lse_text = results[1]
     assert out[0, 2:].eq(0).all() and out[1].eq(0).all() and out_text[0, 13:].eq(0).all() and out_text[1].eq(0).all()
-    assert out[0, :2].ne(0).any() and lse[1].eq(-torch.inf).all()
+    assert out[0, :2].ne(0).any() and lse[1].eq(-torch.inf).all() and lse_text[1].eq(-torch.inf).all()
 
 
 @pytest.mark.skipif(not emulated(), reason="the order of warps is the emulator's")
