@@ -166,7 +166,7 @@ def contract(journal: Journal) -> None:
                 journal.add([replace(base, case=report.nodeid.split("::", 1)[-1], status=status, reason=reason)])
 
     files = [str(ROOT / "tests" / "gpu" / name) for name in ("test_contract.py", "test_configs.py", "test_cuda.py")]
-    files.append(str(ROOT / "tests" / "ops" / "test_cuda.py"))
+    files += [str(ROOT / "tests" / "ops" / name) for name in ("test_cuda.py", "test_cuda_frame_attention.py")]
     pytest.main(["-q", "--maxfail=20", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files], [Rows()])
 
 
