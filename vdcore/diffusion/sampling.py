@@ -157,7 +157,7 @@ def drawing(
     def draw(positions: Tensor, held: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         made_on = generator.device if generator is not None else device
         noise = torch.randn(B, C, len(positions), H, W, generator=generator, device=made_on).to(device)
-        told = {"positions": (positions - positions[0]).to(device)} if tell_positions else {}
+        told: dict[str, Any] = {"positions": (positions - positions[0]).to(device)} if tell_positions else {}
         return sample(denoise, process, noise, steps, held=held, known=known, generator=generator, **told, **conditions)
 
     return draw
