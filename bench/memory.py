@@ -27,6 +27,7 @@ from vdcore.bench.rows import Function, masked, materialised
 from vdcore.bench.timing import Spread, clock_for
 
 import vdcore
+from vdcore.backends.cpu.frame_attention import dq_buffers
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
 LONG = 4.0  # seconds; a call that takes longer is timed once
@@ -104,9 +105,23 @@ def _count_one(job: Job, point: Point) -> tuple[int, str]:
             scores *= s.T
         return scores + copies + out + back, "float32 copies and scores of the reference backend" + back_text
     if point.attention == "vdcore" and backend_for(job) != "sdpa":
-        back = out + keys if job.has_backward else 0
-        return out + lse + back, "output + lse" + (" + gradients of q, k, v" if job.has_backward else "")
+        if not job.has_backward:
+            return out + lse, "output + lse"
+        parts = _parts_of_dq(job)
+        text = "output + lse + gradients of q, k, v" + " + float32 parts of that of q" * bool(parts)
+        return out + lse + out + keys + parts, text
     return 2 * out + lse + back, f"2 outputs + lse{back_text}"
+
+
+def _parts_of_dq(job: Job) -> int:
+    """Bytes in which the CPU engine adds up the gradients of queries of frame attention."""
+    s = job.shape
+    if job.device != "cpu" or job.op not in ("spatial_attention", "video_attention"):
+        return 0
+    components = s.B * s.T if job.op == "spatial_attention" else s.B
+    rows = s.S if job.op == "spatial_attention" else s.T * s.S
+    floats = rows * (s.H // s.G) * -(-s.D // 16) * 16
+    return 4 * floats * dq_buffers(components * s.G, floats, torch.get_num_threads())[0]
 
 
 def backend_for(job: Job) -> str:

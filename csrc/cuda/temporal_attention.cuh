@@ -19,7 +19,7 @@
 // frames (2 and 4 tiles of keys) and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are
 // never loaded, only multiplied, which a kernel that waits for memory does not feel. Up to 64 keys of 96 channels and
 // 32 of 128 nothing spills; beyond, arithmetic is the limit, and tens to hundreds of bytes do
-// (tests/build/test_cuda.py).
+// (tests/build/test_cuda_code.py).
 #pragma once
 
 #include "cuda/lines.cuh"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import config, inputs, model_of
+from vdits import config, inputs, model_of
 
 from vdcore import FrameMask
 from vdcore.models import VDiTConfig

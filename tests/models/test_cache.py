@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from small import config, doubled, in_plain_torch, inputs, model_of, to_double
 from torch.utils._python_dispatch import TorchDispatchMode
+from vdits import config, doubled, in_plain_torch, inputs, model_of, to_double
 
 from vdcore import FrameMask
 from vdcore.models.cache import FrameCache, slots_needed

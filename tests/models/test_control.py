@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import SIZE, config, inputs, model_of
+from vdits import SIZE, config, inputs, model_of
 
 from vdcore import FrameMask
 from vdcore.models import DepthControl

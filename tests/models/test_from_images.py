@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import MASKS, config, inputs, model_of
+from vdits import MASKS, config, inputs, model_of
 
 from vdcore.models import from_latte, inflate
 from vdcore.models.config import MODULATION

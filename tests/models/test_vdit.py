@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from small import MASKS, SIZE, config, doubled, in_plain_torch, inputs, model_of, ratio, to_double
+from vdits import MASKS, SIZE, config, doubled, in_plain_torch, inputs, model_of, ratio, to_double
 
 from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig, position

@@ -22,6 +22,20 @@ from vdcore.backends.cpu._norm_rope import NormRopeBefore
 _FEWEST_ITEMS = 8
 _MOST_WORKSPACE = 256 * 2**20
 
+
+def dq_buffers(items: int, floats: int, threads: int) -> tuple[int, int]:
+    """In how many buffers backward adds up gradients of queries, and in how many parts of the keys; 0: in none.
+
+    Args:
+        items: components times key/value heads.
+        floats: of one buffer.
+    """
+    parts = max(-(-_FEWEST_ITEMS // max(items, 1)), 1)
+    if parts == 1:
+        return min(threads, items), 1
+    return (items * parts if items * parts * floats * 4 <= _MOST_WORKSPACE else 0), parts
+
+
 Groups = Any  # of the native module: which query tokens see which key tokens
 Segment = list[Tensor | None]
 
@@ -153,12 +167,10 @@ def run_backward(
     B, _, _, H, D = c.q.shape
     G = inputs[0][1].shape[3]
     threads, workspace = torch.get_num_threads(), None
-    items, floats = groups.components * G, groups.largest_component * (H // G) * -(-D // 16) * 16
-    parts = max(-(-_FEWEST_ITEMS // max(items, 1)), 1)
-    if parts == 1:
-        workspace = torch.empty(min(threads, items), floats)
-    elif items * parts * floats * 4 <= _MOST_WORKSPACE:
-        workspace = torch.empty(items * parts, floats)
+    floats = groups.largest_component * (H // G) * -(-D // 16) * 16
+    buffers, parts = dq_buffers(groups.components * G, floats, threads)
+    if buffers:
+        workspace = torch.empty(buffers, floats)
     delta = torch.empty(B, H, lse.numel() // (B * H))
     native().frame_attention_backward(
         *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),

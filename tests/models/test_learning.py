@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import MASKS, config, inputs, model_of
+from vdits import MASKS, config, inputs, model_of
 
 import vdcore
 from vdcore.models import VDiT
