@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", *modules, "--parallel", jobs], check=True)
         for name in modules:
             (module,) = build.glob(f"{name}*{sysconfig.get_config_var('EXT_SUFFIX')}")
-            path = target.with_name(module.name)
+            # The emulator is no part of the package: it goes where the sources are.
+            path = target.with_name(module.name) if name == "_native" else ROOT / "vdcore" / module.name
             fresh = path.with_suffix(".new")
             shutil.copy2(module, fresh)
             fresh.replace(path)  # a process that runs the old module keeps it
