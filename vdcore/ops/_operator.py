@@ -31,7 +31,7 @@ def run(call: Call, backend: str | None) -> Any:
     """
     name = requested(backend)
     if not torch.compiler.is_compiling() and _unobserved(call):
-        results = _Direct.apply(call, name, *call.tensors()) if call.grad else _forward(call, name)
+        results = _Direct.apply(call, name, *call.tensors()) if call.grad else _forward(call, name)[0]
         return results if call.OUTPUTS > 1 else results[0]
     op, arguments = OVERLOADS[call.op], (*call.tensors(), *call.attributes(), call.grad, name)
     if call.grad or torch.compiler.is_compiling():
@@ -57,12 +57,12 @@ def _unobserved(call: Call) -> bool:
     )
 
 
-def _forward(call: Call, backend: str) -> tuple[Tensor, ...]:
+def _forward(call: Call, backend: str) -> tuple[tuple[Tensor, ...], str]:
+    """The outputs, and who runs backward: if nobody can, that is an error now, not later."""
     chosen = choose(call, "fwd", backend)
-    if call.grad:
-        choose(call, "bwd", backend)  # a backward that cannot run is an error now, not later
+    behind = choose(call, "bwd", backend) if call.grad else ""
     record(call.op, chosen, "fwd")
-    return implementation(call, chosen).forward(call)
+    return implementation(call, chosen).forward(call), behind
 
 
 class _Direct(torch.autograd.Function):
@@ -70,8 +70,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results = _forward(call, backend)
-        _save(ctx, call, tensors, results, choose(call, "bwd", backend))
+        results, behind = _forward(call, backend)
+        _save(ctx, call, tensors, call.attributes(), results, behind)
         return results
 
     @staticmethod
@@ -79,11 +79,18 @@ class _Direct(torch.autograd.Function):
         return None, None, *_gradients(ctx, grads, [bool(x) for x in ctx.needs_input_grad[2:]])
 
 
-def _save(ctx: Any, call: Call, tensors: tuple[Tensor | None, ...], results: tuple[Tensor, ...], backend: str) -> None:
+def _save(
+    ctx: Any,
+    call: Call,
+    tensors: tuple[Tensor | None, ...],
+    attributes: tuple[Any, ...],
+    results: tuple[Tensor, ...],
+    backend: str,
+) -> None:
     """What backward needs; tensors through autograd, so that hooks and checkpointing see them."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *(results if call.SAVES_OUTPUTS else ()))
-    ctx.kind, ctx.op, ctx.attributes, ctx.backend = type(call), call.op, call.attributes(), backend
+    ctx.kind, ctx.op, ctx.attributes, ctx.backend = type(call), call.op, attributes, backend
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...], needed: list[bool]) -> list[Tensor | None]:
@@ -148,7 +155,7 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
     # ---- forward ----
 
     def forward(*values: Any) -> Any:
-        results = _forward(build(values, values[-2]), values[-1])
+        results, _ = _forward(build(values, values[-2]), values[-1])
         return results if outputs > 1 else results[0]
 
     def forward_fake(*values: Any) -> Any:
@@ -179,8 +186,8 @@ def register(op: str, kind: type[Call], prepare: Callable[..., Call]) -> None:
     # ---- autograd ----
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        call = build(inputs, True)
-        _save(ctx, call, inputs[:n], output if outputs > 1 else (output,), choose(call, "bwd", inputs[-1]))
+        call, results = build(inputs, True), output if outputs > 1 else (output,)
+        _save(ctx, call, inputs[:n], inputs[n : n + m], results, choose(call, "bwd", inputs[-1]))
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return (*_gradients(ctx, grads, [bool(x) for x in ctx.needs_input_grad[:n]]), *(None,) * (m + 2))
