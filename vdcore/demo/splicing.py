@@ -144,10 +144,13 @@ def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Te
 
 def _trained(out: Path) -> Trained:
     path = out / FOLDER / runs.CHECKPOINT
-    if not path.exists() or load_trained(path).step < load_trained(path).recipe.steps:
-        from vdcore.demo import train_sample
+    if path.exists():
+        trained = load_trained(path)
+        if trained.step >= trained.recipe.steps:
+            return trained
+    from vdcore.demo import train_sample
 
-        train_sample.run(out)
+    train_sample.run(out)
     return load_trained(path)
 
 
