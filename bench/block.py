@@ -250,13 +250,7 @@ def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
     given = inputs(job)
     if provider == "eager[compiled]":
         step(job, given, function)
-    if not job.device.startswith("cuda"):
-        return peak_of(lambda: step(job, given, function))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(job, given, function)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_of(lambda: step(job, given, function), job.device).bytes
 
 
 def run(

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +26,7 @@ ADVICE = " ".join(f"{name}={value}" for name, value in RAISED.items())
 NO_GPU = 2**50  # bytes: jobs for a GPU that is not there are only described, at their full size
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_MMAP_THRESHOLD = 32 * 2**20  # where glibc moves it by itself
 _PRELOADED = ("tcmalloc", "jemalloc", "mimalloc")
 
 
@@ -54,19 +57,27 @@ def relaunch(arguments: list[str]) -> int:
             continue
 
 
-def set_malloc(raised: bool) -> bool:
-    """Raises glibc's thresholds in this process, or sets them back; False where there is no glibc."""
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """Inside, glibc hands freed memory back to the system, so that a resident size means memory in use.
+
+    Times that are taken inside are those of page faults.
+    """
     if platform.libc_ver()[0] != "glibc":
-        return False
+        yield
+        return
     libc = ctypes.CDLL(None)
-    threshold = 2**31 - 1 if raised else 128 * 1024
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, threshold))
 
+    def set_thresholds(size: int) -> None:
+        libc.mallopt(_M_MMAP_THRESHOLD, size)
+        libc.mallopt(_M_TRIM_THRESHOLD, size)
 
-def trim_malloc() -> None:
-    """Hands freed memory back to the system, so that a resident size means memory in use."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    set_thresholds(128 * 1024)
+    libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        set_thresholds(_MOST_MMAP_THRESHOLD if needs_relaunch() else 2**31 - 1)
 
 
 def version_of(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Peak memory and time of one point of the profile, each in a fresh process, and what the point should need.
+"""Peak memory and warm time of calls; of a point of the profile in a fresh process, and what it should need.
 
 On the CPU the peak is the process's highest resident size (VmHWM, set back after the inputs were allocated) minus the
 size before the call; on CUDA it is the allocator's own count.
@@ -6,6 +6,7 @@ size before the call; on CUDA it is the allocator's own count.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 import signal
@@ -24,6 +25,7 @@ from vdcore.bench.job import Job, Tensors
 from vdcore.bench.judge import flat, gradients
 from vdcore.bench.peers import PEERS
 from vdcore.bench.rows import Function, masked, materialised
+from vdcore.bench.runner import heap, touch_heap
 from vdcore.bench.timing import Spread, clock_for
 
 import vdcore
@@ -131,7 +133,90 @@ def backend_for(job: Job) -> str:
         return vdcore.explain(job.op, **small.arguments(_leaves(small)))[0][0]
 
 
-# ---- What it needs ----
+# ---- Peak memory and warm time of any call ----
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a call took: bytes beyond what was there before it, its result included, and seconds."""
+
+    bytes: int
+    seconds: float
+
+
+def peak_of(call: Callable[[], Any], device: str = "cpu") -> Peak:
+    """The most memory that a call takes. Make it once before, so that starting threads and loading code do not count.
+
+    Whoever allocates, on the CPU: what others in the process take meanwhile counts as well.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, begin = torch.cuda.memory_allocated(), time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return Peak(torch.cuda.max_memory_allocated() - before, time.perf_counter() - begin)
+    with machine.returning_memory():
+        before, begin = _reset_peak(), time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        peak = max(_peak() - before, 0)
+        del result
+    return Peak(peak, seconds)
+
+
+def _reset_peak() -> int:
+    """Sets the process's peak back to its present resident size, which is returned."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    try:
+        return _status("VmHWM")
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of warm calls, and the allocator as rows say it."""
+
+    spread: Spread
+    allocator: str
+
+
+def time_warm(call: Callable[[], Any], device: str, need: int) -> Timed:
+    """Calls in touched memory: as many as fit into :data:`ENOUGH`, at least three unless one takes :data:`LONG`.
+
+    Args:
+        need: bytes that a call takes.
+    """
+    cuda = device.startswith("cuda")
+    if not cuda:
+        touch_heap(min(2 * need, machine.memory_limit()))
+    clock = clock_for(device)
+    call()
+    samples = [clock.measure(call).seconds]
+    while len(samples) < 9 and (sum(samples) < ENOUGH or (len(samples) < 3 and samples[0] < LONG)):
+        samples.append(clock.measure(call).seconds)
+    return Timed(Spread.of(samples), "torch" if cuda else heap())
+
+
+# ---- What a point needs ----
 
 
 def _leaves(job: Job) -> Tensors:
@@ -170,82 +255,22 @@ def _small(point: Point) -> Point:
     return replace(point, jobs=jobs)
 
 
-def _status(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _reset_peak() -> int:
-    """Sets the process's peak back to its present resident size, which is returned."""
-    machine.trim_malloc()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    try:
-        return _status("VmHWM")
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-
-
-def peak_of(call: Callable[[], Any]) -> int:
-    """Peak bytes of a call beyond what the process held before, what it returns included. For a fresh process."""
-    machine.set_malloc(raised=False)  # a freed block must leave the process
-    before = _reset_peak()
-    result = call()
-    peak = _peak() - before
-    del result
-    return peak
-
-
-def measure_memory(point: Point, limit: int) -> dict[str, float]:
-    """Peak bytes of one call beyond its inputs, and its seconds. An allocation beyond the limit raises."""
+def measure_memory(point: Point, limit: int) -> Peak:
+    """Of one call beyond its inputs. An allocation beyond the limit raises. For a fresh process."""
     device = point.jobs[0].device
     _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
-    if device.startswith("cuda"):
+    with machine.returning_memory():  # already where inputs are drawn: what that leaves free counts as taken
         tensors, dout = _leaves(point.jobs[0]), _incoming(point)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        begin = time.perf_counter()
-        _call(point, tensors, dout)()
-        torch.cuda.synchronize()
-        return {"bytes": torch.cuda.max_memory_allocated() - before, "seconds": time.perf_counter() - begin}
-    # A freed block must leave the process, else its place counts although nothing is in it.
-    machine.set_malloc(raised=False)
-    tensors, dout = _leaves(point.jobs[0]), _incoming(point)
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit,) * 2)
-    before = _reset_peak()
-    begin = time.perf_counter()
-    _call(point, tensors, dout)()
-    return {"bytes": _peak() - before, "seconds": time.perf_counter() - begin}
+        if sys.platform == "linux" and not device.startswith("cuda"):
+            resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit,) * 2)
+        return peak_of(_call(point, tensors, dout), device)
 
 
-def measure_time(point: Point, need: int) -> dict[str, Any]:
-    """Seconds of warm calls in touched memory: as many as fit into :data:`ENOUGH`, at least three unless LONG."""
-    from vdcore.bench.runner import heap, touch_heap
-
-    device = point.jobs[0].device
+def measure_time(point: Point, need: int) -> Timed:
+    """Of warm calls. For a fresh process."""
     _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
     tensors, dout = _leaves(point.jobs[0]), _incoming(point)
-    if not device.startswith("cuda"):
-        touch_heap(min(2 * need, machine.memory_limit()))
-    call, clock = _call(point, tensors, dout), clock_for(device)
-    call()
-    samples = [clock.measure(call).seconds]
-    while len(samples) < 9 and (sum(samples) < ENOUGH or (len(samples) < 3 and samples[0] < LONG)):
-        samples.append(clock.measure(call).seconds)
-    allocator = "torch" if device.startswith("cuda") else heap()
-    return {"spread": Spread.of(samples), "allocator": allocator}
+    return time_warm(_call(point, tensors, dout), point.jobs[0].device, need)
 
 
 # ---- In a process of its own ----

@@ -173,7 +173,7 @@ def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
         found = in_process(measure_memory, point, limit)
     except PointError as error:
         return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    peak = float(found["bytes"])
+    peak = float(found.bytes)
     memory = replace(
         memory,
         p20=peak,
@@ -182,17 +182,14 @@ def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
         samples=1,
         reason="; ".join(filter(None, (f"should need {formula}", served))),
     )
-    if found["seconds"] > 2 * settings.time_limit:
-        once, note = (
-            Spread(found["seconds"], found["seconds"], found["seconds"], 1),
-            "one cold call" + (f"; {served}" if served else ""),
-        )
-        return [memory, _timed(clock, once, base.allocator, note)]
+    if found.seconds > 2 * settings.time_limit:
+        note = "one cold call" + (f"; {served}" if served else "")
+        return [memory, _timed(clock, Spread.of([found.seconds]), base.allocator, note)]
     try:
         timed = in_process(measure_time, point, int(peak))
     except PointError as error:
         return [memory, replace(clock, status="failed", reason=str(error)[:300])]
-    return [memory, _timed(clock, timed["spread"], timed["allocator"], served)]
+    return [memory, _timed(clock, timed.spread, timed.allocator, served)]
 
 
 def _timed(row: Row, spread: Spread, allocator: str, reason: str = "") -> Row:

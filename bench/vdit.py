@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import ENOUGH, LONG, PointError, in_process, peak_of
+from vdcore.bench.memory import Peak, PointError, Timed, in_process, peak_of, time_warm
 from vdcore.bench.profile import Settings
 from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import DTYPE_NAMES, heap, touch_heap
-from vdcore.bench.timing import Spread, clock_for
+from vdcore.bench.runner import DTYPE_NAMES
+from vdcore.bench.timing import Spread
 
 from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig
@@ -137,35 +137,17 @@ def _step(point: ModelPoint, frames: int) -> tuple[VDiT, Callable[[], Any]]:
     return model, backward if "bwd" in point.mode else forward
 
 
-def measure_memory(point: ModelPoint) -> dict[str, float]:
-    """Peak bytes of one call beyond weights and video, and its seconds. For a fresh process."""
+def measure_memory(point: ModelPoint) -> Peak:
+    """Of one call beyond weights and video. For a fresh process."""
     with attention_by(point.provider):
         _step(point, 2)[1]()  # starts threads and loads code
-        _, call = _step(point, point.frames)
-        begin = time.perf_counter()
-        if point.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            peak = peak_of(call)
-        return {"bytes": peak, "seconds": time.perf_counter() - begin}
+        return peak_of(_step(point, point.frames)[1], point.device)
 
 
-def measure_time(point: ModelPoint, need: int) -> dict[str, Any]:
-    """Seconds of warm calls in touched memory."""
+def measure_time(point: ModelPoint, need: int) -> Timed:
+    """Of warm calls. For a fresh process."""
     with attention_by(point.provider):
-        _, call = _step(point, point.frames)
-        if not point.device.startswith("cuda"):
-            touch_heap(min(2 * need, machine.memory_limit()))
-        clock = clock_for(point.device)
-        call()
-        samples = [clock.measure(call).seconds]
-        while len(samples) < 9 and (sum(samples) < ENOUGH or (len(samples) < 3 and samples[0] < LONG)):
-            samples.append(clock.measure(call).seconds)
-    return {"spread": Spread.of(samples), "allocator": "torch" if point.device.startswith("cuda") else heap()}
+        return time_warm(_step(point, point.frames)[1], point.device, need)
 
 
 def predict_memory(point: ModelPoint) -> int:
@@ -235,16 +217,16 @@ def measure(point: ModelPoint, settings: Settings, rate: float) -> list[Row]:
         return [predicted, replace(clock, status="predicted", p50=guess or None, reason=reason)]
     try:
         found = in_process(measure_memory, point)
-        peak = float(found["bytes"])
+        peak = float(found.bytes)
         memory = replace(
             memory, p20=peak, p50=peak, p80=peak, samples=1, reason=f"predicted {machine.bytes_text(need)}"
         )
-        if found["seconds"] > 2 * settings.time_limit:
-            timed = {"spread": Spread(*[found["seconds"]] * 3, 1), "allocator": clock.allocator}
+        if found.seconds > 2 * settings.time_limit:
+            timed = Timed(Spread.of([found.seconds]), clock.allocator)
         else:
             timed = in_process(measure_time, point, int(peak))
     except PointError as error:
         return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    s = timed["spread"]
-    clock = replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, allocator=timed["allocator"])
+    s = timed.spread
+    clock = replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, allocator=timed.allocator)
     return [memory, clock]

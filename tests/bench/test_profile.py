@@ -32,7 +32,7 @@ def test_predictions_are_within_a_factor_of_what_is_measured(pattern, attention,
     """Beside 2 MiB, which threads and code may take."""
     for point in points(pattern, attention, mode):
         predicted, formula = count(point)
-        measured = in_process(measure_memory, point, 8 * 2**30)["bytes"]
+        measured = in_process(measure_memory, point, 8 * 2**30).bytes
         spare = 2 * 2**20
         assert (measured - spare) / 2 <= predicted <= 2 * (measured + spare), (point.variant, formula)
 

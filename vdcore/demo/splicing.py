@@ -54,7 +54,7 @@ def peak_memory(frames: int, pixels: int, spliced: bool) -> int:
         return [draw(torch.arange(frames))]
 
     call(1 if not spliced else CHUNK)  # starts threads and loads code
-    return peak_of(call)
+    return peak_of(call).bytes
 
 
 def change(video: Tensor) -> Tensor:
