@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import PointError, in_process
+from vdcore.bench.memory import PointError, in_process, peak_of, predicted_peak
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES, heap
+from vdcore.bench.timing import Spread, race_calls
 
 from vdcore.testing import error_ratio
 
@@ -130,24 +131,20 @@ def predict_memory(point: HostPoint) -> int:
     """Peak bytes of a call beyond parameters and inputs, by running it on fake tensors: nothing is computed."""
     from torch._subclasses import FakeTensorMode
 
-    from vdcore.integrations.measure import predicted_bytes
-
     usual = torch.get_default_dtype()
     torch.set_default_dtype(point.dtype)  # fake modules cannot be cast
     try:
         with FakeTensorMode():
-            module, call = point.make()
-            return predicted_bytes(module, call) - sum(p.nbytes for p in module.parameters())
+            return predicted_peak(*point.make())
     finally:
         torch.set_default_dtype(usual)
 
 
-def measure(point: HostPoint, rounds: int) -> dict[str, Any]:
+def measure(point: HostPoint, rounds: int) -> tuple[int, Spread]:
     """Peak bytes and seconds of one provider, for a fresh process."""
-    from vdcore.integrations.measure import peak_bytes, race
-
     _, call = point.make()
-    return {"bytes": peak_bytes(call), "spread": race({"": call}, rounds=rounds)[""]}
+    call()
+    return peak_of(call).bytes, race_calls({"": call}, rounds)[""]
 
 
 # ---- bench --model ----
@@ -155,19 +152,17 @@ def measure(point: HostPoint, rounds: int) -> dict[str, Any]:
 
 def compare(name: str, dtypes: Sequence[torch.dtype], rounds: int, journal: Journal) -> list[Row]:
     """Time in interleaved rounds, peak memory and error of all providers; rows go to the journal."""
-    from vdcore.integrations.measure import peak_bytes, race
-
     begin = len(journal.rows)
     reference = exact(name)
     for dtype in dtypes:
         points = {provider: HostPoint(name, provider, dtype=dtype) for provider in PROVIDERS}
         calls = {provider: point.make()[1] for provider, point in points.items()}
         results = {provider: call() for provider, call in calls.items()}
-        spreads = race(calls, rounds=rounds)
+        spreads = race_calls(calls, rounds)
         for provider, point in points.items():
             row, s = point.row(), spreads[provider]
             ratio = error_ratio(results[provider], reference, [results["diffusers"]]).worst
-            peak = float(peak_bytes(calls[provider]))
+            peak = float(peak_of(calls[provider]).bytes)
             timed = replace(row, p20=s.p20, p50=s.p50, p80=s.p80, samples=rounds, error_ratio=ratio)
             memory = replace(row, metric="memory", unit="bytes", p20=peak, p50=peak, p80=peak, samples=1)
             journal.add([timed, memory])
@@ -229,7 +224,7 @@ def _profile_rows(point: HostPoint, memory_limit: int, time_limit: float, rate: 
         found = in_process(measure, point, 3)
     except PointError as error:
         return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    peak, s = float(found["bytes"]), found["spread"]
+    peak, s = float(found[0]), found[1]
     note = f"predicted {machine.bytes_text(need)}"
     memory = replace(memory, p20=peak, p50=peak, p80=peak, samples=1, reason=note)
     return [memory, replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=3)]

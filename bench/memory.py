@@ -216,6 +216,23 @@ def time_warm(call: Callable[[], Any], device: str, need: int) -> Timed:
     return Timed(Spread.of(samples), "torch" if cuda else heap())
 
 
+def predicted_peak(module: torch.nn.Module, call: Callable[[], Any]) -> int:
+    """Peak bytes of a call beyond the module's parameters, without running it: on fake tensors, for any device.
+
+    Module and inputs must have been made, and the call is made, inside one ``torch._subclasses.FakeTensorMode``. What
+    an operator takes inside of itself is not seen.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(module)
+    with tracker:
+        call()
+    peaks = tracker.get_tracker_snapshot("peak")
+    total = max(sum(sizes.values()) // 2 if "Total" in sizes else sum(sizes.values()) for sizes in peaks.values())
+    return total - sum(p.nbytes for p in module.parameters())
+
+
 # ---- What a point needs ----
 
 

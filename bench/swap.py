@@ -17,13 +17,15 @@ from typing import Any
 
 import diffusers
 import torch
+from vdcore.bench.inside import AttentionCalls, breakdown
+from vdcore.bench.memory import peak_of
 from vdcore.bench.runner import heap, touch_heap
+from vdcore.bench.timing import race_calls
 
 from vdcore.integrations.diffusers import Report, swap_in
 from vdcore.integrations.diffusers.exact import Float64
 from vdcore.integrations.diffusers.zoo import MODELS, Tiny, output
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS, Block
-from vdcore.integrations.measure import AttentionCalls, breakdown, peak_bytes, race
 from vdcore.testing import error_ratio
 
 MIB = 2**20
@@ -50,9 +52,9 @@ def model_row(name: str, tiny: Tiny, rounds: int) -> dict[str, str]:
         before, after = call_of(host, tiny, dtype), call_of(ours, tiny, dtype)
         if dtype == torch.float32:
             row |= _calls(before, after, report)
-            times = race({"host": before, "vdcore": after}, rounds=rounds)
+            times = race_calls({"host": before, "vdcore": after}, rounds)
             row["ms"] = f"{1e3 * times['host'].p50:.1f} / {1e3 * times['vdcore'].p50:.1f}"
-            row["peak MiB"] = f"{peak_bytes(before) / MIB:.1f} / {peak_bytes(after) / MIB:.1f}"
+            row["peak MiB"] = f"{peak_of(before).bytes / MIB:.1f} / {peak_of(after).bytes / MIB:.1f}"
         ratio = error_ratio(after(), exact, [before()])
         row[f"error {label}"] = f"{ratio.worst:.2f}"
     return row
@@ -103,7 +105,7 @@ def block_row(
     size = block.small if small else block.size
     before, after, exact = block_calls(block, size, dtype)
     ratio = error_ratio(after(), exact(), [before()])
-    times = race({"host": before, "vdcore": after}, rounds=rounds)
+    times = race_calls({"host": before, "vdcore": after}, rounds)
     parts = {"host": breakdown(before, rounds=rounds), "vdcore": breakdown(after, rounds=rounds)}
     around = {key: part.around for key, part in parts.items()}
     row = {
@@ -113,7 +115,7 @@ def block_row(
         "error": f"{ratio.worst:.2f}",
         "ms": f"{1e3 * times['host'].p50:.0f} / {1e3 * times['vdcore'].p50:.0f}",
         "around the products, ms": f"{around['host']:.0f} / {around['vdcore']:.0f}",
-        "peak MiB": f"{peak_bytes(before) / MIB:.0f} / {peak_bytes(after) / MIB:.0f}",
+        "peak MiB": f"{peak_of(before).bytes / MIB:.0f} / {peak_of(after).bytes / MIB:.0f}",
     }
     return row, [f"- {name}, {key}: {part} ms" for key, part in parts.items()]
 

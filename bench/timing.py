@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,9 +93,15 @@ class Contender:
         state = self.prepare()
         return clock.measure(lambda: self.call(state))
 
+    @property
+    def spread(self) -> Spread:
+        return Spread.of([sample.seconds for sample in self.samples])
+
 
 @dataclass(frozen=True)
 class Spread:
+    """Percentiles of some samples, and how many there are."""
+
     p20: float
     p50: float
     p80: float
@@ -167,3 +173,13 @@ def race(
                 if i < rounds[name]:
                     contenders[name].samples.append(contenders[name].run(clock))
                     step()
+
+
+def race_calls(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Spread]:
+    """Seconds of calls that need no preparation, after one run each that is not counted."""
+    clock = clock_for(device)
+    contenders = {name: Contender(lambda _, call=call: call()) for name, call in calls.items()}  # type: ignore[misc]
+    for contender in contenders.values():
+        contender.run(clock)
+    race(contenders, dict.fromkeys(contenders, rounds), clock)
+    return {name: contender.spread for name, contender in contenders.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import Peak, PointError, Timed, in_process, peak_of, time_warm
+from vdcore.bench.memory import Peak, PointError, Timed, in_process, peak_of, predicted_peak, time_warm
 from vdcore.bench.profile import Settings
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES
@@ -154,11 +154,9 @@ def predict_memory(point: ModelPoint) -> int:
     """Peak bytes of a call beyond weights and video, by running it on fake tensors."""
     from torch._subclasses import FakeTensorMode
 
-    from vdcore.integrations.measure import predicted_bytes
-
     with FakeTensorMode(), attention_by(point.provider):
         model, call = _step(point, point.frames)
-        return predicted_bytes(model, call) - sum(p.nbytes for p in model.parameters())
+        return predicted_peak(model, call)
 
 
 # ---- Rows ----

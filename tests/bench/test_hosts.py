@@ -32,7 +32,7 @@ def test_memory_is_predicted_without_running(name):
 
 def test_prediction_is_near_what_is_measured():
     point = hosts.HostPoint("SVD temporal block", "vdcore", 2)
-    measured = hosts.measure(point, 1)["bytes"]
+    measured = hosts.measure(point, 1)[0]
     assert 0.5 < measured / hosts.predict_memory(point) < 2
 
 

@@ -1,22 +1,12 @@
-"""What a swap does to a whole model: which calls it serves, how far its results err, time, memory, and where time goes.
-
-Every function takes models or calls of the host as they are, so that other hosts can be measured as well.
-"""
+"""What happens inside a call of a model: the attention that it computes, and where its time goes."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -51,112 +41,6 @@ class AttentionCalls(TorchFunctionMode):
                 found[op] += n
         return found
 
-
-# ---- Time ----
-
-
-class Spread(NamedTuple):
-    """Seconds of one call: percentiles over the rounds."""
-
-    p20: float
-    p50: float
-    p80: float
-
-
-def race(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 10, device: str = "cpu") -> dict[str, Spread]:
-    """Times of several calls, their runs interleaved, after one run each that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            call()
-            _synchronize(device)
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Spread(*(_percentile(found, p) for p in (0.2, 0.5, 0.8))) for name, found in seconds.items()}
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def _percentile(values: Sequence[float], p: float) -> float:
-    return sorted(values)[min(int(p * len(values)), len(values) - 1)]
-
-
-# ---- Memory ----
-
-
-def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """The most memory that a call takes beyond what is allocated before it, after one run that is not counted.
-
-    On the CPU the highest resident size of the process, whoever allocates; needs Linux. On CUDA torch's allocator.
-    """
-    call()
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with _exact_heap():
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(_status("VmHWM") - before, 0)
-
-
-@contextmanager
-def _exact_heap() -> Iterator[None]:
-    """Inside, glibc gives every larger tensor a mapping of its own, back at once when it is freed.
-
-    Otherwise what earlier calls left in the heap decides how far it grows. Times taken inside are those of page faults.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    except (OSError, AttributeError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        usual = int(os.environ.get("MALLOC_MMAP_THRESHOLD_") or 1 << 25)
-        libc.mallopt(_M_MMAP_THRESHOLD, min(usual, 2**31 - 1))
-
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"peak_bytes: /proc/self/status has no {field}")
-
-
-def predicted_bytes(model: torch.nn.Module, call: Callable[[], Any]) -> int:
-    """Peak memory of a call without running it: for a model and inputs of fake tensors, on any device.
-
-    Both must have been made, and the call is made, inside one ``torch._subclasses.FakeTensorMode``. Counts tensors, the
-    parameters included; what an operator takes inside of itself is not seen.
-    """
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    tracker = MemTracker()
-    tracker.track_external(model)
-    with tracker:
-        call()
-    peaks = tracker.get_tracker_snapshot("peak")
-    return max(sum(sizes.values()) // 2 if "Total" in sizes else sum(sizes.values()) for sizes in peaks.values())
-
-
-# ---- Where time goes ----
 
 # Operators by what they are for; the first pattern that is part of an operator's name counts.
 ACTIVATIONS = "activations"
