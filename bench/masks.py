@@ -8,7 +8,8 @@ same mask as a boolean matrix, takes part where its score matrix is small enough
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from vdcore.bench.curves import MASKS
 from vdcore.bench.job import Job, Tensors, mask_text
 from vdcore.bench.jobs import make
 from vdcore.bench.machine import seconds_text
+from vdcore.bench.memory import function_of
 from vdcore.bench.results import Journal, Row
-from vdcore.bench.rows import dense_mask, whole_job
+from vdcore.bench.rows import Function, masked
 from vdcore.bench.runner import blank
-from vdcore.bench.timing import Contender, Spread, clock_for, race
+from vdcore.bench.timing import Contender, clock_for, race
 from vdcore.bench.workloads import Shape, load
 
 import vdcore
@@ -44,15 +46,13 @@ SDPA_FLOPS = {"cpu": 6e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA 
 
 @dataclass
 class _Entry:
+    """One mask at one length, computed by one provider."""
+
     name: str
     job: Job
     provider: str
-    call: Callable[[], Tensor]
+    contender: Contender
     error_ratio: float | None = None
-    contender: Contender = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.contender = Contender(lambda _: self.call())
 
 
 def run(
@@ -70,8 +70,6 @@ def run(
     for dtype in dtypes:
         doing(f"masks, {str(dtype).removeprefix('torch.')}: warming up")
         entries = _entries(device, dtype, frames, tokens or TOKENS[kind], kind)
-        for entry in entries:
-            entry.error_ratio = _judge(entry)
         doing(f"masks, {str(dtype).removeprefix('torch.')}: {rounds} rounds of {len(entries)} calls")
         contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
         try:
@@ -83,6 +81,7 @@ def run(
 def _entries(
     device: str, dtype: torch.dtype, frames: Sequence[int], tokens: tuple[int, int], kind: str
 ) -> list[_Entry]:
+    """Every mask at every length, by everybody who can take it; warm and judged."""
     workload = load()[WORKLOAD]
     whole = workload.shape()
     heads = 2 if kind == "cpu" else whole.H
@@ -95,52 +94,42 @@ def _entries(
             if job.forward_flops() > FLOPS[kind]:
                 continue
             tensors = tensors or job.tensors()
-            entries.append(_Entry(name, job, "vdcore", _ours(job, tensors)))
+            calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
             if 0 < job.forward_flops() / mask.density(T) <= SDPA_FLOPS[kind]:
-                entries.append(_Entry(name, job, "sdpa", _sdpa(job, tensors)))
+                variant = "dense mask" if masked(job) else "strided"
+                calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
+            ratios = _judge(job, tensors, [call(None) for call in calls.values()])
+            entries += [
+                _Entry(name, job, provider, Contender(call), ratio)
+                for (provider, call), ratio in zip(calls.items(), ratios)
+            ]
     return entries
 
 
-def _ours(job: Job, tensors: Tensors) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return vdcore.video_attention(**job.arguments(tensors))
+def _call(job: Job, tensors: Tensors, function: Function) -> Callable[[Any], Tensor]:
+    """Of what a contender has prepared, which is nothing."""
+    arguments = job.arguments(tensors)
 
-    return call
-
-
-def _sdpa(job: Job, tensors: Tensors) -> Callable[[], Tensor]:
-    mask = dense_mask(job)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y.transpose(1, 2)
-
-    function = whole_job(job.op, attend)
-    arguments = {key: value for key, value in job.arguments(tensors).items() if key != "mask"}
-
-    def call() -> Tensor:
+    def call(_: Any) -> Tensor:
         with torch.no_grad():
             return function(**arguments)
 
     return call
 
 
-def _judge(entry: _Entry) -> float | None:
-    """The error ratio of the last frame of one head, which is a problem of its own."""
-    job, T = entry.job, entry.job.shape.T
-    out = entry.call()[:, -1:, :, :1]
-    q, k, v = (x[..., :1, :] for x in job.qkv(job.tensors()))
-    piece = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]:
+    """The error ratios of the last frame of one head, which is a problem of its own."""
+    T = job.shape.T
+    q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
+    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
     wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
     exact = vdcore.video_attention(**wide, backend="reference")
     forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
-    return error_ratio(out, exact, forms).worst
+    return [error_ratio(out[:, -1:, :, :1], exact, forms).worst for out in results]
 
 
 def _row(entry: _Entry) -> Row:
-    spread = Spread.of([sample.seconds for sample in entry.contender.samples])
+    spread = entry.contender.spread
     base = blank(entry.job)
     return replace(
         base,

@@ -1,0 +1,46 @@
+"""The sweep over masks: all masks at every length, judged, and per visible pair in the table."""
+
+import pytest
+import torch
+from vdcore.bench import masks
+from vdcore.bench.results import FILE, Journal, parse
+
+
+@pytest.fixture
+def rows(tmp_path):
+    journal = Journal(tmp_path / FILE)
+    masks.run(journal, frames=(4, 6), tokens=(2, 2), rounds=3)
+    journal.close()
+    return parse((tmp_path / FILE).read_text())
+
+
+def test_every_mask_at_every_length_by_both(rows):
+    found = {(row.case.removeprefix(masks.MASKS), row.x, row.provider) for row in rows}
+    assert found == {(name, T, who) for name in masks.SWEEP for T in (4, 6) for who in ("vdcore", "sdpa")}
+    assert all(row.samples == 3 and row.p50 > 0 and row.error_ratio <= 1 for row in rows)
+    assert {row.reason for row in rows if row.case.endswith("chunk-causal")} == {"future 0, chunk 4"}
+
+
+def test_the_table_counts_visible_pairs(rows):
+    ((title, cells),) = masks.tables(rows).items()
+    assert "float32, cpu" in title and len(cells) == 2 * len(masks.SWEEP)
+    visible = {(line[0].split(" (")[0], line[1]): line[2] for line in cells}
+    assert visible["dense", "4"] == "100.0%" and visible["causal", "4"] == "62.5%" and visible["window", "6"] == "41.7%"
+
+
+def test_a_wrong_mask_is_noticed():
+    """The last frame's result is judged: one that sees a frame too many."""
+    ours = masks.vdcore.video_attention
+
+    def wrong(*args, mask=None, **kwargs):
+        past = None if mask is None or mask.past is None else mask.past + 1
+        return ours(*args, mask=masks.FrameMask(past, 0), **kwargs)
+
+    workload = masks.load()[masks.WORKLOAD]
+    shape = masks.Shape(B=1, T=6, rows=2, columns=2, H=2, G=2, D=16)
+    job = masks.make("video_attention", workload, mask=masks.SWEEP["window"], shape=shape)
+    tensors = job.tensors()
+    with torch.no_grad():
+        right, other = (f(**job.arguments(tensors)) for f in (ours, wrong))
+    good, bad = masks._judge(job, tensors, [right, other])
+    assert good <= 1 < bad
