@@ -292,7 +292,7 @@ def _memory_rows(job: BlockJob, base: Row, providers: Sequence[tuple[str, str]],
         row = replace(base, provider=provider, variant=variant, metric="memory", unit="bytes")
         try:
             peak = float(in_process(measure_memory, job, provider, variant))
-            rows.append(replace(row, p20=peak, p50=peak, p80=peak, samples=1, allocator="glibc, default thresholds"))
+            rows.append(row.measured(Spread.of([peak]), allocator="glibc, default thresholds"))
         except PointError as error:
             rows.append(replace(row, status="failed", reason=str(error)[:300]))
     return rows
@@ -331,10 +331,9 @@ def _time_rows(
     watch.doing(f"{OP} {job.mode}: {max(counts.values())} rounds")
     race(named, counts, clock)
     for name, contender in contenders.items():
-        s = Spread.of([sample.seconds for sample in contender.samples])
-        row = replace(base, provider=name[0], variant=name[1], p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples)
         note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens a frame" if name in ratios else ""
-        rows.append(replace(row, error_ratio=ratios.get(name), reason=note))
+        row = replace(base, provider=name[0], variant=name[1], error_ratio=ratios.get(name), reason=note)
+        rows.append(row.measured(contender.spread))
     return rows
 
 

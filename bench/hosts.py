@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import PointError, in_process, peak_of, predicted_peak
+from vdcore.bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore.bench.profile import Estimate, Settings, follow, rows_of
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES, heap
 from vdcore.bench.timing import Spread, race_calls
@@ -140,11 +141,16 @@ def predict_memory(point: HostPoint) -> int:
         torch.set_default_dtype(usual)
 
 
-def measure(point: HostPoint, rounds: int) -> tuple[int, Spread]:
-    """Peak bytes and seconds of one provider, for a fresh process."""
+def measure_memory(point: HostPoint) -> Peak:
+    """Of one call beyond parameters and inputs. For a fresh process."""
     _, call = point.make()
-    call()
-    return peak_of(call).bytes, race_calls({"": call}, rounds)[""]
+    call()  # starts threads and loads code
+    return peak_of(call)
+
+
+def measure_time(point: HostPoint, need: int) -> Timed:
+    """Of warm calls. For a fresh process."""
+    return time_warm(point.make()[1], "cpu", need)
 
 
 # ---- bench --model ----
@@ -160,12 +166,11 @@ def compare(name: str, dtypes: Sequence[torch.dtype], rounds: int, journal: Jour
         results = {provider: call() for provider, call in calls.items()}
         spreads = race_calls(calls, rounds)
         for provider, point in points.items():
-            row, s = point.row(), spreads[provider]
+            row = point.row()
             ratio = error_ratio(results[provider], reference, [results["diffusers"]]).worst
             peak = float(peak_of(calls[provider]).bytes)
-            timed = replace(row, p20=s.p20, p50=s.p50, p80=s.p80, samples=rounds, error_ratio=ratio)
-            memory = replace(row, metric="memory", unit="bytes", p20=peak, p50=peak, p80=peak, samples=1)
-            journal.add([timed, memory])
+            memory = replace(row, metric="memory", unit="bytes").measured(Spread.of([peak]))
+            journal.add([row.measured(spreads[provider], error_ratio=ratio), memory])
     return journal.rows[begin:]
 
 
@@ -186,48 +191,32 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def profile(
     name: str,
-    frames: Sequence[int],
-    dtype: torch.dtype,
-    memory_limit: int,
-    time_limit: float,
+    settings: Settings,
     journal: Journal,
     watch: Callable[[str, int, int], None] = lambda what, number, total: None,
 ) -> list[Row]:
     """A block of real width against frames: measured in processes of their own, or predicted where it would not fit."""
     begin, providers = len(journal.rows), ("diffusers", "vdcore")
-    points = [HostPoint(name, provider, n, dtype) for provider in providers for n in sorted(set(frames))]
-    rates: dict[str, float] = {}  # seconds a frame of the point before
-    for number, point in enumerate(points):
-        watch(f"{name}, {point.provider}, {point.frames} frames", number, len(points))
-        assert point.frames is not None
-        rows = _profile_rows(point, memory_limit, time_limit, rates.get(point.provider))
-        journal.add(rows)
-        if rows[1].status == "ok" and rows[1].p50:
-            rates[point.provider] = rows[1].p50 / point.frames
+    follow(
+        [[HostPoint(name, who, n, settings.dtype) for n in sorted(set(settings.frames))] for who in providers],
+        lambda point, rate: _profile_rows(point, settings, rate),
+        lambda point: point.size()[0],
+        journal,
+        lambda p, number, total: watch(f"{p.name}, {p.provider}, {p.frames} frames", number, total),
+    )
     return journal.rows[begin:]
 
 
-def _profile_rows(point: HostPoint, memory_limit: int, time_limit: float, rate: float | None) -> list[Row]:
-    assert point.frames is not None
-    base = _with_heads(point)
-    memory, clock = replace(base, metric="memory", unit="bytes"), base
+def _profile_rows(point: HostPoint, settings: Settings, rate: float) -> list[Row]:
     need = predict_memory(point)
-    guess = rate * point.frames if rate else None
-    if need > memory_limit or (guess is not None and guess > time_limit):
-        reason = f"needs {machine.bytes_text(need)} by a run on fake tensors"
-        reason += f", the limit is {machine.bytes_text(memory_limit)}" if need > memory_limit else ""
-        if guess is not None:
-            reason += f"; about {machine.seconds_text(guess)} a call at the rate of the point before"
-        predicted = replace(memory, status="predicted", p50=float(need), reason=reason)
-        return [predicted, replace(clock, status="predicted", p50=guess, reason=reason)]
-    try:
-        found = in_process(measure, point, 3)
-    except PointError as error:
-        return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    peak, s = float(found[0]), found[1]
-    note = f"predicted {machine.bytes_text(need)}"
-    memory = replace(memory, p20=peak, p50=peak, p80=peak, samples=1, reason=note)
-    return [memory, replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=3)]
+    return rows_of(
+        _with_heads(point),
+        Estimate(need, "by a run on fake tensors", point.size()[0] / rate if rate else 0.0),
+        settings,
+        partial(measure_memory, point),
+        partial(measure_time, point),
+        note=f"predicted {machine.bytes_text(need)}",
+    )
 
 
 def _with_heads(point: HostPoint) -> Row:

@@ -8,7 +8,7 @@ same mask as a boolean matrix, takes part where its score matrix is small enough
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -129,18 +129,12 @@ def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]
 
 
 def _row(entry: _Entry) -> Row:
-    spread = entry.contender.spread
-    base = blank(entry.job)
-    return replace(
-        base,
+    return blank(entry.job).measured(
+        entry.contender.spread,
         case=MASKS + entry.name,
         provider=entry.provider,
         variant="" if entry.provider == "vdcore" else "dense mask",
         reason=mask_text(entry.job.mask),
-        p20=spread.p20,
-        p50=spread.p50,
-        p80=spread.p80,
-        samples=spread.samples,
         error_ratio=entry.error_ratio,
     )
 

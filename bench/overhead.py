@@ -95,15 +95,7 @@ def measure(job: Job, rounds: int = ROUNDS) -> Iterator[Row]:
         race(contenders, dict.fromkeys(contenders, rounds), clock)
     for way, (contender, count) in racing.items():
         spread = Spread.of([sample.seconds / count for sample in contender.samples])
-        yield replace(
-            base,
-            provider=way.provider,
-            variant=way.variant,
-            p20=spread.p20,
-            p50=spread.p50,
-            p80=spread.p80,
-            samples=spread.samples,
-        )
+        yield base.measured(spread, provider=way.provider, variant=way.variant)
 
 
 def _repeat(call: Callable[[], Any], count: int) -> None:

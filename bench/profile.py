@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
 from vdcore.bench.job import Job
 from vdcore.bench.jobs import SpatialJob, TemporalJob, VideoJob, make
-from vdcore.bench.memory import Point, PointError, backend_for, count, in_process, measure_memory, measure_time
+from vdcore.bench.memory import (
+    Peak,
+    Point,
+    PointError,
+    Timed,
+    backend_for,
+    count,
+    in_process,
+    measure_memory,
+    measure_time,
+)
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import blank
 from vdcore.bench.timing import Spread
@@ -47,6 +59,11 @@ class Settings:
     memory_limit: int = 2**62
     time_limit: float = 20.0
     until: float = math.inf
+
+    @property
+    def most_memory(self) -> int:
+        """The limit, or what the machine has."""
+        return min(self.memory_limit, machine.memory_limit(self.device))
 
 
 def shape_for(workload: Workload, device: str, threads: int) -> Shape:
@@ -127,71 +144,149 @@ def run(
 ) -> None:
     """Measures or predicts every point; rows stand in the journal as soon as they exist."""
     curves = [curve for name in workloads for curve in series(load()[name], settings)]
+    follow(curves, lambda point, rate: measure(point, settings, rate), Point.flops, journal, watch, done)
+
+
+def measure(point: Point, settings: Settings, rate: float) -> list[Row]:
+    """A memory row and a time row; predicted where the point would not fit the limits."""
+    base = row_for(point)
+    if lacks_gpu(settings.device):
+        return without_gpu(base)
+    need, formula = count(point)
+    seconds = point.flops() / (rate or FIRST_GUESS * torch.get_num_threads())
+    inputs = sum(job.memory() for job in point.jobs[:1])
+    served = f"served by {' and '.join(map(backend_for, point.jobs))}" if point.attention == "vdcore" else ""
+    return rows_of(
+        base,
+        Estimate(need, f"= {formula}", seconds, bool(rate), inputs),
+        settings,
+        partial(measure_memory, point, settings.most_memory),
+        partial(measure_time, point),
+        note="; ".join(filter(None, (f"should need {formula}", served))),
+        time_note=served,
+    )
+
+
+# ---- Any point against frames: what other profiles share ----
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a point should take, before it is run.
+
+    Args:
+        need: bytes beyond the inputs.
+        how: where that number comes from, as it follows the number.
+        seconds: of a call; 0: unknown.
+        follows: the seconds are at the rate of the curve's point before; else they are a guess, and decide nothing.
+        inputs: bytes.
+    """
+
+    need: int
+    how: str
+    seconds: float
+    follows: bool = True
+    inputs: int = 0
+
+
+def follow(
+    curves: Sequence[Sequence[P]],
+    measure: Callable[[P, float], list[Row]],
+    work: Callable[[P], float],
+    journal: Journal,
+    watch: Callable[[P, int, int], None] = lambda point, number, total: None,
+    done: Callable[[P, list[Row]], None] = lambda point, rows: None,
+) -> None:
+    """Measures the points of every curve in order.
+
+    Args:
+        measure: rows of a point, given the rate of the last measured point of its curve, work a second; 0: unknown.
+        work: of a point, which its time follows: operations, say.
+        watch: is told the point, its number, and how many there are.
+        done: is told the rows of a point.
+    """
     total, number = sum(map(len, curves)), 0
     for curve in curves:
-        rate = 0.0  # FLOP/s of the last measured point of this curve
+        rate = 0.0
         for point in curve:
             watch(point, number, total)
-            rows = list(measure(point, settings, rate))
+            rows = measure(point, rate)
             journal.add(rows)
             done(point, rows)
             number += 1
             took = next((r.p50 for r in rows if r.metric == "time" and r.status == "ok"), None)
-            rate = point.flops() / took if took else rate
+            rate = work(point) / took if took else rate
 
 
-def measure(point: Point, settings: Settings, rate: float) -> Iterable[Row]:
-    """A memory row and a time row; predicted where the point would not fit the limits."""
-    base = row_for(point)
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        skipped = replace(base, status="skipped", reason="no GPU is visible to torch")
-        return [replace(skipped, metric="memory", unit="bytes"), skipped]
-    served = f"served by {' and '.join(map(backend_for, point.jobs))}" if point.attention == "vdcore" else ""
-    memory, clock = replace(base, metric="memory", unit="bytes"), base
-    need, formula = count(point)
-    limit = min(settings.memory_limit, machine.memory_limit(settings.device))
-    guess = point.flops() / (rate or FIRST_GUESS * torch.get_num_threads())
-    basis = "at the rate of the point before" if rate else "at a guessed rate"
-    inputs = sum(job.memory() for job in point.jobs[:1])
-    too_much = need + inputs > limit
-    too_long = guess > settings.time_limit and bool(rate)
-    too_late = time.monotonic() > settings.until
-    if too_much or too_long or too_late:
-        says = f"needs {machine.bytes_text(need)} = {formula}"
-        if too_much:
-            says += f", the limit is {machine.bytes_text(limit)}"
-        slow = f"about {machine.seconds_text(guess)} a call {basis}"
-        if too_long:
-            slow += f", the limit is {machine.seconds_text(settings.time_limit)}"
-        if too_late:
-            slow += "; the time of the run was over"
-        return [
-            replace(memory, status="predicted", p50=float(need), reason=says if too_much else f"{says}; {slow}"),
-            replace(clock, status="predicted", p50=guess, reason=slow if too_long else f"{slow}; {says}"),
-        ]
+def lacks_gpu(device: str) -> bool:
+    return device.startswith("cuda") and not torch.cuda.is_available()
+
+
+def _both(base: Row) -> tuple[Row, Row]:
+    """Of memory, and of time."""
+    return replace(base, metric="memory", unit="bytes"), base
+
+
+def without_gpu(base: Row) -> list[Row]:
+    return [replace(row, status="skipped", reason="no GPU is visible to torch") for row in _both(base)]
+
+
+def rows_of(
+    base: Row,
+    estimate: Estimate,
+    settings: Settings,
+    find_memory: Callable[[], Peak],
+    find_time: Callable[[int], Timed],
+    note: str = "",
+    time_note: str = "",
+) -> list[Row]:
+    """A memory row and a time row of one point, each measured in a fresh process; predicted if it would not fit.
+
+    Args:
+        base: everything about the point but its numbers.
+        find_memory, find_time: run in these processes, the second with the peak that the first has found.
+        note, time_note: the reasons of measured rows: what to know about them.
+    """
+    not_run = _predicted(base, estimate, settings)
+    if not_run:
+        return not_run
+    memory, clock = _both(base)
     try:
-        found = in_process(measure_memory, point, limit)
+        found: Peak = in_process(find_memory)
     except PointError as error:
         return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    peak = float(found.bytes)
-    memory = replace(
-        memory,
-        p20=peak,
-        p50=peak,
-        p80=peak,
-        samples=1,
-        reason="; ".join(filter(None, (f"should need {formula}", served))),
-    )
+    memory = memory.measured(Spread.of([float(found.bytes)]), reason=note)
     if found.seconds > 2 * settings.time_limit:
-        note = "one cold call" + (f"; {served}" if served else "")
-        return [memory, _timed(clock, Spread.of([found.seconds]), base.allocator, note)]
+        time_note = "; ".join(filter(None, ("one cold call", time_note)))
+        return [memory, clock.measured(Spread.of([found.seconds]), reason=time_note)]
     try:
-        timed = in_process(measure_time, point, int(peak))
+        timed: Timed = in_process(find_time, found.bytes)
     except PointError as error:
         return [memory, replace(clock, status="failed", reason=str(error)[:300])]
-    return [memory, _timed(clock, timed.spread, timed.allocator, served)]
+    return [memory, clock.measured(timed.spread, allocator=timed.allocator, reason=time_note)]
 
 
-def _timed(row: Row, spread: Spread, allocator: str, reason: str = "") -> Row:
-    p20, p50, p80 = spread.p20, spread.p50, spread.p80
-    return replace(row, p20=p20, p50=p50, p80=p80, samples=spread.samples, allocator=allocator, reason=reason)
+def _predicted(base: Row, estimate: Estimate, settings: Settings) -> list[Row]:
+    """Both rows of a point that would not fit the limits, with what it would need; none if it would fit."""
+    seconds = estimate.seconds
+    too_much = estimate.need + estimate.inputs > settings.most_memory
+    too_long = estimate.follows and seconds > settings.time_limit
+    too_late = time.monotonic() > settings.until
+    if not (too_much or too_long or too_late):
+        return []
+    large = f"needs {machine.bytes_text(estimate.need)} {estimate.how}"
+    if too_much:
+        large += f", the limit is {machine.bytes_text(settings.most_memory)}"
+    basis = "at the rate of the point before" if estimate.follows else "at a guessed rate"
+    slow = [f"about {machine.seconds_text(seconds)} a call {basis}"] if seconds else []
+    if too_long:
+        slow[0] += f", the limit is {machine.seconds_text(settings.time_limit)}"
+    if too_late:
+        slow.append("the time of the run was over")
+    memory, clock = (replace(row, status="predicted") for row in _both(base))
+    return [
+        replace(memory, p50=float(estimate.need), reason=large if too_much else "; ".join([large, *slow])),
+        replace(clock, p50=seconds or None, reason="; ".join(slow if too_long else [*slow, large])),
+    ]

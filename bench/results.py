@@ -6,10 +6,13 @@ import json
 import math
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vdcore.bench.timing import Spread
 
 FILE = "results.jsonl"
 STATUSES = ("ok", "skipped", "predicted", "failed")
@@ -78,6 +81,11 @@ class Row:
         sizes = tuple(sorted(self.shape.items()))
         job = (self.op, self.workload, self.case, self.mode, self.dtype, self.device, self.threads, self.x, sizes)
         return (*job, self.provider, self.variant, self.metric)
+
+    def measured(self, spread: Spread, **rest: Any) -> Row:
+        """With the numbers of some samples, and other changes."""
+        s = spread
+        return replace(self, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, **rest)
 
     def to_json(self) -> str:
         values = asdict(self)

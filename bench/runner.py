@@ -103,14 +103,9 @@ def row_of(base: Row, c: Candidate) -> Row:
         return replace(row, metric="memory", unit="bytes", p50=float(c.need))
     if c.contender is None or not c.contender.samples:
         return row
-    spread = Spread.of([s.seconds for s in c.contender.samples])
     faults = [s.faults for s in c.contender.samples if s.faults is not None]
-    return replace(
-        row,
-        p20=spread.p20,
-        p50=spread.p50,
-        p80=spread.p80,
-        samples=spread.samples,
+    return row.measured(
+        c.contender.spread,
         error_ratio=c.error_ratio,
         page_faults=Spread.of([float(n) for n in faults]).p50 if faults else None,
     )

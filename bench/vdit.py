@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import Peak, PointError, Timed, in_process, peak_of, predicted_peak, time_warm
-from vdcore.bench.profile import Settings
+from vdcore.bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore.bench.profile import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES
-from vdcore.bench.timing import Spread
 
 from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig
@@ -183,48 +182,25 @@ def run(
     Args:
         watch: is told what is measured, its number, and how many there are.
     """
-    curves = points(variants, settings)
-    total, number = sum(map(len, curves)), 0
-    for curve in curves:
-        rate = 0.0  # FLOP/s of the last measured point of this curve
-        for point in curve:
-            watch(f"{point.variant}, {point.provider}, {point.frames} frames", number, total)
-            rows = measure(point, settings, rate)
-            journal.add(rows)
-            number += 1
-            took = next((r.p50 for r in rows if r.metric == "time" and r.status == "ok"), None)
-            rate = point.flops() / took if took else rate
+    follow(
+        points(variants, settings),
+        lambda point, rate: measure(point, settings, rate),
+        ModelPoint.flops,
+        journal,
+        lambda p, number, total: watch(f"{p.variant}, {p.provider}, {p.frames} frames", number, total),
+    )
 
 
 def measure(point: ModelPoint, settings: Settings, rate: float) -> list[Row]:
     """A memory row and a time row; predicted where the point would not fit the limits."""
-    clock = point.row()
-    memory = replace(clock, metric="memory", unit="bytes")
-    if point.device.startswith("cuda") and not torch.cuda.is_available():
-        reason = "no GPU is visible to torch"
-        return [replace(row, status="skipped", reason=reason) for row in (memory, clock)]
+    if lacks_gpu(point.device):
+        return without_gpu(point.row())
     need = predict_memory(point)
-    limit = min(settings.memory_limit, machine.memory_limit(point.device))
-    guess = point.flops() / rate if rate else 0.0
-    if need > limit or guess > settings.time_limit or time.monotonic() > settings.until:
-        says = [f"needs {machine.bytes_text(need)} by a run on fake tensors, the limit is {machine.bytes_text(limit)}"]
-        if guess:
-            says.append(f"about {machine.seconds_text(guess)} a call at the rate of the point before")
-        reason = "; ".join(says)
-        predicted = replace(memory, status="predicted", p50=float(need), reason=reason)
-        return [predicted, replace(clock, status="predicted", p50=guess or None, reason=reason)]
-    try:
-        found = in_process(measure_memory, point)
-        peak = float(found.bytes)
-        memory = replace(
-            memory, p20=peak, p50=peak, p80=peak, samples=1, reason=f"predicted {machine.bytes_text(need)}"
-        )
-        if found.seconds > 2 * settings.time_limit:
-            timed = Timed(Spread.of([found.seconds]), clock.allocator)
-        else:
-            timed = in_process(measure_time, point, int(peak))
-    except PointError as error:
-        return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
-    s = timed.spread
-    clock = replace(clock, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, allocator=timed.allocator)
-    return [memory, clock]
+    return rows_of(
+        point.row(),
+        Estimate(need, "by a run on fake tensors", point.flops() / rate if rate else 0.0),
+        settings,
+        partial(measure_memory, point),
+        partial(measure_time, point),
+        note=f"predicted {machine.bytes_text(need)}",
+    )

@@ -285,12 +285,12 @@ def _bench_models(
 
 
 def _need_diffusers() -> None:
-    import importlib.util
     import logging
 
-    if importlib.util.find_spec("diffusers") is None:
-        print("vdcore: diffusers missing here: pip install 'vdcore[models]'", file=sys.stderr)
-        raise typer.Exit(1)
+    from vdcore.extras import need
+
+    with diffusion.plain_errors():
+        need("diffusers", "models", "--model")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
@@ -365,7 +365,7 @@ def profile(
 
 
 def _profile_models(given: list[str], device: str, threads: int | None, out: Path, **settings: Any) -> None:
-    from vdcore.bench import console, hosts, machine, profile, vdit
+    from vdcore.bench import console, hosts, profile, vdit
 
     wanted = set(_split(given)) - set(vdit.VARIANTS)
     if wanted:
@@ -375,16 +375,15 @@ def _profile_models(given: list[str], device: str, threads: int | None, out: Pat
         raise typer.BadParameter("blocks of diffusers are profiled forward on the CPU", param_hint="--model")
     _threads(threads)
     _relaunch(device)
-    settings.setdefault("memory_limit", machine.memory_limit(device))
+    limits = profile.Settings(device=device, **settings)
 
     def measure(journal: Journal) -> None:
         with console.Screen(screen).live() as watch:
             for name in names:
                 if name in vdit.VARIANTS:
-                    vdit.run((name,), profile.Settings(device=device, **settings), journal, watch.show)
-                    continue
-                limits = settings["memory_limit"], settings["time_limit"]
-                hosts.profile(name, settings["frames"], settings["dtype"], *limits, journal, watch.show)
+                    vdit.run((name,), limits, journal, watch.show)
+                else:
+                    hosts.profile(name, limits, journal, watch.show)
         console.print_profile(screen, journal.rows)
 
     screen = console.make_console()
@@ -442,7 +441,7 @@ app.command()(demonstration.demo)
 
 
 def main() -> None:
-    app()
+    app(prog_name="vdcore")
 
 
 if __name__ == "__main__":
