@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -47,9 +47,18 @@ def needs_relaunch() -> bool:
     return allocator() == "glibc, default thresholds"
 
 
-def relaunch(arguments: list[str]) -> int:
+def command(arguments: Iterable[str]) -> list[str]:
+    """``vdcore`` with these arguments, which imports nothing from the working directory.
+
+    ``python -m`` would: in the root of the repository, what other packages import as ``kernels`` is a folder of ours.
+    """
+    program = "import sys; sys.path[:] = filter(None, sys.path); from vdcore.cli import main; main()"
+    return [sys.executable, "-c", program, *arguments]
+
+
+def relaunch(arguments: Iterable[str]) -> int:
     """Runs ``vdcore`` with these arguments in a child whose allocator keeps its memory; returns its exit code."""
-    child = subprocess.Popen([sys.executable, "-m", "vdcore.cli", *arguments], env={**os.environ, **RAISED})
+    child = subprocess.Popen(command(arguments), env={**os.environ, **RAISED})
     while True:
         try:
             return child.wait()

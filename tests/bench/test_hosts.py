@@ -1,13 +1,18 @@
 """Models of diffusers before and after the swap, as rows of results."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
 from typer.testing import CliRunner
-from vdcore.bench import hosts
-from vdcore.bench.results import Journal
+from vdcore.bench import hosts, machine, vdit
+from vdcore.bench.profile import Settings
+from vdcore.bench.results import FILE, Journal, parse
 
 from vdcore.cli import app
 
@@ -32,13 +37,13 @@ def test_memory_is_predicted_without_running(name):
 
 def test_prediction_is_near_what_is_measured():
     point = hosts.HostPoint("SVD temporal block", "vdcore", 2)
-    measured = hosts.measure(point, 1)[0]
+    measured = hosts.measure_memory(point).bytes
     assert 0.5 < measured / hosts.predict_memory(point) < 2
 
 
 def test_what_does_not_fit_is_predicted(tmp_path):
     journal = Journal(tmp_path / "results.jsonl")
-    rows = hosts.profile("SVD temporal block", [2], torch.float32, 2**20, 10.0, journal)
+    rows = hosts.profile("SVD temporal block", Settings(frames=(2,), memory_limit=2**20), journal)
     assert [(row.provider, row.metric, row.status) for row in rows] == [
         (provider, metric, "predicted") for provider in ("diffusers", "vdcore") for metric in ("memory", "time")
     ]
@@ -51,3 +56,43 @@ def test_unknown_names_end_with_2_and_the_known_ones(command, monkeypatch, tmp_p
     result = CliRunner().invoke(app, [command, "--model", "NoSuchModel"])
     assert result.exit_code == 2
     assert "NoSuchModel: not known" in result.output and "SVD temporal block" in result.output
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(tmp_path, *arguments, **environment):
+    """Runs vdcore from the root of the repository; returns its tables and its rows."""
+    done = subprocess.run(
+        machine.command([*arguments, "--threads", "1", "--out", str(tmp_path)]),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, parse((tmp_path / FILE).read_text())
+
+
+def test_bench_of_a_model_from_the_command_line(tmp_path):
+    text, rows = command(tmp_path, "bench", "--model", "SanaVideo", "--rounds", "3")
+    assert "Models before and after the swap" in text and "diffusers, naive attention" in text
+    assert {row.status for row in rows} == {"ok"} and len(rows) == 2 * len(hosts.PROVIDERS)
+
+
+def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path):
+    """Of both kinds together; few frames are measured, many would not fit."""
+    names = ["AnimateDiff motion module", "vdit-gated", "vdit-windowed"]
+    limits = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "200MiB")
+    text, rows = command(tmp_path, "profile", "--model", ",".join(names), *limits, **machine.RAISED)
+    assert all(name in text for name in names)
+    assert {(r.workload, r.provider, r.x, r.metric, r.status) for r in rows} == {
+        (name, who, frames, metric, status)
+        for name in names
+        for who in ("naive" if name in vdit.VARIANTS else "diffusers", "vdcore")
+        for frames, status in ((2, "ok"), (128, "predicted"))
+        for metric in ("memory", "time")
+    }
+    assert all(row.p50 > 0 for row in rows)
+    assert all("the limit is 200 MiB" in row.reason for row in rows if row.status == "predicted")
