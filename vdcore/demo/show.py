@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vdcore.diffusion.commands import progress as bars
 from vdcore.extras import need
 
 ON, OFF, THIRD, GREY = "#1f6fb2", "#d9822b", "#3a9d5d", "#8a8a8a"
@@ -21,20 +22,12 @@ def progress(title: str) -> Iterator[Track]:
     with progress("horizon") as track:
         for step in track("training", 100): ...
     """
-    rich = need("rich.progress", "bench", title)
-    columns = (
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-    )
-    console = need("rich.console", "bench", title).Console(stderr=True)
-    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with bars() as bar:
 
         def track(description: str, steps: int) -> Iterator[int]:
-            if not console.is_terminal:
-                console.print(f"{title}: {description}", markup=False, highlight=False)
-            yield from bars.track(range(steps), description=f"{title}: {description}")
+            if bar.disable:
+                bar.console.print(f"{title}: {description}")
+            yield from bar.track(range(steps), description=f"{title}: {description}")
 
         yield track
 

@@ -27,7 +27,7 @@ THREADS = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A bar on a terminal, and a line now and then where there is none."""
+    """Bars on a terminal; where there is none they are disabled, and whoever has them prints a line now and then."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
