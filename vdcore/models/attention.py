@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vdcore.models.cache import Place, Ring
 from vdcore.models.config import VDiTConfig
-from vdcore.models.position import Rotations
+from vdcore.models.position import Rotations, beside, full_channels, space_channels
 from vdcore.norm import QKNorm
 from vdcore.ops import (
     cross_attention,
@@ -69,6 +69,20 @@ class SelfAttention(nn.Module):
         weights = [nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None for _ in range(2 * branches)]
         self.q_norm, self.k_norm = (nn.ParameterList(w for w in weights[i::2] if w is not None) for i in (0, 1))
 
+    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        """Channels of a head that turn with each axis, by branch; empty where nothing turns."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def look_beside(self, config: VDiTConfig) -> None:
+        """Biases of q and k that make the layer start at the tokens beside."""
+        bias = self.qkv.bias.unflatten(0, (self.branches, -1, self.head_dim))
+        for rows, channels in zip(bias, self.turning(config)):
+            if channels:
+                q, k = beside([n // 2 for n in channels], config.rope_theta, self.heads)
+                rows[: self.heads] = q
+                rows[self.heads : self.heads + self.kv_heads] = k
+
     def norm(self, branch: int = 0) -> QKNorm | None:
         return QKNorm(self.q_norm[branch], self.k_norm[branch]) if len(self.q_norm) else None
 
@@ -100,6 +114,9 @@ class SelfAttention(nn.Module):
 class SpatialAttention(SelfAttention):
     """The tokens of a frame among themselves."""
 
+    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        return [space_channels(self.head_dim) if config.position == "rope" else ()]
+
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         out = spatial_attention(*self.project(x), norm=self.norm(), rope=context.rotations.space)
         return self.proj(merged(out))
@@ -107,6 +124,9 @@ class SpatialAttention(SelfAttention):
 
 class TemporalAttention(SelfAttention):
     """Every position across the frames that the mask shows."""
+
+    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        return [(self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         rope = context.rotations.time
@@ -119,6 +139,9 @@ class TemporalAttention(SelfAttention):
 
 class FullAttention(SelfAttention):
     """All tokens of the frames that the mask shows."""
+
+    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         rope = context.rotations.full
@@ -141,6 +164,9 @@ class GatedAttention(SelfAttention):
         size = config.heads if config.gate == "head" else 1
         self.mix = nn.Linear(config.width, 1) if per_token else nn.Identity()
         self.mix_factor = None if per_token else nn.Parameter(torch.zeros(size, 1))
+
+    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        return [space_channels(self.head_dim) if config.position == "rope" else (), (self.head_dim,)]
 
     def alpha(self, x: Tensor) -> Tensor:
         """``(B, T, S, 1, 1)`` per token, ``(H, 1)`` per head, ``(1, 1)``."""

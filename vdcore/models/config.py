@@ -38,6 +38,8 @@ class VDiTConfig:
             added over space, rotated over time (STDiT3).
         base_size: with sincos, rows (columns) ``i`` of ``n`` have the position ``i * base_size / n``; None: ``i``.
         rope_theta: base of the rotary frequencies.
+        beside: with rope, attention starts at the token beside, in every direction that it looks: see
+            :func:`vdcore.models.position.beside`.
         qk_norm: RMS norm per head on queries and keys.
         text_width: channels of text tokens; None: no text. Text comes by cross-attention.
         temporal_cross: with ``"alternating"``, temporal blocks attend to the text too (STDiT3).
@@ -63,6 +65,7 @@ class VDiTConfig:
     position: str = "sincos"
     base_size: float | None = None
     rope_theta: float = 1e4
+    beside: bool = False
     qk_norm: bool = False
     text_width: int | None = None
     temporal_cross: bool = False
@@ -94,6 +97,8 @@ class VDiTConfig:
         if self.position != "sincos" and (self.head_dim % 2 or (self.attention == "full" and self.head_dim < 6)):
             expected = "even, and at least 6 with full attention"
             raise ValueError(f"VDiTConfig: width / heads must be {expected}, for rope, got {self.head_dim}")
+        if self.beside and self.position == "sincos":
+            raise ValueError("VDiTConfig: beside needs position rope or sincos+rope, got sincos")
         if not isinstance(self.mask, FrameMask):
             raise TypeError(f"VDiTConfig: mask must be a FrameMask, got {type(self.mask).__name__}")
 

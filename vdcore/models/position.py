@@ -6,6 +6,8 @@ frames, not tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,21 +78,32 @@ def time_rope(positions: Tensor, head_dim: int, theta: float) -> Rope:
     return Rope(*_turn(_angles(positions, head_dim, theta)[:, None]))
 
 
+def space_channels(head_dim: int) -> tuple[int, int]:
+    """How many channels turn with the row, and with the column."""
+    columns = head_dim // 4 * 2
+    return head_dim - columns, columns
+
+
+def full_channels(head_dim: int) -> tuple[int, int, int]:
+    """How many channels turn with the frame, the row and the column."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
 def space_rope(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> Rope:
     """Half of the channels (rounded to pairs) turn with the row, half with the column: ``(1, H*W, R/2)``."""
-    columns = head_dim // 4 * 2
     cos, sin = (
         _over_grid(row[:, None], column[None, :], grid)[None]
-        for row, column in _axis_tables(grid, (head_dim - columns, columns), theta, device)
+        for row, column in _axis_tables(grid, space_channels(head_dim), theta, device)
     )
     return Rope(cos, sin)
 
 
 def full_rope(positions: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Rope:
     """Rows and columns turn ``2 * (head_dim // 6)`` channels each, frames the rest, as in Wan: ``(T, H*W, R/2)``."""
-    side = 2 * (head_dim // 6)
-    frames = _turn(_angles(positions, head_dim - 2 * side, theta))
-    parts = _axis_tables(grid, (side, side), theta, positions.device)
+    turning, *sides = full_channels(head_dim)
+    frames = _turn(_angles(positions, turning, theta))
+    parts = _axis_tables(grid, (sides[0], sides[1]), theta, positions.device)
     tables = []
     for frame, (row, column) in zip(frames, parts):
         space = _over_grid(row[:, None], column[None, :], grid)  # (S, side)
@@ -108,3 +121,32 @@ def _axis_tables(
         _turn(_angles(torch.arange(n, dtype=torch.float64, device=device), d, theta)) for n, d in zip(grid, channels)
     )
     return (row[0], column[0]), (row[1], column[1])
+
+
+def beside(axes: Sequence[int], theta: float, heads: int, strength: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Biases of queries ``(heads, D)`` and keys ``(D,)`` with which rotary attention looks at the token beside.
+
+    Keys get a vector in the two fastest turning pairs of every axis, queries the same vector turned by the angle of
+    one token: the product peaks one token ahead or back along the head's axis. So positional attention starts as a
+    convolution would, which ConViT (d'Ascoli et al. 2021) did with relative positions; left to itself, a small model
+    takes most of its training to find that neighbours belong together.
+
+    Args:
+        axes: pairs of channels that turn with each axis, in their order; together ``D / 2``.
+        theta: base of the frequencies.
+        heads: take turns in both directions of every axis.
+        strength: of each channel pair, beside projections of unit size.
+    """
+    D = 2 * sum(axes)
+    q, k = torch.zeros(heads, D), torch.zeros(D)
+    first = 0
+    for axis, pairs in enumerate(axes):
+        for j in range(min(pairs, 2)):
+            at, frequency = 2 * (first + j), theta ** (-j / pairs)
+            k[at] = strength
+            for head in range(heads):
+                turn, ahead = head // 2 % len(axes), 1 if head % 2 == 0 else -1
+                angle = frequency * ahead if turn == axis else 0.0
+                q[head, at], q[head, at + 1] = strength * math.cos(angle), strength * math.sin(angle)
+        first += pairs
+    return q, k

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vdcore.models.attention import Context, CrossAttention
+from vdcore.models.attention import Context, CrossAttention, SelfAttention
 from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_frames, modulated_rows
 from vdcore.models.cache import FrameCache, new_ring, slots_needed
 from vdcore.models.config import VDiTConfig
@@ -261,6 +261,10 @@ def initialise(model: VDiT) -> None:
             nn.init.normal_(module.table, std=model.config.width**-0.5)
         elif isinstance(module, CrossAttention):
             nn.init.zeros_(module.proj.weight)
+    if model.config.beside:
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.look_beside(model.config)
     if model.final.modulation is not None:
         nn.init.zeros_(model.final.modulation.weight)
 
