@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vdcore.bench.machine import bytes_text, seconds_text
@@ -87,3 +87,48 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
 
 
 LEGEND = "Peak memory beyond the inputs, and time of a call; ~: predicted, for the limits of memory and time."
+
+
+# ---- Whole models, whose curves share a table ----
+
+MODELS = ("vdit", "block")  # op of rows that profile a model or a block of one
+MODEL_HEADER = (
+    *("model", "mode", "dtype", "frames", "vdcore"),
+    *("other", "its memory", "its time", "over vdcore: memory", "time"),
+)
+
+
+def is_model(row: Row) -> bool:
+    return is_profile(row) and row.op in MODELS
+
+
+def model_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Table rows as :data:`MODEL_HEADER` names them: vdcore at every number of frames beside every other provider."""
+    found: dict[tuple[str, ...], dict[str, Curve]] = {}
+    for row in rows:
+        if is_model(row) and row.x is not None:
+            curves = found.setdefault((row.workload, row.mode, row.dtype, row.device), {})
+            curve = curves.setdefault(row.provider, Curve(row.provider))
+            (curve.memory if row.metric == "memory" else curve.time)[row.x] = row
+    lines = []
+    for (model, mode, dtype, _), curves in found.items():
+        ours = curves.pop("vdcore", Curve("vdcore"))
+        for frames in sorted(ours.memory):
+            for name, theirs in curves.items():
+                memory, time = theirs.memory.get(frames), theirs.time.get(frames)
+                cells = _value(memory, bytes_text), _value(time, seconds_text)
+                ratios = _ratio(memory, ours.memory.get(frames)), _ratio(time, ours.time.get(frames))
+                lines.append((model, mode, dtype, f"{frames:g}", ours.cell(frames), name, *cells, *ratios))
+    return lines
+
+
+def _value(row: Row | None, text: Callable[[float], str]) -> str:
+    if row is None or row.p50 is None:
+        return "-" if row is None else row.status
+    return "~" * (row.status == "predicted") + text(row.p50)
+
+
+def _ratio(a: Row | None, b: Row | None) -> str:
+    if a is None or b is None or not a.p50 or not b.p50:
+        return "-"
+    return "~" * ("predicted" in (a.status, b.status)) + f"{a.p50 / b.p50:.2f}x"

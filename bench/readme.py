@@ -77,10 +77,16 @@ def _machine(rows: Sequence[Row]) -> str:
 
 def memory(root: Path) -> str:
     """The profiles: peak memory and time against frames."""
-    parts = [
-        f"{grid.title}\n\n{markdown(('frames', *grid.columns), grid.rows)}" for grid in curves.grids(committed(root))
-    ]
+    rows = [row for row in committed(root) if not curves.is_model(row)]
+    parts = [f"{grid.title}\n\n{markdown(('frames', *grid.columns), grid.rows)}" for grid in curves.grids(rows)]
     return "\n".join([*parts, f"{curves.LEGEND}\n"]) if parts else "No profile is committed.\n"
+
+
+def models(root: Path) -> str:
+    """Whole models and blocks of them against frames: ``vdcore profile --model``."""
+    made = curves.model_cells(committed(root))
+    none = "No profile of a model is committed.\n"
+    return f"{markdown(curves.MODEL_HEADER, made)}\n{curves.LEGEND}\n" if made else none
 
 
 def mask_tables(root: Path) -> str:
@@ -103,6 +109,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "masks": mask_tables,
     "block": blocks,
     "memory": memory,
+    "models": models,
 }
 
 

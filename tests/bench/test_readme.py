@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from small import row
 from vdcore.bench import readme
+from vdcore.bench.curves import PROFILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +49,29 @@ def test_unknown_tables_and_missing_ends_are_errors(tmp_path):
         readme.fill(marked("weather"), tmp_path)
     with pytest.raises(ValueError, match="no <!-- /table -->"):
         readme.fill("<!-- table:cpu -->\n", tmp_path)
+
+
+def model_row(provider, metric, p50, **kwargs):
+    values = {"op": "vdit", "workload": "vdit-full", "case": f"{PROFILE}2 blocks", "variant": "", "metric": metric}
+    return row(provider, p50, **values, **kwargs)
+
+
+def test_models_against_frames_stand_beside_vdcore(tmp_path):
+    folder = tmp_path / "bench" / "results" / "somewhere"
+    folder.mkdir(parents=True)
+    rows = [
+        model_row(who, metric, p50 * n, x=n, status="predicted" if (who, n) == ("naive", 16) else "ok")
+        for n in (8, 16)
+        for who, metric, p50 in (
+            ("naive", "memory", 3 * 2**20),
+            ("naive", "time", 0.5),
+            ("vdcore", "memory", 2**20),
+            ("vdcore", "time", 0.25),
+        )
+    ]
+    assert "No profile of a model" in readme.fill(marked("models"), tmp_path)
+    (folder / "cpu.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    table = readme.fill(marked("models"), tmp_path)
+    assert "| vdit-full | fwd | float32 | 8 | 8 MiB, 2 s | naive | 24 MiB | 4 s | 3.00x | 2.00x |" in table
+    assert "| 16 | 16 MiB, 4 s | naive | ~48 MiB | ~8 s | ~3.00x | ~2.00x |" in table
+    assert "No profile is committed" in readme.fill(marked("memory"), tmp_path)
