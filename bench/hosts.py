@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ from vdcore.bench.timing import Spread, race_calls
 
 from vdcore.testing import error_ratio
 
+if TYPE_CHECKING:
+    from vdcore.integrations.diffusers import Report
+
 PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "diffusers": nullcontext,
     "diffusers, naive attention": partial(sdpa_kernel, SDPBackend.MATH),
     "vdcore": nullcontext,
 }
-FRAMES = (4, 8, 16, 32)
 
 
 def models() -> list[str]:
@@ -47,48 +49,68 @@ def blocks() -> list[str]:
     return list(BLOCKS)
 
 
+class Host(NamedTuple):
+    """A model or block, a call of it without gradients, and what the swap says of it, where there was one."""
+
+    module: nn.Module
+    call: Callable[[], Tensor]
+    report: Report | None
+
+
 @dataclass(frozen=True)
 class HostPoint:
-    """A model or block, who computes it, and for a block how many frames; None: its small machine's size."""
+    """A model or block, and who computes it.
+
+    Args:
+        frames: of a block; None: those that a small machine can take.
+        dtype: of weights and inputs.
+        grid: rows and columns of a block's tokens; None: as the frames.
+    """
 
     name: str
     provider: str = "diffusers"
     frames: int | None = None
     dtype: torch.dtype = torch.float32
+    grid: tuple[int, int] | None = None
 
-    def make(self) -> tuple[nn.Module, Callable[[], Tensor]]:
-        """The module and a call of it without gradients."""
+    def make(self, wide: bool = False) -> Host:
+        """
+        Args:
+            wide: in float64; a block's weights and inputs are still those of ``dtype``.
+        """
         from vdcore.integrations.diffusers import swap_in
         from vdcore.integrations.diffusers.zoo import MODELS, output
         from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 
         ours = self.provider == "vdcore"
+        dtypes = (self.dtype, torch.float64) if wide else (self.dtype,)
         if self.name in MODELS:
             tiny = MODELS[self.name]
-            module, given = tiny.model(self.dtype), tiny.arguments(self.dtype)
+            module, given = tiny.model(dtypes[-1]), tiny.arguments(dtypes[-1])
             run: Callable[[], Tensor] = lambda: output(module(**given))  # noqa: E731
         else:
             block = BLOCKS[self.name]
             torch.manual_seed(0)
-            module = block.build().eval()
-            if next(module.parameters()).dtype != self.dtype:
-                module = nn.Module.to(module, self.dtype)
-            inputs = _cast(block.inputs(*self.size()), self.dtype)
+            module, inputs = block.build().eval(), block.inputs(*self.size())
+            for dtype in dtypes:
+                if next(module.parameters()).dtype != dtype:
+                    module = nn.Module.to(module, dtype)
+                inputs = _cast(inputs, dtype)
             run = partial(block.ours if ours else block.host, module, inputs)
-        if ours:
-            swap_in(module)
+        report = swap_in(module) if ours else None
 
         def call() -> Tensor:
             with torch.no_grad(), PROVIDERS[self.provider]():
                 return run()
 
-        return module, call
+        return Host(module, call, report)
 
     def size(self) -> tuple[int, int, int]:
         """Frames, rows and columns of a block's tokens."""
         from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 
-        T, H, W = BLOCKS[self.name].small
+        T, *grid = BLOCKS[self.name].small
+        H, W = grid if self.grid is None else self.grid
         return (T if self.frames is None else self.frames, H, W)
 
     def row(self) -> Row:
@@ -120,12 +142,12 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def exact(name: str) -> Tensor:
-    """The host's result with every operation in float64."""
+def exact(point: HostPoint) -> Tensor:
+    """The result with every operation in float64."""
     from vdcore.integrations.diffusers.exact import Float64
 
     with Float64():
-        return HostPoint(name, dtype=torch.float64).make()[1]()
+        return point.make(wide=True).call()
 
 
 def predict_memory(point: HostPoint) -> int:
@@ -136,21 +158,22 @@ def predict_memory(point: HostPoint) -> int:
     torch.set_default_dtype(point.dtype)  # fake modules cannot be cast
     try:
         with FakeTensorMode():
-            return predicted_peak(*point.make())
+            host = point.make()
+            return predicted_peak(host.module, host.call)
     finally:
         torch.set_default_dtype(usual)
 
 
 def measure_memory(point: HostPoint) -> Peak:
     """Of one call beyond parameters and inputs. For a fresh process."""
-    _, call = point.make()
+    call = point.make().call
     call()  # starts threads and loads code
     return peak_of(call)
 
 
 def measure_time(point: HostPoint, need: int) -> Timed:
     """Of warm calls. For a fresh process."""
-    return time_warm(point.make()[1], "cpu", need)
+    return time_warm(point.make().call, "cpu", need)
 
 
 # ---- bench --model ----
@@ -159,10 +182,10 @@ def measure_time(point: HostPoint, need: int) -> Timed:
 def compare(name: str, dtypes: Sequence[torch.dtype], rounds: int, journal: Journal) -> list[Row]:
     """Time in interleaved rounds, peak memory and error of all providers; rows go to the journal."""
     begin = len(journal.rows)
-    reference = exact(name)
     for dtype in dtypes:
         points = {provider: HostPoint(name, provider, dtype=dtype) for provider in PROVIDERS}
-        calls = {provider: point.make()[1] for provider, point in points.items()}
+        reference = exact(points["diffusers"])
+        calls = {provider: point.make().call for provider, point in points.items()}
         results = {provider: call() for provider, call in calls.items()}
         spreads = race_calls(calls, rounds)
         for provider, point in points.items():

@@ -7,7 +7,6 @@ blocks of real width, with a breakdown of their time. Run it outside of the repo
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import platform
 import sys
@@ -17,45 +16,33 @@ from typing import Any
 
 import diffusers
 import torch
+from vdcore.bench.hosts import HostPoint, exact
 from vdcore.bench.inside import AttentionCalls, breakdown
 from vdcore.bench.memory import peak_of
 from vdcore.bench.runner import heap, touch_heap
 from vdcore.bench.timing import race_calls
 
-from vdcore.integrations.diffusers import Report, swap_in
-from vdcore.integrations.diffusers.exact import Float64
-from vdcore.integrations.diffusers.zoo import MODELS, Tiny, output
-from vdcore.integrations.diffusers.zoo.blocks import BLOCKS, Block
+from vdcore.integrations.diffusers import Report
+from vdcore.integrations.diffusers.zoo import MODELS
+from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
 
 MIB = 2**20
 
 
-def call_of(model: Any, tiny: Tiny, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    arguments = tiny.arguments(dtype)
-
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return output(model(**arguments))
-
-    return call
-
-
-def model_row(name: str, tiny: Tiny, rounds: int) -> dict[str, str]:
+def model_row(name: str, rounds: int) -> dict[str, str]:
     """One row: calls, errors, time and memory of a model."""
-    with Float64():
-        exact = call_of(tiny.model(torch.float64), tiny, torch.float64)()
     row = {"model": name}
     for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        host, ours = tiny.model(dtype), tiny.model(dtype)
-        report = swap_in(ours)
-        before, after = call_of(host, tiny, dtype), call_of(ours, tiny, dtype)
+        host, ours = (HostPoint(name, provider, dtype=dtype).make() for provider in ("diffusers", "vdcore"))
+        before, after = host.call, ours.call
         if dtype == torch.float32:
-            row |= _calls(before, after, report)
+            assert ours.report is not None
+            row |= _calls(before, after, ours.report)
             times = race_calls({"host": before, "vdcore": after}, rounds)
             row["ms"] = f"{1e3 * times['host'].p50:.1f} / {1e3 * times['vdcore'].p50:.1f}"
             row["peak MiB"] = f"{peak_of(before).bytes / MIB:.1f} / {peak_of(after).bytes / MIB:.1f}"
-        ratio = error_ratio(after(), exact, [before()])
+        ratio = error_ratio(after(), exact(HostPoint(name, dtype=dtype)), [before()])
         row[f"error {label}"] = f"{ratio.worst:.2f}"
     return row
 
@@ -75,36 +62,12 @@ def _calls(before: Callable[[], Any], after: Callable[[], Any], report: Report) 
     }
 
 
-def block_calls(block: Block, size: tuple[int, int, int], dtype: torch.dtype) -> list[Callable[[], torch.Tensor]]:
-    """A block's call before and after the swap, and the host's in float64."""
-    torch.manual_seed(0)
-    host = torch.nn.Module.to(block.build().eval(), dtype)
-    ours = copy.deepcopy(host)
-    swap_in(ours)
-    given = _cast(block.inputs(*size), dtype)
-
-    def before() -> torch.Tensor:
-        with torch.no_grad():
-            return block.host(host, given)
-
-    def after() -> torch.Tensor:
-        with torch.no_grad():
-            return block.ours(ours, given)
-
-    def exact() -> torch.Tensor:
-        with Float64(), torch.no_grad():
-            return block.host(torch.nn.Module.to(copy.deepcopy(host), torch.float64), _cast(given, torch.float64))
-
-    return [before, after, exact]
-
-
-def block_row(
-    name: str, block: Block, dtype: torch.dtype, rounds: int, small: bool
-) -> tuple[dict[str, str], list[str]]:
+def block_row(name: str, dtype: torch.dtype, rounds: int, small: bool) -> tuple[dict[str, str], list[str]]:
     """One row of a block of real width, and the lines of its breakdown."""
-    size = block.small if small else block.size
-    before, after, exact = block_calls(block, size, dtype)
-    ratio = error_ratio(after(), exact(), [before()])
+    size = BLOCKS[name].small if small else BLOCKS[name].size
+    points = [HostPoint(name, provider, size[0], dtype, size[1:]) for provider in ("diffusers", "vdcore")]
+    before, after = (point.make().call for point in points)
+    ratio = error_ratio(after(), exact(points[0]), [before()])
     times = race_calls({"host": before, "vdcore": after}, rounds)
     parts = {"host": breakdown(before, rounds=rounds), "vdcore": breakdown(after, rounds=rounds)}
     around = {key: part.around for key, part in parts.items()}
@@ -118,12 +81,6 @@ def block_row(
         "peak MiB": f"{peak_of(before).bytes / MIB:.0f} / {peak_of(after).bytes / MIB:.0f}",
     }
     return row, [f"- {name}, {key}: {part} ms" for key, part in parts.items()]
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, tuple):
-        return tuple(_cast(y, dtype) for y in x)
-    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,10 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     notes: list[str] = []
     for i, name in enumerate(given.names or known):
         if given.blocks:
-            row, lines = block_row(name, BLOCKS[name], getattr(torch, given.dtype), given.rounds, given.small)
+            row, lines = block_row(name, getattr(torch, given.dtype), given.rounds, given.small)
             notes += lines
         else:
-            row = model_row(name, MODELS[name], given.rounds)
+            row = model_row(name, given.rounds)
         if i == 0:
             print("\n| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
         print("| " + " | ".join(row.values()) + " |", flush=True)

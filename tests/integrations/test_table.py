@@ -7,6 +7,7 @@ pytest.importorskip("diffusers")
 
 from host_runs import MODELS
 from vdcore.bench import swap as table
+from vdcore.bench.hosts import HostPoint, exact
 from vdcore.bench.inside import breakdown
 from vdcore.bench.memory import peak_of, predicted_peak
 
@@ -30,8 +31,9 @@ def test_unknown_names_are_answered_with_the_known(capsys):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_of_real_width_are_the_hosts(name):
-    before, after, exact = table.block_calls(BLOCKS[name], (3, 2, 4), torch.float32)
-    assert error_ratio(after(), exact(), [before()]).worst <= 1
+    host, ours = (HostPoint(name, provider, 3, grid=(2, 4)) for provider in ("diffusers", "vdcore"))
+    assert host.size() == (3, 2, 4)
+    assert error_ratio(ours.make().call(), exact(host), [host.make().call()]).worst <= 1
 
 
 def test_breakdown_knows_its_operators():
