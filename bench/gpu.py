@@ -38,6 +38,7 @@ from vdcore.bench import curves, suite, summary, workloads  # noqa: E402
 from vdcore.bench.jobs import make  # noqa: E402
 from vdcore.bench.results import FILE, Journal, Row, parse  # noqa: E402
 from vdcore.bench.runner import Settings, blank, first_line, run_jobs  # noqa: E402
+from vdcore.bench.timing import Spread  # noqa: E402
 
 import vdcore  # noqa: E402
 from vdcore import FrameMask  # noqa: E402
@@ -93,13 +94,7 @@ def _seconds(call: Any, repeats: int = 20) -> list[float]:
         end.record()
         end.synchronize()
         found.append(begin.elapsed_time(end) / 1e3)
-    return sorted(found)
-
-
-def _timed(row: Row, seconds: list[float]) -> Row:
-    n = len(seconds)
-    p20, p50, p80 = seconds[n // 5], seconds[n // 2], seconds[n * 4 // 5]
-    return replace(row, p20=p20, p50=p50, p80=p80, samples=n)
+    return found
 
 
 def ceilings(journal: Journal) -> None:
@@ -108,11 +103,11 @@ def ceilings(journal: Journal) -> None:
     x = torch.randn(2**30, device="cuda", dtype=torch.float32)
     y = torch.empty_like(x)
     row = replace(base, provider="copy", bytes=2.0 * x.numel() * x.element_size(), workload="4 GiB")
-    journal.add([_timed(row, _seconds(lambda: y.copy_(x)))])
+    journal.add([row.measured(Spread.of(_seconds(lambda: y.copy_(x))))])
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     row = replace(base, provider="matmul", flops=2.0 * n**3, workload="8192 cubed")
-    journal.add([_timed(row, _seconds(lambda: a @ b))])
+    journal.add([row.measured(Spread.of(_seconds(lambda: a @ b)))])
 
 
 def correctness(journal: Journal, shard: int, first: int) -> None:
@@ -221,7 +216,7 @@ def frames(journal: Journal, until: float) -> None:
                 step()
                 peak = float(torch.cuda.max_memory_allocated() - before)
                 journal.add([replace(row, metric="memory", unit="bytes", p50=peak, samples=1)])
-                journal.add([_timed(row, _seconds(step, 5))])
+                journal.add([row.measured(Spread.of(_seconds(step, 5)))])
             except Exception as error:
                 journal.add([replace(row, status="failed", reason=first_line(error))])
                 torch.cuda.empty_cache()

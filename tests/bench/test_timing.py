@@ -1,7 +1,7 @@
 """Clocks, quantiles, rounds and races, with clocks that a test sets."""
 
 import pytest
-from vdcore.bench.timing import Contender, CudaClock, Sample, Spread, race, rounds_for
+from vdcore.bench.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
 
 
 class FakeEvent:
@@ -112,3 +112,11 @@ def test_rounds_go_to_ours_and_to_the_fastest():
 def test_a_slow_one_of_ours_still_runs_in_all_rounds():
     counts = rounds_for({"ours": 1.0, "fast": 0.01}, 100.0, 9, frozenset({"ours"}))
     assert counts["ours"] == 9
+
+
+def test_calls_race_after_a_run_that_is_not_counted():
+    ran = []
+    found = race_calls({name: lambda n=name: ran.append(n) for name in "ab"}, rounds=4)
+    assert ran.count("a") == ran.count("b") == 5 and ran[:2] == ["a", "b"]
+    assert {name: spread.samples for name, spread in found.items()} == {"a": 4, "b": 4}
+    assert all(0 <= s.p20 <= s.p50 <= s.p80 for s in found.values())
