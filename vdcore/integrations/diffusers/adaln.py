@@ -1,8 +1,7 @@
-"""Adaptive norms of full-3D models, and the blocks of Wan and SkyReels V2 that modulate without a module for it."""
+"""Adaptive norms of full-3D models. Blocks that modulate without a module for it are in ``adaln_blocks``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,25 +9,26 @@ from diffusers.models import normalization
 from diffusers.models.transformers import (
     transformer_cosmos,
     transformer_easyanimate,
-    transformer_ltx,
+    transformer_kandinsky,
     transformer_mochi,
-    transformer_skyreels_v2,
-    transformer_wan,
+    transformer_sana_video,
 )
 from torch import Tensor, nn
 
+from vdcore.integrations.diffusers import adaln_blocks
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.integrations.diffusers._modulation import gated, modulated
+from vdcore.integrations.diffusers._modulation import modulated
 from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
 
 
 def plan(module: Any, clip: Clip) -> list[Change] | str:
-    """The change that serves an adaptive norm or a block of Wan, or why not."""
+    """The change that serves an adaptive norm, or a block with some, or why not."""
     host: Any = type(module)
-    forward, serves = HOSTS[host]
-    return unknown_source(host.forward) or changed_forward(module) or [Change(module, serves, forward=forward)]
+    forward, serves, *relies = HOSTS[host]
+    reason = unknown_source(host.forward, *relies) or changed_forward(module)
+    return reason or [Change(module, serves, forward=forward)]
 
 
 def _rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -117,81 +117,33 @@ def mochi_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Te
     return _rows(self.norm.norm, x, torch.zeros_like(scale), scale)
 
 
-# ---- Blocks ----
-
-
-def ltx_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    encoder_attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
-    B, N, _ = hidden_states.shape
-    given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
-    if temb.shape[1] not in (1, N) or len(self.scale_shift_table) != 6:
+def sana(self: Any, hidden_states: Tensor, temb: Tensor, scale_shift_table: Tensor) -> Tensor:
+    """SanaVideo's last norm, modulated by ``(B, 1, C)`` or ``(B, N, C)``."""
+    if hidden_states.ndim != 3 or temb.shape[1] not in (1, hidden_states.shape[1]):
+        given = hidden_states, temb, scale_shift_table
         return host_forward(self, "modulation that is by neither sample nor token", *given)
-    table = self.scale_shift_table.to(temb.device) + temb.unflatten(-1, (6, -1))  # (B, 1 or N, 6, C)
-    parts = (table[:, 0] if temb.shape[1] == 1 else table.unsqueeze(1)).unbind(-2)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts  # (B, C) or (B, 1, N, C)
-    rows = hidden_states.unsqueeze(1)
-    attended = self.attn1(
-        hidden_states=modulated(self.norm1, rows, shift, scale).squeeze(1),
-        encoder_hidden_states=None,
-        image_rotary_emb=image_rotary_emb,
-    )
-    x = gated(rows, attended.unsqueeze(1), gate).squeeze(1)
-    x = x + self.attn2(
-        x,
-        encoder_hidden_states=encoder_hidden_states,
-        image_rotary_emb=None,
-        attention_mask=encoder_attention_mask,
-    )
-    rows = x.unsqueeze(1)
-    out = self.ff(modulated(self.norm2, rows, shift_mlp, scale_mlp).squeeze(1))
-    return gated(rows, out.unsqueeze(1), gate_mlp).squeeze(1)
+    table = scale_shift_table + temb.unsqueeze(2).to(scale_shift_table.device)  # (B, 1 or N, 2, C)
+    parts = table[:, 0] if temb.shape[1] == 1 else table.unsqueeze(1)
+    shift, scale = parts.unbind(-2)
+    return _rows(self.norm, hidden_states, shift, scale)
 
 
-def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    if temb.ndim == 4:  # (B, N, 6, C)
-        parts = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(2)
-    else:  # (B, 6, C)
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _wan_block(self, hidden_states, encoder_hidden_states, None, rotary_emb, parts)
+def kandinsky_out(self: Any, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor) -> Tensor:
+    """Kandinsky 5's last norm, projection and patches ``(B, T, H, W, p*p*p*C)`` as video, channels last."""
+    given = visual_embed, text_embed, time_embed
+    if visual_embed.ndim != 5 or time_embed.ndim != 2:
+        return host_forward(self, "modulation that is not one of a clip by sample", *given)
+    shift, scale = self.modulation(time_embed).chunk(2, -1)
+    x = modulated(self.norm, visual_embed.flatten(2, 3), shift, scale).view(visual_embed.shape)
+    B, T, H, W, _ = x.shape
+    p, q, r = self.patch_size
+    patches = self.out_layer(x).view(B, T, H, W, -1, p, q, r)
+    return patches.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * p, H * q, W * r, -1)
 
 
-def skyreels_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    rotary_emb: Any,
-    attention_mask: Tensor | None,
-) -> Tensor:
-    if temb.ndim == 4:  # (B, 6, N, C)
-        parts = (self.scale_shift_table.unsqueeze(2) + temb.float()).unbind(1)
-    else:
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _wan_block(self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, parts)
-
-
-def _wan_block(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, rotary_emb: Any, parts: Any) -> Tensor:
-    """The block on rows ``(B, N, C)``, modulated by ``(B, C)`` or ``(B, N, C)``; the host does so in float32."""
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (y if y.ndim == 2 else y.unsqueeze(1) for y in parts)
-    rows = x.unsqueeze(1)  # (B, 1, N, C)
-    attended = block.attn1(modulated(block.norm1, rows, shift, scale).squeeze(1), None, mask, rotary_emb)
-    rows = gated(rows, attended.unsqueeze(1), gate)
-    x = rows.squeeze(1)
-    normed = block.norm2(x.float()).type_as(x)
-    rows = (x + block.attn2(normed, text, None, None)).unsqueeze(1)
-    out = block.ffn(modulated(block.norm3, rows, shift_mlp, scale_mlp).squeeze(1))
-    return gated(rows, out.unsqueeze(1), gate_mlp).squeeze(1)
-
-
-# What serves each class, and with which operators.
-HOSTS: dict[type[nn.Module], tuple[Callable[..., Any], str]] = {
+# What serves each class, with which operators, and what else of the host it relies on.
+HOSTS: dict[type[nn.Module], tuple[Any, ...]] = {
+    **adaln_blocks.HOSTS,
     normalization.AdaLayerNorm: (by_timestep, "modulate"),
     normalization.AdaLayerNormContinuous: (continuous, "modulate"),
     normalization.AdaLayerNormZero: (zero, "modulate"),
@@ -200,9 +152,8 @@ HOSTS: dict[type[nn.Module], tuple[Callable[..., Any], str]] = {
     transformer_cosmos.CosmosAdaLayerNorm: (cosmos, "modulate"),
     transformer_cosmos.CosmosAdaLayerNormZero: (cosmos, "modulate"),
     transformer_easyanimate.EasyAnimateLayerNormZero: (joint_zero, "modulate"),
-    transformer_ltx.LTXVideoTransformerBlock: (ltx_block, "modulate, gate_residual"),
+    transformer_kandinsky.Kandinsky5OutLayer: (kandinsky_out, "modulate"),
     transformer_mochi.MochiLayerNormContinuous: (mochi_continuous, "modulate"),
     transformer_mochi.MochiRMSNormZero: (mochi_zero, "modulate"),
-    transformer_skyreels_v2.SkyReelsV2TransformerBlock: (skyreels_block, "modulate, gate_residual"),
-    transformer_wan.WanTransformerBlock: (wan_block, "modulate, gate_residual"),
+    transformer_sana_video.SanaModulatedNorm: (sana, "modulate"),
 }
