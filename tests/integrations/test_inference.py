@@ -5,8 +5,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import RMSNorm
 from host_runs import MODELS, as_host, exact, run
-from vdcore.bench import swap as table
+from vdcore.bench import hosts
+from vdcore.bench.hosts import HostPoint
 
 from vdcore.integrations.diffusers import _inference, swap_in
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
@@ -46,8 +49,8 @@ def test_models_are_the_hosts(name, dtype, few_tokens):
 @pytest.mark.parametrize("name", TEMPORAL)
 def test_blocks_of_real_width_are_the_hosts(name, tokens, few_tokens, monkeypatch):
     monkeypatch.setattr(_inference, "LEAST_TOKENS", tokens)
-    before, after, exact = table.block_calls(BLOCKS[name], (5, 7, 5), torch.float32)
-    ratio = error_ratio(after(), exact(), [before()])
+    before, after = (HostPoint(name, provider, 5, grid=(7, 5)) for provider in ("diffusers", "vdcore"))
+    ratio = error_ratio(after.make().call(), hosts.exact(before), [before.make().call()])
     assert few_tokens
     assert ratio.worst <= 1, ratio
 
@@ -91,9 +94,39 @@ def test_gradients_take_the_other_way(few_tokens):
 
 
 def test_the_input_of_a_block_stays(few_tokens):
-    before, after, _ = table.block_calls(BLOCKS["SVD temporal block"], (3, 4, 4), torch.float32)
-    given = next(cell.cell_contents for cell in after.__closure__ if isinstance(cell.cell_contents, tuple))
+    block = BLOCKS["SVD temporal block"]
+    module, given = block.build().eval(), block.inputs(3, 4, 4)
+    swap_in(module)
     kept = given[1].clone()
-    after()
+    with torch.no_grad():
+        block.ours(module, given)
     assert few_tokens
     assert torch.equal(given[1], kept)
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["a gate on rows", "a gate in weights"])
+@pytest.mark.parametrize("kind", ["geglu", "gelu-approximate"])
+def test_feed_forward_of_pieces(kind, rows):
+    """Pieces of several sizes through the same memory, with and without a gate."""
+    torch.manual_seed(0)
+    ff = FeedForward(8, inner_dim=20, activation_fn=kind).eval()
+    x, gate = torch.randn(rows, 8), torch.randn(8)
+    for given in (None, gate):
+        with torch.no_grad():
+            layer = _inference.FeedForwardResidual(ff, rows, _inference.Hidden(), given)
+            expected, out = x + (1 if given is None else given) * ff(2 * x), torch.empty_like(x)
+            for piece, result in zip(x.split([2, rows - 2]), out.split([2, rows - 2])):
+                layer.write(piece, 2 * piece, result)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, RMSNorm], ids=["layer", "rms"])
+@pytest.mark.parametrize("place", [_inference.Piece(0, 1, 1), _inference.Piece(0, 1, 3)], ids=["a frame", "frames"])
+def test_norm_with_a_shift_of_every_frame(kind, place):
+    torch.manual_seed(0)
+    norm, scale, shift = kind(8, eps=1e-6), torch.randn(8), torch.randn(5, 8)
+    x = torch.randn(place.last - place.first + 1, 6, 8)
+    expected = norm(x) * (1 + scale) + shift[place.first : place.last + 1, None]
+    with torch.no_grad():
+        result = _inference.Norm(norm, scale, shift)(x.flatten(0, 1), place)
+    torch.testing.assert_close(result.view(x.shape), expected)

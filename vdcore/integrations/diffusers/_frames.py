@@ -82,7 +82,9 @@ class SpatialAttention(Processor):
         if context is None:
             return self.attend_normed(attn, q, k, v)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        return vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+        out = vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+        assert isinstance(out, Tensor)
+        return out
 
     def attend_normed(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of ``(B, T, S, H, D)``, with the norms of q and k that the module has."""

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+import vdcore
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._frames import TemporalAttention
 from vdcore.integrations.diffusers._host import unknown_source
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.
-CACHE_BYTES, LEAST_TOKENS = 16 * 2**20, 1024
+CACHE_BYTES, LEAST_TOKENS = 24 * 2**20, 1024
 
 # Functions of the host whose mathematics this file relies on.
 RELIES = (FeedForward.forward, GEGLU.forward, GEGLU.gelu, GELU.forward, GELU.gelu)
@@ -94,13 +95,13 @@ def run(x: Tensor, count: int, attentions: Sequence[Any], stages: Sequence[Stage
 def pieces(x: Tensor, count: int) -> tuple[list[Piece], list[int]]:
     """About ``count`` neighbouring tokens at a time: whole frames, or part of one. Their places and numbers."""
     B, T, S, _ = x.shape
-    frames = max(1, count // S)
-    parts = 1 if frames > 1 else -(-S // count)
+    groups = -(-T // max(1, count // S))
+    parts = 1 if groups < T else -(-S // count)
+    frames = list(pairwise(T * i // groups for i in range(groups + 1)))
     places, sizes = [], []
     for b in range(B):
-        for t in range(0, T, frames):
-            last = min(t + frames, T) - 1
-            tokens = (last - t + 1) * S
+        for t, stop in frames:
+            last, tokens = stop - 1, (stop - t) * S
             cuts = [tokens * i // parts for i in range(parts + 1)]
             places += [Piece(b, t, last)] * parts
             sizes += [stop - start for start, stop in pairwise(cuts)]
@@ -139,39 +140,61 @@ class Projection:
 class Residual:
     """``out = x + gate * linear(y) + row``; gate and row ``(C,)``.
 
-    The matrix product adds x itself. A gate goes into the weights where the rows to be gated are many more than these.
+    The matrix product adds x itself. A gate goes into the weights where the rows to be gated are twice as many. With
+    ``ones`` the rows y may start with a 1, which the bias is the weight of: then nothing is left to add.
     """
 
-    def __init__(self, linear: Any, tokens: int, gate: Tensor | None = None, row: Tensor | None = None) -> None:
+    def __init__(
+        self, linear: Any, tokens: int, gate: Tensor | None = None, row: Tensor | None = None, ones: bool = False
+    ) -> None:
         self.linear, self.gate, self.row = linear, gate, row
         self.weight: Tensor | None = None
+        self.ones = False
         if type(linear) is not nn.Linear:
             return
         weight, bias = linear.weight, linear.bias
         if gate is not None:
-            if tokens < 8 * linear.in_features or weight.dtype != torch.float32:
+            if tokens < 2 * linear.in_features or weight.dtype != torch.float32:
                 return
-            weight, bias = weight * gate[:, None], None if bias is None else bias * gate
-        self.weight = weight.t()
+            bias = None if bias is None else bias * gate
         self.row = bias if row is None else row if bias is None else bias + row
+        self.ones = ones and self.row is not None and tokens >= linear.in_features
+        if self.ones:
+            both = _aligned(*weight.shape, weight)[:, LEAD - 1 :]
+            both[:, 0], self.row = self.row, None
+            if gate is None:
+                both[:, 1:].copy_(weight)
+            else:
+                torch.mul(weight, gate[:, None], out=both[:, 1:])
+            weight = both
+        elif gate is not None:
+            weight = weight * gate[:, None]
+        self.weight = weight.t()
 
     def write(self, x: Tensor, y: Any, out: Tensor) -> None:
-        if self.weight is not None:
-            torch.addmm(x, y, self.weight, out=out)
-        elif self.gate is not None:
+        if self.weight is None and self.gate is not None:
             torch.addcmul(x, self.linear(y), self.gate, out=out)
-        else:
+        elif self.weight is None:
             torch.add(x, self.linear(y), out=out)
+        elif self.row is not None and x is not out:  # instead of the product's copy of x
+            torch.add(x, self.row, out=out).addmm_(y, self.weight)
+            return
+        else:
+            torch.addmm(x, y, self.weight, out=out)
         if self.row is not None:
             out.add_(self.row)
 
 
 class Norm:
-    """``norm(x) * (1 + scale) + shift`` in one pass; scale and shift ``(C,)``."""
+    """``norm(x) * (1 + scale) + shift`` in one pass; scale ``(C,)``, shift ``(C,)`` or of every frame ``(T, C)``.
+
+    A layer norm is torch's with other weights: on the few rows of a piece it costs less to call than ``modulate``.
+    """
 
     def __init__(self, norm: Any, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
         self.norm, self.scale, self.shift = norm, scale, shift
-        if type(norm) is not nn.LayerNorm:
+        self.is_layer = type(norm) is nn.LayerNorm
+        if not self.is_layer:
             return
         weight, bias = norm.weight, norm.bias
         if scale is not None:
@@ -181,61 +204,88 @@ class Norm:
             bias = shift.float() if bias is None else bias + shift.float()
         if weight is not None and bias is not None and weight.dtype != bias.dtype:
             weight, bias = weight.float(), bias.float()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight, bias  # the bias (C,) or (T, C)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if type(self.norm) is nn.LayerNorm:
-            return F.layer_norm(x, self.norm.normalized_shape, self.weight, self.bias, self.norm.eps)
-        y = self.norm(x)
-        y = y if self.scale is None else y * (1 + self.scale)
-        return y if self.shift is None else y + self.shift
+    def __call__(self, x: Tensor, piece: Piece) -> Tensor:
+        if not self.is_layer:
+            y = self.norm(x)
+            y = y if self.scale is None else y * (1 + self.scale)
+            return y if self.shift is None else _of_frames(y, piece, self.shift)
+        bias, shape = self.bias, self.norm.normalized_shape
+        if bias is None or bias.ndim == 1:
+            return F.layer_norm(x, shape, self.weight, bias, self.norm.eps)
+        if piece.first == piece.last:
+            return F.layer_norm(x, shape, self.weight, bias[piece.first], self.norm.eps)
+        frames = x.view(1, piece.last - piece.first + 1, -1, x.shape[-1])
+        shift, scale = bias[None, piece.first : piece.last + 1], bias.new_zeros(1, x.shape[-1])
+        return vdcore.modulate(frames, shift, scale, weight=self.weight, eps=self.norm.eps).view(x.shape)
+
+
+def _of_frames(x: Tensor, piece: Piece, shift: Tensor) -> Tensor:
+    """Rows plus a shift ``(C,)``, or that of their frame in ``(T, C)``."""
+    if shift.ndim == 1:
+        return x + shift
+    of_frames = x.unflatten(0, (piece.last - piece.first + 1, -1))
+    return (of_frames + shift[piece.first : piece.last + 1, None]).flatten(0, 1)
+
+
+class Hidden:
+    """Hidden rows of the feed-forward layers of a block, in the same memory from piece to piece."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def rows(self, n: int, width: int, used: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``(n, width)`` for a product to fill, and a 1 with the first ``used`` of them: ``(n, 1 + used)``."""
+        if self._memory is None or self._memory.shape[0] < n or self._memory.shape[1] != width + LEAD:
+            self._memory = _aligned(n, width, like)
+            self._memory[:, LEAD - 1] = 1
+            self._views.clear()
+        if (n, width, used) not in self._views:
+            memory = self._memory[:n]
+            self._views[n, width, used] = memory[:, LEAD:], memory[:, LEAD - 1 : LEAD + used]
+        return self._views[n, width, used]
+
+
+# Columns before a matrix, the last of which is for the 1 or the bias: those of the matrix stay aligned.
+LEAD = 16
+
+
+def _aligned(rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_empty(rows, LEAD + columns)
 
 
 class FeedForwardResidual:
     """``out = x + gate * ff(y)``, the activation computed in place; gate ``(C,)``."""
 
-    def __init__(self, ff: Any, tokens: int, gate: Tensor | None = None) -> None:
-        self.ff = ff
-        self.first: Any = ff
+    def __init__(self, ff: Any, tokens: int, hidden: Hidden, gate: Tensor | None = None) -> None:
+        self.ff, self.hidden, self.gate = ff, hidden, gate
         known = type(ff) is FeedForward and len(ff.net) >= 3 and unknown_source(FeedForward.forward) is None
-        self.add = Residual(ff.net[2], tokens, gate) if known else None
-        self.gate = gate
-        self.kind: type | None = None
-        self.ones = False  # the bias of the last layer is one more column of its weights
-        if not known:
-            return
-        self.first = ff.net[0]
+        self.first: Any = ff.net[0] if known else ff
         kind = type(self.first)
-        if kind in (GEGLU, GELU) and type(self.first.proj) is nn.Linear:
-            self.kind = None if unknown_source(kind.forward, kind.gelu) else kind
-        linear = ff.net[2]
-        self.ones = self.kind is GEGLU and self.add.row is linear.bias is not None and tokens >= linear.in_features
-        if self.ones:
-            self.add.weight, self.add.row = _with_bias(linear).t(), None
+        in_place = known and kind in (GEGLU, GELU) and unknown_source(kind.forward, kind.gelu) is None
+        self.projection = Projection(self.first.proj) if in_place else None
+        self.add = Residual(ff.net[2], tokens, gate, ones=in_place) if known else None
 
     def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         if self.add is None:
             rows = self.ff(y)
             torch.add(x, rows if self.gate is None else rows * self.gate, out=out)
+        elif self.projection is None:
+            self.add.write(x, self.first(y), out)
         else:
-            self.add.write(x, self.hidden(y), out)
+            self.add.write(x, self.activated(y), out)
 
-    def hidden(self, y: Tensor) -> Tensor:
-        if self.kind is None:
-            return self.first(y)
-        hidden = self.first.proj(y)
-        if self.kind is GELU:
-            return torch.ops.aten.gelu_(hidden, approximate=self.first.approximate)
-        half = hidden.shape[-1] // 2
-        hidden[:, :half].mul_(torch.ops.aten.gelu_(hidden[:, half:]))
-        if self.ones:
-            hidden[:, half] = 1  # over a gate that has been used
-        return hidden[:, : half + self.ones]
-
-
-def _with_bias(linear: nn.Linear) -> Tensor:
-    """``(C, K + 1)``: weights and bias, rows apart by a multiple of 16 as the matrix product likes them."""
-    C, K = linear.weight.shape
-    both = linear.weight.new_empty(C, (K // 16 + 1) * 16)[:, : K + 1]
-    both[:, :K], both[:, K] = linear.weight, linear.bias
-    return both
+    def activated(self, y: Tensor) -> Tensor:
+        projection = self.projection
+        assert projection is not None and self.add is not None
+        gated = type(self.first) is GEGLU
+        used = projection.width // 2 if gated else projection.width
+        rows, with_one = self.hidden.rows(len(y), projection.width, used, y)
+        projection.write(y, rows)
+        if gated:
+            rows[:, :used].mul_(torch.ops.aten.gelu_(rows[:, used:]))
+        else:
+            torch.ops.aten.gelu_(rows, approximate=self.first.approximate)
+        return with_one if self.add.ones else with_one[:, 1:]

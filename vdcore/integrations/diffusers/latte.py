@@ -157,13 +157,14 @@ def _without_gradients(
     before = [_inference.Norm(block.norm1, scale, shift) for shift, scale, _ in zip(*attention)]
     leave = [_inference.Residual(block.attn1.to_out[0], tokens, gate) for gate in attention[2]]
     between = [_inference.Norm(block.norm2, scale, shift) for shift, scale, _ in zip(*mlp)]
-    feed = [_inference.FeedForwardResidual(block.ff, tokens, gate) for gate in mlp[2]]
+    hidden = _inference.Hidden()
+    feed = [_inference.FeedForwardResidual(block.ff, tokens, hidden, gate) for gate in mlp[2]]
 
     def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
-        return before[piece.b](x)
+        return before[piece.b](x, piece)
 
     def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
         leave[piece.b].write(x, attended, out)
-        feed[piece.b].write(out, between[piece.b](out), out)
+        feed[piece.b].write(out, between[piece.b](out, piece), out)
 
     return _inference.run(x, count, [block.attn1], [first, second])

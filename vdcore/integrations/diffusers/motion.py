@@ -116,28 +116,21 @@ def _without_gradients(block: Any, x: Tensor, count: int) -> Tensor:
     T, tokens = x.shape[1], x.shape[1] * x.shape[2]
     attentions = [attn for attn in (block.attn1, block.attn2) if attn is not None]
     leave = [_inference.Residual(attn.to_out[0], tokens) for attn in attentions]
-    feed, last_norm = _inference.FeedForwardResidual(block.ff, tokens), _inference.Norm(block.norm3)
+    feed = _inference.FeedForwardResidual(block.ff, tokens, _inference.Hidden())
     frames = None if block.pos_embed is None else block.pos_embed.pe[0, :T].to(x.dtype)  # (T, C)
-    shifts = [None] if frames is None else list(frames)
-    embedded = [[_inference.Norm(norm, shift=shift) for shift in shifts] for norm in (block.norm1, block.norm2)]
-
-    def before(i: int, piece: Piece, rows: Tensor) -> Tensor:
-        """The norm before attention ``i``, with the embedding of the frame."""
-        if frames is None or piece.first == piece.last:
-            return embedded[i][0 if frames is None else piece.first](rows)
-        of_frames = rows.chunk(piece.last - piece.first + 1)
-        return torch.cat([norm(y) for norm, y in zip(embedded[i][piece.first :], of_frames)])
+    before = [_inference.Norm(norm, shift=frames) for norm in (block.norm1, block.norm2)]
+    last_norm = _inference.Norm(block.norm3)
 
     def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
-        return before(0, piece, x)
+        return before[0](x, piece)
 
     def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
         leave[0].write(x, attended, out)
-        return before(1, piece, out)
+        return before[1](out, piece)
 
     def last(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
         leave[-1].write(x if block.attn2 is None else out, attended, out)
-        feed.write(out, last_norm(out), out)
+        feed.write(out, last_norm(out, piece), out)
 
     stages: list[Stage] = [first, last] if block.attn2 is None else [first, second, last]
     return _inference.run(x, count, attentions, stages)

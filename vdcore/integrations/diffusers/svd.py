@@ -121,16 +121,17 @@ def _without_gradients(block: Any, x: Tensor, text: Tensor | None, count: int) -
         assert text is not None
         from_text = list(_frames.one_key_attention(block.attn2, text).flatten(0, 2))  # B times (C,)
     tokens = x.shape[1] * x.shape[2]
-    feed_in, feed = (_inference.FeedForwardResidual(ff, tokens) for ff in (block.ff_in, block.ff))
+    hidden = _inference.Hidden()
+    feed_in, feed = (_inference.FeedForwardResidual(ff, tokens, hidden) for ff in (block.ff_in, block.ff))
     norm_in, norm1, norm3 = (_inference.Norm(norm) for norm in (block.norm_in, block.norm1, block.norm3))
     leave = [_inference.Residual(block.attn1.to_out[0], tokens, row=row) for row in from_text]
 
     def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
-        feed_in.write(x, norm_in(x), out)
-        return norm1(out)
+        feed_in.write(x, norm_in(x, piece), out)
+        return norm1(out, piece)
 
     def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
         leave[piece.b].write(out, attended, out)
-        feed.write(out, norm3(out), out)
+        feed.write(out, norm3(out, piece), out)
 
     return _inference.run(x, count, [block.attn1], [first, second])
