@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,15 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """A copy."""
-        block = Block(_config(self.x.shape[-1] // self.block.layers["spatial"].head_dim, self.x.shape[-1]), PARTS)
+        layers: Any = self.block.layers
+        block = Block(_config(layers["spatial"].heads, self.x.shape[-1]), PARTS)
         block.load_state_dict(self.block.state_dict())
-        given = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (self.x, self.condition, self.text))
-        return Inputs(block.to(self.x.device, dtype), *given, self.dout.to(dtype))
+
+        def copy(t: Tensor) -> Tensor:
+            return t.detach().to(dtype).requires_grad_(t.requires_grad)
+
+        block.to(self.x.device, dtype)
+        return Inputs(block, copy(self.x), copy(self.condition), copy(self.text), self.dout.to(dtype))
 
 
 PARTS = ("spatial", "temporal", "cross", "mlp")
@@ -152,7 +158,7 @@ def eager(given: Inputs, permuted: bool = False) -> Tensor:
     """
     block, x, text = given.block, given.x, given.text
     B, T, S, C = x.shape
-    layers = block.layers
+    layers: Any = block.layers
     heads = layers["spatial"].heads
     rows = block.modulation(given.context())[:, :, None, None].unbind(1)  # (B, 1, 1, C) each
 
@@ -298,6 +304,10 @@ def _memory_rows(job: BlockJob, base: Row, providers: Sequence[tuple[str, str]],
     return rows
 
 
+def _contender(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor]) -> Contender:
+    return Contender(lambda _: step(job, given, function))
+
+
 def _time_rows(
     job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch, seconds: float, rounds: int
 ) -> list[Row]:
@@ -313,7 +323,7 @@ def _time_rows(
         watch.doing(f"{OP} {job.mode}: {' '.join(name)}")
         try:
             function = function_of(*name)
-            contender = Contender(lambda _, function=function: step(job, given, function))
+            contender = _contender(job, given, function)
             begin = time.perf_counter()
             contender.run(clock)
             first = time.perf_counter() - begin
@@ -325,9 +335,9 @@ def _time_rows(
     known = {" ".join(name): t for name, t in estimates.items()}
     counts = rounds_for(known, seconds, rounds, frozenset(n for n in known if n.startswith("vdcore")))
     named = {" ".join(name): c for name, c in contenders.items()}
-    for name, n in counts.items():
+    for label, n in counts.items():
         if n == 0:
-            named[name].samples.append(Sample(known[name]))
+            named[label].samples.append(Sample(known[label]))
     watch.doing(f"{OP} {job.mode}: {max(counts.values())} rounds")
     race(named, counts, clock)
     for name, contender in contenders.items():
@@ -340,6 +350,11 @@ def _time_rows(
 # ---- Tables ----
 
 HEADER = ("block", "mode", "dtype", "vdcore", "eager", "speed-up", "memory: vdcore", "eager", "ratio", "error")
+
+
+def _over(theirs: Row, ours: Row) -> str:
+    assert theirs.p50 and ours.p50
+    return f"{theirs.p50 / ours.p50:.2f}x"
 
 
 def cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
@@ -359,10 +374,10 @@ def cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             continue
         a, b = best["time"]
         line = [shape, mode, dtype, time_of(a, spread=True), f"{time_of(b, spread=True)} {b.provider} {b.variant}"]
-        line.append(f"{b.p50 / a.p50:.2f}x")
+        line.append(_over(b, a))
         if best["memory"]:
             c, d = best["memory"]
-            line += [machine.bytes_text(c.p50), machine.bytes_text(d.p50), f"{d.p50 / c.p50:.2f}x"]
+            line += [machine.bytes_text(c.p50 or 0.0), machine.bytes_text(d.p50 or 0.0), _over(d, c)]
         else:
             line += ["", "", ""]
         lines.append((*line, "" if a.error_ratio is None else f"{a.error_ratio:.2f}"))

@@ -110,7 +110,7 @@ def model_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             curves = found.setdefault((row.workload, row.mode, row.dtype, row.device), {})
             curve = curves.setdefault(row.provider, Curve(row.provider))
             (curve.memory if row.metric == "memory" else curve.time)[row.x] = row
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for (model, mode, dtype, _), curves in found.items():
         ours = curves.pop("vdcore", Curve("vdcore"))
         for frames in sorted(ours.memory):

@@ -202,7 +202,7 @@ HEADER = ("model", "dtype", "who", "time", "peak memory", "error")
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """One line a provider, for a table."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for timed, memory in zip(rows[::2], rows[1::2]):
         numbers = machine.seconds_text(timed.p50 or 0.0), machine.bytes_text(memory.p50 or 0.0)
         lines.append((timed.workload, timed.dtype, timed.provider, *numbers, f"{timed.error_ratio:.2f}"))

@@ -122,7 +122,7 @@ def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]
     T = job.shape.T
     q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
     piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
-    wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
+    wide: dict[str, Any] = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
     exact = vdcore.video_attention(**wide, backend="reference")
     forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
     return [error_ratio(out[:, -1:, :, :1], exact, forms).worst for out in results]

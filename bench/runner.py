@@ -200,7 +200,7 @@ def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
 def _parts(job: Job, tensors: Tensors) -> list[Candidate]:
     """What gated attention is made of, one operator after the other: what fusing them saves."""
 
-    def both(spatial: Any, temporal: Any, norm: Any, rope: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+    def both(spatial: Any, temporal: Any, norm: Any, rope: Any, **rest: Any) -> tuple[Any, Any]:
         a = vdcore.spatial_attention(*spatial, norm=norm[0], rope=rope[0])
         return a, vdcore.temporal_attention(*temporal, norm=norm[1], rope=rope[1])
 
@@ -212,7 +212,7 @@ def _parts(job: Job, tensors: Tensors) -> list[Candidate]:
         a, b = both(**rest)
         return torch.lerp(b, a, gate)
 
-    def unmixed(_: Any) -> tuple[Tensor, Tensor]:
+    def unmixed(_: Any) -> tuple[Any, Any]:
         with torch.no_grad():
             return both(**job.arguments(tensors))
 

@@ -247,7 +247,7 @@ def bench(
                 watch.doing("touching memory")
                 runner.touch_heap(min(runner.heap_for(wanted, limit), limit // 2))
             runner.run_jobs(wanted, settings, journal, watch)
-            limits = {"seconds": seconds, "rounds": rounds, "memory": limit}
+            limits: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "memory": limit}
             block.run(blocks, journal, watch, peers=chosen_peers.intersection(block.PEERS), **limits)
             if everything:
                 overhead.run(journal, device, watch.doing)

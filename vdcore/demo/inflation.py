@@ -116,7 +116,7 @@ def _opened(config: VDiTConfig) -> VDiT:
     model = VDiT(config)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape)
+            p.add_(0.05 * torch.randn(p.shape))
     return model
 
 

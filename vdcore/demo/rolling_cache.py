@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -49,7 +49,7 @@ def new_model(settings: Settings) -> VDiT:
     model = VDiT(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape)
+            p.add_(0.05 * torch.randn(p.shape))
     return model
 
 
@@ -106,7 +106,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
     return figure
 
 
-def _timed(chunks: Iterator[Tensor], ticks: Iterator[int]) -> tuple[Tensor, list[float]]:
+def _timed(chunks: Iterator[Tensor], ticks: Iterable[int]) -> tuple[Tensor, list[float]]:
     """The video, and the processor's seconds of every chunk."""
     parts, seconds = [], []
     for _ in ticks:
@@ -116,7 +116,7 @@ def _timed(chunks: Iterator[Tensor], ticks: Iterator[int]) -> tuple[Tensor, list
     return torch.cat(parts, 2), seconds
 
 
-def _exact(model: VDiT, process: Process, noises: list[Tensor], settings: Settings, ticks: Iterator[int]) -> Tensor:
+def _exact(model: VDiT, process: Process, noises: list[Tensor], settings: Settings, ticks: Iterable[int]) -> Tensor:
     """Recomputed in float64; of the past only what the mask lets the new chunk depend on would matter, all is run."""
     double = new_model(settings).double()
     double.load_state_dict(model.state_dict())

@@ -48,8 +48,8 @@ def attention(
             )
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
-        rows = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*rows, attn_mask=attn_mask, dropout_p=drop_rate, is_causal=causal)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop_rate, is_causal=causal)
         return out.transpose(1, 2).flatten(2)
     lengths = None
     if mode == "flash" and cu_seqlens_kv is not None:
@@ -58,9 +58,9 @@ def attention(
             expected = 2 * batch_size + 1
             raise ValueError(f"attention: cu_seqlens_kv must hold {expected} bounds, got {bounds.shape[0]}")
         lengths = bounds[1::2] - bounds[:-1:2]
-    out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths)
-    assert isinstance(out, Tensor)
-    return out.squeeze(1).flatten(2)
+    served = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths)
+    assert isinstance(served, Tensor)
+    return served.squeeze(1).flatten(2)
 
 
 _rebind.TABLES[__name__] = {"attention": attention}
