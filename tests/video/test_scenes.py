@@ -164,3 +164,15 @@ def test_bad_indices():
         MovingShapes().batch([[1, 2]])
     with pytest.raises(ValueError, match="layer must be 1 to 3, got 4"):
         MovingShapes().batch(1).visible_share(4)
+
+
+def test_hues_stay_in_their_range():
+    """Red objects on blue: where a pixel changes, red wins over blue or loses to it."""
+    shapes = MovingShapes(frames=2, objects=1, occluders=0, object_hue=(0.0, 0.05), background_hue=(0.6, 0.65))
+    scene = shapes.batch(range(40))
+    red, _, blue = scene.video.unbind(1)
+    inside = scene.top == 1
+    assert 0.02 < inside.float().mean() < 0.3
+    assert (red > blue)[inside].float().mean() > 0.95 and (red < blue)[~inside].float().mean() > 0.95
+    with pytest.raises(ValueError, match="MovingShapes: background_hue must be a range of at most one turn"):
+        MovingShapes(background_hue=(0.5, 0.2))

@@ -38,6 +38,8 @@ class MovingShapes:
         pan: most pixels a frame, in each direction, that the background moves.
         object_wave, background_wave: shortest and longest wave of the textures, pixels; waves much longer than the
             picture leave smooth shades.
+        object_hue, background_hue: least and most hue, in turns from red over green and blue; a narrow range leaves
+            shapes and motion to learn, and little of colour.
         seed: another seed is another set.
 
     Raises:
@@ -55,6 +57,8 @@ class MovingShapes:
     pan: float = 0.0
     object_wave: tuple[float, float] = (4.0, 8.0)
     background_wave: tuple[float, float] = (6.0, 24.0)
+    object_hue: tuple[float, float] = (0.0, 1.0)
+    background_hue: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,10 @@ class MovingShapes:
             wave = getattr(self, name)
             if not 0 < wave[0] <= wave[1]:
                 raise ValueError(f"MovingShapes: {name} must be a range of positive pixels, got {wave}")
+        for name in ("object_hue", "background_hue"):
+            hue = getattr(self, name)
+            if not hue[0] <= hue[1] <= hue[0] + 1:
+                raise ValueError(f"MovingShapes: {name} must be a range of at most one turn, got {hue}")
         if not 0 <= self.speed[0] <= self.speed[1]:
             raise ValueError(f"MovingShapes: speed must be a range of pixels a frame, got {self.speed}")
 
@@ -116,8 +124,8 @@ class MovingShapes:
         angle = None
         if self.spin:
             angle = 2 * math.pi * u[..., 7:8] + (2 * u[..., 8:9] - 1) * self.spin * time
-        hue = u[..., 9]
-        colour = np.stack((_rgb(hue, 0.9, 0.8), _rgb(hue + 0.12 + 0.2 * u[..., 10], 0.7, 0.35)), -2)
+        hue, other = _hues(u[..., 9], 0.12 + 0.2 * u[..., 10], self.object_hue)
+        colour = np.stack((_rgb(hue, 0.9, 0.8), _rgb(other, 0.7, 0.35)), -2)
         wave = 2 * math.pi / _between(u[..., 11:13], *self.object_wave)
         return Layers(center, half, corner, colour, wave, 2 * math.pi * u[..., 13:15], angle)
 
@@ -143,8 +151,8 @@ class MovingShapes:
 
     def _background(self, u: Array) -> Background:
         n = BACKGROUND_WAVES
-        hue = u[:, 0]
-        colour = np.stack((_rgb(hue, 0.35, 0.25), _rgb(hue + 0.3 * u[:, 1], 0.35, 0.75)), 1)
+        hue, other = _hues(u[:, 0], 0.3 * u[:, 1], self.background_hue)
+        colour = np.stack((_rgb(hue, 0.35, 0.25), _rgb(other, 0.35, 0.75)), 1)
         heading, length = 2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave)
         wave = np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
         offset = None
@@ -180,6 +188,12 @@ def _reflect(x: Array, length: Array) -> Array:
     length = np.maximum(length, 1e-6)
     x = np.remainder(x, 2 * length)
     return np.minimum(x, 2 * length - x)
+
+
+def _hues(u: Array, apart: Array, hues: tuple[float, float]) -> tuple[Array, Array]:
+    """The hues of a texture's two colours, which in a narrow range lie closer together."""
+    hue = _between(u, *hues)
+    return hue, hue + apart * (hues[1] - hues[0])
 
 
 def _rgb(hue: Array, saturation: float, value: float) -> Array:
