@@ -266,12 +266,12 @@ def _bench_models(
 ) -> None:
     from vdcore.bench import console, hosts, job
 
-    _need_diffusers()
-    names = _known("--model", given, [*hosts.models(), *hosts.blocks()])
     if device != "cpu":
         raise typer.BadParameter(f"{device}: models of diffusers are measured on the CPU", param_hint="--device")
     _threads(threads)
-    _relaunch(device)
+    _relaunch(device)  # before diffusers is imported, which takes seconds
+    _need_diffusers()
+    names = _known("--model", given, [*hosts.models(), *hosts.blocks()])
 
     def measure(journal: Journal) -> None:
         with console.Screen(screen).live() as watch:
@@ -367,14 +367,14 @@ def profile(
 def _profile_models(given: list[str], device: str, threads: int | None, out: Path, **settings: Any) -> None:
     from vdcore.bench import console, hosts, profile, vdit
 
+    _threads(threads)
+    _relaunch(device)  # before diffusers is imported, which takes seconds
     wanted = set(_split(given)) - set(vdit.VARIANTS)
     if wanted:
         _need_diffusers()
     names = _known("--model", given, [*vdit.VARIANTS, *(hosts.blocks() if wanted else ())])
     if wanted and (device != "cpu" or settings["mode"] != "fwd"):
         raise typer.BadParameter("blocks of diffusers are profiled forward on the CPU", param_hint="--model")
-    _threads(threads)
-    _relaunch(device)
     limits = profile.Settings(device=device, **settings)
 
     def measure(journal: Journal) -> None:
