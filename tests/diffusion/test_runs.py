@@ -19,7 +19,7 @@ from vdcore.video.scenes import MovingShapes
 MODEL = VDiTConfig(in_channels=3, patch=(1, 4, 4), width=16, depth=1, heads=2, position="sincos+rope", qk_norm=True)
 RECIPE = Recipe(model=MODEL, frames=4, size=(8, 8), batch=2, steps=9, warmup=2, hold=0.5)
 SCENES = Scenes(MovingShapes(frames=4, size=(8, 8), objects=1, occluders=0, radius=(2.0, 3.0)))
-TINY = ["--frames", "4", "--size", "8", "--batch", "2", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "6"]
+TINY = ["--frames", "4", "--size", "9", "--batch", "2", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "6"]
 
 
 def cli(*args):
@@ -118,7 +118,7 @@ def test_train_and_sample(trained_folder, tmp_path):
     )
     assert code == 0, output
     assert "warping_error" in output and "moves as real clips do" in output
-    assert read_clip(tmp_path / "sample-01.mp4").shape == (3, 4, 64, 64)
+    assert read_clip(tmp_path / "sample-01.mp4").shape == (3, 4, 72, 72)
     assert (tmp_path / "samples.png").stat().st_size > 1000
     found = json.loads((tmp_path / "measures.json").read_text())
     assert found["samples"]["mean_flow"] > 0 and found["real"]["warping_error"] > 0
@@ -155,7 +155,7 @@ def test_train_on_files(tmp_path):
         (("train", "{}/short.mp4"), "short.mp4: 2 frames at stride 1, wanted 4"),
         (("train", "{}/text.mp4"), "text.mp4: not a video file"),
         (("train", "{}/empty"), "empty: no video"),
-        (("train", "--size", "10"), "height must be a multiple of the patch size 4, got 10"),
+        (("train", "--size", "10"), "height must be a multiple of the patch size 3, got 10"),
         (("train", "--heads", "3"), "heads must divide width = 16, got 3"),
         (("train", "--attention", "sparse"), "attention must be one of"),
         (("train", "--target", "noise"), "target must be one of sample, flow, v_prediction, epsilon, got 'noise'"),
@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_leaves_no_checkpoint(args, message, tmp_path)
 def test_a_checkpoint_of_another_recipe_is_not_written_over(trained_folder):
     before = (trained_folder / "checkpoint.safetensors").read_bytes()
     code, output = cli("train", "--out", trained_folder, *TINY, "--lr", "0.1")
-    assert code == 1 and "trained with another recipe: lr 0.001, now 0.1" in output
+    assert code == 1 and "trained with another recipe: lr 0.003, now 0.1" in output
     assert (trained_folder / "checkpoint.safetensors").read_bytes() == before
 
 

@@ -181,7 +181,7 @@ def test_wrong_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="not of a VDiT of this version"):
         load_trained(tmp_path / "empty.safetensors")
     other = Trainer(recipe(lr=1e-4, batch=2), SCENES)
-    with pytest.raises(CheckpointError, match=r"another recipe: batch 3, now 2; lr 0.001, now 0.0001"):
+    with pytest.raises(CheckpointError, match=r"another recipe: batch 3, now 2; lr 0.003, now 0.0001"):
         other.restore(path)
     elsewhere = Trainer(recipe(), Scenes(MovingShapes(frames=4, size=(8, 8), objects=2)))
     with pytest.raises(CheckpointError, match=r"another source: objects 1, now 2; occluders 0, now 1"):

@@ -25,7 +25,7 @@ from vdcore.metrics import temporal_fid
 from vdcore.video import contact_sheet, real_windows, write_video
 
 NAME = "flicker"
-SCENES = replace(training.SCENES, size=(16, 16), radius=(2.5, 4.0))
+SCENES = replace(training.SCENES, size=(18, 18), radius=(3.0, 5.0))
 ATTENTION = {"off": ("spatial", 4), "on": ("factorized", 3)}  # temporal attention -> VDiT's attention and depth
 MEASURES = ("flicker", "warping_error", "residual", "acceleration", "mean_flow", "temporal_fid")
 HALF = 0.5  # what "on" may have of the gap between "off" and real clips

@@ -35,7 +35,7 @@ class Settings:
     """
 
     frames: Sequence[int] = (8, 16, 32, FRAMES)
-    pixels: int = 64
+    pixels: int = 66
     videos: int = 8
     steps: int = 12
 

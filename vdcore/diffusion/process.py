@@ -110,11 +110,12 @@ class Process:
         clean, noise = self.clean_and_noise(output, noisy, timestep)
         return torch.where(per_frame(timestep == to), noisy, self.add_noise(clean, noise, to))
 
-    def loss_weight(self, timestep: Tensor, floor: float = 0.05) -> Tensor:
+    def loss_weight(self, timestep: Tensor, floor: float = 0.3) -> Tensor:
         """Factor of the squared error of ``predicts`` that makes it the squared error of the scheduler's prediction.
 
         Args:
-            floor: least value of what it divides by, so that nearly clean frames do not outweigh all others.
+            floor: least value of what it divides by, so that nearly clean frames, of which little is left to learn, do
+                not outweigh all others: below 0.1 they are most of the gradient.
         """
         if self.predicts == self.steps_on:
             return torch.ones_like(timestep, dtype=torch.float32)
