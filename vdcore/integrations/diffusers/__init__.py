@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from vdcore.integrations.diffusers import _families, adaln, patches
+from vdcore.integrations.diffusers import _families, patches
 from vdcore.integrations.diffusers._clip import Clip
 from vdcore.integrations.diffusers._host import TESTED, check_version
 from vdcore.integrations.diffusers._report import Entry, Report
@@ -121,8 +121,9 @@ def _plan(model: nn.Module, path: str, clip: Clip, report: Report) -> list[Chang
             found = _families.FACTORISED[type(module)](module, clip)
             if isinstance(found, str) and clip.mask is not None:
                 raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
-        elif type(module) in adaln.HOSTS:
-            found = adaln.plan(module, clip)
+        elif type(module) in _families.FORWARDS:
+            change = _families.change_of_forward(module)
+            found = change if isinstance(change, str) else [change]
         elif module in embeddings:
             found = embeddings[module] or patches.plan(module, clip)
         elif hasattr(module, "processor"):

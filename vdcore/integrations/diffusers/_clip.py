@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -144,6 +144,30 @@ def padding_lengths(mask: Tensor) -> Tensor | str | None:
     if bool((valid[:, 1:] & ~valid[:, :-1]).any()) or not bool(valid[:, :1].all()):
         return "the attention mask hides keys that are not the last ones"
     return valid.sum(-1)
+
+
+class TextPairs(NamedTuple):
+    """A mask of pairs of text tokens: valid ones see valid ones, padding sees the first token or nothing."""
+
+    lengths: Tensor  # (B,)
+    first: bool
+
+
+def text_pairs(mask: Tensor) -> TextPairs | str:
+    """A dense mask ``(B, 1, n, n)`` as what hosts build it from, or the reason if it is of another kind."""
+    reason = "self-attention with an attention mask that is not one of padding"
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+        return reason
+    pairs, index = mask[:, 0], torch.arange(mask.shape[-1], device=mask.device)
+    lengths = pairs[:, :1].sum(-1)  # (B, 1): what the first token sees
+    valid = index < lengths
+    expected = valid[:, :, None] & valid[:, None]
+    for first in (False, True):
+        if first:
+            expected[:, :, 0] = True
+        if torch.equal(pairs, expected):
+            return TextPairs(lengths[:, 0], first)
+    return reason
 
 
 def pairs_agree(table: Tensor) -> bool:

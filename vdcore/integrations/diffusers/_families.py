@@ -29,8 +29,11 @@ from torch import Tensor, nn
 from vdcore.integrations.diffusers import (
     _frames,
     _rebound,
+    adaln,
+    adaln_blocks,
     allegro,
     cogvideox,
+    consisid,
     cosmos,
     hunyuan_video,
     kandinsky,
@@ -44,7 +47,7 @@ from vdcore.integrations.diffusers import (
 from vdcore.integrations.diffusers._clip import Clip, Grid
 from vdcore.integrations.diffusers._fused import Fused
 from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.integrations.diffusers._swap import Change, why_not_processor
+from vdcore.integrations.diffusers._swap import Change, changed_forward, why_not_processor
 
 Plan = Callable[[Any, Clip], "list[Change] | str"]
 
@@ -75,6 +78,17 @@ PROCESSORS: dict[type, type[Fused]] = {
     transformer_skyreels_v2.SkyReelsV2AttnProcessor: wan.SkyReelsAttention,
     transformer_wan.WanAttnProcessor: wan.WanAttention,
 }
+
+# Modules with another forward: it, the operators in it, and what else of the host it relies on.
+FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {**adaln.HOSTS, **adaln_blocks.HOSTS, **consisid.HOSTS}
+
+
+def change_of_forward(module: Any) -> Change | str:
+    """What serves a module of :data:`FORWARDS`, or the reason why nothing does."""
+    host: Any = type(module)
+    forward, serves, *relies = FORWARDS[host]
+    reason = unknown_source(host.forward, *relies) or changed_forward(module)
+    return reason or Change(module, serves, forward=forward)
 
 
 def change_of(attn: Any, name: str, clip: Clip) -> Change | str:

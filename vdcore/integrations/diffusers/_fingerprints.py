@@ -24,6 +24,8 @@ FINGERPRINTS: dict[str, str] = {
     "diffusers.models.normalization.AdaLayerNormZeroSingle.forward": "d48dfb2b1e75",
     "diffusers.models.normalization.CogVideoXLayerNormZero.forward": "8e8e6c80a6b8",
     "diffusers.models.resnet.AlphaBlender.forward": "10849f2751d5",
+    "diffusers.models.transformers.consisid_transformer_3d.PerceiverAttention.forward": "9dab6e65cb73",
+    "diffusers.models.transformers.consisid_transformer_3d.PerceiverCrossAttention.forward": "1076d0501f8b",
     "diffusers.models.transformers.latte_transformer_3d.LatteTransformer3DModel.forward": "3af3ffe0c53f",
     "diffusers.models.transformers.transformer_allegro.AllegroTransformerBlock.forward": "0004da078cb6",
     "diffusers.models.transformers.transformer_cosmos.CosmosAdaLayerNorm.forward": "44a661de8745",

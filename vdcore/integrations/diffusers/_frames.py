@@ -16,6 +16,7 @@ from torch import Tensor
 
 import vdcore
 from vdcore.integrations.diffusers._attention import heads, is_plain, leave_projection, project, qk_norm
+from vdcore.integrations.diffusers._clip import TextPairs, text_pairs
 from vdcore.integrations.diffusers._host import unknown_source
 from vdcore.integrations.diffusers._swap import Processor, why_not_processor
 
@@ -61,8 +62,11 @@ class SpatialAttention(Processor):
         """``hidden_states``: ``(B, T, S, C)``, or ``(N, n, C)`` as the host has it: N frames of their own."""
         as_sequences = hidden_states.ndim == 3
         reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
-        lengths = None
-        if reason is None and attention_mask is not None:
+        lengths, pairs = None, None
+        if reason is None and attention_mask is not None and encoder_hidden_states is None and as_sequences:
+            pairs = self.clip.once(text_pairs, attention_mask)
+            reason = pairs if isinstance(pairs, str) else None
+        elif reason is None and attention_mask is not None:
             lengths, reason = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
         if reason is not None:
             if not as_sequences:
@@ -70,7 +74,9 @@ class SpatialAttention(Processor):
             given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
             return self.leave(reason, attn, *given, **kwargs)
         x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
-        if encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
+        if pairs is not None:
+            out = leave_projection(attn, self.attended_pairs(attn, x, pairs))
+        elif encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
             out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
         else:
             out = leave_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
@@ -86,6 +92,15 @@ class SpatialAttention(Processor):
         assert isinstance(out, Tensor)
         return out
 
+    def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
+        """Self-attention of padded texts ``(B, 1, n, C)`` before its last projection: ``(B, 1, n, H, D)``."""
+        q, k, v = project(attn, x)
+        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+        out = vdcore.cross_attention(q, k.squeeze(1), v.squeeze(1), lengths=pairs.lengths, norm=norm)
+        padding = torch.arange(x.shape[2], device=x.device) >= pairs.lengths[:, None]
+        seen = v[:, :, :1] if pairs.first else torch.zeros_like(v[:, :, :1])
+        return torch.where(padding[:, None, :, None, None], seen, out)
+
     def attend_normed(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of ``(B, T, S, H, D)``, with the norms of q and k that the module has."""
         return self.attend(*qk_norm(q, k, attn.norm_q, attn.norm_k), v)
@@ -96,7 +111,7 @@ class SpatialAttention(Processor):
 
     def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> tuple[Tensor | None, str | None]:
         if context is None:
-            return None, "self-attention with an attention mask"
+            return None, "self-attention of a clip with an attention mask"
         if mask.shape[0] != x.shape[0] or mask.shape[-1] != context.shape[1]:
             return None, "an attention mask that the host repeats or pads"
         try:

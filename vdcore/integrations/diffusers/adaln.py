@@ -15,20 +15,9 @@ from diffusers.models.transformers import (
 )
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers import adaln_blocks
 from vdcore.integrations.diffusers._attention import is_plain
-from vdcore.integrations.diffusers._clip import Clip
-from vdcore.integrations.diffusers._host import unknown_source
 from vdcore.integrations.diffusers._modulation import modulated
-from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
-
-
-def plan(module: Any, clip: Clip) -> list[Change] | str:
-    """The change that serves an adaptive norm, or a block with some, or why not."""
-    host: Any = type(module)
-    forward, serves, *relies = HOSTS[host]
-    reason = unknown_source(host.forward, *relies) or changed_forward(module)
-    return reason or [Change(module, serves, forward=forward)]
+from vdcore.integrations.diffusers._swap import host_forward
 
 
 def _rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -141,9 +130,8 @@ def kandinsky_out(self: Any, visual_embed: Tensor, text_embed: Tensor, time_embe
     return patches.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * p, H * q, W * r, -1)
 
 
-# What serves each class, with which operators, and what else of the host it relies on.
+# What serves each class, and with which operators.
 HOSTS: dict[type[nn.Module], tuple[Any, ...]] = {
-    **adaln_blocks.HOSTS,
     normalization.AdaLayerNorm: (by_timestep, "modulate"),
     normalization.AdaLayerNormContinuous: (continuous, "modulate"),
     normalization.AdaLayerNormZero: (zero, "modulate"),
