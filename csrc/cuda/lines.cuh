@@ -24,4 +24,14 @@ VDCORE_DEVICE Line line_at(int64_t line, int64_t positions, int32_t heads) {
   return {b, p - b * positions, static_cast<int32_t>(line - p * heads)};
 }
 
+// Where a query row's number is in (B, T, S, H).
+VDCORE_DEVICE int64_t row_index(const TemporalAttention& a, const Line& at, int frame) {
+  return ((at.b * a.frames.queries + frame) * a.positions + at.s) * a.heads + at.h;
+}
+
+// Where a row's angles are, without its pairs. `first`: row of the table of frame 0.
+VDCORE_DEVICE int64_t angles_at(const NormRope& how, const Line& at, int64_t first, int frame) {
+  return (first + frame) * how.table_t + at.s * how.table_s + at.h * how.table_h;
+}
+
 }  // namespace vdcore::cuda

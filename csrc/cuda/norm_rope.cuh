@@ -101,6 +101,19 @@ VDCORE_DEVICE float normed_channel(const char* row, int channel, const RowMoment
   return y;
 }
 
+// The pair that a rotated channel belongs to.
+struct Pair {
+  int index, other;  // the other channel
+  bool upper;        // the channel is the second one
+};
+VDCORE_DEVICE Pair pair_of(const NormRope& how, int channel) {
+  if (how.style == RopeStyle::half) {
+    const bool upper = channel >= how.pairs;
+    return {upper ? channel - how.pairs : channel, upper ? channel - how.pairs : channel + how.pairs, upper};
+  }
+  return {channel / 2, channel ^ 1, channel % 2 == 1};
+}
+
 // As above for any table, pairs of either style: the other channel of a pair is read again, from L1.
 template <typename E, int C>
 VDCORE_DEVICE void norm_rope_any(Rows<C>& r, const char* row, bool valid, const NormRope& how, const HeadNorm& norm,
@@ -116,12 +129,11 @@ VDCORE_DEVICE void norm_rope_any(Rows<C>& r, const char* row, bool valid, const 
       const int channel = 32 * i + 8 * lane_column() + 2 * j + e;
       x[e] = normed_channel<E>(row, channel, m, norm);
       if (how.style == RopeStyle::none || channel >= 2 * how.pairs) continue;
-      const bool half = how.style == RopeStyle::half, upper = half ? channel >= how.pairs : e == 1;
-      const int apart = half ? how.pairs : 1, lower = upper ? channel - apart : channel,
-                pair = half ? lower : lower / 2;
-      const float other = normed_channel<E>(row, upper ? lower : lower + apart, m, norm);
-      const float c = load_global<float>(how.cos + table + pair), s = load_global<float>(how.sin + table + pair);
-      x[e] = x[e] * c + (upper ? other * s : -other * s);
+      const Pair pair = pair_of(how, channel);
+      const float other = normed_channel<E>(row, pair.other, m, norm);
+      const float c = load_global<float>(how.cos + table + pair.index);
+      const float s = load_global<float>(how.sin + table + pair.index);
+      x[e] = x[e] * c + (pair.upper ? other * s : -other * s);
     }
     r.x[i].x[j] = pack<E>(x[0], x[1]);
   }

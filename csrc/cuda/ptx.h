@@ -36,12 +36,15 @@ struct Float2 {
 #define VDCORE_DEVICE inline
 #define VDCORE_KERNEL(threads, blocks_per_sm) static void
 #define VDCORE_UNROLL
+#define VDCORE_UNROLL_BY(n)
 #define VDCORE_NO_UNROLL
 #include "cuda/ptx_emulated.h"
 #else
 #define VDCORE_DEVICE __device__ __forceinline__
 #define VDCORE_KERNEL(threads, blocks_per_sm) static __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define VDCORE_PRAGMA(x) _Pragma(#x)
 #define VDCORE_UNROLL _Pragma("unroll")
+#define VDCORE_UNROLL_BY(n) VDCORE_PRAGMA(unroll(n))
 #define VDCORE_NO_UNROLL _Pragma("unroll 1")
 #include "cuda/ptx_device.h"
 #endif

@@ -112,10 +112,26 @@ VDCORE_DEVICE float row_maximum(float x) {
   return maximum(x, shuffle_xor(x, 2));
 }
 
-// ---- Hidden rows
-// ----------------------------------------------------------------------------------------------------- A product
-// multiplies hidden rows by 0, and 0 * NaN is NaN. So where a sum holds a NaN it is taken again without the infinities
-// and NaN of its rows, and that is the result of all rows of the sum that do not see one of them.
+// ---- Rows in shared memory, side by side: eight lanes at a time read parts of two rows, in different banks ----
+
+template <int C>
+VDCORE_DEVICE char* shared_chunk(char* rows, int row, int i) {
+  return rows + 64 * C * row + 64 * (C % 2 == 0 ? i ^ (row & 1) : i) + 16 * lane_column();
+}
+template <int C>
+VDCORE_DEVICE void store_shared_row(char* rows, int row, const Rows<C>& r) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) store_shared(shared_chunk<C>(rows, row, i), r.x[i]);
+}
+template <int C>
+VDCORE_DEVICE void load_shared_row(Rows<C>& r, char* rows, int row) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) r.x[i] = load_shared<Vec4>(shared_chunk<C>(rows, row, i));
+}
+
+// ---- Hidden rows ----
+// A product multiplies hidden rows by 0, and 0 * NaN is NaN. So where a sum holds a NaN it is taken again without the
+// infinities and NaN of its rows, and that is the result of all rows of the sum that do not see one of them.
 
 template <typename E>
 VDCORE_DEVICE uint32_t finite_part(uint32_t x) {
@@ -139,7 +155,7 @@ VDCORE_DEVICE uint32_t make_finite(Rows<C>& r) {
 }
 VDCORE_DEVICE bool row_changed(uint32_t ballots, int row) { return (ballots >> 4 * row & 15) != 0; }
 
-// ---- Which rows see which -------------------------------------------------------------------------------------------
+// ---- Which rows see which ----
 
 // Other frames that a frame sees: [begin, end) and those before `sink`.
 struct Seen {
@@ -147,6 +163,7 @@ struct Seen {
   VDCORE_DEVICE bool operator()(int frame) const {
     return (frame >= begin && frame < end) || static_cast<uint32_t>(frame) < static_cast<uint32_t>(sink);
   }
+  VDCORE_DEVICE bool any() const { return begin < end || sink > 0; }
 };
 
 VDCORE_DEVICE int64_t valid_frames(const Frames& f, int64_t sample) {
@@ -169,20 +186,25 @@ VDCORE_DEVICE Seen seen_by_key(const Frames& f, int64_t length, int k) {
   return {static_cast<int32_t>(smaller(run.begin, f.queries)), static_cast<int32_t>(larger(run.end, 0)), 0};
 }
 
-// The weighted sums of rows over all N tiles of the other side, weights 0 where a pair is hidden. load(rows, next, n)
-// loads tile n from `next` and moves it on; visible(n, h, e): row half h sees column 2 (lane % 4) + e of tile n;
-// finish(sums, h, now): the sums of row half h are final, of the lane's row if `now`. `hides`: some pair may be hidden.
-template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
-VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
+// The weighted sums of rows over all tiles of the other side: `tiles` of them, N where that is known to the compiler,
+// else N = 0. weights(kk, w): of the 16 columns of tiles 2 kk and 2 kk + 1, 0 where a pair is hidden. load(rows, next,
+// n) loads tile n from `next` and moves it on; visible(n, h, e): row half h sees column 2 (lane % 4) + e of tile n;
+// finish(sums, now): the sums of the lane's row of half h are final if now[h]. `hides`: some pair may be hidden.
+template <typename E, int N, int C, typename Weights, typename Load, typename Visible, typename Finish>
+VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, bool hides, int D, Load load,
                              Visible visible, Finish finish) {
+  [[maybe_unused]] constexpr int kUnroll = N ? N : 1;
+  const int count = N ? N : tiles;
   bool done[2] = {false, false};
   VDCORE_NO_UNROLL
   for (int attempt = 0; attempt < 2; ++attempt) {
     RowSums<C> sums;
     clear(sums);
     const char* next = first_row;
-    VDCORE_UNROLL
-    for (int kk = 0; kk < N / 2; ++kk) {
+    VDCORE_UNROLL_BY(kUnroll)
+    for (int kk = 0; kk < count / 2; ++kk) {
+      uint32_t w[4];
+      weights(kk, w);
       Rows<C> first, last;
       load(first, next, 2 * kk);
       load(last, next, 2 * kk + 1);
@@ -190,14 +212,14 @@ VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* fi
         make_finite<E>(first);
         make_finite<E>(last);
       }
-      weighted_sum<E>(sums, weights[kk], first, last, D);
+      weighted_sum<E>(sums, w, first, last, D);
     }
     const bool again = hides && attempt == 0 && warp_any(has_nan(sums));
     bool tainted[2] = {false, false};
     if (again) {
       next = first_row;
-      VDCORE_UNROLL
-      for (int n = 0; n < N; ++n) {
+      VDCORE_UNROLL_BY(kUnroll)
+      for (int n = 0; n < count; ++n) {
         Rows<C> rows;
         load(rows, next, n);
         const uint32_t changed = make_finite<E>(rows);
@@ -206,15 +228,28 @@ VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* fi
         for (int e = 0; e < 2; ++e) tainted[h] |= visible(n, h, e) && row_changed(changed, 2 * lane_column() + e);
       }
     }
+    bool now[2];
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) {
       // A row that sees a NaN is right as it is; the others are taken again.
       const bool right = !again || row_changed(ballot(tainted[h]), lane_row());
-      finish(sums, h, right && !done[h]);
+      now[h] = right && !done[h];
       done[h] |= right;
     }
+    finish(sums, now);
     if (!again) break;
   }
+}
+
+// As above with all weights at hand.
+template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
+VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
+                             Visible visible, Finish finish) {
+  const auto given = [&](int kk, uint32_t (&w)[4]) {
+    VDCORE_UNROLL
+    for (int i = 0; i < 4; ++i) w[i] = weights[kk][i];
+  };
+  seen_sums<E, N, C>(N, given, first_row, hides, D, load, visible, finish);
 }
 
 }  // namespace vdcore::cuda

@@ -75,11 +75,8 @@ temporal_forward_kernel(const TemporalForward f) {
     const Line& at = lines[h];
     const char* row = a.q.row(at.b, frame[h], at.s, at.h);
     load_rows(q[h], row, valid[h], D);
-    if constexpr (kMoved) {
-      const int64_t angles =
-          (a.frames.start + frame[h]) * a.moved.table_t + at.s * a.moved.table_s + at.h * a.moved.table_h;
-      norm_rope<E>(q[h], valid[h], a.moved, a.moved.q, angles, D);
-    }
+    if constexpr (kMoved)
+      norm_rope<E>(q[h], valid[h], a.moved, a.moved.q, angles_at(a.moved, at, a.frames.start, frame[h]), D);
   }
 
   // Tiles of the other side's rows, one after another. A shared tile's second line has a tile of its own.
@@ -93,10 +90,7 @@ temporal_forward_kernel(const TemporalForward f) {
     next += 8 * from.t;
     load_rows(rows, row, there, D);
     if constexpr (kMoved) {
-      if (moved) {
-        const int64_t angles = key * a.moved.table_t + at.s * a.moved.table_s + at.h * a.moved.table_h;
-        norm_rope<E>(rows, there, a.moved, a.moved.k, angles, D);
-      }
+      if (moved) norm_rope<E>(rows, there, a.moved, a.moved.k, angles_at(a.moved, at, 0, key), D);
     }
   };
 
@@ -144,18 +138,19 @@ temporal_forward_kernel(const TemporalForward f) {
   seen_sums<E, N, C>(
       p, first_row(a.v), a.frames.masked || f.packed, D,
       [&](Rows<C>& rows, const char*& next, int n) { load_tile(rows, a.v, next, n, false); }, visible,
-      [&](const RowSums<C>& sums, int h, bool now) {
-        const float each = total[h] == 0 ? 0 : reciprocal(total[h]);
-        store_rows<E>(sums, h, each, a.out.row(lines[h].b, frame[h], lines[h].s, lines[h].h), valid[h] && now, D);
+      [&](const RowSums<C>& sums, const bool (&now)[2]) {
+        VDCORE_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const float each = total[h] == 0 ? 0 : reciprocal(total[h]);
+          store_rows<E>(sums, h, each, a.out.row(lines[h].b, frame[h], lines[h].s, lines[h].h), valid[h] && now[h], D);
+        }
       });
 
   if (a.lse && c == 0) {
     VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const Line& at = lines[h];
-      const int64_t i = ((at.b * a.frames.queries + frame[h]) * a.positions + at.s) * a.heads + at.h;
-      if (valid[h]) store_global(a.lse + i, (highest[h] + log2_approx(total[h])) * (1 / kLog2E));
-    }
+    for (int h = 0; h < 2; ++h)
+      if (valid[h])
+        store_global(a.lse + row_index(a, lines[h], frame[h]), (highest[h] + log2_approx(total[h])) * (1 / kLog2E));
   }
 }
 

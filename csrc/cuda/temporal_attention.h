@@ -32,14 +32,46 @@ template <typename E>
 void temporal_attention_forward_of(const Where& where, const TemporalAttention& args);
 
 struct TemporalAttentionBackward {
-  TemporalAttention forward;  // out and lse are not used; heads == groups, no norm, no rope
+  TemporalAttention forward;  // with out and lse where `temporal_backward_is_short` does not hold
   Tokens dout, dq, dk, dv;
   const float* dlse;  // (B, T, S, H), or null
+  float* sums;        // (blocks, 4, D): gradients of q's and k's weights, then biases, to be added up; or null
 };
 
-// Scores and their gradients of all pairs of a warp's rows are in registers at once.
-constexpr bool temporal_backward_fits(int64_t frames, int64_t channels) {
-  return channels % 8 == 0 && channels <= (frames <= 64 ? 128 : frames <= 128 ? 64 : 0);
+// Two kernels. The short one has scores and their gradients of all pairs of a warp's rows in registers at once, and
+// the rows of 64 queries and keys in shared memory where they are normed or turned; `shared`: query heads a key head.
+constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared, bool moved) {
+  return shared == 1 && channels <= 128 && frames <= (moved ? 32 : 64);
+}
+constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two lines a tile
+
+// The long one has a line's queries and keys in shared memory: tiles of 16 rows, chunks of 32 channels.
+constexpr int kLongBackwardWarps = 8, kLongBackwardBytes = 160 << 10;
+constexpr int tiles_of(int64_t frames) { return static_cast<int>((frames + 15) / 16); }
+constexpr int long_backward_chunks(int64_t channels) {
+  return channels <= 64 ? 2 : channels <= 96 ? 3 : channels <= 128 ? 4 : 8;
+}
+constexpr int long_backward_warps(int64_t queries, int64_t keys, int64_t shared) {
+  const int64_t q = tiles_of(queries) * shared, k = tiles_of(keys), most = q > k ? q : k;
+  return static_cast<int>(most < kLongBackwardWarps ? most : kLongBackwardWarps);
+}
+constexpr int64_t long_backward_shared_bytes(int64_t queries, int64_t keys, int64_t channels, int64_t shared) {
+  const int64_t chunks = long_backward_chunks(channels), q = tiles_of(queries) * 16 * shared, k = tiles_of(keys) * 16;
+  return (q + k) * 64 * chunks + 8 * q + long_backward_warps(queries, keys, shared) * 512 * chunks;
+}
+
+constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t channels, int64_t shared) {
+  return temporal_fits(queries, channels) && temporal_fits(keys, channels) && shared <= 1024 &&
+         long_backward_shared_bytes(queries, keys, channels, shared) <= kLongBackwardBytes;
+}
+
+// Rows of `sums`. `lines`: B * S * H.
+constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_t channels, int64_t shared, bool moved,
+                                           int64_t lines) {
+  const int64_t frames = queries > keys ? queries : keys;
+  if (!temporal_backward_is_short(frames, channels, shared, moved)) return lines / shared;
+  const int64_t items = temporal_backward_packs(frames) ? (lines + 1) / 2 : lines, each = frames <= 16 ? 4 : 2;
+  return frames <= 32 ? (items + each - 1) / each : items;
 }
 
 void temporal_attention_backward(const Where& where, DType dtype, const TemporalAttentionBackward& args);

@@ -9,15 +9,23 @@
 // Two products more than the least, in place of a transposition of P and dS through shared memory; what the second part
 // reads was just read by the first one and is in L1.
 //
+// With norm or rope every warp first norms and turns its own rows of q and k, once, and leaves them in shared memory,
+// where all warps of the line read them; gradients are taken back in the registers they are summed in, in float32.
+//
 //                                      T = 16, D = 72     T = 32, D = 128     T = 64, D = 128
 //   registers, rows of two tensors         48                 64                  64
 //   scores and their gradients             16                 32                  64
 //   rows of the other side in flight       24 n               32 n                32 n
 //   sums                                   48                 64                  64
 //   warps an SM                            12                  8                   8
+//   shared memory a block, KiB           31 with norm and rope: 64 rows of q and k, sums of the weights; 41 at D = 128
+//
+// More frames, shared keys and wider heads: temporal_attention_backward_long.cuh.
 #pragma once
 
 #include "cuda/lines.cuh"
+#include "cuda/norm_rope_backward.cuh"
+#include "cuda/temporal_attention_backward_long.cuh"
 
 namespace vdcore::cuda {
 
@@ -27,13 +35,16 @@ struct TemporalBackward {
   bool packed;    // two lines a tile
 };
 
-constexpr int temporal_backward_threads(int N) { return N / 2 > 4 ? 16 * N : 128; }
-constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : N == 16 ? 1 : 2; }
+constexpr int kBackwardThreads = 128, kBackwardRows = kBackwardThreads / 32 * 16;  // of all lines of a block
+constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : 2; }
+constexpr int temporal_backward_shared_bytes(int C, bool moved) {
+  return 8 * kBackwardRows + (moved ? 2 * 64 * C * kBackwardRows + kBackwardThreads / 32 * weight_sum_bytes(C) : 0);
+}
 
-template <typename E, int N, int C>
-VDCORE_KERNEL(temporal_backward_threads(N), temporal_backward_blocks_per_sm(N, C))
+template <typename E, int N, int C, bool kMoved>
+VDCORE_KERNEL(kBackwardThreads, temporal_backward_blocks_per_sm(N, C))
 temporal_backward_kernel(const TemporalBackward f) {
-  constexpr int kWarps = N / 2, kLines = temporal_backward_threads(N) / 32 / kWarps;  // of a line; of a block
+  constexpr int kWarps = N / 2, kLines = kBackwardThreads / 32 / kWarps;  // of a line; of a block
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
   const int warp = static_cast<int>(thread_index() / 32), tile = warp % kWarps;
@@ -44,15 +55,49 @@ temporal_backward_kernel(const TemporalBackward f) {
   const Line lines[2] = {line_at(there[0] ? line : 0, a.positions, a.heads),
                          line_at(there[1] ? line + f.packed : 0, a.positions, a.heads)};
   const int64_t length[2] = {valid_frames(a.frames, lines[0].b), valid_frames(a.frames, lines[1].b)};
+  const bool hides = a.frames.masked || f.packed;
+  const float factor = a.scale * kLog2E;
+
+  // Of a block: q as the scores see it, k as they see it, weight sums of each warp; then lse and delta of each row.
+  char* const q_seen = shared_memory() + warp / kWarps * (8 * N) * 64 * C;
+  char* const k_seen = q_seen + kBackwardRows * 64 * C;
+  float* const all_sums = reinterpret_cast<float*>(shared_memory() + 2 * kBackwardRows * 64 * C);
+  float* const sums_of_warp = g.sums ? all_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
+  auto* const stats =
+      reinterpret_cast<Vec2*>(shared_memory() + temporal_backward_shared_bytes(C, kMoved) - 8 * kBackwardRows) +
+      warp / kWarps * (8 * N);
+
+  // The side that a warp's rows are on, and the other one: q beside dout, k beside v.
+  struct Side {
+    const Tokens &scored, &other, &gradient;
+    char* seen;
+    int count;
+    const HeadNorm& norm;
+    int64_t start;  // row of the table of frame 0
+    bool keys;
+  };
+  const Side queries{a.q, g.dout, g.dq, q_seen, a.frames.queries, a.moved.q, a.frames.start, false};
+  const Side keys{a.k, a.v, g.dk, k_seen, a.frames.keys, a.moved.k, 0, true};
+
   // Row r of half h of the warp's tile, and whether it is one.
   int frame[2];
   VDCORE_UNROLL
   for (int h = 0; h < 2; ++h) frame[h] = 16 * tile + step * h + r;
+  const auto valid = [&](const Side& side, int h) { return there[h] && frame[h] < side.count; };
   const auto row_of = [&](const Tokens& x, int h) { return x.row(lines[h].b, frame[h], lines[h].s, lines[h].h); };
-  const auto load_own = [&](Rows<C>(&rows)[2], const Tokens& x, int count) {
+  const auto load_own = [&](Rows<C>(&rows)[2], const Tokens& x, const Side& side) {
     VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) load_rows(rows[h], row_of(x, h), there[h] && frame[h] < count, D);
+    for (int h = 0; h < 2; ++h) load_rows(rows[h], row_of(x, h), valid(side, h), D);
   };
+  const auto load_own_scored = [&](Rows<C>(&rows)[2], const Side& side) {
+    if constexpr (kMoved) {
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h) load_shared_row(rows[h], side.seen, 16 * tile + 8 * h + r);
+    } else {
+      load_own(rows, side.scored, side);
+    }
+  };
+
   // Tiles of the other side's rows, one after another, as in the forward kernel.
   const auto first_row = [&](const Tokens& x) { return x.row(lines[0].b, r, lines[0].s, lines[0].h); };
   const auto load_tile = [&](Rows<C>& rows, const Tokens& x, const char*& next, int n, int count) {
@@ -62,37 +107,76 @@ temporal_backward_kernel(const TemporalBackward f) {
     next += 8 * x.t;
     load_rows(rows, row, i < count && (other ? there[1] : there[0]), D);
   };
-  const auto store = [&](const Tokens& to, int count) {
-    return [&, to, count](const RowSums<C>& sums, int h, bool now) {
-      store_rows<E>(sums, h, 1, row_of(to, h), now && there[h] && frame[h] < count, D);
-    };
+  const auto load_scored = [&](Rows<C>& rows, const Side& side, const char*& next, int n) {
+    if constexpr (kMoved)
+      load_shared_row(rows, side.seen, 8 * n + r);
+    else
+      load_tile(rows, side.scored, next, n, side.count);
   };
-  const int queries = a.frames.queries, keys = a.frames.keys;
-  const bool hides = a.frames.masked || f.packed;
-  const float factor = a.scale * 1.4426950408889634f;
-  auto* const rows_of_line = reinterpret_cast<Vec2*>(shared_memory()) + warp / kWarps * (8 * N);
-  uint32_t weights[N / 2][4];
 
-  {
-    Seen seen[2];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) seen[h] = seen_by_query(a.frames, length[h], frame[h]);
-    const auto visible = [&](int n, int h, int e) { return seen[h](8 * n + 2 * c + e - (f.packed ? 8 * h : 0)); };
-    Rows<C> q[2], dout[2];
-    load_own(q, a.q, queries);
-    load_own(dout, g.dout, queries);
-    float s[N][4], dp[N][4];
-    const char *k_row = first_row(a.k), *v_row = first_row(a.v);
+  // Scores and products of gradients with values, of the warp's rows with all rows of the other side.
+  float s[N][4], dp[N][4];
+  const auto products = [&](const Side& own, const Side& other) {
+    Rows<C> x[2], y[2];
+    load_own_scored(x, own);
+    load_own(y, own.other, own);
+    const char *next_x = first_row(other.scored), *next_y = first_row(other.other);
     VDCORE_UNROLL
     for (int n = 0; n < N; ++n) {
       VDCORE_UNROLL
       for (int e = 0; e < 4; ++e) s[n][e] = dp[n][e] = 0;
-      Rows<C> k, v;
-      load_tile(k, a.k, k_row, n, keys);
-      load_tile(v, a.v, v_row, n, keys);
-      inner_product<E>(s[n], q[0], q[1], k, D);
-      inner_product<E>(dp[n], dout[0], dout[1], v, D);
+      Rows<C> x_tile, y_tile;
+      load_scored(x_tile, other, next_x, n);
+      load_tile(y_tile, other.other, next_y, n, other.count);
+      inner_product<E>(s[n], x[0], x[1], x_tile, D);
+      inner_product<E>(dp[n], y[0], y[1], y_tile, D);
     }
+  };
+  const auto visible_to = [&](const Seen(&seen)[2]) {
+    return [&](int n, int h, int e) { return seen[h](8 * n + 2 * c + e - (f.packed ? 8 * h : 0)); };
+  };
+  // Sums of scored rows of the other side: the gradient of the warp's own.
+  const auto store_gradient = [&](const uint32_t (&weights)[N / 2][4], const Side& own, const Side& other,
+                                  const Seen(&seen)[2]) {
+    seen_sums<E, N, C>(
+        weights, first_row(other.scored), hides, D,
+        [&](Rows<C>& rows, const char*& next, int n) { load_scored(rows, other, next, n); }, visible_to(seen),
+        [&](RowSums<C>& sums, const bool (&now)[2]) {
+          if constexpr (kMoved) {
+            const char* const rows[2] = {row_of(own.scored, 0), row_of(own.scored, 1)};
+            const bool live[2] = {now[0] && valid(own, 0) && seen[0].any(), now[1] && valid(own, 1) && seen[1].any()};
+            const int64_t table[2] = {angles_at(a.moved, lines[0], own.start, frame[0]),
+                                      angles_at(a.moved, lines[1], own.start, frame[1])};
+            norm_rope_back<E>(sums, rows, live, table, a.moved, own.norm, weight_sums_of<C>(sums_of_warp, own.keys), D);
+          }
+          VDCORE_UNROLL
+          for (int h = 0; h < 2; ++h) store_rows<E>(sums, h, 1, row_of(own.gradient, h), now[h] && valid(own, h), D);
+        });
+  };
+
+  if constexpr (kMoved) {
+    if (sums_of_warp) clear_weight_sums<C>(sums_of_warp);
+    const auto stage = [&](const Side& side) {
+      Rows<C> x[2];
+      load_own(x, side.scored, side);
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        norm_rope<E>(x[h], valid(side, h), a.moved, side.norm, angles_at(a.moved, lines[h], side.start, frame[h]), D);
+        store_shared_row(side.seen, 16 * tile + 8 * h + r, x[h]);
+      }
+    };
+    stage(queries);
+    stage(keys);
+    sync_block();
+  }
+
+  uint32_t weights[N / 2][4];
+  {
+    Seen seen[2];
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h) seen[h] = seen_by_query(a.frames, length[h], frame[h]);
+    const auto visible = visible_to(seen);
+    products(queries, keys);
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) {
       float highest = -infinity(), total = 0, delta = 0;
@@ -116,9 +200,7 @@ temporal_backward_kernel(const TemporalBackward f) {
       total = row_sum(total);
       const float each = total == 0 ? 0 : reciprocal(total);
       delta = row_sum(delta) * each;
-      if (g.dlse && there[h] && frame[h] < queries)
-        delta -= load_global<float>(g.dlse + ((lines[h].b * queries + frame[h]) * a.positions + lines[h].s) * a.heads +
-                                    lines[h].h);
+      if (g.dlse && valid(queries, h)) delta -= load_global<float>(g.dlse + row_index(a, lines[h], frame[h]));
       VDCORE_UNROLL
       for (int n = 0; n < N; ++n) {
         float ds[2];
@@ -127,43 +209,23 @@ temporal_backward_kernel(const TemporalBackward f) {
           ds[e] = visible(n, h, e) ? s[n][2 * h + e] * each * (dp[n][2 * h + e] - delta) * a.scale : 0;
         weights[n / 2][h + n % 2 * 2] = pack<E>(ds[0], ds[1]);
       }
-      if (c == 0) {
-        const Float2 kept{highest + log2_approx(total), delta};
-        store_shared(rows_of_line + 16 * tile + 8 * h + r, kept);
-      }
+      if (c == 0) store_shared(stats + 16 * tile + 8 * h + r, Float2{highest + log2_approx(total), delta});
     }
-    seen_sums<E, N, C>(
-        weights, first_row(a.k), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { load_tile(rows, a.k, next, n, keys); }, visible,
-        store(g.dq, queries));
+    store_gradient(weights, queries, keys, seen);
   }
   sync_block();
   {
     Seen seen[2];
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) seen[h] = seen_by_key(a.frames, length[h], frame[h]);
-    const auto visible = [&](int n, int h, int e) { return seen[h](8 * n + 2 * c + e - (f.packed ? 8 * h : 0)); };
-    Rows<C> k[2], v[2];
-    load_own(k, a.k, keys);
-    load_own(v, a.v, keys);
-    float s[N][4], dp[N][4];
-    const char *q_row = first_row(a.q), *dout_row = first_row(g.dout);
-    VDCORE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      VDCORE_UNROLL
-      for (int e = 0; e < 4; ++e) s[n][e] = dp[n][e] = 0;
-      Rows<C> q, dout;
-      load_tile(q, a.q, q_row, n, queries);
-      load_tile(dout, g.dout, dout_row, n, queries);
-      inner_product<E>(s[n], k[0], k[1], q, D);
-      inner_product<E>(dp[n], v[0], v[1], dout, D);
-    }
+    const auto visible = visible_to(seen);
+    products(keys, queries);
     uint32_t ds[N / 2][4];
     VDCORE_UNROLL
     for (int n = 0; n < N; ++n) {
       Float2 of[2];  // lse and delta of the two columns
       VDCORE_UNROLL
-      for (int e = 0; e < 2; ++e) of[e] = load_shared<Float2>(rows_of_line + 8 * n + 2 * c + e);
+      for (int e = 0; e < 2; ++e) of[e] = load_shared<Float2>(stats + 8 * n + 2 * c + e);
       VDCORE_UNROLL
       for (int h = 0; h < 2; ++h) {
         float p[2], dx[2];
@@ -179,28 +241,38 @@ temporal_backward_kernel(const TemporalBackward f) {
     }
     seen_sums<E, N, C>(
         weights, first_row(g.dout), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { load_tile(rows, g.dout, next, n, queries); }, visible,
-        store(g.dv, keys));
-    seen_sums<E, N, C>(
-        ds, first_row(a.q), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { load_tile(rows, a.q, next, n, queries); }, visible,
-        store(g.dk, keys));
+        [&](Rows<C>& rows, const char*& next, int n) { load_tile(rows, g.dout, next, n, queries.count); }, visible,
+        [&](const RowSums<C>& sums, const bool (&now)[2]) {
+          VDCORE_UNROLL
+          for (int h = 0; h < 2; ++h) store_rows<E>(sums, h, 1, row_of(g.dv, h), now[h] && valid(keys, h), D);
+        });
+    store_gradient(ds, keys, queries, seen);
   }
+  if constexpr (kMoved)
+    if (g.sums) store_weight_sums<C>(g.sums, all_sums, kBackwardThreads / 32, D);
 }
 
 template <typename E, int N, int C>
 void temporal_backward(const Where& where, const TemporalBackward& f) {
-  constexpr int kThreads = temporal_backward_threads(N), kLines = kThreads / 32 / (N / 2);
-  launch(where, temporal_backward_kernel<E, N, C>, (f.items + kLines - 1) / kLines, kThreads, kThreads / 2 * 8, f);
+  constexpr int kLines = kBackwardThreads / 32 / (N / 2);
+  const int64_t blocks = (f.items + kLines - 1) / kLines;
+  if constexpr (temporal_backward_is_short(8 * N, 32 * C, 1, true))
+    if (f.a.forward.moved.any())
+      return launch(where, temporal_backward_kernel<E, N, C, true>, blocks, kBackwardThreads,
+                    temporal_backward_shared_bytes(C, true), f);
+  launch(where, temporal_backward_kernel<E, N, C, false>, blocks, kBackwardThreads,
+         temporal_backward_shared_bytes(C, false), f);
 }
 
 template <typename E>
 void temporal_attention_backward_of(const Where& where, const TemporalAttentionBackward& args) {
   const TemporalAttention& a = args.forward;
   const int frames = a.frames.queries > a.frames.keys ? a.frames.queries : a.frames.keys, D = a.head_dim;
-  if (!temporal_backward_fits(frames, D)) launch_error(where, "no kernel for so many frames and channels");
-  if (a.heads != a.groups || a.moved.any()) launch_error(where, "no kernel for grouped heads, norm or rope");
-  TemporalBackward f{args, a.lines, frames <= 8};
+  const int shared = a.heads / a.groups;
+  if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared))
+    launch_error(where, "no kernel for so many frames and channels");
+  if (!temporal_backward_is_short(frames, D, shared, a.moved.any())) return temporal_long_backward<E>(where, args);
+  TemporalBackward f{args, a.lines, temporal_backward_packs(frames)};
   if (f.packed) f.items = (a.lines + 1) / 2;
   if (frames <= 16) {
     if (D <= 64) return temporal_backward<E, 2, 2>(where, f);
@@ -212,7 +284,6 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
     if (D <= 96) return temporal_backward<E, 4, 3>(where, f);
     return temporal_backward<E, 4, 4>(where, f);
   }
-  if (frames > 64) return temporal_backward<E, 16, 2>(where, f);
   if (D <= 64) return temporal_backward<E, 8, 2>(where, f);
   return temporal_backward<E, 8, 4>(where, f);
 }

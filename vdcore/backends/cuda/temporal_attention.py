@@ -1,4 +1,4 @@
-"""Temporal attention: csrc/cuda/temporal_attention.cuh and temporal_attention_backward.cuh."""
+"""Temporal attention: csrc/cuda/temporal_attention.cuh, temporal_attention_backward.cuh and _backward_long.cuh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from vdcore.backends.base import Gradients, Implementation
 from vdcore.backends.call import TemporalCall, mask_numbers
 from vdcore.backends.cuda._common import NormRope, capsule, kernels, rows, stream, why_not, why_not_norm, why_not_rows
-from vdcore.backends.cuda.qk_norm_rope import seen_by_scores
+from vdcore.backends.cuda.qk_norm_rope import WEIGHTS, add_up, seen_by_scores, taken_back
 
 MAX_FRAMES = 256
 
@@ -28,11 +28,14 @@ def why_not_temporal(c: TemporalCall) -> str | None:
     return None if c.q.shape[1] < 2**31 else "it counts frames in 32 bits"
 
 
+def pairs_of_a_lane(c: TemporalCall) -> bool:
+    """Rope turns neighbours, and tables can be read as 16 bytes."""
+    return c.rope is None or (c.rope.style == "interleaved" and c.rope.cos.shape[-1] % 4 == 0)
+
+
 def moved_on_the_way(c: TemporalCall) -> bool:
     """Norm and rope happen in the kernel's registers, else in a pass of their own before it."""
-    rope = c.rope
-    turns = rope is None or (rope.style == "interleaved" and rope.cos.shape[-1] % 4 == 0)
-    return turns and kernels().cuda_temporal_moves(c.k.shape[1], c.q.shape[-1])
+    return pairs_of_a_lane(c) and kernels().cuda_temporal_moves(c.k.shape[1], c.q.shape[-1])
 
 
 def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
@@ -55,38 +58,68 @@ def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
     return out, lse
 
 
+def _lines(c: TemporalCall) -> tuple[int, int, int, int]:
+    """Query and key frames, channels, query heads a key head."""
+    return c.q.shape[1], c.k.shape[1], c.q.shape[-1], c.q.shape[3] // c.k.shape[3]
+
+
 def _why_not_backward(c: TemporalCall) -> str | None:
-    if c.norm is not None or c.rope is not None:
-        return "its backward has no norm and no rope"
-    if c.q.shape[3] != c.k.shape[3]:
-        return "its backward has no grouped heads"
-    frames, D = max(c.q.shape[1], c.k.shape[1]), c.q.shape[-1]
-    if not kernels().cuda_temporal_backward_fits(frames, D):
-        return f"its backward holds 64 frames of 128 channels, or 128 of 64; got {frames} x {D}"
-    return None
+    T, T_k, D, R = _lines(c)
+    if kernels().cuda_temporal_backward_fits(T, T_k, D, R):
+        return None
+    return (
+        f"its backward holds up to {MAX_FRAMES} frames, or 32 beyond 128 channels, of all query heads that share a key "
+        f"head in 160 KiB; got {T} query and {T_k} key frames x {D}, {R} heads"
+    )
+
+
+def _empty_gradients(c: TemporalCall) -> tuple[Gradients, tuple[Tensor, ...]]:
+    """By name, and as the kernels fill them: slices of a packed one."""
+    if c.packed is not None:
+        found = {"q": torch.empty(c.packed.shape, dtype=c.packed.dtype, device=c.packed.device)}
+        return found, found["q"].unbind(3)
+    found = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in zip("qkv", (c.q, c.k, c.v))}
+    return found, tuple(found.values())
 
 
 def _backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    out, _ = outputs
+    out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else rows(grads[0])
     dlse = None if grads[1] is None else grads[1].contiguous()
-    found: Gradients
-    if c.packed is not None:
-        found = {"q": torch.empty(c.packed.shape, dtype=c.packed.dtype, device=c.packed.device)}
-        gradients = found["q"].unbind(3)
-    else:
-        found = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in zip("qkv", (c.q, c.k, c.v))}
-        gradients = tuple(found.values())
+    found, (dq, dk, dv) = _empty_gradients(c)
+    moves = c.norm is not None or c.rope is not None
+    # Norm and rope are taken back in registers too, but for the tables' gradients, which sum over heads and positions.
+    on_the_way = moves and pairs_of_a_lane(c) and not wanted & {"cos", "sin"}
+    shared = NormRope(c.norm, c.rope) if on_the_way else NormRope(None, None)
+    q, k, dq_seen, dk_seen = c.q, c.k, dq, dk
+    if moves and not on_the_way:
+        q, k = seen_by_scores(q, c.norm, "q", c.rope, c.q_start), seen_by_scores(k, c.norm, "k", c.rope)
+        dq_seen, dk_seen = torch.empty_like(q), torch.empty_like(k)
+    module, learned = kernels(), [name for name in WEIGHTS if name in wanted]
+    sums = None
+    if on_the_way and learned:
+        blocks = module.cuda_temporal_backward_blocks(*_lines(c), True, c.q.shape[:1].numel() * c.q.shape[2:4].numel())
+        sums = torch.empty(blocks, 4, c.q.shape[-1], dtype=torch.float32, device=q.device)
     lengths = None if c.lengths is None else c.lengths.contiguous()
-    kernels().cuda_temporal_attention_backward(
-        *map(capsule, (c.q, c.k, c.v, lengths)),
-        *(mask_numbers(c.mask), c.q_start, hides(c), c.scale),
-        *map(capsule, (dout, dlse, *gradients)),
-        stream(c.q),
+    module.cuda_temporal_attention_backward(
+        *map(capsule, (q, k, c.v, out, lse, lengths)),
+        *(mask_numbers(c.mask), c.q_start, hides(c), c.scale, shared.norm, shared.rope),
+        *map(capsule, (dout, dlse, dq_seen, dk_seen, dv, sums)),
+        stream(q),
     )
-    return found
+    if sums is not None:
+        total = sums.sum(0)
+        return {**found, **{name: total[WEIGHTS.index(name)] for name in learned}}
+    if not moves or on_the_way:
+        return found
+    # A row that takes part in nothing has gradients 0, and may hold anything.
+    more = [
+        taken_back(c.q, dq_seen, dq, c.norm, "q", c.rope, c.q_start, wanted, True),
+        taken_back(c.k, dk_seen, dk, c.norm, "k", c.rope, 0, wanted, True),
+    ]
+    return {**found, **add_up(*more)}
 
 
 OPERATORS = {"temporal_attention": Implementation(_forward, _backward, why_not_temporal, _why_not_backward)}

@@ -1,0 +1,150 @@
+// Norm and rope taken back: gradients of 16 rows in registers, as sums of products leave them (rows.cuh).
+//
+// With x^ = (x - mean) / deviation, y = w x^ + b, z = y turned by its angles, and gradients dz:
+//   dy = dz turned back, dw = sum of dy x^, db = sum of dy, dx = (w dy - mean(w dy) - x^ mean(w dy x^)) / deviation,
+// mean(w dy) only for layer norm. Sums over rows: of a warp in registers, of a block in shared memory, and a row of the
+// workspace a block, which the caller adds up. No atomics: the same bits every time.
+#pragma once
+
+#include "cuda/norm_rope.cuh"
+
+namespace vdcore::cuda {
+
+// Weight sums of a warp in shared memory: (q's weight, k's weight, q's bias, k's bias; 32 C channels).
+constexpr int weight_sum_bytes(int C) { return 4 * 32 * C * 4; }
+
+// Where one role's sums are; null: nobody asks for them.
+struct WeightSums {
+  float *weight, *bias;
+};
+template <int C>
+VDCORE_DEVICE WeightSums weight_sums_of(float* warp, bool keys) {
+  if (!warp) return {nullptr, nullptr};
+  return {warp + (keys ? 32 * C : 0), warp + (keys ? 96 * C : 64 * C)};
+}
+
+// The lanes of row 0 are the only ones that touch a warp's sums before the block adds them up.
+template <int C>
+VDCORE_DEVICE void clear_weight_sums(float* warp) {
+  if (lane_row() != 0) return;
+  VDCORE_UNROLL
+  for (int part = 0; part < 4; ++part) VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 2; ++j) store_shared(warp + 32 * (C * part + i) + 8 * lane_column() + 4 * j, Vec4{});
+}
+
+// Sums over the lanes of a column.
+VDCORE_DEVICE float column_sum(float x) {
+  x += shuffle_xor(x, 4);
+  x += shuffle_xor(x, 8);
+  return x + shuffle_xor(x, 16);
+}
+
+template <int C>
+VDCORE_DEVICE void add_weight_sums(float* to, int i, const float (&of)[8]) {
+  VDCORE_UNROLL
+  for (int e = 0; e < 8; ++e) {
+    const float sum = column_sum(of[e]);
+    float* const at = to + 32 * i + 8 * lane_column() + e;
+    if (lane_row() == 0) store_shared(at, load_shared<float>(at) + sum);
+  }
+}
+
+// Adds up the warps of a block, whose sums lie one after another, into the block's row of the workspace (blocks, 4, D).
+template <int C>
+VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, int D) {
+  sync_block();
+  VDCORE_NO_UNROLL
+  for (int i = static_cast<int>(thread_index()); i < 4 * D; i += 32 * warps) {
+    const int part = i / D, channel = i - part * D;
+    float total = 0;
+    for (int warp = 0; warp < warps; ++warp) total += load_shared<float>(sums + 32 * C * (4 * warp + part) + channel);
+    store_global(workspace + static_cast<int64_t>(block_index()) * 4 * D + i, total);
+  }
+}
+
+// Turns gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
+template <int C>
+VDCORE_DEVICE void turn_back(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) {
+    const int first = 32 * i + 8 * lane_column();
+    if (first >= D || first >= 2 * how.pairs) continue;
+    const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
+    VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      float &lo = g.x[i][j][2 * h], &hi = g.x[i][j][2 * h + 1];
+      const float a = lo, cos = as_float(c.x[j]), sin = as_float(s.x[j]);
+      lo = a * cos + hi * sin;
+      hi = hi * cos - a * sin;
+    }
+  }
+}
+
+// Gradients of normed rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of half h
+// starts; a row that does not take part (`live`) is not read, and adds nothing.
+template <typename E, int C>
+VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
+                             const HeadNorm& norm, const WeightSums& sums, int D) {
+  Rows<C> x[2];
+  RowMoments m[2];
+  float total[2] = {0, 0}, along[2] = {0, 0};
+  VDCORE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    load_rows(x[h], row[h], live[h], D);
+    m[h] = moments<E>(x[h], how.kind, how.eps, D);
+  }
+  const auto normed = [&](int i, int h, int e) {
+    const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
+    return ((e % 2 ? both.hi : both.lo) - m[h].mean) * m[h].scale;
+  };
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) {
+    const int first = 32 * i + 8 * lane_column();
+    float dw[8], db[8];
+    VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      dw[e] = db[e] = 0;
+      const float w = norm.weight && first < D ? load_global<float>(norm.weight + first + e) : 1;
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        if (!live[h] || first >= D) continue;
+        float& d = g.x[i][e / 2][2 * h + e % 2];
+        const float y = normed(i, h, e);
+        dw[e] += d * y;
+        db[e] += d;
+        d *= w;
+        total[h] += d;
+        along[h] += d * y;
+      }
+    }
+    if (sums.weight) add_weight_sums<C>(sums.weight, i, dw);
+    if (sums.weight && how.kind == NormKind::layer) add_weight_sums<C>(sums.bias, i, db);
+  }
+  const float each = 1.f / static_cast<float>(D);
+  VDCORE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
+    VDCORE_UNROLL
+    for (int i = 0; i < C; ++i) VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      float& d = g.x[i][e / 2][2 * h + e % 2];
+      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normed(i, h, e) * slope) * m[h].scale;
+    }
+  }
+}
+
+// Both, in their order.
+template <typename E, int C>
+VDCORE_DEVICE void norm_rope_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
+                                  const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
+                                  const WeightSums& sums, int D) {
+  if (how.style == RopeStyle::interleaved) {
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      if (live[h]) turn_back(g, h, how, table[h], D);
+  }
+  if (how.kind != NormKind::none) norm_back<E>(g, row, live, how, norm, sums, D);
+}
+
+}  // namespace vdcore::cuda
