@@ -165,6 +165,7 @@ void define(py::module_& m) {
   m.def("cuda_temporal_moves", temporal_moves);
   m.def("cuda_temporal_attention_forward", temporal_forward);
   m.def("cuda_temporal_backward_fits", temporal_backward_fits);
+  m.def("cuda_temporal_backward_moves", temporal_backward_moves);
   m.def("cuda_temporal_backward_blocks", temporal_backward_blocks);
   m.def("cuda_temporal_attention_backward", temporal_backward);
   m.def("cuda_spatial_gated_forward", gated_forward);

@@ -22,8 +22,7 @@ constexpr int kLanes = 32;
 constexpr int kPatience = 8;          // passes without progress until a block is stuck
 constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touched cost nothing
 
-// ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times.
-// ------------
+// ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times. ----
 
 #if defined(__x86_64__)
 struct Context {

@@ -25,8 +25,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
 void expose(const void* begin, const void* end);
 void expose_nothing();
 
-// ---- For the instructions of csrc/cuda/ptx_emulated.h: called by a thread of a kernel
-// --------------------------------
+// ---- For the instructions of csrc/cuda/ptx_emulated.h: called by a thread of a kernel ----
 
 struct Position {
   uint32_t thread, block, threads;

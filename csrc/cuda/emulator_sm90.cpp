@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kLanes = 32;
 
-// ---- State of a block -----------------------------------------------------------------------------------------------
+// ---- State of a block ----
 
 struct Box {
   char* shared;
@@ -61,7 +61,7 @@ Engines& engines() {
   return static_cast<Engines&>(*own);
 }
 
-// ---- mbarrier: phase, arrivals that are pending and expected, bytes, in the 64 bits themselves ----------------------
+// ---- mbarrier: phase, arrivals that are pending and expected, bytes, in the 64 bits themselves ----
 
 struct Barrier {
   uint32_t phase, pending, expected;
@@ -83,7 +83,7 @@ void write(uint64_t* barrier, Barrier b) {
              static_cast<uint64_t>(b.bytes + (1 << 22)) << 39;
 }
 
-// ---- Boxes ----------------------------------------------------------------------------------------------------------
+// ---- Boxes ----
 
 char* at_address(uint32_t address) { return shared_memory() + address; }
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
@@ -130,7 +130,7 @@ bool completed(void* argument) {
   return read(awaited.barrier).phase != awaited.parity;
 }
 
-// ---- Products -------------------------------------------------------------------------------------------------------
+// ---- Products ----
 
 float value(DType type, uint16_t bits) {
   if (type == DType::bf16) {

@@ -7,7 +7,7 @@
 namespace vdcore::cuda {
 namespace {
 
-// ---- Plans ----------------------------------------------------------------------------------------------------------
+// ---- Plans ----
 // All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills
 // the others of the last 64 with zeros.
 
@@ -19,7 +19,7 @@ using Plan128 = FramePlan<128, 2, 176, 2>;       // as many keys as shared memor
 using Plan128Short = FramePlan<128, 2, 128, 2>;  // where runs end shortly after a multiple of 128 keys
 constexpr int64_t kMostChannels = 128;
 
-// ---- How tokens lie in memory ---------------------------------------------------------------------------------------
+// ---- How tokens lie in memory ----
 
 int64_t stride_of(const TensorView& x, int axis) { return x.size[axis] > 1 ? x.stride[axis] : 0; }
 
@@ -71,7 +71,7 @@ FrameSource source_of(const Where& where, const FrameTokens& x, int32_t rows, in
   return source;
 }
 
-// ---- Work -----------------------------------------------------------------------------------------------------------
+// ---- Work ----
 
 QueryTiles tiles_of(const FrameAttention& call) {
   const TensorView &q = call.video.q, &k = call.video.k;

@@ -9,8 +9,7 @@ VDCORE_DEVICE uint32_t block_index() { return blockIdx.x; }
 extern __shared__ __align__(1024) char vdcore_shared[];
 VDCORE_DEVICE char* shared_memory() { return vdcore_shared; }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- Memory ----
 
 // What no thread writes while the kernel runs.
 template <typename V>
@@ -88,8 +87,7 @@ VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// ---- Among lanes and warps
-// -------------------------------------------------------------------------------------------
+// ---- Among lanes and warps ----
 
 // The 8x8 matrix whose row lane / 4, columns 2 * (lane % 4) and the next every lane holds, transposed.
 VDCORE_DEVICE uint32_t transpose8x8(uint32_t x) {
@@ -103,8 +101,7 @@ VDCORE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 VDCORE_DEVICE void sync_warp() { __syncwarp(); }
 VDCORE_DEVICE void sync_block() { __syncthreads(); }
 
-// ---- Arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- Arithmetic ----
 
 // c[16, 8] += a[16, 16] b[16, 8]. a: rows r and r + 8 of columns 0 to 7, then of columns 8 to 15; b: rows 0 to 7, then
 // 8 to 15 of its column lane / 4; c: two columns of row r, then of row r + 8.

@@ -13,8 +13,7 @@ VDCORE_DEVICE uint32_t thread_index() { return emulator::position().thread; }
 VDCORE_DEVICE uint32_t block_index() { return emulator::position().block; }
 VDCORE_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- Memory ----
 
 template <typename V>
 VDCORE_DEVICE V load_global(const void* p) {
@@ -209,8 +208,7 @@ VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
   emulator::meet_warp(emulated::ldmatrix<true>, &mine, "ldmatrix.trans");
 }
 
-// ---- Among lanes and warps
-// -------------------------------------------------------------------------------------------
+// ---- Among lanes and warps ----
 
 VDCORE_DEVICE uint32_t transpose8x8(uint32_t x) { return emulated::meet(emulated::movmatrix, x, 0, "movmatrix"); }
 VDCORE_DEVICE float shuffle_xor(float x, int lanes) {
@@ -222,8 +220,7 @@ VDCORE_DEVICE bool warp_any(bool x) { return ballot(x) != 0; }
 VDCORE_DEVICE void sync_warp() { emulator::meet_warp(emulated::nothing, nullptr, "bar.warp.sync"); }
 VDCORE_DEVICE void sync_block() { emulator::meet_block(0, emulator::position().threads); }
 
-// ---- Arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- Arithmetic ----
 
 template <typename E>
 VDCORE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

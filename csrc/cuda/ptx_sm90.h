@@ -19,9 +19,9 @@
 
 namespace vdcore::cuda {
 
-// ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1)
-// ----------------------------------------------- Tiles lie as TMA writes them with a swizzle of 128 bytes: rows of 64
-// channels, 8 rows in 1024 bytes, in which the 16-byte piece i of row r stands at i ^ r.
+// ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1) ----
+// Tiles lie as TMA writes them with a swizzle of 128 bytes: rows of 64 channels, 8 rows in 1024 bytes, in which the
+// 16-byte piece i of row r stands at i ^ r.
 
 // Bits 0-13: address, 16-29: leading, 32-45: stride byte offset, all without their last 4 bits; 62: the swizzle.
 VDCORE_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {

@@ -45,6 +45,9 @@ constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int6
 }
 constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two lines a tile
 
+// Whether norm and rope are taken back on the way: beyond, their rows and sums are too many registers.
+constexpr bool temporal_backward_moves(int64_t channels) { return channels <= 128; }
+
 // The long one has a line's queries and keys in shared memory: tiles of 16 rows, chunks of 32 channels.
 constexpr int kLongBackwardWarps = 8, kLongBackwardBytes = 160 << 10;
 constexpr int tiles_of(int64_t frames) { return static_cast<int>((frames + 15) / 16); }

@@ -252,16 +252,18 @@ temporal_backward_kernel(const TemporalBackward f) {
     if (g.sums) store_weight_sums<C>(g.sums, all_sums, kBackwardThreads / 32, D);
 }
 
+template <typename E, int N, int C, bool kMoved>
+void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) {
+  constexpr int kLines = kBackwardThreads / 32 / (N / 2);
+  launch(where, temporal_backward_kernel<E, N, C, kMoved>, (f.items + kLines - 1) / kLines, kBackwardThreads,
+         temporal_backward_shared_bytes(C, kMoved), f);
+}
+
 template <typename E, int N, int C>
 void temporal_backward(const Where& where, const TemporalBackward& f) {
-  constexpr int kLines = kBackwardThreads / 32 / (N / 2);
-  const int64_t blocks = (f.items + kLines - 1) / kLines;
   if constexpr (temporal_backward_is_short(8 * N, 32 * C, 1, true))
-    if (f.a.forward.moved.any())
-      return launch(where, temporal_backward_kernel<E, N, C, true>, blocks, kBackwardThreads,
-                    temporal_backward_shared_bytes(C, true), f);
-  launch(where, temporal_backward_kernel<E, N, C, false>, blocks, kBackwardThreads,
-         temporal_backward_shared_bytes(C, false), f);
+    if (f.a.forward.moved.any()) return temporal_backward_kernel_of<E, N, C, true>(where, f);
+  temporal_backward_kernel_of<E, N, C, false>(where, f);
 }
 
 template <typename E>
@@ -271,6 +273,7 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
   const int shared = a.heads / a.groups;
   if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared))
     launch_error(where, "no kernel for so many frames and channels");
+  if (a.moved.any() && !temporal_backward_moves(D)) launch_error(where, "no kernel for such norm or rope");
   if (!temporal_backward_is_short(frames, D, shared, a.moved.any())) return temporal_long_backward<E>(where, args);
   TemporalBackward f{args, a.lines, temporal_backward_packs(frames)};
   if (f.packed) f.items = (a.lines + 1) / 2;

@@ -34,6 +34,7 @@ template <typename E, int C>
 VDCORE_KERNEL(32 * kLongBackwardWarps, 1)
 temporal_long_backward_kernel(const TemporalLongBackward f) {
   constexpr int kRowBytes = 64 * C;
+  constexpr bool kMoves = temporal_backward_moves(32 * C), kHeld = C <= 4;
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
   const int warp = static_cast<int>(thread_index() / 32), D = a.head_dim, r = lane_row(), c = lane_column();
@@ -47,7 +48,7 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
   auto* const stats = reinterpret_cast<Vec2*>(k_seen + f.key_tiles * 16 * kRowBytes);
   auto* const all_sums = reinterpret_cast<float*>(stats + shared * f.query_tiles * 16);
   float* const sums_of_warp = g.sums ? all_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
-  if (sums_of_warp) clear_weight_sums<C>(sums_of_warp);
+  if (kMoves && sums_of_warp) clear_weight_sums<C>(sums_of_warp);
 
   // Tiles of 16 rows of all heads of a side follow one another.
   struct Side {
@@ -74,7 +75,8 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
         const Line at{line.b, line.s, head};
         Rows<C> x;
         load_rows(x, row_of(side.scored, frame, head), valid, D);
-        if (a.moved.any()) norm_rope<E>(x, valid, a.moved, side.norm, angles_at(a.moved, at, side.start, frame), D);
+        if (kMoves && a.moved.any())
+          norm_rope<E>(x, valid, a.moved, side.norm, angles_at(a.moved, at, side.start, frame), D);
         store_shared_row(side.seen, 16 * tile + 8 * h + r, x);
         if (side.keys) continue;
         Rows<C> dout, out;
@@ -103,8 +105,9 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
 
   // The gradient of the rows of one tile of one side. kValues: of v, else of what its scores are computed from.
   const auto gradient = [&](auto of_values, const Side& own, const Side& other, int tile) {
-    constexpr bool kValues = decltype(of_values)::value, kHeld = C <= 4;
+    constexpr bool kValues = decltype(of_values)::value;
     const int own_head = own.first_head + tile / own.tiles, other_tiles = 2 * other.tiles;  // of 8 rows a head
+    const int own_at = 16 * tile + r;
     int frame[2];
     bool valid[2];
     Seen seen[2];
@@ -114,16 +117,23 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
       frame[h] = 16 * (tile % own.tiles) + 8 * h + r;
       valid[h] = frame[h] < own.count;
       seen[h] = own.keys ? seen_by_key(a.frames, length, frame[h]) : seen_by_query(a.frames, length, frame[h]);
-      if (!own.keys) own_stats[h] = load_shared<Float2>(stats + 16 * tile + 8 * h + r);
+      if (!own.keys) own_stats[h] = load_shared<Float2>(stats + own_at + 8 * h);
     }
     const auto visible = [&](int n, int h, int e) { return seen[h](8 * (n % other_tiles) + 2 * c + e); };
+    const auto own_row = [&](int h) { return row_of(own.other, frame[h], own_head); };
     const auto load_own = [&](Rows<C>& x, Rows<C>& y, int h) {
-      load_shared_row(x, own.seen, 16 * tile + 8 * h + r);
-      if (!kValues) load_rows(y, row_of(own.other, frame[h], own_head), valid[h], D);
+      load_shared_row(x, own.seen, own_at + 8 * h);
+      if (!kValues) load_rows(y, own_row(h), valid[h], D);
+    };
+    const auto other_row = [&](int n, bool& there) {
+      const int at = 8 * (n % other_tiles) + r;
+      there = at < other.count;
+      return row_of(other.other, at, other.first_head + n / other_tiles);
     };
     const auto load_other = [&](Rows<C>& rows, int n) {
-      const int at = 8 * (n % other_tiles) + r;
-      load_rows(rows, row_of(other.other, at, other.first_head + n / other_tiles), at < other.count, D);
+      bool there;
+      const char* const row = other_row(n, there);
+      load_rows(rows, row, there, D);
     };
     Rows<C> x[2], y[2];
     if (kHeld) load_own(x[0], y[0], 0), load_own(x[1], y[1], 1);
@@ -132,13 +142,30 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
       for (int m = 0; m < 2; ++m) {
         const int n = 2 * kk + m;
         float s[4] = {0, 0, 0, 0}, dp[4] = {0, 0, 0, 0};
-        if (!kHeld) load_own(x[0], y[0], 0), load_own(x[1], y[1], 1);
-        Rows<C> rows;
-        load_shared_row(rows, other.seen, 8 * n + r);
-        inner_product<E>(s, x[0], x[1], rows, D);
-        if (!kValues) {
-          load_other(rows, n);
-          inner_product<E>(dp, y[0], y[1], rows, D);
+        if constexpr (kHeld) {
+          Rows<C> rows;
+          load_shared_row(rows, other.seen, 8 * n + r);
+          inner_product<E>(s, x[0], x[1], rows, D);
+          if (!kValues) {
+            load_other(rows, n);
+            inner_product<E>(dp, y[0], y[1], rows, D);
+          }
+        } else {
+          bool there;
+          const char* const row = other_row(n, there);
+          VDCORE_UNROLL_BY(2)
+          for (int i = 0; 32 * i < D; ++i) {
+            Rows<1> a[2], b;
+            VDCORE_UNROLL
+            for (int h = 0; h < 2; ++h) a[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.seen, own_at + 8 * h, i));
+            b.x[0] = load_shared<Vec4>(shared_chunk<C>(other.seen, 8 * n + r, i));
+            inner_product<E>(s, a[0], a[1], b, D);
+            if (kValues) continue;
+            VDCORE_UNROLL
+            for (int h = 0; h < 2; ++h) load_rows(a[h], own_row(h) + 64 * i, valid[h], D - 32 * i);
+            load_rows(b, row + 64 * i, there, D - 32 * i);
+            inner_product<E>(dp, a[0], a[1], b, D);
+          }
         }
         float weight[4];
         VDCORE_UNROLL
@@ -167,7 +194,7 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
         },
         visible,
         [&](RowSums<C>& sums, const bool (&now)[2]) {
-          if (!kValues && a.moved.any()) {
+          if (kMoves && !kValues && a.moved.any()) {
             const Line at{line.b, line.s, own_head};
             const char* const rows[2] = {row_of(own.scored, frame[0], own_head),
                                          row_of(own.scored, frame[1], own_head)};
@@ -188,7 +215,7 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
     gradient(True{}, keys, queries, tile);
     gradient(False{}, keys, queries, tile);
   }
-  if (g.sums) store_weight_sums<C>(g.sums, all_sums, f.warps, D);
+  if (kMoves && g.sums) store_weight_sums<C>(g.sums, all_sums, f.warps, D);
 }
 
 template <typename E, int C>

@@ -1,5 +1,5 @@
-// Runs the backward kernel of temporal attention, as it is or as a test has changed it, in every order of warps, and
-// prints a hash of its results for each.
+// Runs a backward kernel of temporal attention, as it is or as a test has changed it, in every order of warps, and
+// prints a hash of its results for each. KERNEL: 0 short, 1 short with norm and rope, 2 long with them and shared keys.
 #define VDCORE_EMULATE
 #include <cstdio>
 #include <vector>
@@ -10,33 +10,57 @@ using namespace vdcore;
 using namespace vdcore::cuda;
 
 int main() {
-  constexpr int T = 27, S = 3, H = 2, D = 40, kCount = T * S * H * D;
+  constexpr int T = KERNEL == 2 ? 37 : 27, S = 3, H = 2, G = KERNEL == 2 ? 1 : 2, D = 40, kCount = T * S * H * D;
   std::vector<std::vector<uint16_t>> memory;
   uint32_t state = 1;
-  for (int i = 0; i < 7; ++i) {
-    memory.emplace_back(kCount + 8);
-    for (uint16_t& x : memory.back()) {
-      state = state * 1664525u + 1013904223u;
-      x = static_cast<uint16_t>(pack<bf16>(static_cast<float>(state >> 8) / (1 << 23) - 1, 0));
-    }
-  }
-  const auto tokens = [&](int i) {
-    const auto start = (reinterpret_cast<uintptr_t>(memory[i].data()) + 15) & ~uintptr_t{15};
-    return Tokens{reinterpret_cast<char*>(start), 2 * kCount, 2 * S * H * D, 2 * H * D, 2 * D};
+  const auto draw = [&] {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(state >> 8) / (1 << 23) - 1;
   };
+  for (int i = 0; i < 8; ++i) {
+    memory.emplace_back(kCount + 8);
+    for (uint16_t& x : memory.back()) x = static_cast<uint16_t>(pack<bf16>(draw(), 0));
+  }
+  std::vector<std::vector<float>> numbers(4, std::vector<float>(T * S * H * D / 2 + 4));
+  for (auto& row : numbers)
+    for (float& x : row) x = draw();
+  const auto aligned = [](auto& x) { return (reinterpret_cast<uintptr_t>(x.data()) + 15) & ~uintptr_t{15}; };
+  const auto tokens = [&](int i, int heads) {
+    return Tokens{reinterpret_cast<char*>(aligned(memory[i])), 2 * T * S * heads * D, 2 * S * heads * D, 2 * heads * D,
+                  2 * D};
+  };
+  const auto floats = [&](int i) { return reinterpret_cast<float*>(aligned(numbers[i])); };
   TemporalAttentionBackward args{};
   TemporalAttention& a = args.forward;
-  a.q = tokens(0), a.k = tokens(1), a.v = tokens(2), args.dout = tokens(3);
-  args.dq = tokens(4), args.dk = tokens(5), args.dv = tokens(6);
+  a.q = tokens(0, H), a.k = tokens(1, G), a.v = tokens(2, G), args.dout = tokens(3, H), a.out = tokens(7, H);
+  args.dq = tokens(4, H), args.dk = tokens(5, G), args.dv = tokens(6, G);
   a.frames = {FrameMask{4, 0, 1, 1}, 0, nullptr, T, T, true};
-  a.lines = S * H, a.positions = S, a.heads = a.groups = H, a.head_dim = D, a.scale = 0.2f;
+  a.lines = S * H, a.positions = S, a.heads = H, a.groups = G, a.head_dim = D, a.scale = 0.2f;
+  a.lse = floats(0);
+  std::vector<float> sums(S * H * 4 * D, 0.f);
+  if (KERNEL > 0) {
+    a.moved.kind = NormKind::layer, a.moved.eps = 1e-5f;
+    a.moved.q = {floats(1), floats(2)}, a.moved.k = {floats(2), floats(1)};
+    a.moved.style = RopeStyle::interleaved, a.moved.pairs = 16, a.moved.cos = floats(2), a.moved.sin = floats(3);
+    a.moved.table_t = 16;
+    args.sums = sums.data();
+  }
   for (int run = 0; run < 4; ++run) {
     using emulator::Order;
     emulator::set_order(run == 0 ? Order::forward : run == 1 ? Order::backward : Order::random, run);
-    temporal_backward<bf16, 4, 2>({"temporal_attention"}, {args, a.lines, false});
+#if KERNEL == 2
+    temporal_long_backward<bf16, 2>({"temporal_attention"}, {args, tiles_of(T), tiles_of(T), 3}, S,
+                                    long_backward_shared_bytes(T, T, D, H / G));
+#else
+    temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, {args, a.lines, false});
+#endif
     uint64_t hash = 1469598103934665603u;
-    for (int i = 4; i < 7; ++i)
-      for (int j = 0; j < 2 * kCount; ++j) hash = (hash ^ static_cast<uint8_t>(tokens(i).data[j])) * 1099511628211u;
+    const auto add = [&](const void* data, size_t bytes) {
+      for (size_t j = 0; j < bytes; ++j) hash = (hash ^ static_cast<const uint8_t*>(data)[j]) * 1099511628211u;
+    };
+    add(args.dq.data, 2 * kCount);
+    add(args.dk.data, 2 * T * S * G * D), add(args.dv.data, 2 * T * S * G * D);
+    add(sums.data(), sums.size() * sizeof(float));
     std::printf("%016llx\n", static_cast<unsigned long long>(hash));
   }
 }

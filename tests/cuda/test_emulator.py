@@ -14,11 +14,22 @@ CSRC = HERE.parents[1] / "csrc"
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
-def run(folder: Path, source: Path, *include: Path) -> list[str]:
+def run(folder: Path, source: Path, *include: Path, defined: str = "NOTHING") -> list[str]:
     """Lines that the program prints, compiled with the emulator; files in ``include`` come before those of csrc."""
     program = folder / source.stem
     paths = [f"-I{path}" for path in (*include, CSRC)]
-    command = ["c++", "-std=c++17", "-O1", "-w", *paths, source, CSRC / "cuda" / "emulator.cpp", "-o", program]
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-w",
+        f"-D{defined}",
+        *paths,
+        source,
+        CSRC / "cuda" / "emulator.cpp",
+        "-o",
+        program,
+    ]
     subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
 
@@ -56,29 +67,35 @@ def test_what_a_kernel_must_not_do(said, kernel, objection):
     assert all(objection in what for what in said[kernel].values())
 
 
-def mutant(folder: Path, header: str, before: str, after: str) -> list[str]:
-    """What the backward kernel computes with one thing in a header changed."""
-    text = (CSRC / "cuda" / header).read_text()
-    assert before in text
-    (folder / "cuda").mkdir()
-    (folder / "cuda" / header).write_text(text.replace(before, after))
-    # Headers beside the changed one are found by the path they are included by, under csrc.
-    return run(folder, HERE / "backward_bits.cpp", folder)
+BACKWARD = HERE / "backward_bits.cpp"
+BARRIER = ("sync_block();", "")
+SHORT, NORM = "temporal_attention_backward.cuh", "norm_rope_backward.cuh"
+
+# Kernel of backward_bits.cpp, header, what stands there and what to put in its place.
+MUTANTS = [
+    (0, SHORT, *BARRIER),
+    (
+        0,
+        "rows.cuh",
+        "transpose8x8(first.x[i].x[j]), transpose8x8(last",
+        "transpose8x8(last.x[i].x[j]), transpose8x8(first",
+    ),
+    (1, NORM, *BARRIER),
+    (1, NORM, "lo = a * cos + hi * sin;", "lo = a * cos - hi * sin;"),
+    (2, "temporal_attention_backward_long.cuh", *BARRIER),
+]
 
 
-def test_a_real_kernel_and_its_mutants(tmp_path):
-    """Right: the same bits in every order of warps. Without its barrier or with rows exchanged: not these."""
-    right = run(tmp_path, HERE / "backward_bits.cpp")
+@pytest.mark.parametrize("kernel", [0, 1, 2])
+def test_a_real_kernel_and_its_mutants(tmp_path, kernel):
+    """Right: the same bits in every order of warps. Without a barrier or with terms exchanged: not these."""
+    right = run(tmp_path, BACKWARD, defined=f"KERNEL={kernel}")
     assert len(right) == 4 and len(set(right)) == 1
-    changes = {
-        "barrier": ("temporal_attention_backward.cuh", "sync_block();", ""),
-        "rows": (
-            "rows.cuh",
-            "transpose8x8(first.x[i].x[j]), transpose8x8(last",
-            "transpose8x8(last.x[i].x[j]), transpose8x8(first",
-        ),
-    }
-    for name, change in changes.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        assert set(mutant(folder, *change)) != set(right), name
+    for i, (_, header, before, after) in enumerate(m for m in MUTANTS if m[0] == kernel):
+        text = (CSRC / "cuda" / header).read_text()
+        assert before in text
+        folder = tmp_path / str(i)
+        (folder / "cuda").mkdir(parents=True)
+        (folder / "cuda" / header).write_text(text.replace(before, after))
+        # Headers beside the changed one are found by the path they are included by, under csrc.
+        assert set(run(folder, BACKWARD, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)

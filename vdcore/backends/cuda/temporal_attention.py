@@ -91,16 +91,18 @@ def _backward(
     found, (dq, dk, dv) = _empty_gradients(c)
     moves = c.norm is not None or c.rope is not None
     # Norm and rope are taken back in registers too, but for the tables' gradients, which sum over heads and positions.
-    on_the_way = moves and pairs_of_a_lane(c) and not wanted & {"cos", "sin"}
+    module = kernels()
+    on_the_way = moves and pairs_of_a_lane(c) and module.cuda_temporal_backward_moves(c.q.shape[-1])
+    on_the_way = on_the_way and not wanted & {"cos", "sin"}
     shared = NormRope(c.norm, c.rope) if on_the_way else NormRope(None, None)
     q, k, dq_seen, dk_seen = c.q, c.k, dq, dk
     if moves and not on_the_way:
         q, k = seen_by_scores(q, c.norm, "q", c.rope, c.q_start), seen_by_scores(k, c.norm, "k", c.rope)
         dq_seen, dk_seen = torch.empty_like(q), torch.empty_like(k)
-    module, learned = kernels(), [name for name in WEIGHTS if name in wanted]
+    learned = [name for name in WEIGHTS if name in wanted]
     sums = None
     if on_the_way and learned:
-        blocks = module.cuda_temporal_backward_blocks(*_lines(c), True, c.q.shape[:1].numel() * c.q.shape[2:4].numel())
+        blocks = module.cuda_temporal_backward_blocks(*_lines(c), True, c.q.shape[:-1].numel() // c.q.shape[1])
         sums = torch.empty(blocks, 4, c.q.shape[-1], dtype=torch.float32, device=q.device)
     lengths = None if c.lengths is None else c.lengths.contiguous()
     module.cuda_temporal_attention_backward(
