@@ -18,14 +18,25 @@ FAST = [name for name, b in BACKENDS.items() if name not in ("triton", "cuda") a
 
 
 def backends_of(op, names=None):
-    """Backends that have the operator and can run on this machine."""
+    """Backends that have the operator, forward and backward, and can run on this machine."""
     return [
         name
         for name, backend in BACKENDS.items()
         if op in backend.operators
+        and backend.operators[op].backward is not None
         and backend.missing() is None
-        and (name != "cuda" if names is None else name in names)  # tests/ops/test_cuda.py
+        and (names is None or name in names)
     ]
+
+
+def dtypes_of(backend):
+    """What a backend is tried in where every dtype would take too long; the C++ engine is fast enough for all."""
+    return {"cpu": DTYPES, "cuda": HALF}.get(backend, (torch.float32,))
+
+
+def dtype_of(backend):
+    """The dtype of a test that takes one."""
+    return dtypes_of(backend)[0]
 
 
 def on_backends(cases=None, names=None):

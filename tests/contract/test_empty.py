@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import backends_of
+from support import backends_of, dtype_of
 
 import vdcore
 from vdcore import QKNorm, Rope
@@ -10,9 +10,9 @@ from vdcore import QKNorm, Rope
 QKV = {"B": 2, "T": 3, "S": 4, "H": 2, "D": 8}
 
 
-def attention(op, sizes):
+def attention(op, sizes, dtype):
     shape = tuple(sizes.values())
-    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     D, T = sizes["D"], sizes["T"]
     weight = torch.ones(D, requires_grad=True)
     angle = torch.randn(T, 1, D // 2)
@@ -21,7 +21,7 @@ def attention(op, sizes):
         gate = torch.tensor(0.5, requires_grad=True)
         return {"spatial": (q, k, v), "temporal": (q, k, v), "gate": gate}, [q, k, v, gate]
     if op == "cross_attention":
-        text = torch.randn(sizes["B"], 5, sizes["H"], D, requires_grad=True)
+        text = torch.randn(sizes["B"], 5, sizes["H"], D, dtype=dtype, requires_grad=True)
         return {"q": q, "k": text, "v": text}, [q, text]
     if op == "qk_norm_rope":
         return {"q": q, "k": k, **extra}, [q, k, weight]
@@ -51,7 +51,7 @@ def run_and_differentiate(op, args, leaves, backend):
 @pytest.mark.parametrize("axis", list(QKV))
 @pytest.mark.parametrize("op,backend", [(op, b) for op in ATTENTION for b in ["auto", *backends_of(op)] if b != "sdpa"])
 def test_attention(op, backend, axis):
-    args, leaves = attention(op, {**QKV, axis: 0})
+    args, leaves = attention(op, {**QKV, axis: 0}, dtype_of(backend))
     (out, *_) = run_and_differentiate(op, args, leaves, backend)
     assert out.shape == leaves[0].shape
 
@@ -60,8 +60,8 @@ def test_attention(op, backend, axis):
 def test_no_keys(op):
     """Queries with no key frame at all: output 0, lse -inf, gradient 0."""
     for backend in ["auto", *(b for b in backends_of(op) if b != "sdpa")]:
-        q = torch.randn(2, 3, 4, 2, 8, requires_grad=True)
-        k, v = (torch.randn(2, 0, 4, 2, 8, requires_grad=True) for _ in range(2))
+        q = torch.randn(2, 3, 4, 2, 8, dtype=dtype_of(backend), requires_grad=True)
+        k, v = (torch.randn(2, 0, 4, 2, 8, dtype=dtype_of(backend), requires_grad=True) for _ in range(2))
         out, lse = getattr(vdcore, op)(q, k, v, return_lse=True, backend=backend)
         assert out.eq(0).all() and lse.eq(-torch.inf).all()
         out.sum().backward()

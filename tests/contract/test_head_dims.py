@@ -1,8 +1,7 @@
 """Hazard 13: every head dim is right, or refused with a reason."""
 
 import pytest
-import torch
-from support import DTYPES, backends_of, skip_unless_runs
+from support import backends_of, dtypes_of, skip_unless_runs
 
 from vdcore import FrameMask
 from vdcore.testing import Case, check
@@ -30,7 +29,7 @@ OPS = ["temporal_attention", "spatial_attention", "video_attention", "gated_atte
 @pytest.mark.parametrize("D", HEAD_DIMS)
 @pytest.mark.parametrize("op,backend", [(op, b) for op in OPS for b in backends_of(op)])
 def test_head_dim(op, backend, D):
-    for dtype in DTYPES if backend == "cpu" else (torch.float32,):
+    for dtype in dtypes_of(backend):
         case = case_of(op, D)
         skip_unless_runs(case, backend, dtype, requires_grad=True)
         check(case, backend, dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import FAST, on_backends, skip_unless_runs
+from support import FAST, HALF, dtype_of, on_backends, skip_unless_runs
 
 from vdcore.testing import LAYOUTS, cases_of, check
 
@@ -14,11 +14,11 @@ def test_layout(case, backend, layout):
     check(case, backend, layout=layout)
 
 
-@on_backends(cases_of(tag="plain"), ["triton"])
+@on_backends(cases_of(tag="plain"), ["triton", "cuda"])
 @pytest.mark.parametrize("layout", ["innermost_apart", "heads_first", "packed"])
 def test_layout_interpreted(case, backend, layout):
-    skip_unless_runs(case, backend, torch.float32, requires_grad=True)
-    check(case, backend, layout=layout)
+    skip_unless_runs(case, backend, dtype_of(backend), requires_grad=True)
+    check(case, backend, dtype_of(backend), layout=layout)
 
 
 @on_backends(cases_of(tag="plain"))
@@ -29,20 +29,21 @@ def test_expanded_gradient(case, backend):
     function = getattr(vdcore, case.op)
     grads = []
     for name in (backend, "reference"):
-        inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True)
+        inputs = skip_unless_runs(case, backend, dtype_of(backend), requires_grad=True)
         result = function(**inputs.args, backend=name)
         for y in result if isinstance(result, tuple) else (result,):
             y.sum().backward(retain_graph=True)
         grads.append([x.grad for x in inputs.leaves.values()])
+    near = 3e-2 if dtype_of(backend) in HALF else 1e-4
     for ours, expected in zip(*grads):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, expected, rtol=near, atol=near)
 
 
 @on_backends(cases_of(tag="plain"))
 def test_results_are_contiguous(case, backend):
     import vdcore
 
-    inputs = skip_unless_runs(case, backend, torch.float32, requires_grad=True, layout="heads_first")
+    inputs = skip_unless_runs(case, backend, dtype_of(backend), requires_grad=True, layout="heads_first")
     result = getattr(vdcore, case.op)(**inputs.args, backend=backend)
     outputs = result if isinstance(result, tuple) else (result,)
     assert all(y.is_contiguous() for y in outputs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import backends_of
+from support import backends_of, dtype_of
 
 import vdcore
 from vdcore import FrameMask, QKNorm, Rope
@@ -16,11 +16,11 @@ def run(op, q, k, v, backend, **kwargs):
     shared = [torch.ones(D, requires_grad=True) for _ in range(2)]
     angle = torch.linspace(0, 1, D // 2).expand(12, 1, D // 2)
     table = [angle.cos().clone().requires_grad_(), angle.sin().clone().requires_grad_()]
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    leaves = [x.detach().to(dtype_of(backend), copy=True).requires_grad_() for x in (q, k, v)]
     kwargs = {"norm": QKNorm(*shared), "rope": Rope(*table), **kwargs}
     out = getattr(vdcore, op)(*leaves, backend=backend, **kwargs)
     out = out[0] if isinstance(out, tuple) else out
-    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     if (lengths := kwargs.get("lengths")) is not None:  # the gradient of a padded frame may be anything, too
         incoming[torch.arange(out.shape[1]) >= lengths[:, None]] = torch.nan
     return out.detach(), torch.autograd.grad(out, [*leaves, *shared, *table], incoming)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import DTYPES, backends_of
+from support import DTYPES, HALF, backends_of
 
 import vdcore
 from vdcore import FrameMask
@@ -22,6 +22,8 @@ def test_frame_attention(op, backend, dtype):
     ):
         if backend == "triton" and dtype == torch.bfloat16:
             pytest.skip("bfloat16 is wrong under Triton's interpreter")
+        if backend == "cuda" and dtype not in HALF:
+            pytest.skip("the CUDA kernels have no float32")
         out, lse = getattr(vdcore, op)(q, k, v, return_lse=True, backend=backend, **kwargs)
         assert out.isfinite().all()
         grads = torch.autograd.grad(out.float().square().sum() + lse.masked_fill(lse.isinf(), 0).sum(), (q, k, v))

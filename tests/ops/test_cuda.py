@@ -35,8 +35,12 @@ def check_what_runs(case, dtype, **kwargs):
     pytest.skip(reason)
 
 
+# Operators with a backward: each has a file of its own here, for all backends.
+FORWARD_ONLY = [op for op, implementation in cuda.operators.items() if implementation.backward is None]
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", [c for op in cuda.operators for c in cases_of(op)], ids=str)
+@pytest.mark.parametrize("case", cases_of(*FORWARD_ONLY), ids=str)
 def test_case(case, dtype):
     check_what_runs(case, dtype)
 
@@ -49,12 +53,23 @@ def qkv(d, *shape, T_k=None, G=None):
 
 # Edges of the tiles of 8 and 16 frames, and of the instantiations for 16, 32, 64, 128 and 256 keys.
 @pytest.mark.parametrize("mask", [FrameMask(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "runs"])
-@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)])
+@pytest.mark.parametrize(
+    "T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)]
+)
 def test_frames(T, T_k, mask):
     def build(d):
         return {**qkv(d, 1, T, 3, 1, 24, T_k=T_k), "mask": mask, "return_lse": True}
 
     check_what_runs(Case("temporal_attention", f"{T} x {T_k} frames", build), torch.bfloat16)
+
+
+def test_most_frames():
+    """Every warp has two tiles of rows."""
+
+    def build(d):
+        return {**qkv(d, 1, 140, 1, 1, 8, T_k=256), "mask": FrameMask.window(150)}
+
+    check_what_runs(Case("temporal_attention", "140 x 256 frames", build), torch.bfloat16)
 
 
 @pytest.mark.parametrize("T", [8, 20, 40])
@@ -94,6 +109,55 @@ def test_norm_and_rope(kind, style, T):
     check_what_runs(Case("temporal_attention", f"{kind} {style} {T}", build), torch.bfloat16)
 
 
+def norm_of(d, D, kind):
+    norm = QKNorm(d("q_weight", D, around=1.0), d("k_weight", D, around=1.0), kind)
+    return norm if kind == "rms" else replace(norm, q_bias=d("q_bias", D), k_bias=d("k_bias", D))
+
+
+def fixed_rope(T, S, pairs):
+    """A table that asks for no gradient, so that a backward kernel takes the turn back on its way."""
+    angle = torch.randn(T, S, pairs, generator=torch.Generator("cpu").manual_seed(3), device="cpu")
+    return Rope(angle.cos().to(DEVICE), angle.sin().to(DEVICE))
+
+
+# In the short kernel: two lines a tile, one, two warps a line. In the long one: long, wide or shared.
+@pytest.mark.parametrize(
+    "T,T_k,H,G,D",
+    [
+        (6, 6, 3, 3, 40),
+        (12, 16, 2, 2, 72),
+        (25, 25, 2, 2, 128),
+        (40, 35, 2, 2, 40),
+        (9, 20, 6, 2, 72),
+        (140, 70, 1, 1, 24),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm_and_rope_taken_back_on_the_way(T, T_k, H, G, D, kind):
+    def build(d):
+        rope = fixed_rope(max(T, T_k) + 2, 2 if kind == "rms" else 1, 12)
+        mask = FrameMask.window(7, 2) if T_k != T else FrameMask()
+        return {
+            **qkv(d, 1, T, 2, H, D, T_k=T_k, G=G),
+            "norm": norm_of(d, D, kind),
+            "rope": rope,
+            "mask": mask,
+            "q_start": 2,
+            "lengths": d.integers(T_k - 1),
+            "return_lse": True,
+        }
+
+    check_what_runs(Case("temporal_attention", f"{T} x {T_k} x {D}, {H} of {G}, {kind}", build), torch.bfloat16)
+
+
+@pytest.mark.parametrize("T,H,G,D", [(5, 4, 2, 24), (18, 3, 1, 80), (12, 2, 1, 160), (66, 2, 1, 24)])
+def test_shared_keys(T, H, G, D):
+    def build(d):
+        return {**qkv(d, 2, T, 1, H, D, G=G), "mask": FrameMask.causal(), "return_lse": True}
+
+    check_what_runs(Case("temporal_attention", f"{T} x {D}, {H} of {G}", build), torch.float16)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("case", cases_of("temporal_attention", "gated_attention", tag="plain"), ids=str)
 def test_layout(case, layout):
@@ -109,7 +173,7 @@ def grads_of(out, leaves):
 
 
 @pytest.mark.parametrize("name", "qkv")
-@pytest.mark.parametrize("T", [7, 9, 30])
+@pytest.mark.parametrize("T", [7, 9, 30, 70])
 @pytest.mark.parametrize("mask", [FrameMask.causal(), FrameMask(past=1, future=0, sink=1)], ids=str)
 def test_hidden_frames(T, mask, name):
     """Hazard 11: a NaN reaches exactly what sees it; two positions that share a tile do not see one another."""
@@ -136,23 +200,28 @@ def test_hidden_frames(T, mask, name):
         assert torch.equal(poisoned[i][0, untouched], clean[i][0, untouched])
 
 
-def test_padded_frames_of_any_content():
-    """Hazards 10, 11: NaN past the lengths, in inputs and in the incoming gradient."""
+@pytest.mark.parametrize("T,moved", [(7, False), (7, True), (40, True)])
+def test_padded_frames_of_any_content(T, moved):
+    """Hazards 10, 11: NaN past the lengths, in inputs and in the incoming gradient; norm and rope on the way."""
     lengths = torch.tensor([4, 0])
     results = []
     for filler in (0.5, torch.nan):
         torch.manual_seed(0)
-        tensors = [torch.randn(2, 7, 3, 2, 16).bfloat16() for _ in range(4)]
+        tensors = [torch.randn(2, T, 3, 2, 16).bfloat16() for _ in range(4)]
         for x in tensors:
             x[0, 4:], x[1] = filler, filler
         leaves = [x.requires_grad_() for x in tensors[:3]]
-        out, lse = vdcore.temporal_attention(*leaves, lengths=lengths, return_lse=True, backend="cuda")
+        how = {}
+        if moved:
+            leaves += [torch.ones(16).requires_grad_() for _ in range(2)]
+            how = {"norm": QKNorm(*leaves[3:]), "rope": fixed_rope(T, 1, 8)}
+        out, lse = vdcore.temporal_attention(*leaves[:3], lengths=lengths, return_lse=True, backend="cuda", **how)
         results.append([out, lse, *torch.autograd.grad(out, leaves, tensors[3])])
     for a, b in zip(*results):
         assert torch.equal(a, b)
     out, lse = results[1][:2]
     assert out[0, 4:].eq(0).all() and out[1].eq(0).all() and out[0, :4].ne(0).any()
-    assert lse[1].eq(-torch.inf).all() and all(dx[1].eq(0).all() for dx in results[1][2:])
+    assert lse[1].eq(-torch.inf).all() and all(dx[1].eq(0).all() for dx in results[1][2:5])
 
 
 def test_a_query_that_sees_no_key():
@@ -211,3 +280,6 @@ def test_what_is_refused():
     ):
         with pytest.raises(vdcore.BackendError, match=reason):
             vdcore.temporal_attention(**args, backend="cuda")
+    q = torch.randn(1, 256, 1, 4, 72).bfloat16().requires_grad_()
+    with pytest.raises(vdcore.BackendError, match="160 KiB"):
+        vdcore.temporal_attention(q, q[:, :, :, :1], q[:, :, :, :1], backend="cuda")

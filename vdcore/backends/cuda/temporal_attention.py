@@ -60,7 +60,7 @@ def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
 
 def _lines(c: TemporalCall) -> tuple[int, int, int, int]:
     """Query and key frames, channels, query heads a key head."""
-    return c.q.shape[1], c.k.shape[1], c.q.shape[-1], c.q.shape[3] // c.k.shape[3]
+    return c.q.shape[1], c.k.shape[1], c.q.shape[-1], c.q.shape[3] // max(c.k.shape[3], 1)
 
 
 def _why_not_backward(c: TemporalCall) -> str | None:
