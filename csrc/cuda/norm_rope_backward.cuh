@@ -101,11 +101,16 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
-    float dw[8], db[8];
+    float dw[8], db[8], w[8];
+    VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) dw[e] = db[e] = 0, w[e] = 1;
+    if (norm.weight && first < D) {
+      const Float8 weight(norm.weight + first);
+      VDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) w[e] = weight[e];
+    }
     VDCORE_UNROLL
     for (int e = 0; e < 8; ++e) {
-      dw[e] = db[e] = 0;
-      const float w = norm.weight && first < D ? load_global<float>(norm.weight + first + e) : 1;
       VDCORE_UNROLL
       for (int h = 0; h < 2; ++h) {
         if (!live[h] || first >= D) continue;
@@ -113,7 +118,7 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
         const float y = normed(i, h, e);
         dw[e] += d * y;
         db[e] += d;
-        d *= w;
+        d *= w[e];
         total[h] += d;
         along[h] += d * y;
       }

@@ -160,11 +160,12 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
             for (int h = 0; h < 2; ++h) a[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.seen, own_at + 8 * h, i));
             b.x[0] = load_shared<Vec4>(shared_chunk<C>(other.seen, 8 * n + r, i));
             inner_product<E>(s, a[0], a[1], b, D);
-            if (kValues) continue;
-            VDCORE_UNROLL
-            for (int h = 0; h < 2; ++h) load_rows(a[h], own_row(h) + 64 * i, valid[h], D - 32 * i);
-            load_rows(b, row + 64 * i, there, D - 32 * i);
-            inner_product<E>(dp, a[0], a[1], b, D);
+            if constexpr (!kValues) {
+              VDCORE_UNROLL
+              for (int h = 0; h < 2; ++h) load_rows(a[h], own_row(h) + 64 * i, valid[h], D - 32 * i);
+              load_rows(b, row + 64 * i, there, D - 32 * i);
+              inner_product<E>(dp, a[0], a[1], b, D);
+            }
           }
         }
         float weight[4];

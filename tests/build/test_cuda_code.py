@@ -38,8 +38,11 @@ class Usage(NamedTuple):
 PLAN = {
     "temporal_forward_kernel": 255,
     "temporal_backward_kernel": 255,
+    "temporal_long_backward_kernel": 255,
     "spatial_gated_kernel": 255,
     "rows_norm_rope_kernel": 128,
+    "rows_norm_rope_backward_kernel": 255,
+    "rope_table_backward_kernel": 255,
 }
 ARCHITECTURES = {"sm_80", "sm_90a"}
 

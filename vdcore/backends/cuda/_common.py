@@ -69,6 +69,8 @@ def why_not(x: Tensor) -> str | None:
 
 def aligned(x: Tensor) -> bool:
     """Rows lie dense, and start at multiples of 16 bytes."""
+    if not x.numel():
+        return True
     each = ROW_BYTES // x.element_size()
     if x.stride(-1) != 1 or x.data_ptr() % ROW_BYTES:
         return False
