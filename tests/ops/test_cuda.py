@@ -53,9 +53,7 @@ def qkv(d, *shape, T_k=None, G=None):
 
 # Edges of the tiles of 8 and 16 frames, and of the instantiations for 16, 32, 64, 128 and 256 keys.
 @pytest.mark.parametrize("mask", [FrameMask(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "runs"])
-@pytest.mark.parametrize(
-    "T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)]
-)
+@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)])
 def test_frames(T, T_k, mask):
     def build(d):
         return {**qkv(d, 1, T, 3, 1, 24, T_k=T_k), "mask": mask, "return_lse": True}
