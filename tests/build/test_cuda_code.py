@@ -91,7 +91,7 @@ SPILLS = {
     ("temporal_backward_kernel", 8, 2): 64,
     ("temporal_backward_kernel", 8, 4): 128,
     ("temporal_long_backward_kernel", 4, 0): 128,  # chunks alone, here and below
-    ("temporal_long_backward_kernel", 8, 0): 192,
+    ("temporal_long_backward_kernel", 8, 0): 512,
     ("rows_norm_rope_backward_kernel", 8, 0): 1024,  # 256 channels with norm or rope: no workload has them
     ("spatial_gated_kernel", 8, 0): 16,  # 256 channels, on sm_80 only
 }
