@@ -8,6 +8,7 @@ import torch
 
 import vdcore
 from vdcore.backends import BACKENDS
+from vdcore.backends.cuda._common import emulated
 from vdcore.testing import CASES
 
 HALF = (torch.bfloat16, torch.float16)
@@ -18,13 +19,14 @@ FAST = [name for name, b in BACKENDS.items() if name not in ("triton", "cuda") a
 
 
 def backends_of(op, names=None):
-    """Backends that have the operator, forward and backward, and can run on this machine."""
+    """Backends that have the operator, forward and backward, and can run on this machine's CPU."""
     return [
         name
         for name, backend in BACKENDS.items()
         if op in backend.operators
         and backend.operators[op].backward is not None
         and backend.missing() is None
+        and (name != "cuda" or emulated())
         and (names is None or name in names)
     ]
 

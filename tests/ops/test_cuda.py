@@ -35,12 +35,12 @@ def check_what_runs(case, dtype, **kwargs):
     pytest.skip(reason)
 
 
-# Operators with a backward: each has a file of its own here, for all backends.
-FORWARD_ONLY = [op for op, implementation in cuda.operators.items() if implementation.backward is None]
+# Under the emulator, operators with a backward are tried on their cases beside all other backends, in tests/ops.
+HERE = [op for op, implementation in cuda.operators.items() if implementation.backward is None or not emulated()]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", cases_of(*FORWARD_ONLY), ids=str)
+@pytest.mark.parametrize("case", cases_of(*HERE), ids=str)
 def test_case(case, dtype):
     check_what_runs(case, dtype)
 
