@@ -97,6 +97,7 @@ class SpatialAttention(Processor):
         q, k, v = project(attn, x)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
         out = vdcore.cross_attention(q, k.squeeze(1), v.squeeze(1), lengths=pairs.lengths, norm=norm)
+        assert isinstance(out, Tensor)
         padding = torch.arange(x.shape[2], device=x.device) >= pairs.lengths[:, None]
         seen = v[:, :, :1] if pairs.first else torch.zeros_like(v[:, :, :1])
         return torch.where(padding[:, None, :, None, None], seen, out)
