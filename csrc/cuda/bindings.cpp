@@ -66,7 +66,7 @@ void temporal_backward(py::handle q, py::handle k, py::handle v, py::handle out,
   args.sums = t.call.floats(sums, 3);
   const TemporalAttention& a = args.forward;
   const int64_t blocks =
-      temporal_backward_blocks(a.frames.queries, a.frames.keys, a.head_dim, a.heads / a.groups, a.moved.any(), a.lines);
+      temporal_backward_blocks(a.frames.queries, a.frames.keys, a.head_dim, a.heads / a.groups, a.lines);
   if (args.sums && (tensor_of(sums).shape[0] != blocks || tensor_of(sums).shape[2] != a.head_dim))
     throw py::value_error("a workspace of " + std::to_string(blocks) + " rows was expected");
   py::gil_scoped_release unlocked;

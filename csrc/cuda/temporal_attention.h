@@ -40,8 +40,8 @@ struct TemporalAttentionBackward {
 
 // Two kernels. The short one has scores and their gradients of all pairs of a warp's rows in registers at once, and
 // the rows of 64 queries and keys in shared memory where they are normed or turned; `shared`: query heads a key head.
-constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared, bool moved) {
-  return shared == 1 && channels <= 128 && frames <= (moved ? 32 : 64);
+constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared) {
+  return shared == 1 && channels <= 128 && frames <= 32;
 }
 constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two lines a tile
 
@@ -69,12 +69,12 @@ constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t cha
 }
 
 // Rows of `sums`. `lines`: B * S * H.
-constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_t channels, int64_t shared, bool moved,
+constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_t channels, int64_t shared,
                                            int64_t lines) {
   const int64_t frames = queries > keys ? queries : keys;
-  if (!temporal_backward_is_short(frames, channels, shared, moved)) return lines / shared;
+  if (!temporal_backward_is_short(frames, channels, shared)) return lines / shared;
   const int64_t items = temporal_backward_packs(frames) ? (lines + 1) / 2 : lines, each = frames <= 16 ? 4 : 2;
-  return frames <= 32 ? (items + each - 1) / each : items;
+  return (items + each - 1) / each;
 }
 
 void temporal_attention_backward(const Where& where, DType dtype, const TemporalAttentionBackward& args);

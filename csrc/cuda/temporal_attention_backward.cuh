@@ -12,15 +12,17 @@
 // With norm or rope every warp first norms and turns its own rows of q and k, once, and leaves them in shared memory,
 // where all warps of the line read them; gradients are taken back in the registers they are summed in, in float32.
 //
-//                                      T = 16, D = 72     T = 32, D = 128     T = 64, D = 128
-//   registers, rows of two tensors         48                 64                  64
-//   scores and their gradients             16                 32                  64
-//   rows of the other side in flight       24 n               32 n                32 n
-//   sums                                   48                 64                  64
-//   warps an SM                            12                  8                   8
-//   shared memory a block, KiB           31 with norm and rope: 64 rows of q and k, sums of the weights; 41 at D = 128
+//                                      T = 16, D = 72     T = 32, D = 128
+//   registers, rows of two tensors         48                 64
+//   scores and their gradients             16                 32
+//   rows of the other side in flight       24 n               32 n
+//   sums                                   48                 64
+//   warps an SM                            12                  8
+//   shared memory a block, KiB             31                 41      with norm and rope: 64 rows of q and k, sums of
+//                                                                     the weights
 //
-// More frames, shared keys and wider heads: temporal_attention_backward_long.cuh.
+// More frames, shared keys and wider heads: temporal_attention_backward_long.cuh. 64 frames would fit here with 64
+// registers of scores, some of them spilled, at a third of this file's time to compile; no workload trains on so many.
 #pragma once
 
 #include "cuda/lines.cuh"
@@ -261,8 +263,7 @@ void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) 
 
 template <typename E, int N, int C>
 void temporal_backward(const Where& where, const TemporalBackward& f) {
-  if constexpr (temporal_backward_is_short(8 * N, 32 * C, 1, true))
-    if (f.a.forward.moved.any()) return temporal_backward_kernel_of<E, N, C, true>(where, f);
+  if (f.a.forward.moved.any()) return temporal_backward_kernel_of<E, N, C, true>(where, f);
   temporal_backward_kernel_of<E, N, C, false>(where, f);
 }
 
@@ -274,7 +275,7 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
   if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared))
     launch_error(where, "no kernel for so many frames and channels");
   if (a.moved.any() && !temporal_backward_moves(D)) launch_error(where, "no kernel for such norm or rope");
-  if (!temporal_backward_is_short(frames, D, shared, a.moved.any())) return temporal_long_backward<E>(where, args);
+  if (!temporal_backward_is_short(frames, D, shared)) return temporal_long_backward<E>(where, args);
   TemporalBackward f{args, a.lines, temporal_backward_packs(frames)};
   if (f.packed) f.items = (a.lines + 1) / 2;
   if (frames <= 16) {
@@ -282,13 +283,9 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
     if (D <= 96) return temporal_backward<E, 2, 3>(where, f);
     return temporal_backward<E, 2, 4>(where, f);
   }
-  if (frames <= 32) {
-    if (D <= 64) return temporal_backward<E, 4, 2>(where, f);
-    if (D <= 96) return temporal_backward<E, 4, 3>(where, f);
-    return temporal_backward<E, 4, 4>(where, f);
-  }
-  if (D <= 64) return temporal_backward<E, 8, 2>(where, f);
-  return temporal_backward<E, 8, 4>(where, f);
+  if (D <= 64) return temporal_backward<E, 4, 2>(where, f);
+  if (D <= 96) return temporal_backward<E, 4, 3>(where, f);
+  return temporal_backward<E, 4, 4>(where, f);
 }
 
 }  // namespace vdcore::cuda

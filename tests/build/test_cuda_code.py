@@ -88,8 +88,6 @@ SPILLS = {
     ("temporal_forward_kernel", 32, 2): 128,
     ("temporal_forward_kernel", 32, 4): 512,
     ("temporal_backward_kernel", 4, 4): 64,
-    ("temporal_backward_kernel", 8, 2): 64,
-    ("temporal_backward_kernel", 8, 4): 128,
     ("temporal_long_backward_kernel", 4, 0): 128,  # chunks alone, here and below
     ("temporal_long_backward_kernel", 8, 0): 512,
     ("rows_norm_rope_backward_kernel", 8, 0): 1024,  # 256 channels with norm or rope: no workload has them

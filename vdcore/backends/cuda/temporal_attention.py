@@ -102,7 +102,7 @@ def _backward(
     learned = [name for name in WEIGHTS if name in wanted]
     sums = None
     if on_the_way and learned:
-        blocks = module.cuda_temporal_backward_blocks(*_lines(c), True, c.q.shape[:-1].numel() // c.q.shape[1])
+        blocks = module.cuda_temporal_backward_blocks(*_lines(c), c.q.shape[:-1].numel() // c.q.shape[1])
         sums = torch.empty(blocks, 4, c.q.shape[-1], dtype=torch.float32, device=q.device)
     lengths = None if c.lengths is None else c.lengths.contiguous()
     module.cuda_temporal_attention_backward(
