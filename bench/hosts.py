@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vdcore.bench import machine
 from vdcore.bench.curves import PROFILE
 from vdcore.bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore.bench.profile import Estimate, Settings, follow, rows_of
+from vdcore.bench.profile import Estimate, Settings, cannot, follow, rows_of
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.runner import DTYPE_NAMES, heap
 from vdcore.bench.timing import Spread, race_calls
@@ -231,9 +231,13 @@ def profile(
 
 
 def _profile_rows(point: HostPoint, settings: Settings, rate: float) -> list[Row]:
-    need = predict_memory(point)
+    base = _with_heads(point)
+    try:
+        need = predict_memory(point)
+    except Exception as error:  # the host's own: more frames than its table of positions has, say
+        return cannot(base, error)
     return rows_of(
-        _with_heads(point),
+        base,
         Estimate(need, "by a run on fake tensors", point.size()[0] / rate if rate else 0.0),
         settings,
         partial(measure_memory, point),

@@ -233,6 +233,12 @@ def without_gpu(base: Row) -> list[Row]:
     return [replace(row, status="skipped", reason="no GPU is visible to torch") for row in _both(base)]
 
 
+def cannot(base: Row, error: Exception) -> list[Row]:
+    """Rows of a point that the one who is measured does not run."""
+    reason = str(error) if isinstance(error, PointError) else f"{type(error).__name__}: {error}"
+    return [replace(row, status="failed", reason=reason[:300]) for row in _both(base)]
+
+
 def rows_of(
     base: Row,
     estimate: Estimate,
@@ -256,7 +262,7 @@ def rows_of(
     try:
         found: Peak = in_process(find_memory)
     except PointError as error:
-        return [replace(row, status="failed", reason=str(error)[:300]) for row in (memory, clock)]
+        return cannot(base, error)
     memory = memory.measured(Spread.of([float(found.bytes)]), reason=note)
     if found.seconds > 2 * settings.time_limit:
         time_note = "; ".join(filter(None, ("one cold call", time_note)))

@@ -85,8 +85,8 @@ def test_bench_of_a_model_from_the_command_line(tmp_path):
 
 def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path):
     """Of both kinds together; few frames are measured, many would not fit."""
-    names = ["AnimateDiff motion module", "vdit-gated", "vdit-windowed"]
-    limits = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "200MiB")
+    names = ["SVD temporal block", "vdit-gated", "vdit-windowed"]
+    limits = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "200MiB", "--time-limit", "9999")
     text, rows = command(tmp_path, "profile", "--model", ",".join(names), *limits, **machine.RAISED)
     assert all(name in text for name in names)
     assert {(r.workload, r.provider, r.x, r.metric, r.status) for r in rows} == {
@@ -98,3 +98,11 @@ def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path):
     }
     assert all(row.p50 > 0 for row in rows)
     assert all("the limit is 200 MiB" in row.reason for row in rows if row.status == "predicted")
+
+
+def test_more_frames_than_a_host_takes_are_rows_with_its_reason(tmp_path):
+    """AnimateDiff's table of positions ends at 32."""
+    settings = Settings(frames=(33,), dtype=torch.float32, device="cpu")
+    rows = hosts.profile("AnimateDiff motion module", settings, Journal(tmp_path / FILE))
+    assert [row.status for row in rows] == ["failed"] * 4
+    assert all(row.reason and "32" in row.reason for row in rows)
