@@ -22,7 +22,7 @@
 //                                                                     the weights
 //
 // More frames, shared keys and wider heads: temporal_attention_backward_long.cuh. 64 frames would fit here with 64
-// registers of scores, some of them spilled, at a third of this file's time to compile; no workload trains on so many.
+// registers of scores, some of them spilled, at a quarter of this file's time to compile; no workload trains on so many.
 #pragma once
 
 #include "cuda/lines.cuh"

@@ -98,7 +98,8 @@ SPILLS = {
 def test_spills(usage):
     found = []
     for u in usage:
-        match = re.search(r"((?:temporal|spatial|rows|rope)_\w+_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
+        # A mangled name begins after its length; before it may stand a file's name, with a hash.
+        match = re.search(r"(?<=\d)((?:temporal|spatial|rows|rope)_\w+?_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
         allowed = SPILLS.get((match[1], int(match[2]), int(match[3] or 0)), 0) if match else 0
         if u.local or u.stack > allowed:
             found.append((u, allowed))
