@@ -18,11 +18,11 @@
 //   rows of the other side in flight       24 n               32 n
 //   sums                                   48                 64
 //   warps an SM                            12                  8
-//   shared memory a block, KiB             31                 41      with norm and rope: 64 rows of q and k, sums of
-//                                                                     the weights
+//   shared memory a block, KiB             31                 41      norm and rope: 64 rows of q and k, weight sums
 //
 // More frames, shared keys and wider heads: temporal_attention_backward_long.cuh. 64 frames would fit here with 64
-// registers of scores, some of them spilled, at a quarter of this file's time to compile; no workload trains on so many.
+// registers of scores, some of them spilled, for a quarter of this file's time to compile; no workload trains on as
+// many.
 #pragma once
 
 #include "cuda/lines.cuh"
