@@ -27,10 +27,8 @@ FACTORISED = [name for name, tiny in MODELS.items() if tiny.factorised]
 FRAMES_KNOWN = [name for name, tiny in MODELS.items() if tiny.factorised or type(tiny.build()) in GRIDS]
 MASKED = [name for name in FRAMES_KNOWN if name != "SkyReelsV2 causal"]  # it has a mask of its own
 
-# Calls that stay with the host, and why: (its class, words of the reason). Mochi's is of one query among text tokens,
-# SanaVideo's self-attention is linear.
+# Calls that stay with the host, and why: (its class, words of the reason). SanaVideo's self-attention is linear.
 LEFT = {
-    "Mochi": {("MochiAttentionPool", "written into its forward")},
     "SanaVideo": {("Attention", "SanaLinearAttnProcessor3_0 calls no softmax attention")},
 }
 

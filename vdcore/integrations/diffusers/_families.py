@@ -80,7 +80,12 @@ PROCESSORS: dict[type, type[Fused]] = {
 }
 
 # Modules with another forward: it, the operators in it, and what else of the host it relies on.
-FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {**adaln.HOSTS, **adaln_blocks.HOSTS, **consisid.HOSTS}
+FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
+    **adaln.HOSTS,
+    **adaln_blocks.HOSTS,
+    **consisid.HOSTS,
+    **mochi.HOSTS,
+}
 
 
 def change_of_forward(module: Any) -> Change | str:

@@ -16,6 +16,8 @@ FINGERPRINTS: dict[str, str] = {
     "diffusers.models.attention_processor.CogVideoXAttnProcessor2_0.__call__": "a1ecc57eaf6a",
     "diffusers.models.attention_processor.FusedAttnProcessor2_0.__call__": "dd3113114595",
     "diffusers.models.attention_processor.MochiAttnProcessor2_0.__call__": "56050b08e51d",
+    "diffusers.models.embeddings.MochiAttentionPool.forward": "3d3c616c71ae",
+    "diffusers.models.embeddings.MochiAttentionPool.pool_tokens": "4c731c4c43d1",
     "diffusers.models.embeddings.apply_rotary_emb": "a25267d425f8",
     "diffusers.models.embeddings.apply_rotary_emb_allegro": "ba5e4e4f39e0",
     "diffusers.models.normalization.AdaLayerNorm.forward": "89c29c0e0e59",

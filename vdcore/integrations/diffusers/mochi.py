@@ -1,4 +1,4 @@
-"""Mochi: joint attention over the clip and the valid tokens of a text.
+"""Mochi: joint attention over the clip and the valid tokens of a text, and the pooling of that text.
 
 The host loops over the samples, and finds the valid tokens of each. Here they are a length, and padding is 0 too.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from diffusers.models.embeddings import MochiAttentionPool
+from torch import Tensor, nn
 
-from vdcore.integrations.diffusers._attention import as_rope
+from vdcore.integrations.diffusers._attention import as_rope, cross, heads
 from vdcore.integrations.diffusers._clip import padding_lengths
 from vdcore.integrations.diffusers._fused import Fused
+from vdcore.integrations.diffusers._swap import host_forward
 from vdcore.rope import Rope
 
 
@@ -44,3 +47,21 @@ class MochiAttention(Fused):
 def marked_lengths(mask: Tensor) -> Any:
     """As :func:`padding_lengths`, of a mask whose valid tokens are those that are not 0."""
     return padding_lengths(mask != 0)
+
+
+def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
+    lengths = marked_lengths(mask)
+    if isinstance(lengths, str):
+        return host_forward(self, lengths, x, mask)
+    mean = self.pool_tokens(x, mask, keepdim=True)
+    k, v = self.to_kv(torch.cat((mean, x), 1)).chunk(2, -1)
+    q, k, v = (heads(y, self.num_attention_heads) for y in (self.to_q(mean), k, v))
+    pooled = cross(q, k, v, lengths=None if lengths is None else lengths + 1)
+    return self.to_out(pooled.flatten(1))
+
+
+# What serves each class, with which operator, and what else of the host it relies on.
+HOSTS: dict[type[nn.Module], tuple[Any, ...]] = {
+    MochiAttentionPool: (pool, "cross_attention", MochiAttentionPool.pool_tokens),
+}
