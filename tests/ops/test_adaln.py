@@ -1,8 +1,11 @@
 """Numbers of adaptive layer norm: every case, dtype and backend against the float64 reference."""
 
 import pytest
+import torch
 from support import DTYPES, on_backends, skip_unless_runs
 
+import vdcore
+from vdcore.backends._native import why_no_native
 from vdcore.testing import cases_of, check
 
 
@@ -11,3 +14,26 @@ from vdcore.testing import cases_of, check
 def test_case(case, backend, dtype):
     skip_unless_runs(case, backend, dtype, requires_grad=True)
     check(case, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("channels", [5, 24, 67])
+def test_a_row_does_not_depend_on_its_neighbours(channels, kind, dtype):
+    """The CPU engine takes four rows at a time where they share shift and scale, with the bits of one row alone."""
+    if why_no_native() is not None:
+        pytest.skip(why_no_native())
+    torch.manual_seed(0)
+    B, T, S = 2, 4, 3  # four rows meet the same row of shift in their first and last, and another one between
+    x = torch.randn(B, T, S, channels).to(dtype)
+    weight, bias = torch.randn(2, channels)
+    shifts = torch.randn(B, channels), torch.randn(B, T, channels), torch.randn(B, 1, S, channels).expand_as(x)
+    for shift in shifts:
+        run = {"kind": kind, "weight": weight, "bias": bias, "backend": "cpu"}
+        y = vdcore.modulate(x, shift, 2 * shift, **run)
+        full = shift if shift.ndim == 4 else shift[:, None, None] if shift.ndim == 2 else shift[:, :, None]
+        full = full.expand_as(x)
+        for b, t, s in torch.cartesian_prod(*map(torch.arange, (B, T, S))).tolist():
+            at = (slice(b, b + 1), slice(t, t + 1), slice(s, s + 1))
+            alone = vdcore.modulate(x[at], full[at], 2 * full[at], **run)
+            assert torch.equal(y[at], alone), (b, t, s)
