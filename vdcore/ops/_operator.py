@@ -30,7 +30,7 @@ def run(call: Call, backend: str | None) -> Any:
     instead of 96, with gradients 116 instead of 477 forward and 332 instead of 662 forward and backward.
     """
     name = requested(backend)
-    if not torch.compiler.is_compiling() and unobserved(call):
+    if not torch.compiler.is_compiling() and _unobserved(call):
         results = _Direct.apply(call, name, *call.tensors()) if call.grad else _forward(call, name)[0]
         return results if call.OUTPUTS > 1 else results[0]
     op, arguments = OVERLOADS[call.op], (*call.tensors(), *call.attributes(), call.grad, name)
@@ -44,7 +44,7 @@ def run(call: Call, backend: str | None) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def unobserved(call: Call) -> bool:
+def _unobserved(call: Call) -> bool:
     """Plain tensors with memory, and no mode, transform, tracer or profiler that would have to see the operator."""
     return (
         call.main.device.type in ("cpu", "cuda")
@@ -105,7 +105,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...], needed: list[bool]) -
         # With a graph of the gradients it is the operator, which knows how to refuse.
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         call = kind.build(op, True, tensors, ctx.attributes) if plain else None
-        if call is not None and unobserved(call):
+        if call is not None and _unobserved(call):
             found = _backward(call, ctx.backend, kept, grads, wanted)
         else:
             op_backward = getattr(torch.ops.vdcore, f"{op}_backward")

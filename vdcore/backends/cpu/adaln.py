@@ -55,26 +55,6 @@ def _modulate_forward(c: ModulateCall) -> tuple[Tensor, ...]:
     return (y,)
 
 
-class ModulateRows:
-    """A call without gradients whose shift and scale are of one sample, for other rows ``(n, C)``, contiguous.
-
-    For a thousand rows it takes longer to check a call and to hand over its arguments than to compute: here they are
-    handed over once.
-    """
-
-    def __init__(self, c: ModulateCall) -> None:
-        self._weights = float_weights(c.weight), float_weights(c.bias)
-        self._call = c  # keeps alive what the capsules point to
-        _, *self._arguments, _ = _modulate_arguments(c, *self._weights)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        n, channels = rows.shape
-        y = torch.empty((1, 1, n, channels), dtype=rows.dtype)
-        x = capsule(rows.view(1, 1, n, channels))
-        native().modulate_forward(x, *self._arguments, torch.get_num_threads(), capsule(y))
-        return y.view(n, channels)
-
-
 def _modulate_backward(
     c: ModulateCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:

@@ -21,13 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 import vdcore
-from vdcore.backends import choose, record, requested
-from vdcore.backends.call import ModulateCall
-from vdcore.backends.cpu.adaln import ModulateRows
 from vdcore.integrations.diffusers._attention import is_plain
 from vdcore.integrations.diffusers._frames import TemporalAttention
 from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.ops._operator import unobserved
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.
@@ -192,7 +188,7 @@ class Residual:
 class Norm:
     """``norm(x) * (1 + scale) + shift`` in one pass; scale ``(C,)``, shift ``(C,)`` or of every frame ``(T, C)``.
 
-    A layer norm is ``modulate`` with other weights where the CPU engine has it, and torch's where not.
+    A layer norm is torch's with other weights: on the few rows of a piece it costs less to call than ``modulate``.
     """
 
     def __init__(self, norm: Any, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
@@ -209,37 +205,20 @@ class Norm:
         if weight is not None and bias is not None and weight.dtype != bias.dtype:
             weight, bias = weight.float(), bias.float()
         self.weight, self.bias = weight, bias  # the bias (C,) or (T, C)
-        self._rows: ModulateRows | None = None
 
     def __call__(self, x: Tensor, piece: Piece) -> Tensor:
         if not self.is_layer:
             y = self.norm(x)
             y = y if self.scale is None else y * (1 + self.scale)
             return y if self.shift is None else _of_frames(y, piece, self.shift)
-        bias = self.bias
+        bias, shape = self.bias, self.norm.normalized_shape
         if bias is None or bias.ndim == 1:
-            return self._layer_norm(x, bias)
+            return F.layer_norm(x, shape, self.weight, bias, self.norm.eps)
         if piece.first == piece.last:
-            return F.layer_norm(x, self.norm.normalized_shape, self.weight, bias[piece.first], self.norm.eps)
+            return F.layer_norm(x, shape, self.weight, bias[piece.first], self.norm.eps)
         frames = x.view(1, piece.last - piece.first + 1, -1, x.shape[-1])
         shift, scale = bias[None, piece.first : piece.last + 1], bias.new_zeros(1, x.shape[-1])
         return vdcore.modulate(frames, shift, scale, weight=self.weight, eps=self.norm.eps).view(x.shape)
-
-    def _layer_norm(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Of all frames alike: by the CPU engine where it would serve ``modulate``; without a bias it is torch's."""
-        norm, weight = self.norm, self.weight
-        if self._rows is not None and x.is_contiguous():
-            record("modulate", "cpu", "fwd")
-            return self._rows(x)
-        if bias is None or len(norm.normalized_shape) > 1:
-            return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-        shift, scale = bias[None], bias.new_zeros(1, len(bias))
-        call = ModulateCall("modulate", False, x[None, None], shift, scale, weight, None, "layer", norm.eps)
-        if choose(call, "fwd", requested(None)) != "cpu":
-            return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-        if unobserved(call):
-            self._rows = ModulateRows(call)
-        return vdcore.modulate(call.x, shift, scale, weight=weight, eps=norm.eps)[0, 0]
 
 
 def _of_frames(x: Tensor, piece: Piece, shift: Tensor) -> Tensor:
