@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,3 +206,21 @@ def test_recipes_survive_json():
 def test_recipe_errors(given, message):
     with pytest.raises(ValueError, match=message):
         recipe(**given)
+
+
+def test_tokens_of_several_frames_are_held_and_noised_whole(monkeypatch):
+    """Frames of one token have one timestep, and are held together."""
+    seen = []
+    given = recipe(model=replace(MODEL, patch=(2, 4, 4)), frames=8, batch=64, hold=0.5, forcing=0.5)
+    trainer = Trainer(given, Scenes(replace(SCENES.shapes, frames=8)))
+    loss = trainer.process.loss
+
+    def spy(denoise, clean, noise, timestep, held):
+        seen.append((timestep, held))
+        return loss(denoise, clean, noise, timestep, held)
+
+    monkeypatch.setattr(trainer.process, "loss", spy)
+    trainer.step()
+    (timestep, held), *_ = seen
+    assert torch.equal(timestep[:, ::2], timestep[:, 1::2]) and timestep[:, ::2].diff(dim=1).any()
+    assert torch.equal(held[:, ::2], held[:, 1::2]) and held.any() and not held.all(1).any()

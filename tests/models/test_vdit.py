@@ -118,6 +118,12 @@ def test_one_timestep_is_the_same_timestep_for_every_frame():
         torch.testing.assert_close(model(video, timestep, **keywords), model(video, each, **keywords))
 
 
+def test_a_token_of_several_frames_has_their_largest_timestep():
+    model, (video, timestep, keywords) = model_of(config(patch=(2, 2, 2))), inputs()
+    frames = timestep[:, None] * torch.tensor((0.25, 1.0, 1.0, 0.5))
+    torch.testing.assert_close(model(video, timestep, **keywords), model(video, frames, **keywords))
+
+
 def test_a_frame_s_timestep_changes_other_frames_only_through_attention():
     model, (video, timestep, keywords) = model_of(config(attention="spatial")), inputs(per_frame=True)
     other = timestep.clone()

@@ -45,7 +45,8 @@ class Budget:
 def recipe(kind: str, budget: Budget) -> Recipe:
     """Of temporal attention ``"on"`` or ``"off"``; all else is equal but one block."""
     attention, depth = ATTENTION[kind]
-    model = replace(SMALL, attention=attention, depth=depth, width=budget.width)
+    # Tokens of one frame: what frames have to do with one another is then attention's alone.
+    model = replace(SMALL, patch=(1, *SMALL.patch[1:]), attention=attention, depth=depth, width=budget.width, heads=4)
     return Recipe(model=model, frames=SCENES.frames, size=SCENES.size, batch=budget.batch, steps=budget.steps, hold=0.0)
 
 

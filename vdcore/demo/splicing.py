@@ -53,7 +53,7 @@ def peak_memory(frames: int, pixels: int, spliced: bool) -> int:
             return list(splice(draw, frames, CHUNK, OVERLAP))
         return [draw(torch.arange(frames))]
 
-    call(1 if not spliced else CHUNK)  # starts threads and loads code
+    call(CHUNK)  # starts threads and loads code
     return peak_of(call).bytes
 
 

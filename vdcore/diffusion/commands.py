@@ -120,7 +120,11 @@ def train(
     _set_threads(threads)
     with plain_errors():
         model = _given(
-            Recipe().model, patch=None if patch is None else (1, patch, patch), width=width, depth=depth, heads=heads
+            Recipe().model,
+            patch=None if patch is None else (Recipe().model.patch[0], patch, patch),
+            width=width,
+            depth=depth,
+            heads=heads,
         )
         recipe: Recipe = _given(
             Recipe(),

@@ -129,6 +129,9 @@ def draw_videos(
             f"draw_videos: frames must be at most {recipe.frames} where the model was trained without held frames "
             f"or there is no overlap, got {frames}"
         )
+    patch = recipe.model.patch[0]
+    if frames > recipe.frames and overlap % patch:
+        raise ValueError(f"draw_videos: overlap must be a multiple of the {patch} frames of a token, got {overlap}")
     draw = drawing(
         trained.model,
         process_for(recipe.target, recipe.shift),

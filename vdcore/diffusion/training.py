@@ -36,11 +36,11 @@ SCENES = MovingShapes(
 TARGETS = ("sample", "flow", "v_prediction", "epsilon")
 SMALL = VDiTConfig(
     in_channels=3,
-    patch=(1, 3, 3),
-    width=64,
-    depth=4,
-    heads=4,
-    attention="factorized",
+    patch=(2, 3, 3),
+    width=96,
+    depth=6,
+    heads=3,
+    attention="full",  # 256 tokens: what moves is found where it went, which takes factorised layers many more steps
     position="rope",
     rope_theta=100.0,  # the grid has 8 rows: the slow turns of 1e4 would tell its tokens apart in nothing
     beside=True,  # else samples are mosaics until neighbours have found one another, most of the training later
@@ -62,8 +62,8 @@ class Recipe:
         batch, steps: clips in a step, and steps.
         lr, warmup: AdamW's learning rate: rises over ``warmup`` steps, then falls in a straight line to 0.
         ema: decay of the averaged weights, reached from below, ``(1 + n) / (10 + n)`` after n steps.
-        hold: share of clips of which some frames are given clean: the first ones, or both ends.
-        forcing: share of clips whose frames have timesteps of their own (diffusion forcing).
+        hold: share of clips of which some frames are given clean: the first ones, or both ends; whole tokens.
+        forcing: share of clips whose tokens' frames have timesteps of their own (diffusion forcing).
         clip_norm: largest norm of the gradient.
         seed: of the weights and of all that is drawn.
     """
@@ -99,8 +99,6 @@ class Recipe:
         for name, size, patch in sizes:
             if size % patch or size < 1:
                 raise ValueError(f"Recipe: {name} must be a multiple of the patch size {patch}, got {size}")
-        if (self.hold or self.forcing) and self.model.patch[0] > 1:
-            raise ValueError(f"Recipe: hold and forcing need patches of one frame, got {self.model.patch[0]}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "model": json.loads(self.model.to_json())}
@@ -134,7 +132,10 @@ def draw_timesteps(process: Process, shape: tuple[int, ...], generator: torch.Ge
 
 
 def draw_held(batch: int, frames: int, share: float, generator: torch.Generator) -> Tensor:
-    """``(B, T)`` bool: a share of the clips has its first 1 to T/2 frames held, or, one time in three, both ends."""
+    """``(B, T)`` bool: a share of the clips has its first 1 to T/2 frames held, or, one time in three, both ends.
+
+    Frames are those of tokens: each is one or more of the video's.
+    """
     chosen, ends, count = torch.rand(3, batch, generator=generator).unsqueeze(-1)
     frame = torch.arange(frames)
     first = frame < 1 + (count * max(frames // 2, 1)).floor()
@@ -174,8 +175,11 @@ class Trainer:
         recipe, random = self.recipe, self.random
         clean = self.source.batch(recipe.batch, random) * 2 - 1
         noise = torch.randn(clean.shape, generator=random)
-        timestep = draw_timesteps(self.process, (recipe.batch, recipe.frames), random, recipe.shift)
-        held = draw_held(recipe.batch, recipe.frames, recipe.hold, random)
+        together = recipe.model.patch[0]  # frames of a token
+        tokens = recipe.frames // together
+        timestep = draw_timesteps(self.process, (recipe.batch, tokens), random, recipe.shift)
+        held = draw_held(recipe.batch, tokens, recipe.hold, random).repeat_interleave(together, 1)
+        timestep = timestep.repeat_interleave(together, 1)
         forced = torch.rand(recipe.batch, 1, generator=random) < recipe.forcing
         if recipe.hold or recipe.forcing:
             timestep = torch.where(forced, timestep, timestep[:, :1])

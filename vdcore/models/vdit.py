@@ -70,7 +70,8 @@ class VDiT(nn.Module):
 
         Args:
             video: ``(B, C, T, H, W)``; ``T' = T / pt`` token frames.
-            timestep: ``(B,)``, or ``(B, T')`` for one per frame.
+            timestep: ``(B,)``, ``(B, T')`` for one per token frame, or ``(B, T)`` for one per frame, of which a token
+                of several frames has the largest.
             text: ``(B, L, text_width)``, or ``(B, T', L, text_width)`` with a prompt per frame.
             text_lengths: ``(B,)`` or ``(B, T')``, valid text tokens; with 0 nothing is attended to.
             label: ``(B,)`` class indices; ``classes`` means no class, as None does.
@@ -129,8 +130,11 @@ class VDiT(nn.Module):
             positions = torch.arange(start, start + T, dtype=torch.float64, device=x.device)
         elif positions.shape != (T,):
             _wrong("positions", f"(T',) = {(T,)}", tuple(positions.shape))
-        if timestep.shape not in ((B,), (B, T)):
-            _wrong("timestep", f"(B,) or (B, T') = {(B,)} or {(B, T)}", tuple(timestep.shape))
+        if timestep.shape == (B, video.shape[2]) != (B, T):
+            timestep = timestep.unflatten(1, (T, -1)).amax(2)
+        elif timestep.shape not in ((B,), (B, T)):
+            expected = f"(B,), (B, T') or (B, T) = {(B,)}, {(B, T)} or {(B, video.shape[2])}"
+            _wrong("timestep", expected, tuple(timestep.shape))
         condition = self._condition(timestep, label)
         activated = F.silu(condition)
         shared = None if self.modulation is None else self.modulation(activated)
