@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,20 @@ NAME = "train_sample"
 FOLDER = "train"  # of the checkpoint, below the demo's folder
 
 
-def run(out: Path, recipe: Recipe | None = None, samples: int = 32, steps: int = 25) -> Figure:
-    """Trains, or goes on training, in ``out/train``; writes videos, a contact sheet, losses and the figure."""
+def run(
+    out: Path,
+    recipe: Recipe | None = None,
+    samples: int = 32,
+    steps: int = runs.STEPS,
+    more_steps: Sequence[int] = (2 * runs.STEPS, 4 * runs.STEPS),
+) -> Figure:
+    """Trains, or goes on training, in ``out/train``; writes videos, a contact sheet, losses and the figure.
+
+    Args:
+        samples: how many are drawn and measured.
+        steps: of the scheduler.
+        more_steps: measured beside it.
+    """
     recipe = Recipe() if recipe is None else recipe
     source = Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
     resumed = (out / FOLDER / runs.CHECKPOINT).exists()
@@ -44,6 +57,7 @@ def run(out: Path, recipe: Recipe | None = None, samples: int = 32, steps: int =
     real = runs.real_clips(trained, samples)
     assert real is not None
     found = compare(videos, real)
+    by_steps = {n: compare(runs.draw_videos(trained, samples, steps=n), real) for n in more_steps}
     files = [
         contact_sheet(
             out / f"{NAME}.png", [*real[:4], *videos[:8]], labels=["real"] * 4 + ["sample"] * min(8, len(videos))
@@ -65,6 +79,10 @@ def run(out: Path, recipe: Recipe | None = None, samples: int = 32, steps: int =
             "samples": found.samples,
             "real": found.real,
             "temporal_fid": found.temporal_fid,
+            "with_more_steps": {
+                n: {"error_ratio": other.error_ratio, "motion_ratio": other.motion_ratio}
+                for n, other in by_steps.items()
+            },
             "train_seconds": None if resumed else trained_run.seconds,
             "sample_seconds": sampling,
             "threads": torch.get_num_threads(),

