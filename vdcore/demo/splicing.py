@@ -127,7 +127,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
 def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Tensor, list[int]]:
     """``(count, 3, FRAMES, H, W)`` in [0, 1], and where its chunks begin."""
     recipe = trained.recipe
-    process, random = process_for(recipe.target, recipe.shift), torch.Generator().manual_seed(0)
+    process, random = process_for(recipe.target, recipe.sampling_shift), torch.Generator().manual_seed(0)
     shape = (count, recipe.model.in_channels, *recipe.size)
     if kind == "blended":
         # The whole video in one draw; chunks begin where they are half faded in.

@@ -21,9 +21,9 @@ from vdcore.diffusion.sampling import drawing
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
 
 CHECKPOINT, LOSSES = "checkpoint.safetensors", "losses.jsonl"
-# Of the scheduler. A small model that predicts the clean video adds an error of its own at every step, which differs from
-# frame to frame: with more steps samples are sharper, and hold together less.
-STEPS = 5
+# Of the scheduler. A small model that predicts the clean video adds an error of its own at every step, which differs
+# from frame to frame: with more steps samples are sharper, and hold together less.
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def draw_videos(
         raise ValueError(f"draw_videos: overlap must be a multiple of the {patch} frames of a token, got {overlap}")
     draw = drawing(
         trained.model,
-        process_for(recipe.target, recipe.shift),
+        process_for(recipe.target, recipe.sampling_shift),
         (count, recipe.model.in_channels, *recipe.size),
         steps,
         generator=torch.Generator().manual_seed(seed),
