@@ -45,7 +45,7 @@ class Budget:
     """How long each net is trained, and on how many clips of every n it is judged."""
 
     steps: int = 450
-    more_steps: int = 200  # for every layer but the first: what is handed on takes longer to learn
+    more_steps: int = 500  # for every layer but the first: what is handed on takes longer to learn
     batch: int = 16
     lr: float = 3e-3
     clips: int = 192

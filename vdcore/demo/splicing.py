@@ -35,7 +35,7 @@ class Settings:
     """
 
     frames: Sequence[int] = (8, 16, 32, FRAMES)
-    pixels: int = 66
+    pixels: int = 96
     videos: int = 8
     steps: int = 12
 
@@ -62,12 +62,15 @@ def change(video: Tensor) -> Tensor:
     return video.diff(dim=2).abs().mean((0, 1, 3, 4))
 
 
-def seam_ratio(video: Tensor, seams: Sequence[int]) -> float:
-    """Change into the frames that begin a chunk, over the change between all others."""
+def seam_ratio(video: Tensor, seams: Sequence[int], patch: int = 1) -> float:
+    """Change into the frames that begin a chunk, over the change into all others that begin a token of ``patch`` frames.
+
+    Inside of a token frames change less, whether it begins a chunk or not.
+    """
     steps = change(video)
-    at = torch.zeros(len(steps), dtype=torch.bool)
-    at[[s - 1 for s in seams if s - 1 < len(steps)]] = True
-    return (steps[at].mean() / steps[~at].mean()).item()
+    into = torch.arange(1, len(steps) + 1)
+    at = torch.isin(into, torch.tensor(seams))
+    return (steps[at].mean() / steps[~at & (into % patch == 0)].mean()).item()
 
 
 def run(out: Path, settings: Settings = Settings()) -> Figure:
@@ -86,7 +89,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         kinds = ("spliced", "blended", "cut")
         for i in track("long videos", len(kinds)):
             videos[kinds[i]], seams = long_videos(trained, kinds[i], settings.videos, settings.steps)
-            ratios[kinds[i]] = seam_ratio(videos[kinds[i]], seams)
+            ratios[kinds[i]] = seam_ratio(videos[kinds[i]], seams, trained.recipe.model.patch[0])
     n = settings.frames[-1]
     share = memory["spliced"][n] / memory["whole"][n]
     files = [
