@@ -63,9 +63,9 @@ def change(video: Tensor) -> Tensor:
 
 
 def seam_ratio(video: Tensor, seams: Sequence[int], patch: int = 1) -> float:
-    """Change into the frames that begin a chunk, over the change into all others that begin a token of ``patch`` frames.
+    """Change into the frames that begin a chunk, over the change into all others that begin a token.
 
-    Inside of a token frames change less, whether it begins a chunk or not.
+    Inside of a token, of ``patch`` frames, frames change less, whether it begins a chunk or not.
     """
     steps = change(video)
     into = torch.arange(1, len(steps) + 1)
