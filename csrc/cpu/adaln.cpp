@@ -1,18 +1,37 @@
-// Adaptive layer norm, forward and backward: one pass over memory, a few rows of channels at a time.
+// Adaptive layer norm, forward and backward: one pass over memory, one row of channels at a time.
 #include "cpu/adaln.h"
 
 #include "cpu/arena.h"
-#include "cpu/four_rows.h"
 #include "cpu/items.h"
 #include "cpu/kernels.h"
+#include "cpu/token_rows.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
 
-// Forward's rows need no sums: parts that balance well, each of enough rows to be worth reading shift and scale for.
+// Forward's rows need no sums: as many parts as balance well.
 GroupSums forward_parts(const TensorView& x, int threads) {
   const int64_t rows = x.size[1] * x.size[2];
-  return {false, larger(1, smaller(rows / 16, 8 * threads))};
+  return {false, smaller(rows, larger(64, 8 * threads))};
+}
+
+struct Moments {
+  vf mean, rstd;
+};
+VDCORE_INLINE Moments moments(const Modulate& a, const float* x, int64_t n) {
+  vf mean = {};
+  if (a.kind == NormKind::layer)
+    mean = splat(sum(sum_terms(n, [&](int64_t c) __attribute__((always_inline)) { return load(x + c); })) / n);
+  const int64_t whole = n / W * W;
+  vf squares = sum_terms(whole, [&](int64_t c) __attribute__((always_inline)) {
+    const vf d = load(x + c) - mean;
+    return d * d;
+  });
+  if (whole < n) {
+    const vf d = select(iota() < static_cast<int32_t>(n - whole), load(x + whole) - mean, vf{});
+    squares += d * d;
+  }
+  return {mean, splat(1.f / __builtin_sqrtf(sum(squares) / n + a.eps))};
 }
 
 // normed x -> y is slope * x + offset, with slope = weight * (1 + scale), offset = bias * (1 + scale) + shift.
@@ -32,8 +51,8 @@ class Coefficients {
     if (weight) read_row<DType::f32>(reinterpret_cast<const char*>(a.weight), n, weight);
     if (bias) read_row<DType::f32>(reinterpret_cast<const char*>(a.bias), n, bias);
   }
-  VDCORE_INLINE void move(const Token& token) {
-    const bool other_shift = shift.move(token), other_scale = scale.move(token);
+  VDCORE_INLINE void move(int64_t b, int64_t t, int64_t s) {
+    const bool other_shift = shift.move(b, t, s), other_scale = scale.move(b, t, s);
     if (!other_shift && !other_scale) return;
     for (int64_t c = 0; c < n; c += W) {
       const vf factor = 1.f + scale[c];
@@ -51,18 +70,6 @@ class Coefficients {
   float *const weight, *const bias, *const slope, *const offset;
 };
 
-// Buffers for four rows.
-struct FourBuffers {
-  float* row[kRows];
-  FourBuffers(int64_t n, Arena& arena) {
-    for (float*& r : row) r = arena.floats(round_up(n));
-  }
-  template <DType T>
-  VDCORE_INLINE void read(const TensorView& x, const Token (&tokens)[kRows], const float* (&out)[kRows]) const {
-    for (int r = 0; r < kRows; ++r) out[r] = row_floats<T>(at(x, tokens[r]), x.size[3], row[r]);
-  }
-};
-
 struct ModulateForward {
   const Modulate& a;
   Parts parts;
@@ -76,46 +83,20 @@ struct ModulateForward {
     const int64_t n = a.x.size[3];
     Arena count(nullptr);
     Coefficients(a, count);
-    FourBuffers(n, count);
+    count.floats(round_up(n));
     Arena arena(scratch(count.used()));
     Coefficients k(a, arena);
-    const FourBuffers buffers(n, arena);
+    float* buffer = arena.floats(round_up(n));
     k.load_weights();
-    const auto rows = [&](const Token(&tokens)[kRows], int count) {
-      FourRows x;
-      buffers.read<T>(a.x, tokens, x);
-      const Moments m(a.kind, a.eps, x, n);
-      if (!stream && count == kRows && k.shift.same(tokens) && k.scale.same(tokens)) {
-        k.move(tokens[0]);
-        return write_four<T>(k, tokens, x, m);
-      }
-      for (int r = 0; r < count; ++r) {
-        k.move(tokens[r]);
-        const float* row = x[r];
-        const vf mean = splat(m.mean[r]), rstd = splat(m.rstd[r]);
-        write_values<T>(at(a.y, tokens[r]), n, stream, [&](int64_t c) __attribute__((always_inline)) {
-          return (load(row + c) - mean) * rstd * load(k.slope + c) + load(k.offset + c);
-        });
-      }
+    const auto row = [&](int64_t b, int64_t t, int64_t s) {
+      k.move(b, t, s);
+      const float* x = row_floats<T>(a.x.at(b, t, s), n, buffer);
+      const Moments m = moments(a, x, n);
+      write_values<T>(a.y.at(b, t, s), n, stream, [&](int64_t c) __attribute__((always_inline)) {
+        return (load(x + c) - m.mean) * m.rstd * load(k.slope + c) + load(k.offset + c);
+      });
     };
-    parts.for_rows<kRows>(item, rows, [] {});
-  }
-
- private:
-  template <DType T>
-  VDCORE_INLINE void write_four(const Coefficients& k, const Token (&tokens)[kRows], const FourRows& x,
-                                const Moments& m) const {
-    struct Line {
-      vf slope, offset;
-    };
-    char* y[kRows];
-    vf mean[kRows], rstd[kRows];
-    for (int r = 0; r < kRows; ++r) y[r] = at(a.y, tokens[r]), mean[r] = splat(m.mean[r]), rstd[r] = splat(m.rstd[r]);
-    const auto shared = [&](int64_t c)
-                            __attribute__((always_inline)) { return Line{load(k.slope + c), load(k.offset + c)}; };
-    write_rows<T>(y, a.x.size[3], shared, [&](int r, int64_t c, const Line& line) __attribute__((always_inline)) {
-      return (load(x[r] + c) - mean[r]) * rstd[r] * line.slope + line.offset;
-    });
+    parts.for_rows(item, row, [] {});
   }
 };
 
@@ -133,26 +114,26 @@ struct ModulateGradient {
     const int64_t n = a.x.size[3];
     Arena count(nullptr);
     Coefficients(a, count);
-    FourBuffers(n, count);
-    for (int i = 0; i < 4; ++i) count.floats(round_up(n));
+    for (int i = 0; i < 5; ++i) count.floats(round_up(n));
     Arena arena(scratch(count.used()));
     Coefficients k(a, arena);
-    const FourBuffers buffers(n, arena);
-    float* dy_buffer = arena.floats(round_up(n));
+    float *x_buffer = arena.floats(round_up(n)), *dy_buffer = arena.floats(round_up(n));
     const PartSum sum_dy(g.sum_dy, item, n, arena.floats(round_up(n))),
         sum_dz(g.sum_dz, item, n, arena.floats(round_up(n))), sum_dz_x(g.sum_dz_x, item, n, arena.floats(round_up(n)));
     k.load_weights();
-    const auto row = [&](const Token& token, const float* x, vf row_mean, vf rstd) {
-      k.move(token);
-      const float* dy = row_floats<T>(at(g.dy, token), n, dy_buffer);
-      const auto normed = [&](int64_t c) __attribute__((always_inline)) { return (load(x + c) - row_mean) * rstd; };
+    const auto row = [&](int64_t b, int64_t t, int64_t s) {
+      k.move(b, t, s);
+      const float* x = row_floats<T>(a.x.at(b, t, s), n, x_buffer);
+      const float* dy = row_floats<T>(g.dy.at(b, t, s), n, dy_buffer);
+      const Moments m = moments(a, x, n);
+      const auto normed = [&](int64_t c) __attribute__((always_inline)) { return (load(x + c) - m.mean) * m.rstd; };
       const auto dz = [&](int64_t c) __attribute__((always_inline)) {
         return g.scale_per_token ? load(dy + c) * (1.f + k.scale[c]) : load(dy + c);
       };
       sum_dy.add([&](int64_t c) __attribute__((always_inline)) { return load(dy + c); });
       sum_dz.add(dz);
       sum_dz_x.add([&](int64_t c) __attribute__((always_inline)) { return dz(c) * normed(c); });
-      if (g.dscale) write_dscale(k, token, dy, normed);
+      if (g.dscale) write_dscale(k, b, t, s, dy, normed);
       if (!g.dx) return;
       vf slope = sum_terms(
           n, [&](int64_t c) __attribute__((always_inline)) { return load(dy + c) * load(k.slope + c) * normed(c); });
@@ -161,17 +142,11 @@ struct ModulateGradient {
         mean = sum_terms(n, [&](int64_t c) __attribute__((always_inline)) { return load(dy + c) * load(k.slope + c); });
       slope = splat(sum(slope) / n);
       mean = splat(sum(mean) / n);
-      write_values<T>(at(g.dx, token), n, stream, [&](int64_t c) __attribute__((always_inline)) {
-        return (load(dy + c) * load(k.slope + c) - mean - normed(c) * slope) * rstd;
+      write_values<T>(g.dx.at(b, t, s), n, stream, [&](int64_t c) __attribute__((always_inline)) {
+        return (load(dy + c) * load(k.slope + c) - mean - normed(c) * slope) * m.rstd;
       });
     };
-    const auto rows = [&](const Token(&tokens)[kRows], int count) {
-      FourRows x;
-      buffers.read<T>(a.x, tokens, x);
-      const Moments m(a.kind, a.eps, x, n);
-      for (int r = 0; r < count; ++r) row(tokens[r], x[r], splat(m.mean[r]), splat(m.rstd[r]));
-    };
-    parts.for_rows<kRows>(item, rows, [&] {
+    parts.for_rows(item, row, [&] {
       sum_dy.flush();
       sum_dz.flush();
       sum_dz_x.flush();
@@ -180,9 +155,10 @@ struct ModulateGradient {
 
  private:
   template <typename Normed>
-  void write_dscale(const Coefficients& k, const Token& token, const float* dy, const Normed& normed) const {
+  void write_dscale(const Coefficients& k, int64_t b, int64_t t, int64_t s, const float* dy,
+                    const Normed& normed) const {
     with_dtype(g.dscale.dtype, [&](auto type) {
-      write_values<decltype(type)::value>(at(g.dscale, token), a.x.size[3], false, [&](int64_t c) {
+      write_values<decltype(type)::value>(g.dscale.at(b, t, s), a.x.size[3], false, [&](int64_t c) {
         vf z = normed(c);
         if (k.weight) z *= load(k.weight + c);
         if (k.bias) z += load(k.bias + c);
@@ -204,14 +180,14 @@ struct GateResidualForward {
   void run(int64_t item) const {
     const int64_t n = a.x.size[3];
     SharedRow gate(a.gate, reinterpret_cast<float*>(scratch(round_up(n) * sizeof(float))));
-    const auto row = [&](const Token(&token)[1], int) {
-      gate.move(token[0]);
-      const char *x = at(a.x, token[0]), *residual = at(a.residual, token[0]);
-      write_values<T>(at(a.y, token[0]), n, stream, [&](int64_t c) __attribute__((always_inline)) {
+    const auto row = [&](int64_t b, int64_t t, int64_t s) {
+      gate.move(b, t, s);
+      const char *x = a.x.at(b, t, s), *residual = a.residual.at(b, t, s);
+      write_values<T>(a.y.at(b, t, s), n, stream, [&](int64_t c) __attribute__((always_inline)) {
         return row_vector<T>(residual, n, c) + gate[c] * row_vector<T>(x, n, c);
       });
     };
-    parts.for_rows<1>(item, row, [] {});
+    parts.for_rows(item, row, [] {});
   }
 };
 
@@ -230,23 +206,22 @@ struct GateResidualGradient {
     SharedRow gate(g.gate, arena.floats(round_up(n)));
     float *x_buffer = arena.floats(round_up(n)), *dy_buffer = arena.floats(round_up(n));
     const PartSum sum(g.sum_dy_x, item, n, arena.floats(round_up(n)));
-    const auto row = [&](const Token(&tokens)[1], int) {
-      const Token& token = tokens[0];
-      const float* dy = row_floats<T>(at(g.dy, token), n, dy_buffer);
+    const auto row = [&](int64_t b, int64_t t, int64_t s) {
+      const float* dy = row_floats<T>(g.dy.at(b, t, s), n, dy_buffer);
       if (sum || g.dgate) {
-        const float* x = row_floats<T>(at(g.x, token), n, x_buffer);
+        const float* x = row_floats<T>(g.x.at(b, t, s), n, x_buffer);
         const auto dgate = [&](int64_t c) __attribute__((always_inline)) { return load(dy + c) * load(x + c); };
         sum.add(dgate);
         if (g.dgate)
           with_dtype(g.dgate.dtype,
-                     [&](auto type) { write_values<decltype(type)::value>(at(g.dgate, token), n, false, dgate); });
+                     [&](auto type) { write_values<decltype(type)::value>(g.dgate.at(b, t, s), n, false, dgate); });
       }
       if (!g.dx) return;
-      gate.move(token);
-      write_values<T>(at(g.dx, token), n, stream,
+      gate.move(b, t, s);
+      write_values<T>(g.dx.at(b, t, s), n, stream,
                       [&](int64_t c) __attribute__((always_inline)) { return gate[c] * load(dy + c); });
     };
-    parts.for_rows<1>(item, row, [&] { sum.flush(); });
+    parts.for_rows(item, row, [&] { sum.flush(); });
   }
 };
 

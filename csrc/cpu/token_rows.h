@@ -51,30 +51,17 @@ VDCORE_INLINE vf sum_terms(int64_t n, const Term& term) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-struct Token {
-  int64_t b, t, s;
-};
-VDCORE_INLINE char* at(const TensorView& x, const Token& i) { return x.at(i.b, i.t, i.s); }
-
 // A row per sample, frame or token, as padded float32: converted again only where it is another one.
 class SharedRow {
  public:
   SharedRow(const TensorView& x, float* buffer) : x_(x), buffer_(buffer) {}
 
   // True where the row is not the last one.
-  VDCORE_INLINE bool move(const Token& token) {
-    const char* row = at(x_, token);
-    if (row == row_) return false;
-    row_ = row;
-    with_dtype(x_.dtype, [&](auto type) { read_row<decltype(type)::value>(row, x_.size[3], buffer_); });
-    return true;
-  }
-  // The tokens have one and the same row.
-  template <int N>
-  VDCORE_INLINE bool same(const Token (&tokens)[N]) const {
-    const char* row = at(x_, tokens[0]);
-    for (int i = 1; i < N; ++i)
-      if (at(x_, tokens[i]) != row) return false;
+  VDCORE_INLINE bool move(int64_t b, int64_t t, int64_t s) {
+    const char* at = x_.at(b, t, s);
+    if (at == at_) return false;
+    at_ = at;
+    with_dtype(x_.dtype, [&](auto type) { read_row<decltype(type)::value>(at, x_.size[3], buffer_); });
     return true;
   }
   VDCORE_INLINE vf operator[](int64_t c) const { return load(buffer_ + c); }
@@ -82,7 +69,7 @@ class SharedRow {
  private:
   const TensorView& x_;
   float* buffer_;
-  const char* row_ = nullptr;
+  const char* at_ = nullptr;
 };
 
 // Sums over the rows of one part of a group.
@@ -130,23 +117,19 @@ struct Parts {
 
   int64_t items() const { return groups * parts; }
 
-  // Calls body(tokens, count) for N neighbouring tokens of an item at a time, of which the first `count` are to be done
-  // and the rest repeat the last one; and flush() now and then and at the end.
-  template <int N, typename Body, typename Flush>
+  // Calls body(b, t, s) for every token of an item, and flush() now and then and at the end.
+  template <typename Body, typename Flush>
   VDCORE_INLINE void for_rows(int64_t item, const Body& body, const Flush& flush) const {
-    static_assert(kRowsOfOneSum % N == 0);
     const int64_t group = item / parts, part = item % parts;
     const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
-    Token next = per_frame ? Token{group / T, group % T, first} : Token{group, first / S, first % S};
-    for (int64_t i = first; i < last; i += N) {
-      const int count = static_cast<int>(smaller(N, last - i));
-      Token tokens[N];
-      for (int r = 0; r < N; ++r) {
-        tokens[r] = r < count ? next : tokens[r - 1];
-        if (r < count && ++next.s == S) next = {next.b, next.t + 1, 0};
+    int64_t b = per_frame ? group / T : group, t = per_frame ? group % T : first / S, s = per_frame ? first : first % S;
+    for (int64_t i = first; i < last; ++i) {
+      body(b, t, s);
+      if ((i - first) % kRowsOfOneSum == kRowsOfOneSum - 1) flush();
+      if (++s == S) {
+        s = 0;
+        ++t;
       }
-      body(tokens, count);
-      if ((i + N - first) % kRowsOfOneSum == 0) flush();
     }
     flush();
   }

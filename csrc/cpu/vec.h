@@ -68,10 +68,6 @@ VDCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is
 VDCORE_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 VDCORE_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 
-VDCORE_INLINE vf sqrt(vf x) {
-  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-}
 VDCORE_INLINE float sum(vf x) {
   float lane[W];
   store(lane, x);
