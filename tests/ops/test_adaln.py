@@ -20,7 +20,7 @@ def test_case(case, backend, dtype):
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("channels", [5, 24, 67])
 def test_a_row_does_not_depend_on_its_neighbours(channels, kind, dtype):
-    """The CPU engine takes four rows at a time where they share shift and scale, with the bits of one row alone."""
+    """A row of the CPU engine has the bits that it has alone, whatever shift and scale its neighbours have."""
     if why_no_native() is not None:
         pytest.skip(why_no_native())
     torch.manual_seed(0)

@@ -13,9 +13,9 @@ import torch
 from vdcore.demo.figure import Figure
 from vdcore.demo.show import progress, save_table
 from vdcore.diffusion import runs
-from vdcore.diffusion.commands import REAL, plot_losses
+from vdcore.diffusion.commands import plot_losses
 from vdcore.diffusion.data import Scenes
-from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, Comparison, compare
+from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, Comparison, compare
 from vdcore.diffusion.training import SCENES, Recipe, load_trained
 from vdcore.video import contact_sheet, write_video
 
@@ -54,7 +54,7 @@ def run(
         trained = load_trained(trained_run.checkpoint)
         videos = runs.draw_videos(trained, samples, steps=steps)
         sampling = time.perf_counter() - begin
-    real = runs.real_clips(trained, REAL)
+    real = runs.real_clips(trained, REAL_CLIPS)
     assert real is not None
     found = compare(videos, real)
     by_steps = {n: compare(runs.draw_videos(trained, samples, steps=n), real) for n in more_steps}

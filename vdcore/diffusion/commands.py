@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vdcore.diffusion.training import Recipe
 
 OUT = Path("out/train")
-REAL = 96  # clips that samples are compared with; with 32 the mean error depends on which
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
 THREADS = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")]
 
@@ -177,6 +176,7 @@ def sample(
     Leaves sample-00.mp4 and so on, samples.png with real clips in its upper rows, and measures.json.
     """
     from vdcore.diffusion import runs
+    from vdcore.diffusion.measure import REAL_CLIPS
     from vdcore.diffusion.training import load_trained
     from vdcore.video.files import contact_sheet, write_video
 
@@ -199,7 +199,7 @@ def sample(
             )
         for i, video in enumerate(videos):
             write_video(out / f"sample-{i:02d}.{kind}", video, fps, scale=8)
-        real = runs.real_clips(trained, max(count, REAL))
+        real = runs.real_clips(trained, max(count, REAL_CLIPS))
         shown, rows = min(count, 8), [] if real is None else list(real[:4])
         labels = ["real"] * len(rows) + ["sample"] * shown
         contact_sheet(
