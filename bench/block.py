@@ -249,6 +249,7 @@ def judge(job: BlockJob) -> dict[tuple[str, str], float]:
     return found
 
 
+@machine.returning_memory()
 def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
     """Peak bytes of one call beyond weights and inputs, gradients included. For a fresh process."""
     function = function_of(provider, variant)

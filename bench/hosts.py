@@ -164,6 +164,7 @@ def predict_memory(point: HostPoint) -> int:
         torch.set_default_dtype(usual)
 
 
+@machine.returning_memory()
 def measure_memory(point: HostPoint) -> Peak:
     """Of one call beyond parameters and inputs. For a fresh process."""
     call = point.make().call

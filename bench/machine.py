@@ -70,7 +70,8 @@ def relaunch(arguments: Iterable[str]) -> int:
 def returning_memory() -> Iterator[None]:
     """Inside, glibc hands freed memory back to the system, so that a resident size means memory in use.
 
-    Times that are taken inside are those of page faults.
+    Times that are taken inside are those of page faults. What is measured inside should be allocated and called once
+    inside as well (this is a decorator too): space that was freed before lies scattered, and is taken before new space.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -136,6 +136,7 @@ def _step(point: ModelPoint, frames: int) -> tuple[VDiT, Callable[[], Any]]:
     return model, backward if "bwd" in point.mode else forward
 
 
+@machine.returning_memory()
 def measure_memory(point: ModelPoint) -> Peak:
     """Of one call beyond weights and video. For a fresh process."""
     with attention_by(point.provider):

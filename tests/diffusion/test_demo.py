@@ -46,7 +46,7 @@ def test_train_sample(tmp_path):
 
 def test_splicing(tmp_path):
     train_sample.run(tmp_path, RECIPE, samples=4, steps=1)
-    settings = splicing.Settings(frames=(32,), pixels=33, videos=1, steps=2)
+    settings = splicing.Settings(frames=(32,), together=2, videos=1, steps=2)
     figure = complete(splicing.run(tmp_path, settings), tmp_path)
     whole, spliced = (figure.numbers[f"peak_bytes_{kind}"] for kind in ("whole", "spliced"))
     assert 0 < spliced[32] < 0.7 * whole[32]  # at this size libraries take much of both

@@ -29,32 +29,35 @@ class Settings:
 
     Args:
         frames: lengths whose memory is measured; the last one is the claim's.
-        pixels: of the frames whose memory is measured, larger than the trained model's.
+        together: videos drawn at once where memory is measured.
         videos: long videos whose seams are measured.
         steps: of the scheduler for these.
     """
 
     frames: Sequence[int] = (8, 16, 32, FRAMES)
-    pixels: int = 96
+    together: int = 32
     videos: int = 8
     steps: int = 12
 
 
-def peak_memory(frames: int, pixels: int, spliced: bool) -> int:
-    """Peak bytes of drawing a video of the default model's, beyond its weights. To be called in a fresh process."""
+def peak_memory(frames: int, videos: int, spliced: bool) -> int:
+    """Peak bytes of drawing videos of the default model's, beyond its weights. To be called in a fresh process."""
+    from vdcore.bench.machine import returning_memory
     from vdcore.bench.memory import peak_of
 
-    model, process = VDiT(Recipe().model).eval(), process_for("sample")
-    shape = (1, 3, pixels, pixels)
+    recipe = Recipe()
+    with returning_memory():
+        model, process = VDiT(recipe.model).eval(), process_for(recipe.target)
+        shape = (videos, recipe.model.in_channels, *recipe.size)
 
-    def call(frames: int = frames) -> list[Tensor]:
-        draw = drawing(model, process, shape, 1, generator=torch.Generator().manual_seed(0))
-        if spliced:
-            return list(splice(draw, frames, CHUNK, OVERLAP))
-        return [draw(torch.arange(frames))]
+        def call(frames: int = frames) -> list[Tensor]:
+            draw = drawing(model, process, shape, 1, generator=torch.Generator().manual_seed(0))
+            if spliced:
+                return list(splice(draw, frames, CHUNK, OVERLAP))
+            return [draw(torch.arange(frames))]
 
-    call(CHUNK)  # starts threads and loads code
-    return peak_of(call).bytes
+        call(CHUNK)  # starts threads and loads code
+        return peak_of(call).bytes
 
 
 def change(video: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         points = [(kind, n) for n in settings.frames for kind in memory]
         for i in track("peak memory", len(points)):
             kind, n = points[i]
-            memory[kind][n] = in_process(peak_memory, n, settings.pixels, kind == "spliced")
+            memory[kind][n] = in_process(peak_memory, n, settings.together, kind == "spliced")
         kinds = ("spliced", "blended", "cut")
         for i in track("long videos", len(kinds)):
             videos[kinds[i]], seams = long_videos(trained, kinds[i], settings.videos, settings.steps)
@@ -118,7 +121,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
             "change_at_seams_of_chunks_without_overlap": ratios["cut"],
         },
         passed=share <= MEMORY_SHARE and ratios["spliced"] <= SEAM < ratios["cut"],
-        size=f"memory: frames of {settings.pixels}x{settings.pixels} pixels, the default model untrained, one step, "
+        size=f"memory: {settings.together} videos of the default model's size at once, untrained, one step, "
         f"every point in a fresh process, beyond the weights; seams: {settings.videos} videos of {FRAMES} frames of "
         f"the model of train_sample ({trained.step} steps); {time.monotonic() - started:.0f} s",
         files=files,
