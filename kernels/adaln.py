@@ -201,8 +201,7 @@ def gate_residual_bwd_kernel(
     x,
     gate,
     dy,
-    p_dr,  # (B, T, S, C), contiguous, or None
-    p_dx,
+    p_dx,  # (B, T, S, C), contiguous, or None
     p_dg,  # partial sums (B*T, chunks, C), float32; rows (B, T, S, C) with GATE_ROWS; None: not wanted
     T,
     S,
@@ -219,8 +218,6 @@ def gate_residual_bwd_kernel(
         o_s = o_s.to(tl.int64)
         b_d = load_rows(dy.p + i_b * dy.b + i_t * dy.t, o_s * dy.s, m_s, ROW)  # [BR, W]
         o_y = ((i_b * T + i_t) * S + o_s) * ROW.D
-        if p_dr is not None:
-            store_rows(p_dr, o_y, m_s, b_d, ROW)
         b_d = to(b_d, tl.float32)
         if p_dx is not None:
             store_rows(p_dx, o_y, m_s, mul(b_d, table_rows(gate, i_b, i_t, o_s, m_s, ROW, GATE_ROWS)), ROW)
@@ -380,15 +377,18 @@ def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Gradients of the wanted among residual, x, gate; the gate's is summed in float32."""
+    """Gradients of the wanted among x and gate, which is summed in float32. The residual's is dy itself."""
     B, T, S, C = x.shape
     if not x.numel():
-        like = {"residual": x, "x": x, "gate": gate}
-        return {name: torch.zeros(like[name].shape, dtype=like[name].dtype, device=x.device) for name in wanted}
+        return {
+            name: torch.zeros(t.shape, dtype=t.dtype, device=x.device)
+            for name, t in (("x", x), ("gate", gate))
+            if name in wanted
+        }
     row = split_row(C)
     config, BR = _config(BACKWARD_ROWS, x, row)
     chunks, rows = _chunks(B * T, S, BR)
-    found = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name in ("residual", "x") if name in wanted}
+    found = {"x": torch.empty(x.shape, dtype=x.dtype, device=x.device)} if "x" in wanted else {}
     if "gate" in wanted:
         found["gate"] = _sum_buffer(x, gate, chunks)
     launch(
@@ -396,7 +396,7 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
         B * T * chunks,
         x,
         config,
-        *(_rows(x), _table(gate), _rows(dy), *(found.get(name) for name in ("residual", "x", "gate")), T, S, rows),
+        *(_rows(x), _table(gate), _rows(dy), found.get("x"), found.get("gate"), T, S, rows),
         ROW=row,
         BR=BR,
         GATE_ROWS=gate.ndim == 4,

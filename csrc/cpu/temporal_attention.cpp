@@ -33,28 +33,19 @@ struct Plan {
     heads = n.H;
     // Fewer heads, at least one group, until the stage fits; then fewer keys.
     while (heads > n.group && heads * query_block * n.row + 2 * heads / n.group * n.K * n.row > kStageFloats)
-      heads = next_smaller(heads);
+      heads = n.fewer_heads(heads);
     const int64_t left = larger(kStageFloats - heads * query_block * n.row, W * 2 * n.row);
     key_block = smaller(n.K, left / (2 * heads / n.group * n.row));
     head_groups = n.H / heads;
     positions = larger(1, smaller(64, n.B * n.S / (8 * a.threads)));
     chunks = (n.S + positions - 1) / positions;
     split_heads = n.B * chunks < 4 * a.threads;
-    k_in_place = query_block >= n.T && a.k.dtype == DType::f32 && !norm_rope();
+    k_in_place = query_block >= n.T && a.k.dtype == DType::f32 && !transformed(a);
     q_in_place = k_in_place && n.D % W == 0;  // the transpose reads whole vectors
     stream = streams(a.out);
   }
 
   int64_t items() const { return shape.B * chunks * (split_heads ? head_groups : 1); }
-
- private:
-  bool norm_rope() const { return a.norm.kind != NormKind::none || a.rope.style != RopeStyle::none; }
-  // The largest multiple of the head group below `from` that divides H.
-  int64_t next_smaller(int64_t from) const {
-    for (int64_t n = from - shape.group; n > shape.group; n -= shape.group)
-      if (shape.H % n == 0) return n;
-    return shape.group;
-  }
 };
 
 struct Tiles {
@@ -80,25 +71,14 @@ struct Tiles {
   }
 };
 
-// One position of one sample, and some of its heads.
-struct Place {
-  int64_t b, s;
-  HeadRange heads;  // query heads
-
-  HeadRange kv_heads(int64_t group) const { return {heads.first / group, heads.count / group}; }
-  // Rows of one head from frame t on, where they lie.
-  Tile rows(const TensorView& x, int64_t t, int64_t head) const {
-    return {reinterpret_cast<float*>(x.at(b, t, s, head)), x.stride[1]};
-  }
-};
-
 // One head, one block of queries, one block of keys.
 void attend(const Plan& p, const Tiles& t, const Place& place, const VisibleKeys& visible, int64_t head, Run queries,
             Run keys, bool first, Prefetch& prefetch) {
   const Shape& n = p.shape;
-  const int64_t kv_head = head / n.group, kv_first = place.heads.first / n.group;
+  const int64_t kv_head = head / n.group;
   const Tile q = p.q_in_place ? place.rows(p.a.q, queries.begin, place.heads.first + head) : t.q.head(head);
-  const Tile k = p.k_in_place ? place.rows(p.a.k, keys.begin, kv_first + kv_head) : t.k.head(kv_head);
+  const Tile k =
+      p.k_in_place ? place.rows(p.a.k, keys.begin, place.kv_heads(n.group).first + kv_head) : t.k.head(kv_head);
   const Tile v = t.v.head(kv_head), out = t.out.head(head);
   transpose(queries.size(), n.D, q, p.a.scale * kLog2E, t.q_transposed);
   score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.scores, prefetch);

@@ -34,17 +34,10 @@ struct Plan {
     heads = n.H;
     const int64_t floats = 3 * query_block * n.row * n.group + 4 * key_block * n.row;  // of one group
     // A norm over all heads mixes their gradients: they stay together.
-    while (!a.norm.over_all && heads > n.group && heads / n.group * floats > kStageFloats) heads = next_smaller(heads);
+    while (!a.norm.over_all && heads > n.group && heads / n.group * floats > kStageFloats) heads = n.fewer_heads(heads);
     head_groups = n.H / heads;
     per_position = static_cast<bool>(g.dcos) && g.dcos.size[1] > 1;
     units = per_position ? n.S : n.B * n.S;
-  }
-
- private:
-  int64_t next_smaller(int64_t from) const {
-    for (int64_t n = from - shape.group; n > shape.group; n -= shape.group)
-      if (shape.H % n == 0) return n;
-    return shape.group;
   }
 };
 
@@ -73,23 +66,19 @@ struct Tiles {
   }
 };
 
-struct Position {
-  int64_t b, s;
-  HeadRange heads;
-  int64_t item;
-};
-
 class Backward {
  public:
-  Backward(const Plan& plan, const Tiles& tiles, const Position& position, Prefetch& prefetch)
+  // `item`: whose partial sums are added to.
+  Backward(const Plan& plan, const Tiles& tiles, const Place& place, int64_t item, Prefetch& prefetch)
       : p(plan),
         n(plan.shape),
         a(plan.a),
         g(plan.g),
         t(tiles),
-        at(position),
+        at(place),
+        item(item),
         prefetch(prefetch),
-        kv_heads{position.heads.first / plan.shape.group, position.heads.count / plan.shape.group} {}
+        kv_heads(place.kv_heads(plan.shape.group)) {}
 
   void run() {
     if (p.one_block) {
@@ -139,7 +128,8 @@ class Backward {
   const TemporalAttention& a;
   const TemporalAttentionBackward& g;
   const Tiles& t;
-  const Position& at;
+  const Place& at;
+  const int64_t item;
   Prefetch& prefetch;
   const HeadRange kv_heads;
 
@@ -259,17 +249,15 @@ class Backward {
     if (!g.dq) return;
     through_norm_rope(query_side(a), a.q, queries, at.heads, t.dq, g.dq_weight, g.dq_bias,
                       [&](int64_t frame) { return sees_any(frame); });
-    write(g.dq, queries, at.heads, t.dq, transformed() ? 1.f : a.scale);
+    write(g.dq, queries, at.heads, t.dq, transformed(a) ? 1.f : a.scale);
   }
   void finish_keys(Run keys) {
     if (g.dv) write(g.dv, keys, kv_heads, t.dv, 1.f);
     if (!g.dk) return;
     through_norm_rope(key_side(a), a.k, keys, kv_heads, t.dk, g.dk_weight, g.dk_bias,
                       [&](int64_t frame) { return seen_by(frame).size() > 0; });
-    write(g.dk, keys, kv_heads, t.dk, transformed() ? 1.f : a.scale);
+    write(g.dk, keys, kv_heads, t.dk, transformed(a) ? 1.f : a.scale);
   }
-
-  bool transformed() const { return a.norm.kind != NormKind::none || a.rope.style != RopeStyle::none; }
 
   void write(const TensorView& x, Run frames, HeadRange heads, Stage stage, float factor) {
     const bool stream = streams(x);
@@ -291,12 +279,12 @@ class Backward {
   template <typename Live>
   void through_norm_rope(const Side& side, const TensorView& x, Run frames, HeadRange heads, Stage grad, float* dweight,
                          float* dbias, const Live& live) {
-    if (!transformed()) return;
+    if (!transformed(a)) return;
     const bool norm = a.norm.kind != NormKind::none, over_all = a.norm.over_all;
     const int64_t pairs = a.rope.style == RopeStyle::none ? 0 : a.rope.cos.size[3];
     const int64_t width = over_all ? x.size[3] * n.D : n.D;  // of a weight
-    if (dweight) dweight += at.item * width;
-    if (dbias) dbias += at.item * width;
+    if (dweight) dweight += item * width;
+    if (dbias) dbias += item * width;
     // Sums of this step first, then into the item's: shorter chains of additions.
     float *local_weight = dweight, *local_bias = dbias;
     if (!over_all) {
@@ -356,7 +344,7 @@ class Backward {
   }
 
   float* table_gradient(const TensorView& table, int64_t row, int64_t head) const {
-    return reinterpret_cast<float*>(table.at(row, at.s, head)) + (p.per_position ? 0 : at.item * g.table_item_stride);
+    return reinterpret_cast<float*>(table.at(row, at.s, head)) + (p.per_position ? 0 : item * g.table_item_stride);
   }
 };
 
@@ -370,11 +358,11 @@ void run_item(const Plan& p, int64_t item) {
   const int64_t per_item = (p.units + p.g.items - 1) / p.g.items;
   const int64_t samples = p.per_position ? n.B : 1;
   const int64_t first = item * per_item, steps = (smaller(p.units, first + per_item) - first) * samples * p.head_groups;
-  const auto position = [&](int64_t i) -> Position {
+  const auto place = [&](int64_t i) -> Place {
     const int64_t unit = first + i / p.head_groups / samples, group = i % p.head_groups;
     const HeadRange heads = {group * p.heads, p.heads};
-    if (p.per_position) return {i / p.head_groups % samples, unit, heads, item};
-    return {unit / n.S, unit % n.S, heads, item};
+    if (p.per_position) return {i / p.head_groups % samples, unit, heads};
+    return {unit / n.S, unit % n.S, heads};
   };
 
   const TensorView* const tensors[] = {&p.a.q, &p.g.dout, &p.a.k, &p.a.v};
@@ -384,7 +372,7 @@ void run_item(const Plan& p, int64_t item) {
   const int64_t product_steps =
       2 * blocks(n.K, 2) * lanes * n.D + (2 * blocks(n.K, 3) * n.T + blocks(n.T, 3) * n.K) * panels;
   for (int64_t i = 0; i < steps; ++i) {
-    const Position now = position(i), then = position(i + 1);
+    const Place now = place(i), then = place(i + 1);
     NextRows next{tensors, 4, then.b, then.s, then.heads.first, then.heads.count};
     Prefetch prefetch;
     if (i + 1 < steps && p.one_block) {
@@ -392,7 +380,7 @@ void run_item(const Plan& p, int64_t item) {
       prefetch.context = &next;
       prefetch.stride = smaller(64, larger(1, bytes / larger(1, product_steps * n.H)));
     }
-    Backward(p, tiles, now, prefetch).run();
+    Backward(p, tiles, now, item, prefetch).run();
   }
   stream_fence();
 }

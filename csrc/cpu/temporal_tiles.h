@@ -28,7 +28,18 @@ struct Shape {
         D(a.q.size[4]),
         row(round_up(D)),
         group(H / G) {}
+
+  // The largest number of whole head groups below `from` heads that divides H, in heads; one group at least.
+  int64_t fewer_heads(int64_t from) const {
+    for (int64_t n = from - group; n > group; n -= group)
+      if (H % n == 0) return n;
+    return group;
+  }
 };
+
+inline bool transformed(const TemporalAttention& a) {
+  return a.norm.kind != NormKind::none || a.rope.style != RopeStyle::none;
+}
 
 // Rows of several heads over a block of frames: (head, frame, channel).
 struct Stage {
@@ -39,6 +50,18 @@ struct Stage {
 
 struct HeadRange {
   int64_t first, count;
+};
+
+// What a step works on: one position of one sample, and some of its heads.
+struct Place {
+  int64_t b, s;
+  HeadRange heads;  // query heads
+
+  HeadRange kv_heads(int64_t group) const { return {heads.first / group, heads.count / group}; }
+  // Rows of one head from frame t on, where they lie.
+  Tile rows(const TensorView& x, int64_t t, int64_t head) const {
+    return {reinterpret_cast<float*>(x.at(b, t, s, head)), x.stride[1]};
+  }
 };
 
 // Stage rows [0, frames.size()) = rows of x in `frames`.

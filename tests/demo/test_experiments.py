@@ -101,6 +101,7 @@ def test_each_runs_and_leaves_its_figure(experiment, tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size > 100 for name in figure.files)
     if experiment is horizon:
         assert figure.numbers["largest_derivative_beyond_reach"] == 0
+        assert set(figure.numbers["rounds"].values()) == {horizon.Budget().rounds}  # it has not learned
 
 
 def test_both_models_of_flicker_have_about_as_many_weights():
