@@ -35,7 +35,7 @@ HALF = 0.5  # what "on" may have of the gap between "off" and real clips
 class Budget:
     """How long each model is trained, and how many clips are drawn of it."""
 
-    steps: int = 400
+    steps: int = 320
     batch: int = 8
     width: int = 96
     clips: int = 32

@@ -35,7 +35,7 @@ class Settings:
     """
 
     frames: Sequence[int] = (8, 16, 32, FRAMES)
-    together: int = 32
+    together: int = 16
     videos: int = 8
     steps: int = 12
 

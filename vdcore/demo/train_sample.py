@@ -15,7 +15,7 @@ from vdcore.demo.show import progress, save_table
 from vdcore.diffusion import runs
 from vdcore.diffusion.commands import plot_losses
 from vdcore.diffusion.data import Scenes
-from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, Comparison, compare
+from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, Comparison, against
 from vdcore.diffusion.training import SCENES, Recipe, load_trained
 from vdcore.video import contact_sheet, write_video
 
@@ -56,8 +56,9 @@ def run(
         sampling = time.perf_counter() - begin
     real = runs.real_clips(trained, REAL_CLIPS)
     assert real is not None
-    found = compare(videos, real)
-    by_steps = {n: compare(runs.draw_videos(trained, samples, steps=n), real) for n in more_steps}
+    compare = against(real)
+    found = compare(videos)
+    by_steps = {n: compare(runs.draw_videos(trained, samples, steps=n)) for n in more_steps}
     files = [
         contact_sheet(
             out / f"{NAME}.png", [*real[:4], *videos[:8]], labels=["real"] * 4 + ["sample"] * min(8, len(videos))

@@ -216,11 +216,11 @@ def _measure(videos: Any, real: Any, path: Path, step: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vdcore.diffusion.measure import compare
+    from vdcore.diffusion.measure import against
 
     if videos.shape[2] < 2 or real.shape[2] < 2:
         return
-    found = compare(videos, real)
+    found = against(real)(videos)
     table = Table("measure", "samples", "real clips", box=None)
     for name, value in found.samples.items():
         table.add_row(name, f"{value:.4g}", f"{found.real[name]:.4g}")

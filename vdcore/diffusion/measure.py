@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,12 +61,12 @@ def measures(video: Tensor) -> dict[str, float]:
     return {name: x.mean().item() for name, x in values.items()}
 
 
-def compare(samples: Tensor, real: Tensor) -> Comparison:
-    """Samples against real clips, both ``(B, C, T, H, W)`` in [0, 1]."""
+def against(real: Tensor) -> Callable[[Tensor], Comparison]:
+    """Measures real clips ``(B, C, T, H, W)`` in [0, 1] once; what it returns compares samples with them."""
     half = len(real) // 2
-    return Comparison(
-        samples=measures(samples),
-        real=measures(real),
-        temporal_fid=temporal_fid(real, samples).item(),
-        temporal_fid_of_real=temporal_fid(real[:half], real[half:]).item(),
-    )
+    measured, chance = measures(real), temporal_fid(real[:half], real[half:]).item()
+
+    def compare(samples: Tensor) -> Comparison:
+        return Comparison(measures(samples), measured, temporal_fid(real, samples).item(), chance)
+
+    return compare
