@@ -18,8 +18,9 @@ struct TemporalCall {
 
   TemporalCall(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, const Lengths& lengths,
                const std::vector<int64_t>& mask, int64_t q_start, float scale, py::handle norm, py::handle rope,
-               int threads, int64_t queries, int64_t keys, int64_t batch)
-      : tables(mask_of(mask), queries, keys, q_start, data_of(lengths), batch) {
+               int threads)
+      : tables(mask_of(mask), tensor_of(q).shape[1], tensor_of(k).shape[1], q_start, data_of(lengths),
+               tensor_of(q).shape[0]) {
     args.q = cpu_view(q, 5);
     args.k = cpu_view(k, 5);
     args.v = cpu_view(v, 5);
@@ -31,18 +32,14 @@ struct TemporalCall {
     args.rope = rope_of(rope);
     args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
                     tables.seen_end.data(), tables.per_sample, tables.dense};
-    const TensorView& x = args.q;
-    args.threads =
-        worthwhile_threads(threads, 2. * x.size[0] * x.size[1] * x.size[2] * x.size[3] * x.size[4] * args.k.size[1]);
+    args.threads = worthwhile_threads(threads, 2. * elements(args.q) * args.k.size[1]);
   }
 };
 
 void temporal_attention_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                                 const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
                                 py::handle norm, py::handle rope, int threads) {
-  const dlpack::Tensor &tq = tensor_of(q), &tk = tensor_of(k);
-  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads, tq.shape[1],
-                          tk.shape[1], tq.shape[0]);
+  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_forward(call.args);
 }
@@ -53,9 +50,7 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
                                  py::handle dq, py::handle dk, py::handle dv, int64_t items,
                                  const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin,
                                  int64_t table_item_stride) {
-  const dlpack::Tensor &tq = tensor_of(q), &tk = tensor_of(k);
-  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads, tq.shape[1],
-                          tk.shape[1], tq.shape[0]);
+  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
   TemporalAttentionBackward args;
   args.forward = call.args;
   args.dout = cpu_view(dout, 5);
@@ -63,14 +58,7 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
   args.dq = cpu_view(dq, 5);
   args.dk = cpu_view(dk, 5);
   args.dv = cpu_view(dv, 5);
-  args.items = items;
-  args.dq_weight = floats(weight_sums[0]);
-  args.dk_weight = floats(weight_sums[1]);
-  args.dq_bias = floats(weight_sums[2]);
-  args.dk_bias = floats(weight_sums[3]);
-  args.dcos = broadcast_view(dcos, 4);
-  args.dsin = broadcast_view(dsin, 4);
-  args.table_item_stride = table_item_stride;
+  set_norm_rope_gradients(args, items, weight_sums, dcos, dsin, table_item_stride);
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_backward(args);
 }

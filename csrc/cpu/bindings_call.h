@@ -59,6 +59,19 @@ inline Rope rope_of(py::handle given) {
   return rope;
 }
 
+// weight_sums: of q's weight, k's weight, q's bias, k's bias; missing ones are None.
+inline void set_norm_rope_gradients(NormRopeGradients& args, int64_t items, const std::vector<py::object>& weight_sums,
+                                    py::handle dcos, py::handle dsin, int64_t table_item_stride) {
+  args.items = items;
+  args.dq_weight = floats(weight_sums[0]);
+  args.dk_weight = floats(weight_sums[1]);
+  args.dq_bias = floats(weight_sums[2]);
+  args.dk_bias = floats(weight_sums[3]);
+  args.dcos = broadcast_view(dcos, 4);
+  args.dsin = broadcast_view(dsin, 4);
+  args.table_item_stride = table_item_stride;
+}
+
 // Waking a thread costs tens of microseconds: worth it from about this much arithmetic on.
 inline int worthwhile_threads(int threads, double multiply_adds) {
   const double most = multiply_adds / 1e6;

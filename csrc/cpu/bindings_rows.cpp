@@ -40,14 +40,7 @@ void qk_norm_rope_backward(py::handle q, py::handle k, py::handle dq_out, py::ha
   args.dk_out = cpu_view(dk_out, 5);
   args.dq = cpu_view(dq, 5);
   args.dk = cpu_view(dk, 5);
-  args.items = items;
-  args.dq_weight = floats(weight_sums[0]);
-  args.dk_weight = floats(weight_sums[1]);
-  args.dq_bias = floats(weight_sums[2]);
-  args.dk_bias = floats(weight_sums[3]);
-  args.dcos = broadcast_view(dcos, 4);
-  args.dsin = broadcast_view(dsin, 4);
-  args.table_item_stride = table_item_stride;
+  set_norm_rope_gradients(args, items, weight_sums, dcos, dsin, table_item_stride);
   py::gil_scoped_release unlocked;
   kernels().qk_norm_rope_backward(args);
 }

@@ -27,17 +27,11 @@ struct TemporalAttention {
   int threads = 1;
 };
 
-struct TemporalAttentionBackward {
+struct TemporalAttentionBackward : NormRopeGradients {
   TemporalAttention forward;  // q, k, v, out, lse as forward left them
   TensorView dout;            // as out
   TensorView dlse;            // as lse, optional
   TensorView dq, dk, dv;      // as q, k, v; each optional
-  // Sums over positions go to one row per work item, which the caller adds up in order: same bits for any number of
-  // threads. Null: not wanted.
-  int64_t items = 1;
-  float *dq_weight = nullptr, *dk_weight = nullptr, *dq_bias = nullptr, *dk_bias = nullptr;  // (items, D or heads * D)
-  TensorView dcos, dsin;  // (F or 1, S or 1, H or 1, R / 2) float32 and zeroed, one such table per item where S is 1
-  int64_t table_item_stride = 0;
 };
 
 }  // namespace vdcore::cpu

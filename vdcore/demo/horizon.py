@@ -105,21 +105,24 @@ def predict(net: VideoNet, given: Tensor) -> Tensor:
     return given + net(2 * given - 1)
 
 
-def train(net: VideoNet, budget: Budget, track: Track, label: str, *, first: bool = True, seed: int = 0) -> float:
+def train(net: VideoNet, budget: Budget, track: Track, label: str, done: int = 0) -> float:
     """Squared error of the frame of return, predicted from every frame in which the object is out of sight.
 
     Identity and background are drawn anew for every clip, and n, up to a limit that grows from 1 to ``LONGEST`` in the
     first third of a first round: otherwise a deep net of short windows sees little of what it can learn. Returns the
     last loss.
+
+    Args:
+        done: rounds before this one; every round draws other clips.
     """
     layers = sum(isinstance(block, MLP) for block in net.blocks)
     steps = budget.steps + budget.more_steps * (layers - 1)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(done)
     optimizer = torch.optim.AdamW(net.parameters(), lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 30, 4 - 4 * n / steps, 1))
     loss = torch.zeros(())
     for step in track(label, steps):
-        longest = 1 + int((LONGEST - 1) * min(3 * step / steps, 1)) if first else LONGEST
+        longest = LONGEST if done else 1 + int((LONGEST - 1) * min(3 * step / steps, 1))
         hidden = torch.randint(1, longest + 1, (budget.batch,), generator=random)
         identity = torch.randint(KINDS, (budget.batch,), generator=random)
         index = torch.randint(2**31, (budget.batch,), generator=random)
@@ -135,16 +138,16 @@ def train(net: VideoNet, budget: Budget, track: Track, label: str, *, first: boo
     return loss.item()
 
 
-def train_until(net: VideoNet, reach: int, budget: Budget, track: Track, label: str) -> int:
-    """Round after round until the net remembers an object for up to ``reach`` frames; the rounds that took.
+def train_until(net: VideoNet, trials: Sequence[Exam], budget: Budget, track: Track, label: str) -> int:
+    """Round after round until the net passes the trials; the rounds that took.
 
-    Whether it does is asked of clips that neither training nor the experiment shows.
+    Args:
+        trials: of every n that the net reaches, by clips that neither training nor the experiment shows.
     """
-    trials = [Exam.of(n, budget.clips, trial=True) for n in range(1, reach + 1)]
     for done in range(budget.rounds):
         again = f", round {done + 1}" if done else ""
         net.train()
-        train(net, budget, track, label + again, first=not done, seed=done)
+        train(net, budget, track, label + again, done)
         net.eval()
         if min(trial.success(net) for trial in trials) > ENOUGH:
             return done + 1
@@ -195,13 +198,13 @@ def run(out: Path, budget: Budget = Budget(), nets: Sequence[tuple[int, int]] = 
     curves: dict[tuple[int, int], list[float]] = {}
     rounds: dict[tuple[int, int], int] = {}
     leak, reached, shown = 0.0, [], []
-    exams = [Exam.of(n, budget.clips) for n in range(1, LONGEST + 1)]
+    exams, trials = ([Exam.of(n, budget.clips, trial=trial) for n in range(1, LONGEST + 1)] for trial in (False, True))
     with progress(NAME) as track:
         for layers, window in nets:
             torch.manual_seed(0)
             net = new_net(layers, window, budget.width)
             label, reach = f"{_layers(layers)}, window {window}", min(layers * window, LONGEST)
-            rounds[layers, window] = train_until(net, reach, budget, track, label)
+            rounds[layers, window] = train_until(net, trials[:reach], budget, track, label)
             curves[layers, window] = [exam.success(net) for exam in exams]
             effects = [influence(net, n) for n in range(1, LONGEST + 1)]
             leak = max([leak, *effects[reach:]])
