@@ -5,23 +5,29 @@ A new operator joins every contract test by adding its cases to :data:`CASES`, a
 
 from vdcore.testing.cases import CASES, Case, Inputs, cases_of
 from vdcore.testing.layouts import LAYOUTS, lay_out
-from vdcore.testing.run import Outcome, check, judge, run
-from vdcore.testing.tolerance import Ratio, error_ratio, ulp
+from vdcore.testing.run import SEEDS, Outcome, check, judge, run, truth
+from vdcore.testing.tolerance import Errors, Ratio, error_ratio, errors, pooled, ratio, ulp
 from vdcore.testing.torch_forms import TORCH_FORMS
 
 __all__ = [
     "CASES",
     "LAYOUTS",
+    "SEEDS",
     "TORCH_FORMS",
     "Case",
+    "Errors",
     "Inputs",
     "Outcome",
     "Ratio",
     "cases_of",
     "check",
     "error_ratio",
+    "errors",
     "judge",
     "lay_out",
+    "pooled",
+    "ratio",
     "run",
+    "truth",
     "ulp",
 ]

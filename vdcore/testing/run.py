@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +15,10 @@ from torch import Tensor
 import vdcore
 from vdcore.testing.cases import Case, Inputs
 from vdcore.testing.layouts import lay_out
-from vdcore.testing.tolerance import Ratio, error_ratio
+from vdcore.testing.tolerance import Errors, Ratio, errors, pooled, ratio
 from vdcore.testing.torch_forms import TORCH_FORMS
+
+SEEDS = (0, 1, 2, 3)
 
 
 @dataclass
@@ -22,6 +27,10 @@ class Outcome:
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors: ``"output 0"``, ..., then the gradients by the names of their leaves."""
+        return {**{f"output {i}": x for i, x in enumerate(self.outputs)}, **self.gradients}
 
 
 def _flatten(result: Any) -> list[Tensor]:
@@ -55,6 +64,72 @@ def run(
     return Outcome([x.detach() for x in outputs], grads)
 
 
+# ---- What a case is held to: computed once per case, dtype and seed ----
+
+Truth = tuple[dict[str, Tensor], list[dict[str, Errors]]]  # exact results; errors of PyTorch's forms, by result
+
+
+def _digest(case: Case, dtype: torch.dtype, seed: int, gradients: bool) -> str:
+    """Names what a case draws by its contents: cases of one name in two files are two."""
+    inputs = case.inputs(dtype, seed=seed)
+    digest = hashlib.sha1(repr((case.op, dtype, gradients, torch.backends.cpu.get_cpu_capability())).encode())
+
+    def add(x: Any) -> None:
+        if isinstance(x, Tensor):
+            digest.update(repr((x.dtype, x.shape)).encode() + x.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(x, (list, tuple)):
+            digest.update(str(len(x)).encode())
+            for part in x:
+                add(part)
+        elif hasattr(x, "__dict__"):
+            digest.update(type(x).__name__.encode())
+            add([part for item in sorted(vars(x).items()) for part in item])
+        else:
+            digest.update(repr(x).encode())
+
+    add([part for item in sorted(inputs.args.items()) for part in item])
+    return digest.hexdigest()
+
+
+def _compute(case: Case, dtype: torch.dtype, seed: int, gradients: bool) -> Truth:
+    def draw(**kwargs: Any) -> Inputs:
+        return case.inputs(dtype, seed=seed, requires_grad=gradients, **kwargs)
+
+    function = getattr(vdcore, case.op)
+    exact = run(draw(stored=torch.float64), function, gradients=gradients, backend="reference").named()
+    forms = []
+    for form in TORCH_FORMS[case.op].values():
+        found = run(draw(), form, gradients=gradients).named()
+        forms.append({name: errors(x, exact[name]) for name, x in found.items()})
+    return exact, forms
+
+
+_truths: dict[str, Truth] = {}
+
+
+def truth(case: Case, dtype: torch.dtype, seed: int, *, gradients: bool = True) -> Truth:
+    """The float64 results of a case, and the errors of every torch form on it, by result's name.
+
+    Kept in this process, and where the environment variable ``VDCORE_TESTING_CACHE`` names a folder, in files there for
+    other processes: the reference takes a hundred times as long as the engine. Such a folder is for one version of the
+    sources: a run of the tests makes its own.
+    """
+    key = _digest(case, dtype, seed, gradients)
+    if key not in _truths:
+        folder = os.environ.get("VDCORE_TESTING_CACHE")
+        path = Path(folder) / f"{key}.pt" if folder else None
+        if path is not None and path.exists():
+            exact, forms = torch.load(path, weights_only=True)
+            _truths[key] = exact, [{name: Errors(*e) for name, e in form.items()} for form in forms]
+        else:
+            _truths[key] = exact, forms = _compute(case, dtype, seed, gradients)
+            if path is not None:
+                fresh = path.with_suffix(f".{os.getpid()}")
+                torch.save((exact, [{name: tuple(e) for name, e in form.items()} for form in forms]), fresh)
+                fresh.replace(path)  # another process sees a whole file or none
+    return _truths[key]
+
+
 def judge(
     case: Case,
     backend: str | None,
@@ -63,23 +138,27 @@ def judge(
     layout: str = "contiguous",
     device: str = "cpu",
     gradients: bool = True,
-    seed: int = 0,
+    seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Ratio]:
-    """Error ratios of a backend on a case, by output number and gradient name."""
+    """Error ratios of a backend on a case, by result's name.
 
-    def draw(**kwargs: Any) -> Inputs:
-        return case.inputs(dtype, seed=seed, requires_grad=gradients, **kwargs)
-
+    Args:
+        seeds: draws over which the backend's errors are pooled; PyTorch's are pooled over all of ``SEEDS``.
+    """
     function = getattr(vdcore, case.op)
-    ours = run(draw(layout=layout, device=device), function, gradients=gradients, layout=layout, backend=backend)
-    exact = run(draw(stored=torch.float64), function, gradients=gradients, backend="reference")
-    forms = [run(draw(), form, gradients=gradients) for form in TORCH_FORMS[case.op].values()]
-    ratios = {
-        f"output {i}": error_ratio(x, exact.outputs[i], [f.outputs[i] for f in forms])
-        for i, x in enumerate(ours.outputs)
-    }
-    for name, dx in ours.gradients.items():
-        ratios[name] = error_ratio(dx, exact.gradients[name], [f.gradients[name] for f in forms], gradient=True)
+    truths = [truth(case, dtype, seed, gradients=gradients) for seed in SEEDS]
+    ours: dict[str, list[Errors]] = {}
+    dtypes = {}
+    for seed in seeds:
+        inputs = case.inputs(dtype, seed=seed, requires_grad=gradients, layout=layout, device=device)
+        exact = truths[SEEDS.index(seed)][0]
+        for name, x in run(inputs, function, gradients=gradients, layout=layout, backend=backend).named().items():
+            ours.setdefault(name, []).append(errors(x, exact[name]))
+            dtypes[name] = x.dtype
+    ratios = {}
+    for name, found in ours.items():
+        forms = [pooled([forms[i][name] for _, forms in truths]) for i in range(len(truths[0][1]))]
+        ratios[name] = ratio(pooled(found), forms, dtypes[name], gradient=not name.startswith("output "))
     return ratios
 
 
