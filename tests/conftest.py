@@ -68,7 +68,9 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter):
     if over_budget:
-        terminalreporter.section(f"Over {LONGEST:.0f} s of processor time without a marker ({', '.join(sorted(TIERS))})")
+        terminalreporter.section(
+            f"Over {LONGEST:.0f} s of processor time without a marker ({', '.join(sorted(TIERS))})"
+        )
         terminalreporter.write_line("\n".join(over_budget))
 
 

@@ -91,7 +91,11 @@ def small(experiment):
     return lambda out: flicker.run(out, flicker.Budget(steps=1, batch=2, width=32, clips=6, sampling_steps=2))
 
 
-@pytest.mark.parametrize("experiment", [motion_paths, horizon, flicker], ids=lambda module: module.NAME)
+@pytest.mark.parametrize(
+    "experiment",
+    [motion_paths, horizon, pytest.param(flicker, marks=pytest.mark.slow)],
+    ids=lambda module: module.NAME,
+)
 def test_each_runs_and_leaves_its_figure(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(flicker, "real_windows", lambda *args: (_ for _ in ()).throw(FileNotFoundError))
     figure = small(experiment)(tmp_path)

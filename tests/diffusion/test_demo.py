@@ -44,6 +44,7 @@ def test_train_sample(tmp_path):
     assert load_trained(tmp_path / train_sample.FOLDER / runs.CHECKPOINT).step == 4
 
 
+@pytest.mark.slow
 def test_splicing(tmp_path):
     train_sample.run(tmp_path, RECIPE, samples=4, steps=1)
     settings = splicing.Settings(frames=(32,), together=2, videos=1, steps=2)

@@ -96,8 +96,9 @@ def test_compiled_in_one_graph(given):
     same_when_compiled(replace(given, depth=2 if given.attention == "alternating" else 1), "eager")
 
 
-def test_compiled_and_checkpointed():
-    same_when_compiled(replace(GIVEN[1], depth=1, checkpoint=True), "aot_eager")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_and_checkpointed(backend):
+    same_when_compiled(replace(GIVEN[1], depth=1, checkpoint=True), backend)
 
 
 @each

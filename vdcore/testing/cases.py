@@ -28,26 +28,43 @@ class Inputs:
     leaves: dict[str, Tensor]
 
 
+# What values look like: attention's gradients, for one, err otherwise where inputs have a mean.
+DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of standard normal values
+    "normal": lambda x: x,
+    "positive": lambda x: x.erf() / 2 + 0.5,
+    "with a mean": lambda x: x + 3,
+    "large": lambda x: 2 * x,
+    "small": lambda x: 1e-3 * x,
+    "outliers": lambda x: torch.where(x.abs() > 2, 2 * x, x),
+}
+
+
 class Draw:
     """Draws the tensors of a case: values rounded to the case's dtype, whatever dtype they are then stored in."""
 
     def __init__(
-        self, dtype: torch.dtype, stored: torch.dtype, device: str, layout: str, seed: int, requires_grad: bool
+        self,
+        dtype: torch.dtype,
+        stored: torch.dtype,
+        device: str,
+        layout: str,
+        seed: int,
+        requires_grad: bool,
+        values: str = "normal",
     ) -> None:
-        self.dtype, self.stored, self.device, self.layout, self.requires_grad = (
-            dtype,
-            stored,
-            device,
-            layout,
-            requires_grad,
-        )
+        self.dtype, self.stored, self.device, self.layout = dtype, stored, device, layout
+        self.requires_grad, self.distribution = requires_grad, DISTRIBUTIONS[values]
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.leaves: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, around: float = 0.0, spread: float = 1.0, dtype: Any = None) -> Tensor:
-        """A normally distributed tensor, a leaf of the call. ``dtype``: float32 beside a half-precision case."""
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * spread + around
-        return self.leaf(name, values, dtype)
+        """A random tensor, a leaf of the call. ``dtype``: float32 beside a half-precision case.
+
+        Tensors of spread 1 around 0 follow the case's distribution; all others, weights and gates, are normal.
+        """
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        plain = spread == 1 and around == 0
+        return self.leaf(name, self.distribution(values) if plain else values * spread + around, dtype)
 
     def leaf(self, name: str, values: Tensor, dtype: Any = None) -> Tensor:
         rounded = values.to(dtype or self.dtype)
@@ -69,12 +86,14 @@ class Case:
         name: what the case is about.
         build: makes the keyword arguments with a :class:`Draw`.
         tags: what tests select by.
+        values: of :data:`DISTRIBUTIONS`.
     """
 
     op: str
     name: str
     build: Callable[[Draw], dict[str, Any]]
     tags: frozenset[str] = field(default_factory=frozenset)
+    values: str = "normal"
 
     def inputs(
         self,
@@ -87,7 +106,7 @@ class Case:
         requires_grad: bool = False,
     ) -> Inputs:
         """The arguments, with values that ``dtype`` can hold, stored in ``stored`` (default: the same)."""
-        draw = Draw(dtype, stored or dtype, device, layout, seed, requires_grad)
+        draw = Draw(dtype, stored or dtype, device, layout, seed, requires_grad, self.values)
         args = self.build(draw)
         return Inputs(args, draw.leaves)
 
