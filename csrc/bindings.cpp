@@ -1,21 +1,19 @@
-// The Python module vdcore._native: tensors come as DLPack capsules and go to the engines as TensorView. Arguments have
-// been checked in Python; what is checked here is what would corrupt memory.
+// The Python module vdcore._native, the CPU engine: tensors come as DLPack capsules and go to the engine as TensorView.
+// Arguments have been checked in Python; what is checked here is what would corrupt memory.
 #include "cpu/bindings.h"
 
 #include <string>
 
 #include "common/threads.h"
 #include "cpu/engine.h"
-#include "cuda/bindings.h"
 
 namespace py = pybind11;
 using namespace vdcore;
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "vdcore's compiled kernels. Use the functions of vdcore instead: they check their arguments.";
+  m.doc() = "vdcore's CPU kernels. Use the functions of vdcore instead: they check their arguments.";
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); });
   cpu::define_attention(m);
   cpu::define_rows(m);
-  cuda::define(m);
 }

@@ -1,7 +1,5 @@
-// The CUDA kernels in Python: what is checked here is what would corrupt memory. Also the module of the emulator, which
-// takes CPU tensors where the other one takes CUDA's.
-#include "cuda/bindings.h"
-
+// The Python module vdcore._cuda, and vdcore._cuda_emulated, which takes CPU tensors where the other one takes CUDA's.
+// What is checked here is what would corrupt memory.
 #include "cuda/bindings_call.h"
 #include "cuda/bindings_frame_attention.h"
 #include "cuda/gated_attention.h"
@@ -157,8 +155,6 @@ std::optional<std::string> why_missing() {
 #endif
 }
 
-}  // namespace
-
 void define(py::module_& m) {
   m.def("cuda_missing", why_missing);
   m.def("cuda_temporal_fits", temporal_fits);
@@ -176,11 +172,12 @@ void define(py::module_& m) {
   define_frame_attention(m);
 }
 
+}  // namespace
 }  // namespace vdcore::cuda
 
 #ifdef VDCORE_EMULATE
 PYBIND11_MODULE(_cuda_emulated, m, pybind11::mod_gil_not_used()) {
-  m.doc() = "The CUDA kernels of vdcore, run on the CPU for tests.";
+  m.doc() = "vdcore's CUDA kernels, run on the CPU for tests.";
   namespace emulator = vdcore::cuda::emulator;
   vdcore::cuda::define(m);
   m.def("set_order", [](const std::string& order, uint64_t seed) {
@@ -190,5 +187,10 @@ PYBIND11_MODULE(_cuda_emulated, m, pybind11::mod_gil_not_used()) {
                                             : Order::forward,
                         seed);
   });
+}
+#else
+PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "vdcore's CUDA kernels. Use the functions of vdcore instead: they check their arguments.";
+  vdcore::cuda::define(m);
 }
 #endif

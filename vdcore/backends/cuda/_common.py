@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from vdcore.backends._native import native, why_no_native
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 ROW_BYTES = 16  # a row starts at a multiple of this: what a lane loads
+HOW_TO_BUILD = (
+    "`make cuda` builds it in a checkout, VDCORE_CUDA=ON in an installation (unasked, where there are a GPU and nvcc)"
+)
 _KINDS = {"rms": 1, "layer": 2}
 _STYLES = {"interleaved": 1, "half": 2}
 
@@ -30,22 +32,27 @@ def emulated() -> bool:
 
 
 @cache
-def _emulator() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[ModuleType | None, str | None]:
+    name = "vdcore._cuda_emulated" if emulated() else "vdcore._cuda"
     try:
-        return importlib.import_module("vdcore._cuda_emulated"), None
+        return importlib.import_module(name), None
+    except ModuleNotFoundError:
+        how = "`make build` does that in a checkout" if emulated() else HOW_TO_BUILD
+        return None, f"{name} is not built: {how}"
     except ImportError as error:
-        return None, f"VDCORE_CUDA_EMULATE is set, and the emulator is not built ({error})"
+        return None, f"{name} cannot be loaded: {error}"
 
 
 def why_no_kernels() -> str | None:
-    return _emulator()[1] if emulated() else why_no_native()
+    """The reason why there is no module with the kernels, or None."""
+    return _load()[1]
 
 
 def kernels() -> ModuleType:
     """The module with the kernels; only after :func:`why_no_kernels` has returned None."""
-    module = _emulator()[0] if emulated() else native()
+    module, reason = _load()
     if module is None:
-        raise RuntimeError(why_no_kernels())
+        raise RuntimeError(reason)
     return module
 
 
