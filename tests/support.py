@@ -10,7 +10,7 @@ import torch
 import vdcore
 from vdcore.backends import BACKENDS
 from vdcore.backends.cuda._common import emulated
-from vdcore.testing import CASES, SEEDS
+from vdcore.testing import CASES
 from vdcore.testing import check as check_all_draws
 
 HALF = (torch.bfloat16, torch.float16)
@@ -44,8 +44,8 @@ def dtype_of(backend):
 
 
 def check(case, backend, dtype=torch.float32, **kwargs):
-    """The tolerance rule; one draw where kernels are interpreted, against what PyTorch errs by over all of them."""
-    return check_all_draws(case, backend, dtype, seeds=SEEDS if backend in FAST else SEEDS[:1], **kwargs)
+    """The tolerance rule; interpreted kernels take one draw in four, against what PyTorch errs by over all of them."""
+    return check_all_draws(case, backend, dtype, every=1 if backend in FAST else 4, **kwargs)
 
 
 def on_backends(cases=None, names=None):

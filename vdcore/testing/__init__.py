@@ -5,14 +5,13 @@ A new operator joins every contract test by adding its cases to :data:`CASES`, a
 
 from vdcore.testing.cases import CASES, Case, Inputs, cases_of
 from vdcore.testing.layouts import LAYOUTS, lay_out
-from vdcore.testing.run import SEEDS, Outcome, check, judge, run, truth
+from vdcore.testing.run import Outcome, check, draws, judge, run, truth
 from vdcore.testing.tolerance import Errors, Ratio, error_ratio, errors, pooled, ratio, ulp
 from vdcore.testing.torch_forms import TORCH_FORMS
 
 __all__ = [
     "CASES",
     "LAYOUTS",
-    "SEEDS",
     "TORCH_FORMS",
     "Case",
     "Errors",
@@ -21,6 +20,7 @@ __all__ = [
     "Ratio",
     "cases_of",
     "check",
+    "draws",
     "error_ratio",
     "errors",
     "judge",

@@ -1,0 +1,96 @@
+"""Random calls: any operator, alternatives of its arguments, sizes, strides, dtype and values, against float64.
+
+``VDCORE_CPU_ISA=avx2 pytest -m slow tests/test_random_calls.py`` spends 20 minutes on that instruction set.
+"""
+
+import time
+from dataclasses import fields
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from support import FAST, backends_of
+from test_pairs import check_choice
+
+from vdcore.testing.alternatives import SPACES, Sizes
+from vdcore.testing.run import forget
+
+SIZES = {
+    "B": st.integers(1, 3),
+    "T": st.one_of(st.integers(1, 9), st.integers(10, 70)),
+    "S": st.one_of(st.integers(1, 9), st.sampled_from((16, 33, 70))),
+    "H": st.sampled_from((2, 4, 6)),
+    "D": st.one_of(st.sampled_from((8, 16, 40, 64, 72)), st.integers(4, 130)),
+    "L": st.one_of(st.integers(1, 9), st.sampled_from((17, 40, 77))),
+}
+MOST = 40_000  # scores of a call: the reference in float64 holds them all
+
+
+@st.composite
+def calls(draw, backends):
+    backend = draw(st.sampled_from(backends))
+    op = draw(st.sampled_from([op for op in SPACES if backend in backends_of(op)]))
+    space = SPACES[op]
+    choice = {name: draw(st.sampled_from(values)) for name, values in space.alternatives.items()}
+    hypothesis.assume(space.allows(choice))
+    sizes = Sizes(**{field.name: draw(SIZES[field.name]) for field in fields(Sizes)})
+    rows = sizes.T * sizes.S if op == "video_attention" else max(sizes.T, sizes.S)
+    hypothesis.assume(rows * rows * sizes.H * sizes.B <= MOST)
+    hypothesis.assume(sizes.B * sizes.T * sizes.S * sizes.H * sizes.D <= MOST)
+    return space, choice, sizes, backend
+
+
+def try_random_calls(seconds, backends, monkeypatch):
+    """Batches of new calls until the time is over; a call that fails is shrunk and shown."""
+    monkeypatch.delenv("VDCORE_TESTING_CACHE", raising=False)  # nothing is tried twice
+    tried, until, batch = 0, time.monotonic() + seconds, 0
+
+    def one(call):
+        nonlocal tried
+        try:
+            check_choice(*call)
+            tried += 1
+        except pytest.skip.Exception:  # this backend does not run the call, and says so
+            pass
+        finally:
+            forget()
+
+    while time.monotonic() < until:
+        test = hypothesis.given(calls(backends))(lambda call: one(call))
+        test = settings(
+            max_examples=20,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        )(test)
+        hypothesis.seed(batch)(test)()
+        batch += 1
+    assert tried > 0
+
+
+def test_compiled_engine(monkeypatch):
+    try_random_calls(12, [name for name in FAST if name != "reference"], monkeypatch)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_interpreted(backend, monkeypatch):
+    if backend not in backends_of("temporal_attention"):
+        pytest.skip(f"{backend} does not run here")
+    try_random_calls(8, [backend], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_minutes(monkeypatch):
+    try_random_calls(1200, ["cpu"], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("backend", ["sdpa", "triton", "cuda"])
+def test_other_backends_for_long(backend, monkeypatch):
+    if backend not in backends_of("spatial_attention"):
+        pytest.skip(f"{backend} does not run here")
+    try_random_calls(300, [backend], monkeypatch)
