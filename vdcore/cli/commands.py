@@ -132,7 +132,9 @@ def bench(
     compare: Annotated[
         tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")
     ] = None,
-    readme: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown file, and do no more.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Fill the tables of this file and of docs/ beside it, and do no more.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/bench"),
 ) -> None:
     """Measures the operators against naive attention and every serious peer.
@@ -268,10 +270,9 @@ def _readme(path: Path) -> None:
     from vdcore.bench import readme
 
     try:
-        filled = readme.fill(path.read_text(), path.parent)
+        readme.write(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--readme") from None
-    path.write_text(filled)
 
 
 # ---- profile ----
