@@ -47,8 +47,9 @@ def hide(tmp_path):
     return hidden
 
 
-def test_json():
-    facts = json.loads(vdcore("doctor", "--json").stdout)
+def test_json(capsys):
+    assert doctor.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["reference"] is None
     assert facts["operators"]["temporal_attention"]["cpu"] == "fwd + bwd"
     assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
@@ -56,8 +57,9 @@ def test_json():
     assert facts["extras"]["bench"] == []
 
 
-def test_text():
-    text = vdcore("doctor").stdout
+def test_text(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
     for expected in ("temporal_attention", "reference", "MALLOC_MMAP_THRESHOLD_", "xformers", "threads"):
         assert expected in text, expected
 
@@ -113,10 +115,18 @@ def test_the_help_of_a_plain_installation_names_every_command():
     assert names == list(cli.COMMANDS)
 
 
+def test_other_commands_name_the_extra_in_one_line(hide):
+    done = vdcore("bench", "--op", "modulate", code=1, **hide(["rich", "psutil"]))
+    assert done.stderr == "vdcore: rich, psutil missing here: pip install 'vdcore[bench]'\n" and not done.stdout
+
+
 @pytest.mark.parametrize("package", extras.EXTRAS["bench"])
-def test_other_commands_name_the_extra_in_one_line(package, hide):
-    done = vdcore("bench", "--op", "modulate", code=1, **hide([package]))
-    assert done.stderr == f"vdcore: {package} missing here: pip install 'vdcore[bench]'\n" and not done.stdout
+def test_every_package_of_the_extra_is_asked_for(package, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vdcore", "train", "--help"])
+    monkeypatch.setattr(extras, "installed", lambda module: module != package)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == f"vdcore: {package} missing here: pip install 'vdcore[bench]'\n"
 
 
 def test_extras_are_those_of_the_package():
