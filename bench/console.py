@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from vdcore.bench import compare, curves, machine, masks, summary
+from vdcore.bench import compare, curves, masks, summary
 from vdcore.bench.job import Job
 from vdcore.bench.memory import Point
 from vdcore.bench.profile import pattern_of
@@ -169,7 +168,7 @@ def print_masks(console: Console, rows: Sequence[Row]) -> None:
         console.print(table(f"What a mask costs: {title}", masks.HEADER, cells))
 
 
-# ---- Comparing, doctor ----
+# ---- Comparing ----
 
 
 def print_comparison(console: Console, found: compare.Comparison) -> None:
@@ -182,44 +181,3 @@ def print_comparison(console: Console, found: compare.Comparison) -> None:
     console.print(table("B over A", compare.HEADER, rows))
     for text in (*found.summary(), compare.LEGEND):
         console.print(text, soft_wrap=True)
-
-
-def print_facts(console: Console, facts: dict[str, Any]) -> None:
-    """``vdcore doctor`` for people."""
-    versions = {name: value for name, value in facts["versions"].items() if value}
-    missing = [name for name, value in facts["versions"].items() if not value]
-    machine_rows = [
-        *versions.items(),
-        ("commit", facts["commit"] or "not a checkout"),
-        ("threads", f"{facts['threads']['torch']} of torch on {facts['threads']['cores']} cores"),
-        ("memory", f"{machine.bytes_text(facts['memory']['available'])} available"),
-        ("allocator", facts["allocator"]["name"]),
-        *((f"GPU {i}", _gpu_text(gpu)) for i, gpu in enumerate(facts["gpus"])),
-        *((name, "none") for name in missing),
-    ]
-    console.print(table("Machine", ("what", "is"), machine_rows, text=True))
-    if facts["allocator"]["advice"]:
-        console.print(Text(facts["allocator"]["advice"], style="yellow"), soft_wrap=True)
-    backends = ((name, reason or "usable") for name, reason in facts["backends"].items())
-    console.print(table("Backends", ("backend", "here"), backends, text=True))
-    names = list(facts["backends"])
-    devices = list(next(iter(facts["chosen"].values())))
-    operators = (
-        (op, *(has[name] or "-" for name in names), *(facts["chosen"][op][device] for device in devices))
-        for op, has in facts["operators"].items()
-    )
-    header = ("operator", *names, *(f"auto on {device}" for device in devices))
-    console.print(table("What each backend has", header, operators, text=True))
-    console.print(
-        table("Peers", ("library", "version"), ((n, v or "not installed") for n, v in facts["peers"].items()))
-    )
-
-
-def print_records(console: Console, title: str, records: Sequence[dict[str, Any]]) -> None:
-    """Records with the same fields as a table."""
-    header = tuple(records[0]) if records else ("nothing",)
-    console.print(table(title, header, (["-" if x is None else str(x) for x in r.values()] for r in records)))
-
-
-def _gpu_text(gpu: dict[str, Any]) -> str:
-    return f"{gpu['name']}, {gpu['capability']}, {machine.bytes_text(gpu['memory'])}"

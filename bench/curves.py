@@ -78,7 +78,7 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
         key = (row.workload, pattern, row.mode, row.dtype, row.device)
         if key not in found:
             s = row.shape
-            shape = f"{s['S']} tokens a frame, {s['H']} x {s['D']} channels"
+            shape = f"{s['S']} tokens per frame, {s['H']} x {s['D']} channels"
             found[key] = Grid(f"{row.workload}, {row.mode}, {row.dtype}, {row.device}", pattern, shape)
         name = f"{row.provider}, {row.variant}" if row.variant else row.provider
         curve = found[key].curves.setdefault(name, Curve(name))

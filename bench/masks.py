@@ -146,15 +146,15 @@ HEADER = (
     "frames",
     "visible",
     "vdcore",
-    "a visible pair",
-    "over dense",
+    "time per visible pair",
+    "relative to dense",
     "SDPA, dense mask",
     "speed-up",
     "error",
 )
 LEGEND = (
-    "Forward. A visible pair: time over the visible pairs of all heads. Over dense: the same over that of dense "
-    "attention of the greatest length that is measured, in the same race."
+    "Forward. Time per visible pair: the time over the number of (query, key) pairs of all heads that the mask leaves "
+    "visible. Relative to dense: that, over the same of dense attention at the greatest length measured, in one race."
 )
 
 
@@ -165,7 +165,7 @@ def _pair(row: Row) -> float:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
-    """Cells as :data:`HEADER` names them, by a title: one table a machine's dtype."""
+    """Cells as :data:`HEADER` names them, by a title: one table per dtype and device."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.case.startswith(MASKS) and row.status == "ok" and row.p50:
@@ -176,7 +176,7 @@ def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
         theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
         dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
         s = ours[0].shape if ours else group[0].shape
-        title = f"{dtype}, {device}: {s['S']} tokens a frame, {s['H']} x {s['D']} channels"
+        title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
         made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
     return made
 

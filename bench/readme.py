@@ -1,6 +1,7 @@
-"""The tables of the README, made from the backends and from the results that are committed under bench/results.
+"""The tables of README.md and docs/, made from the backends and from the results committed under bench/results.
 
-``vdcore bench --readme README.md`` fills whatever stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``.
+``vdcore bench --readme README.md`` fills what stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``: in that
+file and in the pages of docs/ beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from vdcore.bench.results import Row, parse
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"
+
+# Operator, workload, dtype and mode of the README's rows: what the engine is for, what is about even, and a loss.
+HEADLINE = (
+    ("temporal_attention", "latte-1-512", "bfloat16", "fwd"),
+    ("video_attention", "long-video-60f", "float32", "fwd+bwd"),
+    ("patchify", "latte-1-512", "float32", "fwd"),
+    ("spatial_attention", "latte-1-512", "float32", "fwd+bwd"),
+    ("video_attention", "wan2.2-5b-704p", "float32", "fwd"),
+)
+HEADLINE_HEADER = ("operator", "workload", "dtype, mode", "vdcore", "best peer", "speed-up", "error ratio")
+MOST_LOSSES = 6  # that the README names
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
@@ -45,9 +57,60 @@ def operators(root: Path) -> str:
     return markdown(("operator", *(f"`{name}`" for name in names)), rows, text=True)
 
 
+def _measured(root: Path, device: str) -> list[Row]:
+    return [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+
+
+def headline(root: Path) -> str:
+    """The rows of :data:`HEADLINE`, where they were measured, and how to measure them again."""
+    found: dict[tuple[str, ...], summary.Line] = {}
+    for line in summary.lines(_measured(root, "cpu")):
+        job = line.job
+        if line.speedup is not None and "norm" not in job.case:
+            found.setdefault((job.op, job.workload, job.dtype, job.mode), line)
+    shown = [found[key] for key in HEADLINE if key in found]
+    if not shown:
+        return "No results of a CPU are committed.\n"
+    ops = ",".join(dict.fromkeys(line.job.op for line in shown))
+    return "\n".join(
+        [
+            markdown(HEADLINE_HEADER, map(_headline_cells, shown)),
+            f"{_machine([line.job for line in shown])[:-2]}; `vdcore bench --op {ops}` measures them again.\n",
+        ]
+    )
+
+
+def _headline_cells(line: summary.Line) -> tuple[str, ...]:
+    job, best = line.job, line.best
+    who = f"{summary.time_of(best)} {summary.name_of(best)}" if best else "-"
+    return (
+        _operator(line),
+        job.workload,
+        f"{job.dtype}, {job.mode}",
+        summary.time_of(line.ours),
+        who,
+        summary.speedup_text(line),
+        summary.error_text(line.ours),
+    )
+
+
+def losses(root: Path) -> str:
+    """The measured jobs in which the best peer is faster, the worst ones first."""
+    found = [line for line in summary.lines(_measured(root, "cpu")) if line.speedup is not None]
+    lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
+    parts = [f"The best peer is faster in {len(lost)} of {len(found)} jobs measured on a CPU:\n\n"]
+    for line in lost[:MOST_LOSSES]:
+        job, name = line.job, "" if line.best is None else summary.name_of(line.best)
+        what = f"{_operator(line)}, {job.workload}, {job.dtype}, {job.mode}"
+        parts.append(f"- {what}: {summary.speedup_text(line)} ({name})\n")
+    if len(lost) > MOST_LOSSES:
+        parts.append(f"- and {len(lost) - MOST_LOSSES} more, less far behind\n")
+    return "".join(parts)
+
+
 def _results(device: str) -> Callable[[Path], str]:
     def made(root: Path) -> str:
-        rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+        rows = _measured(root, device)
         if not any(row.status == "ok" for row in rows):
             return "No results of such a machine are committed.\n"
         found = [line for line in summary.lines(rows) if line.ours is not None]
@@ -104,6 +167,8 @@ def blocks(root: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
+    "headline": headline,
+    "losses": losses,
     "cpu": _results("cpu"),
     "gpu": _results("cuda"),
     "masks": mask_tables,
@@ -133,3 +198,15 @@ def fill(text: str, root: Path) -> str:
     if count != text.count("<!-- table:"):
         raise ValueError("a table has no <!-- /table -->")
     return filled
+
+
+def write(file: Path) -> None:
+    """Fills a file of the repository's root, and the pages in docs/ beside it; where one is wrong, none is written.
+
+    Raises:
+        ValueError: as :func:`fill`.
+    """
+    root = file.resolve().parent
+    filled = {page: fill(page.read_text(), root) for page in (file, *sorted((root / "docs").glob("*.md")))}
+    for page, text in filled.items():
+        page.write_text(text)

@@ -120,19 +120,23 @@ def time_of(row: Row | None, spread: bool = False) -> str:
 def cells(line: Line) -> tuple[str, ...]:
     """One table row, as :data:`HEADER` names it."""
     ours, best = line.ours, line.best
-    speedup = "-" if line.speedup is None else f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
     return (
         line.job.workload,
         line.job.dtype,
         line.job.mode,
         f"{time_of(ours, spread=True)} {backend_of(ours)}".strip(),
         f"{time_of(best, spread=True)} {name_of(best)}" if best else "-",
-        speedup,
+        speedup_text(line),
         time_of(line.naive),
         rate(ours) if ours else "-",
         "-" if line.over_copy is None else f"{line.over_copy:.2f}",
         error_text(ours),
     )
+
+
+def speedup_text(line: Line) -> str:
+    """``"1.07x ~"``: the best peer's time over ours; ~ where the difference is noise."""
+    return "-" if line.speedup is None else f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
 
 
 def backend_of(row: Row | None) -> str:

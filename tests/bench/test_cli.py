@@ -1,20 +1,16 @@
 """The command line, in processes of its own."""
 
-import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
 from vdcore.bench.results import load
 
-from vdcore import cli
-from vdcore.cli import parse_bytes
+from vdcore.cli.commands import parse_bytes
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
 
@@ -23,31 +19,6 @@ def vdcore(*arguments, code=0, **kwargs):
     done = subprocess.run([*VDCORE, *arguments], capture_output=True, text=True, timeout=300, **kwargs)
     assert done.returncode == code, done.stdout + done.stderr
     return done
-
-
-def test_doctor_speaks_json():
-    facts = json.loads(vdcore("doctor", "--json").stdout)
-    assert facts["backends"]["reference"] is None
-    assert facts["operators"]["temporal_attention"]["cpu"] == "fwd + bwd"
-    assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
-    assert facts["peers"]["torch"]
-
-
-def test_doctor_speaks_to_people():
-    text = vdcore("doctor").stdout
-    for expected in ("temporal_attention", "reference", "MALLOC_MMAP_THRESHOLD_", "xformers", "threads"):
-        assert expected in text, expected
-
-
-def test_doctor_imports_neither_triton_nor_diffusers():
-    code = (
-        "import sys, vdcore.cli\n"
-        "try: vdcore.cli.app(['doctor', '--json'])\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'triton', 'diffusers', 'xformers', 'matplotlib'} & set(sys.modules)"
-    )
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=plain)
 
 
 @pytest.mark.parametrize(
@@ -69,43 +40,6 @@ def test_doctor_imports_neither_triton_nor_diffusers():
 )
 def test_unknown_names_end_with_2_and_the_known_ones(arguments, expected):
     assert expected in vdcore(*arguments, code=2).stderr
-
-
-@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "psutil"])
-def test_a_missing_package_names_the_extra(package, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Hidden:\n"
-        "    def find_spec(self, name, *args):\n"
-        f"        if name.split('.')[0] == {package!r}: raise ImportError(name)\n"
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        f"u.find_spec = lambda name, *args: None if name == {package!r} else find(name, *args)\n"
-        "sys.meta_path.insert(0, Hidden())\n"
-    )
-    done = vdcore("doctor", code=1, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert f"{package} missing here: pip install 'vdcore[bench]'" in done.stderr
-
-
-def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch, capsys):
-    @dataclasses.dataclass
-    class Kernel:
-        kernel: str
-        arch: str
-        registers: int
-        problem: str | None
-
-    def compile_report(archs):
-        return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
-
-    monkeypatch.setitem(sys.modules, "vdcore.aot", types.SimpleNamespace(compile_report=compile_report))
-    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1), (["--json"], 0)):
-        with pytest.raises(SystemExit) as end:
-            cli.app(["doctor", "--compile", *arguments])
-        assert end.value.code == code, arguments
-        text = capsys.readouterr().out
-        assert "fwd" in text and ("it spills" in text) == bool(code)
-    assert json.loads(text) == [{"kernel": "fwd", "arch": "sm_90", "registers": 96, "problem": None}]
 
 
 SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds", "0.05", "--peer", "eager")

@@ -14,7 +14,7 @@ from vdcore.bench import hosts, machine, vdit
 from vdcore.bench.profile import Settings
 from vdcore.bench.results import FILE, Journal, parse
 
-from vdcore.cli import app
+from vdcore.cli.commands import app
 
 
 def test_a_model_is_measured_with_its_peers(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from vdcore import FrameMask
-from vdcore.cli import app
+from vdcore.cli.commands import app
 from vdcore.demo import (
     causal_encoder,
     experiments,

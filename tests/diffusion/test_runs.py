@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vdcore.cli import app
+from vdcore.cli.commands import app
 from vdcore.diffusion import runs
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.training import Recipe, load_trained

@@ -6,12 +6,12 @@ imports no triton.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from vdcore import extras
 from vdcore.backends.base import Backend
 from vdcore.backends.triton import (
     adaln,
@@ -30,7 +30,7 @@ VERSION_DENYLIST: dict[str, str] = {}
 
 @cache
 def missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not extras.installed("triton"):
         return "triton is not installed"
     try:
         installed = version("triton")

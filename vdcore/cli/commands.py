@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -11,27 +10,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-# The default set ends within ten minutes also on a machine that others use; on an idle one it is not cut.
-JOBS_SECONDS, PROFILE_SECONDS = 420.0, 110.0
-EXTRA = ("typer", "rich", "matplotlib", "psutil")
+import typer
 
-
-def _need_extra() -> None:
-    """Ends the program where a package of the extra is missing, before anything was measured."""
-    import importlib.util
-
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"vdcore: {', '.join(missing)} missing here: pip install 'vdcore[bench]'", file=sys.stderr)
-        raise SystemExit(1)
-
-
-_need_extra()
-
-import typer  # noqa: E402
+from vdcore.demo import commands as demonstration
+from vdcore.diffusion import commands as diffusion
 
 if TYPE_CHECKING:
     from vdcore.bench.results import Journal
+
+# The default set ends within ten minutes also on a machine that others use; on an idle one it is not cut.
+JOBS_SECONDS, PROFILE_SECONDS = 420.0, 110.0
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -113,49 +101,12 @@ def _relaunch(device: str) -> None:
 # ---- doctor ----
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    compile_all: Annotated[
-        bool, typer.Option("--compile", help="Compile every Triton kernel ahead of time; needs no GPU.")
-    ] = False,
-    arch: Annotated[list[str] | None, several("Architectures for --compile, such as sm_90 or gfx942.")] = None,
-) -> None:
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def doctor(context: typer.Context) -> None:
     """What can run on this machine, and why the rest cannot."""
-    if compile_all:
-        _compile(_split(arch), as_json)
-        return
-    from vdcore.bench import console, doctor
+    from vdcore.bench import doctor
 
-    facts = doctor.facts()
-    if as_json:
-        print(json.dumps(facts, indent=1))
-    else:
-        console.print_facts(console.make_console(), facts)
-
-
-def _compile(archs: tuple[str, ...], as_json: bool) -> None:
-    """A line for every kernel and config; exit code 1 if one has a problem: it fails, spills or does not fit."""
-    import dataclasses
-    import importlib
-
-    from vdcore.bench import console
-
-    try:
-        aot = importlib.import_module("vdcore.aot")
-    except ModuleNotFoundError as error:
-        print(f"vdcore: kernels cannot be compiled ahead of time here: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    try:
-        records = [dataclasses.asdict(record) for record in aot.compile_report(archs or None)]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--arch") from None
-    if as_json:
-        print(json.dumps(records, indent=1))
-    else:
-        console.print_records(console.make_console(), "Kernels compiled ahead of time", records)
-    if any(record["problem"] for record in records):
-        raise typer.Exit(1)
+    raise typer.Exit(doctor.main(context.args))  # reads its options itself, since it also runs where typer is not
 
 
 # ---- bench ----
@@ -181,7 +132,9 @@ def bench(
     compare: Annotated[
         tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")
     ] = None,
-    readme: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown file, and do no more.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Fill the tables of this file and of docs/ beside it, and do no more.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/bench"),
 ) -> None:
     """Measures the operators against naive attention and every serious peer.
@@ -317,10 +270,9 @@ def _readme(path: Path) -> None:
     from vdcore.bench import readme
 
     try:
-        filled = readme.fill(path.read_text(), path.parent)
+        readme.write(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--readme") from None
-    path.write_text(filled)
 
 
 # ---- profile ----
@@ -432,17 +384,6 @@ def _write(out: Path, measure: Callable[[Journal], None]) -> None:
 
 # ---- train, sample, demo ----
 
-from vdcore.demo import commands as demonstration  # noqa: E402  (after the check of the extra)
-from vdcore.diffusion import commands as diffusion  # noqa: E402
-
 app.command()(diffusion.train)
 app.command()(diffusion.sample)
 app.command()(demonstration.demo)
-
-
-def main() -> None:
-    app(prog_name="vdcore")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,162 @@
+"""``vdcore doctor``, with every extra and on an installation of torch and numpy alone."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+from vdcore.bench import doctor
+
+from vdcore import cli, extras
+
+EXTRAS = [module for modules in extras.EXTRAS.values() for module in modules]
+
+
+def vdcore(*arguments, code=0, **environment):
+    """Runs ``vdcore`` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vdcore.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def hide(tmp_path):
+    """Makes an environment in which these packages cannot be imported."""
+
+    def hidden(packages):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\n"
+            "class Hidden:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name.split('.')[0] in {tuple(packages)!r}: raise ModuleNotFoundError(name, name=name)\n"
+            "sys.meta_path.insert(0, Hidden())\n"
+        )
+        return {"PYTHONPATH": str(tmp_path)}
+
+    return hidden
+
+
+def test_json(capsys):
+    assert doctor.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["reference"] is None
+    assert facts["operators"]["temporal_attention"]["cpu"] == "fwd + bwd"
+    assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
+    assert facts["peers"]["torch"] and facts["memory"]["available"]
+    assert facts["extras"]["bench"] == []
+
+
+def test_text(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    for expected in ("temporal_attention", "reference", "MALLOC_MMAP_THRESHOLD_", "xformers", "threads"):
+        assert expected in text, expected
+
+
+def test_it_imports_neither_triton_nor_diffusers():
+    code = (
+        "import sys; from vdcore.cli.commands import app\n"
+        "try: app(['doctor', '--json'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'triton', 'diffusers', 'xformers', 'matplotlib'} & set(sys.modules)"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=plain)
+
+
+def test_a_plain_installation_is_told_what_is_missing_and_which_extra_brings_it(hide):
+    text = vdcore("doctor", **hide([*EXTRAS, "triton"])).stdout
+    for extra, modules in extras.EXTRAS.items():
+        assert f"{', '.join(modules)} missing: pip install 'vdcore[{extra}]'" in text
+    assert "unknown without psutil" in text and "usable" in text and "triton is not installed" in text
+
+
+def test_json_of_a_plain_installation(hide):
+    facts = json.loads(vdcore("doctor", "--json", **hide([*EXTRAS, "triton"])).stdout)
+    assert facts["extras"] == {extra: list(modules) for extra, modules in extras.EXTRAS.items()}
+    assert facts["memory"] == {"available": None, "total": None} and facts["threads"]["cores"]
+
+
+def test_kernels_are_not_compiled_without_triton(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "vdcore.aot", raising=False)
+    assert doctor.main(["--compile"]) == 1
+    assert "triton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0)])
+def test_a_plain_installation_has_help_and_the_same_exit_codes(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vdcore", *arguments])
+    with pytest.raises(SystemExit, match=str(code)):
+        cli.main()
+    capsys.readouterr()
+    monkeypatch.setattr(extras, "installed", lambda module: False)
+    with pytest.raises(SystemExit, match=str(code)):
+        cli.main()
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert "pip install 'vdcore[bench]'" in text
+
+
+def test_the_help_of_a_plain_installation_names_every_command():
+    commands = pytest.importorskip("vdcore.cli.commands")
+    names = [command.name or command.callback.__name__ for command in commands.app.registered_commands]
+    assert names == list(cli.COMMANDS)
+
+
+def test_other_commands_name_the_extra_in_one_line(hide):
+    done = vdcore("bench", "--op", "modulate", code=1, **hide(["rich", "psutil"]))
+    assert done.stderr == "vdcore: rich, psutil missing here: pip install 'vdcore[bench]'\n" and not done.stdout
+
+
+@pytest.mark.parametrize("package", extras.EXTRAS["bench"])
+def test_every_package_of_the_extra_is_asked_for(package, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vdcore", "train", "--help"])
+    monkeypatch.setattr(extras, "installed", lambda module: module != package)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == f"vdcore: {package} missing here: pip install 'vdcore[bench]'\n"
+
+
+def test_extras_are_those_of_the_package():
+    distributions = {"cv2": "opencv-python-headless"}
+    required = importlib.metadata.requires("vdcore")
+    for extra, modules in extras.EXTRAS.items():
+        of_extra = {re.match(r"[\w.-]+", r)[0] for r in required if re.search(rf"extra == ['\"]{extra}['\"]", r)}
+        assert {distributions.get(module, module) for module in modules} <= of_extra
+    assert list(doctor.EXTRAS) == list(extras.EXTRAS)
+
+
+def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch, capsys):
+    @dataclasses.dataclass
+    class Kernel:
+        kernel: str
+        arch: str
+        registers: int
+        problem: str | None
+
+    def compile_report(archs):
+        if archs and "sm_1" in archs:
+            raise ValueError("sm_1: not known")
+        return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
+
+    monkeypatch.setitem(sys.modules, "vdcore.aot", types.SimpleNamespace(compile_report=compile_report))
+    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1), (["--json"], 0)):
+        assert doctor.main(["--compile", *arguments]) == code
+        text = capsys.readouterr().out
+        assert "fwd" in text and ("it spills" in text) == bool(code)
+    assert json.loads(text) == [{"kernel": "fwd", "arch": "sm_90", "registers": 96, "problem": None}]
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--compile", "--arch", "sm_1"])
+    assert "--arch: sm_1: not known" in capsys.readouterr().err

@@ -1,0 +1,5 @@
+"""``python -m vdcore.cli`` is the program ``vdcore``."""
+
+from vdcore.cli import main
+
+main()
