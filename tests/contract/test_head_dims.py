@@ -7,7 +7,7 @@ from vdcore import FrameMask
 from vdcore.testing import Case
 
 HEAD_DIMS = [1, 8, 40, 59, 64, 72, 80, 96, 104, 111, 128, 160, 256]
-# What interpreted kernels are tried on: one of each way through them, a power of 2 short of its tile, ragged, odd, widest.
+# For interpreted kernels: short of a power of 2, ragged, odd, widest.
 FEW = [40, 72, 111, 256]
 
 
