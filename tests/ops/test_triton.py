@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import backends_of
+from support import backends_of, check
 
 from vdcore import FrameMask, QKNorm, Rope, axial_rope
-from vdcore.testing import Case, check
+from vdcore.testing import Case
 
 pytestmark = pytest.mark.skipif("triton" not in backends_of("temporal_attention"), reason="needs triton")
 
