@@ -18,7 +18,7 @@ from vdcore.bench.profile import pattern_of
 from vdcore.bench.results import Row
 from vdcore.bench.runner import DTYPE_NAMES, Watch
 
-WIDTH_OF_FILES = 190  # columns, where the output is not a terminal
+WIDTH_OF_FILES = 220  # columns, where the output is not a terminal
 
 
 def make_console() -> Console:
@@ -41,9 +41,8 @@ def table(
 class Screen(Watch):
     """Shows a run: a bar below, and above it the table that is growing."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.growing = console, Group()
-        self._title = ""
+    def __init__(self, console: Console, title: str = "Operators") -> None:
+        self.console, self.title, self.growing = console, title, Group()
         self._lines: list[summary.Line] = []
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -78,30 +77,26 @@ class Screen(Watch):
     # ---- jobs ----
 
     def begin(self, job: Job, number: int, total: int) -> None:
-        case = "" if job.case == "plain" else f", {job.case}"
-        self._now = f"{job.op}{case}, {job.workload.name}, {job.mode}, {DTYPE_NAMES[job.dtype]}"
+        self._now = f"{job.op}, {job.case}, {job.workload.name}, {job.mode}, {DTYPE_NAMES[job.dtype]}"
         self.show(self._now, number, total)
 
     def doing(self, what: str) -> None:
         self._progress.update(self._task, description=f"{self._now}: {what}" if self._now else what)
 
     def finish(self, job: Job, rows: list[Row]) -> None:
-        for line in summary.lines(rows):
-            (title,) = summary.groups([line])
-            if title != self._title:
-                self.flush()
-                self._title = title
-            self._lines.append(line)
-        self.growing = Group(job_table(self._title, self._lines))
+        # A job without a number has its reason below, in the summary.
+        self._lines += [line for line in summary.lines(rows) if line.ours or line.backends or line.peers]
+        self.growing = Group(job_table(self.title, self._lines))
 
     def flush(self) -> None:
         if self._lines:
-            self.console.print(job_table(self._title, self._lines))
-        self._title, self._lines, self._now = "", [], ""
+            self.console.print(job_table(self.title, self._lines))
+        self._lines, self._now = [], ""
 
 
 def job_table(title: str, found: Sequence[summary.Line]) -> RenderableType:
-    return table(title, summary.HEADER, (summary.cells(line) for line in found))
+    cells = ((line.job.op + summary.case_of(line), *summary.cells(line)) for line in found)
+    return table(title, ("operator", *summary.HEADER), cells)
 
 
 def bar_table(rows: Sequence[Row]) -> RenderableType:
@@ -113,6 +108,8 @@ def bar_table(rows: Sequence[Row]) -> RenderableType:
 def print_summary(console: Console, rows: Sequence[Row]) -> None:
     """After the tables: what they mean, over all workloads, and who is missing and why."""
     found = summary.lines(rows)
+    if not found:
+        return
     console.print(Text(f"\n{summary.LEGEND}", style="dim"))
     overhead = summary.overhead_cells(rows)
     if overhead:
@@ -164,6 +161,9 @@ def print_profile(console: Console, rows: Sequence[Row]) -> None:
 
 
 def print_masks(console: Console, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.case.startswith(curves.MASKS) and row.status == "skipped":
+            console.print(f"{row.case}, {row.dtype}, {row.x:g} frames: {row.reason}")
     for title, cells in masks.tables(rows).items():
         console.print(table(f"What a mask costs: {title}", masks.HEADER, cells))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def relaunch(arguments: Iterable[str]) -> int:
             continue
 
 
-@contextmanager
+@contextlib.contextmanager
 def returning_memory() -> Iterator[None]:
     """Inside, glibc hands freed memory back to the system, so that a resident size means memory in use.
 
@@ -175,14 +176,35 @@ def memory_limit(device: str = "cpu") -> int:
     return max(free - max(free // 10, 2**30), 0)
 
 
-def busy() -> str | None:
-    """A warning if others were using the processors during the last minute, else None."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < cores / 2:
-        return None
-    return f"other processes are busy here (load {load:.1f} on {cores} processors): times will be too long, and noisy"
+class Load:
+    """How busy others keep the processors, from its making on.
+
+    Attributes:
+        average: the load average of the minute before, which nothing of ours is in; None where the system has none.
+    """
+
+    def __init__(self) -> None:
+        self.average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        self._begin = self._clocks()
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        """Seconds: passed; of processors that others used; of processors that the hypervisor gave away."""
+        import psutil
+
+        used, me = psutil.cpu_times(), psutil.Process()
+        stolen = getattr(used, "steal", 0.0)
+        idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # a guest's time is in user already
+        others = sum(t for name, t in used._asdict().items() if name not in idle)
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended: its parent has its time
+                others -= sum(process.cpu_times()[:4])  # with children that were waited for
+        return time.monotonic(), others, stolen
+
+    def so_far(self) -> tuple[float, float]:
+        """Processors that others used, and that were stolen, on average."""
+        seconds, others, stolen = (now - then for now, then in zip(self._clocks(), self._begin))
+        return max(others / max(seconds, 1e-9), 0.0), stolen / max(seconds, 1e-9)
 
 
 def bytes_text(n: float) -> str:

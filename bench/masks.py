@@ -7,8 +7,10 @@ same mask as a boolean matrix, takes part where its score matrix is small enough
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from vdcore.bench.machine import seconds_text
 from vdcore.bench.memory import function_of
 from vdcore.bench.results import Journal, Row
 from vdcore.bench.rows import Function, masked
-from vdcore.bench.runner import blank
+from vdcore.bench.runner import LATE, blank
 from vdcore.bench.timing import Contender, clock_for, race
 from vdcore.bench.workloads import Shape, load
 
@@ -31,7 +33,7 @@ from vdcore.testing import TORCH_FORMS, error_ratio
 WORKLOAD = "latte-1-512"
 TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
 FRAMES = (16, 32, 64, 128)
-ROUNDS = 7
+ROUNDS, FEW_ROUNDS = 7, 3  # alone 50 s per dtype on 2 cores, in the default set 25
 SWEEP: dict[str, FrameMask] = {
     "dense": FrameMask.full(),
     "causal": FrameMask.causal(),
@@ -40,8 +42,9 @@ SWEEP: dict[str, FrameMask] = {
     "symmetric window": FrameMask.symmetric(2),
     "window + sink": FrameMask(past=2, future=0, sink=1),
 }
-FLOPS = {"cpu": 9e10, "cuda": 2e14}  # of one call; a mask that has more visible pairs is left out at that length
-SDPA_FLOPS = {"cpu": 6e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
+# Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
+FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
+SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
 
 
 @dataclass
@@ -64,45 +67,54 @@ def run(
     frames: Sequence[int] = FRAMES,
     tokens: tuple[int, int] | None = None,
     rounds: int = ROUNDS,
+    until: float = math.inf,
 ) -> None:
-    """Measures every mask at every length; rows of an interrupted race are kept."""
+    """Measures every mask at every length; rows of an interrupted race are kept.
+
+    Args:
+        until: of time.monotonic(); nothing begins after it, but the fewest rounds of a race.
+    """
     kind = torch.device(device).type
+    whole = load()[WORKLOAD].shape()
+    rows, columns = tokens or TOKENS[kind]
+    heads = 2 if kind == "cpu" else whole.H
     for dtype in dtypes:
-        doing(f"masks, {str(dtype).removeprefix('torch.')}: warming up")
-        entries = _entries(device, dtype, frames, tokens or TOKENS[kind], kind)
-        doing(f"masks, {str(dtype).removeprefix('torch.')}: {rounds} rounds of {len(entries)} calls")
+        what, entries = f"masks, {str(dtype).removeprefix('torch.')}", list[_Entry]()
+        for T in frames:
+            shape = Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D)
+            if time.monotonic() > until:
+                row = blank(make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape))
+                row = replace(row, case=f"{MASKS}all", provider="all", status="skipped")
+                journal.add([replace(row, reason=f"{LATE}: measure it with --masks")])
+                continue
+            doing(f"{what}: warming up {T} frames")
+            entries += _entries(device, dtype, shape)
+        doing(f"{what}: {rounds} rounds of {len(entries)} calls")
         contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
         try:
-            race(contenders, dict.fromkeys(contenders, rounds), clock_for(device))
+            race(contenders, dict.fromkeys(contenders, rounds), clock_for(device), until)
         finally:
             journal.add(_row(entry) for entry in entries if entry.contender.samples)
 
 
-def _entries(
-    device: str, dtype: torch.dtype, frames: Sequence[int], tokens: tuple[int, int], kind: str
-) -> list[_Entry]:
-    """Every mask at every length, by everybody who can take it; warm and judged."""
-    workload = load()[WORKLOAD]
-    whole = workload.shape()
-    heads = 2 if kind == "cpu" else whole.H
-    entries = []
-    for T in frames:
-        shape = Shape(B=1, T=T, rows=tokens[0], columns=tokens[1], H=heads, G=heads, D=whole.D)
-        tensors: Tensors = {}
-        for name, mask in SWEEP.items():
-            job = make("video_attention", workload, dtype=dtype, device=device, mask=mask, shape=shape)
-            if job.forward_flops() > FLOPS[kind]:
-                continue
-            tensors = tensors or job.tensors()
-            calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
-            if 0 < job.forward_flops() / mask.density(T) <= SDPA_FLOPS[kind]:
-                variant = "dense mask" if masked(job) else "strided"
-                calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
-            ratios = _judge(job, tensors, [call(None) for call in calls.values()])
-            entries += [
-                _Entry(name, job, provider, Contender(call), ratio)
-                for (provider, call), ratio in zip(calls.items(), ratios)
-            ]
+def _entries(device: str, dtype: torch.dtype, shape: Shape) -> list[_Entry]:
+    """Every mask by everybody who can take it; warm and judged."""
+    kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    for name, mask in SWEEP.items():
+        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, mask=mask, shape=shape)
+        if job.forward_flops() > FLOPS[kind] * threads:
+            continue
+        tensors = tensors or job.tensors()
+        calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
+        if 0 < job.forward_flops() / mask.density(shape.T) <= SDPA_FLOPS[kind] * threads:
+            variant = "dense mask" if masked(job) else "strided"
+            calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
+        ratios = _judge(job, tensors, [call(None) for call in calls.values()])
+        entries += [
+            _Entry(name, job, provider, Contender(call), ratio)
+            for (provider, call), ratio in zip(calls.items(), ratios)
+        ]
     return entries
 
 

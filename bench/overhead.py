@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +16,7 @@ from vdcore.bench.jobs import make
 from vdcore.bench.judge import flat
 from vdcore.bench.peers import PEERS
 from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import blank
+from vdcore.bench.runner import LATE, blank
 from vdcore.bench.timing import Contender, CpuClock, Spread, race
 from vdcore.bench.workloads import Shape, load
 
@@ -103,7 +105,12 @@ def _repeat(call: Callable[[], Any], count: int) -> None:
         call()
 
 
-def run(journal: Journal, device: str = "cpu", doing: Callable[[str], None] = lambda what: None) -> None:
+def run(
+    journal: Journal,
+    device: str = "cpu",
+    doing: Callable[[str], None] = lambda what: None,
+    until: float = math.inf,
+) -> None:
     """Every operator of :data:`OPS` forward, and the first also with backward; on one thread.
 
     With more, some providers start and join all of them for a few tokens, and that would be what is measured.
@@ -112,7 +119,12 @@ def run(journal: Journal, device: str = "cpu", doing: Callable[[str], None] = la
     torch.set_num_threads(1)
     try:
         for op, mode in (*((op, "fwd") for op in OPS), (OPS[0], "fwd+bwd")):
+            job = tiny_job(op, mode, device)
+            if time.monotonic() > until:
+                row = replace(blank(job), metric="overhead", provider="all", status="skipped", reason=LATE)
+                journal.add([row])
+                continue
             doing(f"call overhead of {op}, {mode}")
-            journal.add(measure(tiny_job(op, mode, device)))
+            journal.add(measure(job))
     finally:
         torch.set_num_threads(threads)

@@ -356,8 +356,8 @@ def _addcmul(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(residual, gate[:, None, None], x)
 
 
+# The strongest first: where the clock cuts a job's peers, the last are missing.
 PEERS: list[Peer] = [
-    Peer("naive", ATTENTION, _naive, workspace=materialised),
     *(
         Peer(
             f"sdpa[{name}]",
@@ -368,6 +368,7 @@ PEERS: list[Peer] = [
         )
         for name, (backend, devices) in _BACKENDS.items()
     ),
+    Peer("naive", ATTENTION, _naive, workspace=materialised),
     Peer("flex", ATTENTION, _flex, _flex_why_not, slow_start=True),
     Peer("flash-attn-2", ATTENTION, _flash_attn("flash_attn"), _library("flash_attn"), module="flash_attn"),
     Peer(
@@ -378,15 +379,15 @@ PEERS: list[Peer] = [
     Peer("natten", ("video_attention",), _natten, _natten_why_not, module="natten"),
     Peer("sageattention", ATTENTION, _sage, _library("sageattention", backward=False), module="sageattention"),
     *_eager_or_compiled("eager", {"formula": _qk_norm_rope}, "qk_norm_rope"),
+    *_eager_or_compiled(
+        "linear", {"reshape + linear": _patches_linear, "in float32": _wide(_patches_linear)}, "patchify"
+    ),
     Peer(
         *("conv3d", ("patchify",)),
         lambda job: {
             "channels first": lambda: _conv3d(torch.contiguous_format),
             "channels last": lambda: _conv3d(torch.channels_last_3d),
         },
-    ),
-    *_eager_or_compiled(
-        "linear", {"reshape + linear": _patches_linear, "in float32": _wide(_patches_linear)}, "patchify"
     ),
     *_eager_or_compiled(
         "linear", {"linear + permute": _linear_patches, "in float32": _wide(_linear_patches)}, "unpatchify"

@@ -27,7 +27,8 @@ def draw(rows: Sequence[Row]) -> Pictures:
         drawable = [line for line in some if line.ours is not None]
         if drawable:
             pictures[name] = (title, _bars(title, drawable))
-    for i, group in enumerate(_by_workload(curves.grids(rows))):
+    points = [row for row in rows if row.p50 is not None]
+    for i, group in enumerate(_by_workload(curves.grids(points))):
         title = f"Memory and time against frames: {group[0].key}"
         pictures["profile" + (f"_{i + 1}" if i else "")] = (title, _profile(title, group))
     return pictures
@@ -53,8 +54,7 @@ def _png(figure: Any) -> bytes:
 def _label(line: summary.Line) -> str:
     job = line.job
     op = "" if job.op == "temporal_attention" else f"{job.op} "
-    case = "" if job.case == "plain" else f", {job.case}"
-    return f"{op}{job.workload}\n{job.dtype}, {job.mode}{case}"
+    return f"{op}{job.workload}\n{job.dtype}, {job.mode}{summary.case_of(line)}"
 
 
 def _bars(title: str, found: Sequence[summary.Line]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vdcore.bench import block, curves, masks, summary
 from vdcore.bench.doctor import operator_table
-from vdcore.bench.results import Row, parse
+from vdcore.bench.results import Row, newest, parse
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"
@@ -42,11 +42,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], text: bool = 
 def committed(root: Path) -> list[Row]:
     """The newest row of every measurement in ``bench/results`` of the repository."""
     rows = [row for file in sorted((root / RESULTS).rglob("*.jsonl")) for row in parse(file.read_text())]
-    newest: dict[tuple, Row] = {}
-    for row in sorted(rows, key=lambda row: row.time):
-        key = (*row.key(), row.versions.get("cpu"), row.versions.get("gpu"))
-        newest[key] = row
-    return list(newest.values())
+    in_time = sorted(rows, key=lambda row: row.time)
+    return newest(in_time, lambda row: (*row.key(), row.versions.get("cpu"), row.versions.get("gpu")))
 
 
 def operators(root: Path) -> str:
@@ -64,7 +61,8 @@ def _measured(root: Path, device: str) -> list[Row]:
 def headline(root: Path) -> str:
     """The rows of :data:`HEADLINE`, where they were measured, and how to measure them again."""
     found: dict[tuple[str, ...], summary.Line] = {}
-    for line in summary.lines(_measured(root, "cpu")):
+    rows = _measured(root, "cpu")
+    for line in summary.lines(rows):
         job = line.job
         if line.speedup is not None and "norm" not in job.case:
             found.setdefault((job.op, job.workload, job.dtype, job.mode), line)
@@ -74,6 +72,7 @@ def headline(root: Path) -> str:
     ops = ",".join(dict.fromkeys(line.job.op for line in shown))
     return "\n".join(
         [
+            *_noise(rows),
             markdown(HEADLINE_HEADER, map(_headline_cells, shown)),
             f"{_machine([line.job for line in shown])[:-2]}; `vdcore bench --op {ops}` measures them again.\n",
         ]
@@ -114,7 +113,7 @@ def _results(device: str) -> Callable[[Path], str]:
         if not any(row.status == "ok" for row in rows):
             return "No results of such a machine are committed.\n"
         found = [line for line in summary.lines(rows) if line.ours is not None]
-        parts = [_machine(rows)]
+        parts = [*_noise(rows), _machine(rows)]
         bars = summary.bars(found)
         if bars:
             parts.append(markdown(summary.BAR_HEADER, map(summary.bar_cells, bars)))
@@ -127,7 +126,13 @@ def _results(device: str) -> Callable[[Path], str]:
 
 
 def _operator(line: summary.Line) -> str:
-    return f"`{line.job.op}`" + ("" if line.job.case == "plain" else f", {line.job.case}")
+    return f"`{line.job.op}`" + summary.case_of(line)
+
+
+def _noise(rows: Sequence[Row]) -> list[str]:
+    """The first line, if these rows are noisy."""
+    said = summary.noise(rows)
+    return [f"{said}\n"] if said else []
 
 
 def _machine(rows: Sequence[Row]) -> str:

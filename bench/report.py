@@ -41,10 +41,10 @@ def _image(png: bytes, title: str) -> str:
     return f'<p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></p>'
 
 
-def page(rows: Sequence[Row], pictures: dict[str, tuple[str, bytes]]) -> str:
+def page(rows: Sequence[Row], pictures: dict[str, tuple[str, bytes]], noise: str = "") -> str:
     """The report: ``pictures`` are PNGs by file stem, with their titles; those of the profile begin with profile."""
     found = summary.lines(rows)
-    parts = [f"<h1>vdcore benchmark</h1>{_machine(rows)}"]
+    parts = [f"<h1>vdcore benchmark</h1>{_note(noise) if noise else ''}{_machine(rows)}"]
     wrong = summary.wrong(found)
     if wrong:
         parts.append("<ul>" + "".join(f'<li class="wrong">{html.escape(x)}</li>' for x in wrong) + "</ul>")
@@ -105,8 +105,7 @@ _EVERY_HEADER = ("job", "scaled", "provider", "time", "samples", "error", "page 
 def _every(found: Sequence[summary.Line]) -> Iterable[tuple[str, ...]]:
     for line in found:
         job = line.job
-        case = "" if job.case == "plain" else f", {job.case}"
-        what = f"{job.op}{case}, {job.workload}, {job.dtype}, {job.mode}"
+        what = f"{job.op}{summary.case_of(line)}, {job.workload}, {job.dtype}, {job.mode}"
         for row in (line.ours, *line.backends, line.copy, *line.peers):
             if row is not None:
                 faults = "-" if row.page_faults is None else f"{row.page_faults:.0f}"
@@ -115,13 +114,13 @@ def _every(found: Sequence[summary.Line]) -> Iterable[tuple[str, ...]]:
                 yield what, job.scaling, summary.name_of(row), time, str(row.samples), error, faults, row.reason
 
 
-def write(rows: Sequence[Row], out: Path) -> list[Path]:
-    """PNG plots and ``report.html`` into the folder; returns their paths."""
+def write(rows: Sequence[Row], out: Path, noise: str = "") -> list[Path]:
+    """PNG plots and ``report.html`` into the folder; returns their paths. ``noise`` is the report's first line."""
     pictures = plots.draw(rows)
     written = []
     for name, (_, png) in pictures.items():
         written.append(out / f"{name}.png")
         written[-1].write_bytes(png)
     written.append(out / "report.html")
-    written[-1].write_text(page(rows, pictures), encoding="utf-8")
+    written[-1].write_text(page(rows, pictures, noise), encoding="utf-8")
     return written

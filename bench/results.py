@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vdcore.bench.timing import Spread
 
 FILE = "results.jsonl"
+JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
 STATUSES = ("ok", "skipped", "predicted", "failed")
 
 
@@ -76,11 +77,14 @@ class Row:
     commit: str | None = None
     time: str = field(default_factory=now)
 
+    def job(self) -> tuple[Any, ...]:
+        """What makes two rows measurements of the same job."""
+        sizes = tuple(sorted(self.shape.items()))
+        return (self.op, self.workload, self.case, self.mode, self.dtype, self.device, self.threads, self.x, sizes)
+
     def key(self) -> tuple[Any, ...]:
         """What makes two rows measurements of the same thing."""
-        sizes = tuple(sorted(self.shape.items()))
-        job = (self.op, self.workload, self.case, self.mode, self.dtype, self.device, self.threads, self.x, sizes)
-        return (*job, self.provider, self.variant, self.metric)
+        return (*self.job(), self.provider, self.variant, self.metric)
 
     def measured(self, spread: Spread, **rest: Any) -> Row:
         """With the numbers of some samples, and other changes."""
@@ -119,6 +123,10 @@ class Journal:
             self._file.write(row.to_json() + "\n")
         self._file.flush()
 
+    def of(self, row: Row) -> list[Row]:
+        """Rows of the same job."""
+        return [other for other in self.rows if other.job() == row.job()]
+
     def close(self) -> None:
         self._file.close()
 
@@ -134,6 +142,11 @@ def parse(text: str) -> list[Row]:
             if i + 1 < len(lines):
                 raise
     return rows
+
+
+def newest(rows: Iterable[Row], key: Callable[[Row], Hashable] = Row.key) -> list[Row]:
+    """Of several measurements of the same thing the last, where the first one stood."""
+    return list({key(row): row for row in rows}.values())
 
 
 def load(source: str, root: Path | None = None) -> list[Row]:

@@ -1,10 +1,14 @@
-"""Runs jobs: every provider warmed up, judged and raced; every row written as soon as it exists."""
+"""Runs jobs: every provider warmed up, judged and raced; every row written as soon as it exists.
+
+When compiled peers join a job that was measured before, ours, the copy and whoever took at most twice the time of the
+fastest peer run again in interleaved rounds with them. The later race counts: ours is compared with no one outside it.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,7 +19,7 @@ from vdcore.bench import machine
 from vdcore.bench.job import DTYPES, Job, Tensors
 from vdcore.bench.judge import Judge, flat, gradients, incoming
 from vdcore.bench.peers import PEERS, Peer
-from vdcore.bench.results import Journal, Row
+from vdcore.bench.results import JOINED, Journal, Row
 from vdcore.bench.rows import Function, masked
 from vdcore.bench.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
 
@@ -23,6 +27,8 @@ import vdcore
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 REFERENCE_FLOPS = 2e8  # the oracle is timed up to this size, and wherever it is all that vdcore has
+LATE = "not begun: the time of the run was over"
+NEAR = 2.0  # who took longer than so many times the fastest peer is not raced again
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,9 @@ class Settings:
         seconds: for the rounds of one job, without compiling and judging.
         memory: bytes a provider may need.
         peers: names to measure, ``"sdpa"`` for all ``"sdpa[...]"``; None: all.
-        until: of time.monotonic(); jobs that have not begun by then are rows that say so.
+        until: of time.monotonic(); jobs and peers that have not begun by then are rows that say so.
+        each: seconds for the first calls of one job; peers that have not begun by then are rows that say so.
+        compiled: also what torch.compile makes.
         slow_start: also those that compile for many seconds, where they have no mask to show their strength.
     """
 
@@ -41,8 +49,10 @@ class Settings:
     rounds: int = ROUNDS
     memory: int = 2**62
     peers: frozenset[str] | None = None
+    compiled: bool = True
     slow_start: bool = True
     until: float = math.inf
+    each: float = math.inf
 
     def wants(self, provider: str) -> bool:
         return self.peers is None or bool(self.peers & {provider, provider.partition("[")[0]})
@@ -55,7 +65,8 @@ class Watch:
 
     def doing(self, what: str) -> None: ...
 
-    def finish(self, job: Job, rows: list[Row]) -> None: ...
+    def finish(self, job: Job, rows: list[Row]) -> None:
+        """All rows of the job, also those of an earlier race."""
 
 
 @dataclass
@@ -72,6 +83,10 @@ class Candidate:
     error_ratio: float | None = None
     estimate: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider} {self.variant}".strip()
 
 
 def blank(job: Job) -> Row:
@@ -141,8 +156,12 @@ def heap() -> str:
 # ---- Who takes part ----
 
 
-def candidates(job: Job, tensors: Tensors, settings: Settings) -> list[Candidate]:
-    """vdcore on every backend, the copy where memory is the limit, and every peer; each usable or with its reason."""
+def candidates(job: Job, tensors: Tensors, settings: Settings, before: Sequence[Row] = ()) -> list[Candidate]:
+    """vdcore on every backend, the copy where memory is the limit, and every peer; each usable or with its reason.
+
+    Args:
+        before: rows of the job's earlier race: who has no row yet comes first, then who is raced again beside them.
+    """
     found = _ours(job, tensors) if settings.wants("vdcore") else []
     if job.MEMORY_BOUND and settings.wants("copy"):
         found += _copies(job)
@@ -158,8 +177,23 @@ def candidates(job: Job, tensors: Tensors, settings: Settings) -> list[Candidate
         elif need > settings.memory:
             found.append(_too_large(peer.name, need, settings.memory))
         else:
-            found += _variants(peer, job)
-    return found
+            found += _variants(peer, job, settings.compiled)
+    known, again = names(before), _near(before)
+    new = [c for c in found if c.name not in known]
+    return new + [c for c in found if c.name in again] if new else []
+
+
+def names(rows: Iterable[Row]) -> set[str]:
+    """As :attr:`Candidate.name`."""
+    return {f"{row.provider} {row.variant}".strip() for row in rows}
+
+
+def _near(before: Sequence[Row]) -> set[str]:
+    """Names of who is raced again: ours, the copy, and whoever is near the fastest peer."""
+    timed = [row for row in before if row.status == "ok" and row.metric == "time" and row.p50]
+    peers = [row.p50 or 0.0 for row in timed if not row.provider.startswith(("vdcore", "copy"))]
+    limit = NEAR * min(peers, default=math.inf)
+    return names(r for r in timed if r.variant == "auto" or r.provider == "copy" or (r.p50 or 0.0) <= limit)
 
 
 def _too_large(provider: str, need: int, limit: int) -> Candidate:
@@ -167,11 +201,12 @@ def _too_large(provider: str, need: int, limit: int) -> Candidate:
     return Candidate(provider, status="predicted", reason=reason, need=need)
 
 
-def _variants(peer: Peer, job: Job) -> list[Candidate]:
+def _variants(peer: Peer, job: Job, compiled: bool) -> list[Candidate]:
     found = []
     try:
         for variant, make in peer.variants(job).items():
-            found.append(Candidate(peer.name, variant, make()))
+            if compiled or "compiled" not in variant:
+                found.append(Candidate(peer.name, variant, make()))
     except Exception as error:
         found.append(Candidate(peer.name, status="failed", reason=first_line(error)))
     return found
@@ -277,24 +312,31 @@ class _Calls:
 def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock: Clock | None = None) -> list[Row]:
     """Measures one job; its rows stand in the journal even if it is interrupted."""
     base, begin = blank(job), len(journal.rows)
+    before = journal.of(base)
     if job.memory() > settings.memory:
-        journal.add([row_of(base, _too_large("all", job.memory(), settings.memory))])
+        journal.add([] if before else [row_of(base, _too_large("all", job.memory(), settings.memory))])
         return journal.rows[begin:]
     tensors = job.tensors()
     for name in job.learned if job.has_backward else ():
         tensors[name].requires_grad_()
     clock = clock or clock_for(job.device)
-    field_of = candidates(job, tensors, settings)
+    field_of = candidates(job, tensors, settings, before)
     journal.add(row_of(base, c) for c in field_of if c.status != "ok")
     calls, judge = _Calls(job, tensors), Judge(job, tensors)
-    ready = {}
+    deadline = min(settings.until, time.monotonic() + settings.each)
+    ready, certain = {}, names(before)
     for c in (c for c in field_of if c.status == "ok"):
-        watch.doing(f"{c.provider} {c.variant}".strip())
-        _warm_up(c, calls, judge, clock, settings.seconds)
+        if time.monotonic() > deadline and c.variant != "auto" and c.name not in certain:
+            c.status, c.reason = "skipped", late(job)
+        else:
+            watch.doing(c.name)
+            _warm_up(c, calls, judge, clock, settings.seconds)
         if c.status == "ok":
-            ready[f"{c.provider} {c.variant}"] = c
+            ready[c.name] = c
         else:
             journal.add([row_of(base, c)])
+    if before and certain.issuperset(ready):
+        return journal.rows[begin:]
     contenders = {name: c.contender for name, c in ready.items() if c.contender is not None}
     # The copy is no contender: it would make everybody slow.
     estimates = {name: c.estimate for name, c in ready.items() if c.provider != "copy"}
@@ -305,11 +347,20 @@ def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock:
     for name in (name for name, n in rounds.items() if n == 0):
         contenders[name].samples.append(Sample(ready[name].estimate))
     watch.doing(f"{most} rounds")
+    whole = False
     try:
-        race(contenders, rounds, clock)
+        race(contenders, rounds, clock, until=max(deadline, time.monotonic()) + 2 * settings.seconds)
+        whole = True
     finally:
-        journal.add(row_of(base, c) for c in ready.values() if c.contender and c.contender.samples)
+        if whole or not before:  # what was interrupted replaces nothing
+            rows = [row_of(base, c) for c in ready.values() if c.contender and c.contender.samples]
+            note = JOINED if before else ""
+            journal.add(replace(row, reason="; ".join(filter(None, (note, row.reason)))) for row in rows)
     return journal.rows[begin:]
+
+
+def late(job: Job) -> str:
+    return f"{LATE}: measure it with --op {job.op}"
 
 
 def _warm_up(c: Candidate, calls: _Calls, judge: Judge, clock: Clock, seconds: float) -> None:
@@ -341,15 +392,18 @@ def run_jobs(
     watch, jobs = watch or Watch(), list(jobs)
     for number, job in enumerate(jobs):
         watch.begin(job, number, len(jobs))
-        reason = ""
-        if job.device.startswith("cuda") and not torch.cuda.is_available():
-            reason = "no GPU is visible to torch"
-        elif time.monotonic() > settings.until:
-            reason = f"the time of the run was over: measure it with --op {job.op}"
-        if reason:
-            row = replace(blank(job), provider="all", status="skipped", reason=reason)
-            journal.add([row])
-            watch.finish(job, [row])
-            continue
-        watch.finish(job, run_job(job, settings, journal, watch, clock))
-        torch.compiler.reset()  # a compiled function of the next job is another one
+        base = blank(job)
+        before = journal.of(base)
+        try:
+            if job.device.startswith("cuda") and not torch.cuda.is_available():
+                if not before:
+                    journal.add([replace(base, provider="all", status="skipped", reason="no GPU is visible to torch")])
+            elif time.monotonic() > settings.until:
+                who = "compiled" if before else "all"
+                journal.add([replace(base, provider=who, status="skipped", reason=late(job))])
+            else:
+                run_job(job, settings, journal, watch, clock)
+                if settings.compiled:
+                    torch.compiler.reset()  # a compiled function of the next job is another one
+        finally:
+            watch.finish(job, journal.of(base))

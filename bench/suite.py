@@ -26,20 +26,21 @@ class Item:
     share: float = 1.0
 
 
-TRAINING = ("fwd", "fwd+bwd")
-TEMPORAL = ("latte-1-512", "stdit3-720p-102f", "svd-xt-level1", "animatediff-level1")
+@dataclass(frozen=True)
+class Step:
+    """Jobs of a run that are shown together; ``each`` and ``compiled`` as the runner's settings have them."""
 
-DEFAULT = (
-    *(Item("temporal_attention", name) for name in TEMPORAL),
-    *(Item("temporal_attention", name, ("fwd+bwd",), share=0.4) for name in TEMPORAL),
-    *(Item("temporal_attention", name, norm_rope=True) for name in TEMPORAL),
+    title: str
+    items: tuple[Item, ...]
+    compiled: bool = True
+    each: float = 40.0
+
+
+TRAINING = ("fwd", "fwd+bwd")
+EVERY_OPERATOR = (
+    Item("temporal_attention", "latte-1-512"),
     Item("spatial_attention", "latte-1-512", share=0.6),
-    Item("spatial_attention", "latte-1-512", ("fwd+bwd",), share=0.3),
-    Item("video_attention", "wan2.2-5b-704p", TRAINING, ("float32",), share=0.5),
-    Item("video_attention", "wan2.2-5b-704p", dtypes=("bfloat16",), share=0.4),
-    Item("video_attention", "long-video-60f", TRAINING, ("float32",), share=0.5),
-    Item("video_attention", "long-video-60f", dtypes=("bfloat16",), share=0.3),
-    Item("video_attention", "self-forcing-1.3b", dtypes=("float32",), share=0.5),
+    Item("video_attention", "wan2.2-5b-704p", share=0.5),
     Item("gated_attention", "latte-1-512", share=0.3),
     Item("cross_attention", "latte-1-512", share=0.3),
     Item("qk_norm_rope", "stdit3-720p-102f", share=0.5),
@@ -47,6 +48,46 @@ DEFAULT = (
     Item("unpatchify", "latte-1-512", share=0.3),
     Item("modulate", "stdit3-720p-102f", share=0.5),
     Item("gate_residual", "stdit3-720p-102f", share=0.5),
+)
+TEMPORAL = ("latte-1-512", "stdit3-720p-102f", "svd-xt-level1", "animatediff-level1")
+
+
+def _in(dtype: str) -> tuple[Item, ...]:
+    return tuple(replace(item, dtypes=(dtype,)) for item in EVERY_OPERATOR)
+
+
+# The default set, breadth first: nothing is compiled before every operator has its row, and what the clock cuts off is
+# at the end. A first step of 10 x (15 + 2) seconds at most ends within three minutes.
+FIRST = (
+    Step("Every operator", _in("float32"), compiled=False, each=15.0),
+    Step("Every operator, raced with compiled peers", _in("float32")),
+)
+THEN = (
+    Step("Every operator in half precision", _in("bfloat16")),
+    Step(
+        "Training",
+        (
+            Item("temporal_attention", "latte-1-512", ("fwd+bwd",), share=0.4),
+            Item("spatial_attention", "latte-1-512", ("fwd+bwd",), share=0.3),
+            Item("video_attention", "wan2.2-5b-704p", ("fwd+bwd",), ("float32",), share=0.5),
+        ),
+    ),
+    Step(
+        "Masks of models",
+        (
+            Item("video_attention", "long-video-60f", TRAINING, ("float32",), share=0.5),
+            Item("video_attention", "long-video-60f", dtypes=("bfloat16",), share=0.3),
+            Item("video_attention", "self-forcing-1.3b", dtypes=("float32",), share=0.5),
+        ),
+    ),
+    Step(
+        "Temporal attention over workloads",
+        (
+            *(Item("temporal_attention", name) for name in TEMPORAL[1:]),
+            *(Item("temporal_attention", name, norm_rope=True) for name in TEMPORAL),
+            *(Item("temporal_attention", name, ("fwd+bwd",), share=0.4) for name in TEMPORAL[1:]),
+        ),
+    ),
 )
 
 
@@ -71,7 +112,8 @@ def items(choice: Choice) -> list[Item]:
             for op in choice.ops or load()[name].ops
         ]
     else:
-        found = [item for item in DEFAULT if not choice.ops or item.op in choice.ops]
+        default = (*EVERY_OPERATOR, *(item for step in THEN for item in step.items))
+        found = [item for item in default if not choice.ops or item.op in choice.ops]
         if choice.norm_rope:
             found = [replace(item, norm_rope=True) for item in found if not item.norm_rope]
     return [replace(i, modes=choice.modes or i.modes, dtypes=choice.dtypes or i.dtypes) for i in found]

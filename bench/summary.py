@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vdcore.bench.curves import MASKS, PROFILE
 from vdcore.bench.jobs import JOBS
-from vdcore.bench.machine import seconds_text
-from vdcore.bench.results import Row
+from vdcore.bench.machine import Load, seconds_text
+from vdcore.bench.results import JOINED, Row, newest
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
 
@@ -33,7 +35,9 @@ class Line:
 
     @property
     def best(self) -> Row | None:
-        return self.peers[0] if self.peers else None
+        """The fastest peer of the race that ours is from."""
+        again = self.ours is not None and JOINED in self.ours.reason
+        return next((row for row in self.peers if not again or JOINED in row.reason), None)
 
     @property
     def naive(self) -> Row | None:
@@ -65,15 +69,13 @@ def overlap(a: Row, b: Row) -> bool:
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """One line a job of the ``time`` rows, in the order in which they were measured."""
+    """One line per job of the ``time`` rows, in the order in which they were measured; of two races the later."""
     found: dict[tuple, Line] = {}
-    for row in rows:
+    for row in newest(rows):
         elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
         if row.metric not in ("time", "memory") or elsewhere:
             continue
-        sizes = tuple(sorted(row.shape.items()))
-        key = (row.op, row.case, row.workload, row.mode, row.dtype, row.device, row.threads, sizes)
-        line = found.setdefault(key, Line(row))
+        line = found.setdefault(row.job(), Line(row))
         if row.status != "ok" or row.metric != "time" or row.p50 is None:
             line.others.append(row)
         elif row.provider == "copy":
@@ -139,6 +141,11 @@ def speedup_text(line: Line) -> str:
     return "-" if line.speedup is None else f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
 
 
+def case_of(line: Line) -> str:
+    """What follows the operator's name: ``", norm + rope"``."""
+    return "" if line.job.case == "plain" else f", {line.job.case}"
+
+
 def backend_of(row: Row | None) -> str:
     return "" if row is None else row.provider.removeprefix("vdcore")
 
@@ -153,8 +160,7 @@ def groups(found: Sequence[Line]) -> dict[str, list[Line]]:
     """Lines by operator and case, in order: one table each."""
     tables: dict[str, list[Line]] = {}
     for line in found:
-        title = line.job.op + ("" if line.job.case == "plain" else f", {line.job.case}")
-        tables.setdefault(title, []).append(line)
+        tables.setdefault(line.job.op + case_of(line), []).append(line)
     return tables
 
 
@@ -209,6 +215,35 @@ LEGEND = (
     "pairs' products. time / copy: over copying the same bytes in existing memory. "
     "error: over what the tolerance rule allows against float64, fine up to 1."
 )
+
+
+# ---- Noise ----
+
+BUSY = 0.125  # of the machine's processors, used by others or stolen
+UNSTEADY = 0.5  # (p80 - p20) / p50 of the copy's times, median over jobs; 0.25 in a quiet run on 2 virtual processors
+
+
+def copies_spread(rows: Iterable[Row]) -> float | None:
+    """How far the copy's times lie apart, (p80 - p20) / p50, the median over all jobs; None without copies."""
+    copies = [r for r in newest(rows) if r.provider == "copy" and r.p20 and r.p50 and r.p80 and r.samples > 2]
+    return statistics.median((r.p80 - r.p20) / r.p50 for r in copies) if copies else None  # type: ignore[operator]
+
+
+def noise(rows: Iterable[Row], load: Load | None = None) -> str:
+    """Whether the machine was quiet, with the numbers; without the run's ``load`` from the copies alone, if noisy."""
+    spread, said, busy = copies_spread(rows), [], False
+    if load is not None:
+        cores, (others, stolen) = os.cpu_count() or 1, load.so_far()
+        busy = max(others, stolen) > BUSY * cores
+        said += [f"others used {others:.2f} of {cores} processors, the hypervisor took {stolen:.2f}"]
+        if load.average is not None:
+            said += [f"the load average before was {load.average:.2f}"]
+    if spread is not None:
+        busy = busy or spread > UNSTEADY
+        said += [f"copies of the same bytes differ by {spread:.0%} (p20 to p80, over the median)"]
+    if busy:
+        return f"The machine was busy, times are too long and noisy: {'; '.join(said)}."
+    return f"The machine was quiet: {'; '.join(said)}." if load is not None else ""
 
 
 # ---- One number for many workloads ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -160,19 +161,23 @@ def race(
     contenders: dict[str, Contender],
     rounds: dict[str, int],
     clock: Clock,
-    step: Callable[[], None] = lambda: None,
+    until: float = math.inf,
 ) -> None:
-    """Runs every contender once a round, each round starting with another one, so that drift hits all alike.
+    """Runs every contender once per round, each round starting with another one, so that drift hits all alike.
 
     Samples stand in the contenders from the first round on: an interrupt loses at most the call that was running.
+
+    Args:
+        until: of time.monotonic(); after it and the fewest rounds no other round begins.
     """
     names = list(contenders)
     with no_collection():
         for i in range(max(rounds.values(), default=0)):
+            if i >= FEWEST_BEHIND and time.monotonic() > until:
+                break
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 if i < rounds[name]:
                     contenders[name].samples.append(contenders[name].run(clock))
-                    step()
 
 
 def race_calls(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Spread]:

@@ -1,15 +1,19 @@
-"""The command line, in processes of its own."""
+"""The command line: in this process, and once in one of its own, where its memory is set up and signals reach it."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from vdcore.bench import runner, suite
 from vdcore.bench.results import load
+from vdcore.bench.workloads import Budget
 
+from vdcore.cli import commands
 from vdcore.cli.commands import parse_bytes
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
@@ -38,42 +42,55 @@ def vdcore(*arguments, code=0, **kwargs):
         (("profile", "--dtype", "fp8"), "float32"),
     ],
 )
-def test_unknown_names_end_with_2_and_the_known_ones(arguments, expected):
-    assert expected in vdcore(*arguments, code=2).stderr
+def test_unknown_names_end_with_2_and_the_known_ones(arguments, expected, invoke):
+    assert expected in " ".join(invoke(*arguments, code=2).replace("│", "").split())
 
 
 SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds", "0.05", "--peer", "eager")
 
 
-def test_a_benchmark_leaves_rows_plots_and_a_report(tmp_path):
-    text = vdcore("bench", *SMALL, "--dtype", "float32", "--out", tmp_path).stdout
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with the results of a small benchmark, which ran in a process of its own, and what it printed."""
+    out = tmp_path_factory.mktemp("bench")
+    return out, vdcore("bench", *SMALL, "--dtype", "float32", "--out", out).stdout
+
+
+def test_a_benchmark_leaves_rows_plots_and_a_report(small):
+    out, text = small
     assert "gate_residual" in text and "eager" in text
-    rows = load(str(tmp_path))
+    rows = load(str(out))
     assert {row.provider for row in rows if row.status == "ok"} >= {"eager", "copy"}
     assert any(row.provider.startswith("vdcore") and row.status == "ok" for row in rows)
     assert all(row.allocator.startswith("glibc, thresholds raised") for row in rows if sys.platform == "linux")
-    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "operators.png", "report.html"}
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "operators.png", "report.html"}
+
+
+def test_noise_is_said_before_the_numbers(small):
+    out, text = small
+    (said,) = (line for line in text.splitlines() if line.startswith("The machine was "))
+    assert "copies of the same bytes differ by" in said
+    assert f'<h1>vdcore benchmark</h1><p class="note">{said}' in (out / "report.html").read_text()
+
+
+def test_two_results_are_compared(small, tmp_path, invoke):
+    (tmp_path / "b.jsonl").write_text((small[0] / "results.jsonl").read_text())
+    text = invoke("bench", "--compare", small[0], tmp_path / "b.jsonl")
+    assert "B / A" in text and "gate_residual, animatediff-level3, float32, fwd" in text and "drift" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_every_job_and_point_for_one_is_a_row(tmp_path):
-    vdcore("bench", "--device", "cuda", "--op", "temporal_attention", "--out", tmp_path / "bench")
-    vdcore("profile", "--device", "cuda", "--frames", "8,16", "--out", tmp_path / "profile")
+def test_without_a_gpu_every_job_and_point_for_one_is_a_row(tmp_path, invoke):
+    invoke("bench", "--device", "cuda", "--op", "temporal_attention", "--out", tmp_path / "bench")
+    invoke("profile", "--device", "cuda", "--frames", "8,16", "--out", tmp_path / "profile")
     for folder in ("bench", "profile"):
         rows = load(str(tmp_path / folder))
         assert {(row.status, row.reason) for row in rows} == {("skipped", "no GPU is visible to torch")}
 
 
-def test_two_results_are_compared(tmp_path):
-    for name in "ab":
-        vdcore("bench", *SMALL, "--dtype", "float32", "--out", tmp_path / name)
-    text = vdcore("bench", "--compare", tmp_path / "a", tmp_path / "b").stdout
-    assert "B / A" in text and "gate_residual, animatediff-level3, float32, fwd" in text and "drift" in text
-
-
-def test_a_profile_leaves_rows_plots_and_a_report(tmp_path):
+def test_a_profile_leaves_rows_plots_and_a_report(tmp_path, invoke):
     arguments = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "64MiB", "--time-limit", "0.2")
-    text = vdcore("profile", *arguments, "--out", tmp_path).stdout
+    text = invoke("profile", *arguments, "--out", tmp_path)
     assert "~" in text and "full 3D" in text
     assert {row.status for row in load(str(tmp_path))} == {"ok", "predicted"}
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "profile.png", "report.html"}
@@ -81,23 +98,61 @@ def test_a_profile_leaves_rows_plots_and_a_report(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupt_keeps_rows_and_writes_the_report(tmp_path):
-    arguments = ("bench", "--op", "gate_residual,modulate", "--seconds", "60", "--rounds", "100000", "--out", tmp_path)
+    arguments = ("--op", "modulate,gate_residual", "--mode", "fwd,bwd,fwd+bwd", "--peer", "eager")
     running = subprocess.Popen(
-        [*VDCORE, *arguments],
+        [*VDCORE, "bench", *arguments, "--seconds", "0.1", "--out", tmp_path],
         start_new_session=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background jobs, which the tests may be, ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     results = tmp_path / "results.jsonl"
-    while not (results.exists() and results.read_text().strip()):
+    while not (results.exists() and '"ok"' in results.read_text()):
         assert running.poll() is None
         time.sleep(0.2)
     os.killpg(running.pid, signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
+    text, errors = running.communicate(timeout=120)
     assert running.returncode == 130 and "interrupted" in errors
+    assert "modulate" in text and "The machine was" in text
     assert (tmp_path / "report.html").exists() and load(str(tmp_path))
+
+
+def test_every_operator_is_measured_before_anything_is_compiled_and_the_clock_cuts_the_tail(
+    tmp_path, invoke, monkeypatch
+):
+    """The default set with a budget of nothing and a run of no time: shapes are tiny, and all but breadth is cut."""
+    monkeypatch.setattr(Budget, "of", lambda *_: Budget(1e6, 1e5))
+    monkeypatch.setattr(commands, "RUN_SECONDS", -1.0)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("something was compiled"))
+    text = invoke("bench", "--seconds", "0.01", "--rounds", "3", "--out", tmp_path)
+    rows = load(str(tmp_path))
+    ours = [row for row in rows if row.variant == "auto" and row.metric == "time"]
+    assert [row.op for row in ours] == [item.op for item in suite.EVERY_OPERATOR] and len(ours) == 10
+    assert {row.status for row in ours} == {"ok"}
+    for op in (row.op for row in ours):
+        peers = {row.provider.partition("[")[0] for row in rows if row.op == op and row.status == "ok"}
+        assert peers - {"vdcore", "vdcore, in parts", "copy"}, op
+    late = [row for row in rows if row.reason.startswith(runner.LATE)]
+    assert {row.op for row in late if row.provider == "compiled"} == {row.op for row in ours}
+    assert {(row.op, row.dtype) for row in late if row.provider == "all"} >= {(row.op, "bfloat16") for row in ours}
+    assert any(row.metric == "overhead" for row in late) and any(row.case.startswith("masks") for row in late)
+    assert all(row.status == "predicted" for row in rows if row.case.startswith("profile"))
+    assert text.index("Every operator") < text.index("The machine was") < text.index("Not measured")
+
+
+def test_an_interrupt_while_peers_compile_keeps_what_was_measured_without_them(tmp_path, invoke, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    first, again = (replace(step, items=step.items[-1:]) for step in suite.FIRST)
+    monkeypatch.setattr(suite, "FIRST", (first, again))
+    monkeypatch.setattr(Budget, "of", lambda *_: Budget(1e6, 1e5))
+    monkeypatch.setattr(torch, "compile", interrupt)
+    text = invoke("bench", "--seconds", "0.01", "--rounds", "3", "--out", tmp_path, code=130)
+    assert {row.provider for row in load(str(tmp_path)) if row.status == "ok"} >= {"vdcore[cpu]", "eager", "copy"}
+    assert text.count("gate_residual") >= 2 and again.title in text and (tmp_path / "report.html").exists()
 
 
 def test_sizes():

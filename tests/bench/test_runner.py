@@ -2,14 +2,15 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small import tiny_job
-from vdcore.bench import runner
+from vdcore.bench import runner, summary
 from vdcore.bench.peers import Peer
 from vdcore.bench.results import FILE, Journal, parse
-from vdcore.bench.timing import Sample
+from vdcore.bench.timing import Contender, Sample
 
 
 class FakeClock:
@@ -117,6 +118,97 @@ def test_an_interrupt_leaves_what_was_measured_in_the_file(tmp_path, few_peers):
     journal.close()
     rows = parse((tmp_path / FILE).read_text())
     assert any(r.status == "ok" and r.provider == "vdcore[cpu]" for r in rows)
+
+
+class Times:
+    """A call returns its name, and takes as long as ``seconds`` says."""
+
+    def __init__(self):
+        self.seconds = {"ours": 1.0, "copy": 0.5, "fast": 2.0, "near": 3.9, "far": 4.1, "compiled": 3.0}
+        self.left = 10**9  # calls, until there is an interrupt
+
+    def measure(self, call):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return Sample(self.seconds[call()])
+
+
+@pytest.fixture
+def contest(monkeypatch, tmp_path):
+    """Runs a job of contenders with these times, with compiled peers or without; returns the rows that came."""
+
+    def candidates(provider, **variants):
+        return [
+            runner.Candidate(provider, variant, contender=Contender(lambda _, name=name: name))
+            for name, variant in variants.items()
+        ]
+
+    def variants(peer, job, compiled):
+        found = candidates("peer", fast="fast", near="near", far="far", compiled="it, compiled")
+        return found if compiled else found[:-1]
+
+    monkeypatch.setattr(runner, "_ours", lambda *_: candidates("vdcore[cpu]", ours="auto"))
+    monkeypatch.setattr(runner, "_copies", lambda _: candidates("copy", copy="existing memory"))
+    monkeypatch.setattr(runner, "_variants", variants)
+    monkeypatch.setattr(runner, "PEERS", [peer("peer", None)])
+    journal, clock = Journal(tmp_path / FILE), Times()
+
+    def run(compiled):
+        begin = len(journal.rows)
+        runner.run_jobs([tiny_job("temporal_attention")], replace(QUICK, compiled=compiled), journal, clock=clock)
+        return journal.rows[begin:]
+
+    yield SimpleNamespace(run=run, clock=clock, journal=journal)
+    journal.close()
+
+
+def test_compiled_peers_join_in_a_race_of_their_own(contest):
+    """Ours, the copy and who is near the fastest run again beside them, and only these are compared."""
+    first = contest.run(compiled=False)
+    assert [row.variant for row in first] == ["auto", "existing memory", "fast", "near", "far"]
+    for name in ("ours", "fast", "near", "compiled"):
+        contest.clock.seconds[name] *= 10  # the machine is slower now
+    second = contest.run(compiled=True)
+    assert [row.variant for row in second] == ["it, compiled", "auto", "existing memory", "fast", "near"]
+    (line,) = summary.lines(contest.journal.rows)
+    assert (line.ours.p50, line.copy.p50, line.best.variant, line.speedup) == (10.0, 0.5, "fast", 2.0)
+    assert [peer.variant for peer in line.peers] == ["far", "fast", "it, compiled", "near"]
+    assert contest.run(compiled=True) == [], "nobody is new"
+
+
+def test_an_interrupted_race_replaces_nothing(contest):
+    contest.run(compiled=False)
+    (before,) = summary.lines(contest.journal.rows)
+    contest.clock.left = 8  # in the second race's first round
+    with pytest.raises(KeyboardInterrupt):
+        contest.run(compiled=True)
+    (after,) = summary.lines(contest.journal.rows)
+    assert (after.ours, after.peers) == (before.ours, before.peers)
+
+
+def test_peers_that_had_no_time_left_are_rows_and_ours_is_measured(tmp_path, few_peers):
+    few_peers(peer("late", lambda **kwargs: pytest.fail("it must not run")))
+    rows = run(tmp_path, tiny_job("temporal_attention"), replace(QUICK, each=-1.0))
+    assert [(r.status, r.reason.startswith(runner.LATE)) for r in rows if r.provider == "late"] == [("skipped", True)]
+    assert next(r for r in rows if r.variant == "auto").status == "ok"
+
+
+def test_an_interrupted_job_is_shown(tmp_path, few_peers):
+    shown = []
+
+    class Shown(runner.Watch):
+        def finish(self, job, rows):
+            shown.extend(rows)
+
+    few_peers(peer("impatient", interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_jobs([tiny_job("temporal_attention")], QUICK, journal := Journal(tmp_path / FILE), Shown())
+    assert shown == journal.rows != []
+
+
+def interrupt(**kwargs):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])

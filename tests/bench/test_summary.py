@@ -76,3 +76,28 @@ def test_overhead_is_the_call_without_its_kernel():
         row("sdpa", 7e-6, metric="overhead", variant="bare call"),
     ]
     assert [cells[-1] for cells in summary.overhead_cells(rows)] == ["6 us", "-", "-"]
+
+
+def test_of_two_races_the_later_counts():
+    (line,) = summary.lines([*TIMES, row(p50=3.0), row("sdpa[flash]", 7.0), row("compiled", 6.0)])
+    assert line.ours.p50 == 3.0 and len(line.peers) == 4
+    assert [r.p50 for r in line.peers] == [5.0, 6.0, 7.0, 9.0]
+
+
+class FakeLoad:
+    average = 0.1
+
+    def __init__(self, others, stolen):
+        self.so_far = lambda: (others, stolen)
+
+
+@pytest.mark.parametrize(
+    ("others", "stolen", "spread", "busy"),
+    [(0.0, 0.0, 0.04, False), (64.0, 0.0, 0.04, True), (0.0, 64.0, 0.04, True), (0.0, 0.0, 1.0, True)],
+)
+def test_a_busy_machine_is_said_with_its_numbers(others, stolen, spread, busy):
+    copies = [row("copy", 1.0, variant=name, p20=1 - spread / 2, p80=1 + spread / 2) for name in ("a", "b")]
+    said = summary.noise(copies, FakeLoad(others, stolen))
+    assert said.startswith("The machine was busy" if busy else "The machine was quiet")
+    assert f"others used {others:.2f}" in said and f"took {stolen:.2f}" in said and f"differ by {spread:.0%}" in said
+    assert bool(summary.noise(copies)) == (spread > summary.UNSTEADY), "rows alone know of the copies only"

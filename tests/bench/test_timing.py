@@ -120,3 +120,9 @@ def test_calls_race_after_a_run_that_is_not_counted():
     assert ran.count("a") == ran.count("b") == 5 and ran[:2] == ["a", "b"]
     assert {name: spread.samples for name, spread in found.items()} == {"a": 4, "b": 4}
     assert all(0 <= s.p20 <= s.p50 <= s.p80 for s in found.values())
+
+
+def test_no_round_begins_when_the_time_is_over_but_the_fewest():
+    contenders = {name: Contender(lambda _: None) for name in "ab"}
+    race(contenders, {"a": 9, "b": 2}, Order(), until=0.0)
+    assert [len(c.samples) for c in contenders.values()] == [3, 2]

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +16,11 @@ from vdcore.demo import commands as demonstration
 from vdcore.diffusion import commands as diffusion
 
 if TYPE_CHECKING:
-    from vdcore.bench.results import Journal
+    from vdcore.bench.results import Journal, Row
 
-# The default set ends within ten minutes also on a machine that others use; on an idle one it is not cut.
-JOBS_SECONDS, PROFILE_SECONDS = 420.0, 110.0
+# Nothing new begins after so many seconds of the default set, and of its profile. Beside 8 busy processes on 2 cores the
+# last job, plots and the report took 20 s more: the whole ends within eight minutes.
+RUN_SECONDS, PROFILE_SECONDS = 440.0, 80.0
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -139,9 +140,14 @@ def bench(
 ) -> None:
     """Measures the operators against naive attention and every serious peer.
 
-    Without arguments: the default set of shapes, the cost of a call, and the profile over frames.
+    Without arguments: every operator first, then compiled peers, masks, the cost of a call, the profile over frames,
+    further dtypes, modes and workloads, until the time is over.
     """
-    from vdcore.bench import block, console, job, jobs, machine, peers, runner, suite, workloads
+    from dataclasses import replace
+
+    from vdcore.bench import block, console, job, jobs, machine, overhead, peers, runner, suite, workloads
+    from vdcore.bench.masks import FEW_ROUNDS
+    from vdcore.bench.profile import SHORT
 
     if compare is not None:
         _compare(*compare)
@@ -177,7 +183,7 @@ def bench(
     everything = not (ops or chosen_peers or choice != suite.Choice())
     budget = workloads.Budget.of(device, torch.get_num_threads(), machine.memory_limit(device))
     budget = workloads.Budget.unlimited() if full_size else budget
-    wanted, impossible = suite.jobs([] if ops == (block.OP,) else suite.items(choice), device, budget, batch)
+    named = () if ops == (block.OP,) else (suite.Step("Operators", tuple(suite.items(choice)), each=math.inf),)
     modes, dtypes = choice.modes or block.MODES, choice.dtypes or ("float32",)
     blocks = block.jobs(modes, dtypes, device, budget, batch) if block.OP in ops else []
     settings = runner.Settings(
@@ -186,32 +192,42 @@ def bench(
         memory=limit,
         peers=chosen_peers | {"vdcore", "copy"} if chosen_peers else None,
         slow_start=not everything,
-        until=time.monotonic() + JOBS_SECONDS if everything else math.inf,
+        until=time.monotonic() + RUN_SECONDS if everything else math.inf,
     )
 
-    def measure(journal: Journal) -> None:
-        from vdcore.bench import overhead
-
-        if everything:
-            _masks(journal, device)
+    def run(step: suite.Step, journal: Journal) -> None:
+        wanted, impossible = suite.jobs(step.items, device, budget, batch)
         journal.add(impossible)
-        with console.Screen(screen).live() as watch:
+        until = settings.until if step.compiled else math.inf  # the clock cuts off no operator
+        here = replace(settings, compiled=step.compiled, each=step.each, until=until)
+        with console.Screen(screen, step.title).live() as watch:
             if device == "cpu":
                 watch.doing("touching memory")
                 runner.touch_heap(min(runner.heap_for(wanted, limit), limit // 2))
-            runner.run_jobs(wanted, settings, journal, watch)
-            limits: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "memory": limit}
-            block.run(blocks, journal, watch, peers=chosen_peers.intersection(block.PEERS), **limits)
-            if everything:
-                overhead.run(journal, device, watch.doing)
-        console.print_summary(screen, journal.rows)
-        if blocks:
-            screen.print(console.table("A V-DiT block", block.HEADER, block.cells(journal.rows)))
+            runner.run_jobs(wanted, here, journal, watch)
+
+    def measure(journal: Journal) -> None:
+        for step in suite.FIRST if everything else named:
+            run(step, journal)
         if everything:
-            _profile(journal, device, default=True)
+            _masks(journal, device, rounds=FEW_ROUNDS, until=settings.until)
+            with console.Screen(screen).live() as watch:
+                overhead.run(journal, device, watch.doing, settings.until)
+            _profile(journal, device, time_limit=SHORT, until=min(settings.until, time.monotonic() + PROFILE_SECONDS))
+            for step in suite.THEN:
+                run(step, journal)
+        if blocks:
+            limits: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "memory": limit}
+            with console.Screen(screen).live() as watch:
+                block.run(blocks, journal, watch, peers=chosen_peers.intersection(block.PEERS), **limits)
+
+    def show(rows: Sequence[Row]) -> None:
+        console.print_summary(screen, rows)
+        if blocks:
+            screen.print(console.table("A V-DiT block", block.HEADER, block.cells(rows)))
 
     screen = console.make_console()
-    _write(out, measure)
+    _write(out, measure, show)
 
 
 def _bench_models(
@@ -231,10 +247,12 @@ def _bench_models(
             for name in names:
                 watch.doing(name)
                 hosts.compare(name, [job.DTYPES[dtype] for dtype in dtypes], rounds, journal)
-        screen.print(console.table("Models before and after the swap", hosts.HEADER, hosts.cells(journal.rows)))
+
+    def show(rows: Sequence[Row]) -> None:
+        screen.print(console.table("Models before and after the swap", hosts.HEADER, hosts.cells(rows)))
 
     screen = console.make_console()
-    _write(out, measure)
+    _write(out, measure, show)
 
 
 def _need_diffusers() -> None:
@@ -247,12 +265,12 @@ def _need_diffusers() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
-def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",)) -> None:
+def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",), **settings: Any) -> None:
     from vdcore.bench import console, job, masks
 
     screen = console.make_console()
     with console.Screen(screen).live() as watch:
-        masks.run(journal, device, [job.DTYPES[name] for name in dtypes], watch.doing)
+        masks.run(journal, device, [job.DTYPES[name] for name in dtypes], watch.doing, **settings)
     console.print_masks(screen, journal.rows)
 
 
@@ -295,7 +313,7 @@ def profile(
     """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
     from vdcore.bench import job, memory, profile, workloads
 
-    names = _known("--workload", workload, workloads.load()) or (profile.WORKLOAD,)
+    names = _known("--workload", workload, workloads.load())
     device = _device(device)
     (mode,) = _known("--mode", [mode], job.MODES)
     (dtype,) = _known("--dtype", [dtype], job.DTYPES)
@@ -342,33 +360,27 @@ def _profile_models(given: list[str], device: str, threads: int | None, out: Pat
     _write(out, measure)
 
 
-def _profile(
-    journal: Journal, device: str, names: tuple[str, ...] = (), *, default: bool = False, **settings: Any
-) -> None:
+def _profile(journal: Journal, device: str, names: tuple[str, ...] = (), **settings: Any) -> None:
     from vdcore.bench import console, machine, profile
 
-    if default:
-        names, settings = (
-            (profile.WORKLOAD,),
-            {"time_limit": profile.SHORT, "until": time.monotonic() + PROFILE_SECONDS},
-        )
     settings.setdefault("memory_limit", machine.memory_limit(device))
     screen = console.make_console()
     watch = console.ProfileScreen(screen, journal.rows)
     with watch.live():
-        profile.run(names, profile.Settings(device=device, **settings), journal, watch.at, watch.done)
+        profile.run(
+            names or (profile.WORKLOAD,), profile.Settings(device=device, **settings), journal, watch.at, watch.done
+        )
     console.print_profile(screen, journal.rows)
 
 
-def _write(out: Path, measure: Callable[[Journal], None]) -> None:
+def _write(
+    out: Path, measure: Callable[[Journal], None], show: Callable[[Sequence[Row]], None] = lambda rows: None
+) -> None:
     """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
-    from vdcore.bench import machine, report
+    from vdcore.bench import machine, report, summary
     from vdcore.bench.results import FILE, Journal
 
-    journal, interrupted = Journal(out / FILE), False
-    warning = machine.busy()
-    if warning:
-        print(f"vdcore: {warning}", file=sys.stderr)
+    journal, load, interrupted = Journal(out / FILE), machine.Load(), False
     try:
         measure(journal)
     except KeyboardInterrupt:
@@ -376,7 +388,10 @@ def _write(out: Path, measure: Callable[[Journal], None]) -> None:
         print(f"interrupted: {len(journal.rows)} rows are in {out / FILE}", file=sys.stderr)
     finally:
         journal.close()
-    written = report.write(journal.rows, out)
+    noise = summary.noise(journal.rows, load)
+    print(f"\n{noise}")
+    show(journal.rows)
+    written = report.write(journal.rows, out, noise)
     print(f"{len(journal.rows)} rows in {out / FILE}; {', '.join(path.name for path in written)} beside it")
     if interrupted:
         raise typer.Exit(130)
