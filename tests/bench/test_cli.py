@@ -19,12 +19,6 @@ from vdcore.cli.commands import parse_bytes
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
 
 
-def vdcore(*arguments, code=0, **kwargs):
-    done = subprocess.run([*VDCORE, *arguments], capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -49,11 +43,11 @@ def test_unknown_names_end_with_2_and_the_known_ones(arguments, expected, invoke
 SMALL = ("--op", "gate_residual", "--workload", "animatediff-level3", "--seconds", "0.05", "--peer", "eager")
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A folder with the results of a small benchmark, which ran in a process of its own, and what it printed."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, invoke):
+    """A folder with the results of a small benchmark, and what it printed."""
     out = tmp_path_factory.mktemp("bench")
-    return out, vdcore("bench", *SMALL, "--dtype", "float32", "--out", out).stdout
+    return out, invoke("bench", *SMALL, "--dtype", "float32", "--out", out)
 
 
 def test_a_benchmark_leaves_rows_plots_and_a_report(small):
@@ -62,7 +56,6 @@ def test_a_benchmark_leaves_rows_plots_and_a_report(small):
     rows = load(str(out))
     assert {row.provider for row in rows if row.status == "ok"} >= {"eager", "copy"}
     assert any(row.provider.startswith("vdcore") and row.status == "ok" for row in rows)
-    assert all(row.allocator.startswith("glibc, thresholds raised") for row in rows if sys.platform == "linux")
     assert {path.name for path in out.iterdir()} == {"results.jsonl", "operators.png", "report.html"}
 
 
@@ -89,7 +82,7 @@ def test_without_a_gpu_every_job_and_point_for_one_is_a_row(tmp_path, invoke):
 
 
 def test_a_profile_leaves_rows_plots_and_a_report(tmp_path, invoke):
-    arguments = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "64MiB", "--time-limit", "0.2")
+    arguments = ("--frames", "2,128", "--attention", "naive", "--memory-limit", "64MiB", "--time-limit", "0.2")
     text = invoke("profile", *arguments, "--out", tmp_path)
     assert "~" in text and "full 3D" in text
     assert {row.status for row in load(str(tmp_path))} == {"ok", "predicted"}
@@ -116,7 +109,9 @@ def test_an_interrupt_keeps_rows_and_writes_the_report(tmp_path):
     text, errors = running.communicate(timeout=120)
     assert running.returncode == 130 and "interrupted" in errors
     assert "modulate" in text and "The machine was" in text
-    assert (tmp_path / "report.html").exists() and load(str(tmp_path))
+    assert (tmp_path / "report.html").exists()
+    rows = load(str(tmp_path))
+    assert all(row.allocator.startswith("glibc, thresholds raised") for row in rows if sys.platform == "linux")
 
 
 def test_every_operator_is_measured_before_anything_is_compiled_and_the_clock_cuts_the_tail(

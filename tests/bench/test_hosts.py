@@ -58,7 +58,7 @@ def test_bench_of_a_model_from_the_command_line(tmp_path, invoke):
 
 def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path, invoke, in_this_process):
     """Of both kinds together; few frames are measured, many would not fit."""
-    names = ["SVD temporal block", "vdit-gated", "vdit-windowed"]
+    names = ["SVD temporal block", "vdit-windowed"]
     limits = ("--frames", "2,128", "--attention", "naive,vdcore", "--memory-limit", "200MiB", "--time-limit", "9999")
     text = invoke("profile", "--model", ",".join(names), *limits, "--out", tmp_path)
     assert all(name in text for name in names)

@@ -18,7 +18,7 @@ from vdcore.diffusion import commands as diffusion
 if TYPE_CHECKING:
     from vdcore.bench.results import Journal, Row
 
-# Nothing new begins after so many seconds of the default set, and of its profile. Beside 8 busy processes on 2 cores the
+# Nothing new begins after so many seconds of the default set, and of its profile. Beside busy processes on 2 cores the
 # last job, plots and the report took 20 s more: the whole ends within eight minutes.
 RUN_SECONDS, PROFILE_SECONDS = 440.0, 80.0
 
