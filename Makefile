@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BUILD = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: help venv build cuda test test-compile test-all bench demo gpu lint format wheels clean
+.PHONY: help venv build cuda test test-compile test-all asan bench demo gpu lint format wheels clean
 
 help:
 	@echo "make venv    .venv with every extra, and vdcore built into it"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-compile  what compiles CUDA and Triton kernels ahead of time"
 	@echo "make test-all      everything that this machine can run"
 	@echo "make cuda    vdcore._cuda, in place; needs nvcc and no GPU (where there is one, every build has it)"
+	@echo "make asan    the CPU engine's cases under AddressSanitizer"
 	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
 	@echo "make demo    train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu     correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
@@ -52,6 +53,10 @@ test-compile: build
 
 test-all: build
 	VDCORE_TEST_LARGE=1 $(BIN)/pytest --numprocesses auto -m ""
+
+# The CPU engine's cases under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that is here.
+asan: $(VENV)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/asan.sh
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench

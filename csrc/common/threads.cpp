@@ -10,6 +10,8 @@
 #include <new>
 #include <thread>
 
+#include "common/sanitizer.h"
+
 namespace vdcore {
 namespace {
 
@@ -133,6 +135,7 @@ char* scratch(size_t bytes) {
       throw std::bad_alloc();
     }
   }
+  VDCORE_UNPOISON(mine.data, mine.size);
   return mine.data;
 }
 

@@ -1,6 +1,7 @@
 // A thread's scratch memory, shared out among the tiles of a kernel.
 #pragma once
 
+#include "common/sanitizer.h"
 #include "cpu/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -11,7 +12,10 @@ class Arena {
   explicit Arena(char* memory) : base_(memory) {}
   float* floats(int64_t n) {
     char* at = base_ ? base_ + used_ : nullptr;
-    used_ += (n * 4 + 63) / 64 * 64 + 64;  // the gap keeps equal tiles out of one another's cache sets
+    const size_t bytes = static_cast<size_t>(n) * 4;
+    const size_t room = (bytes + 63) / 64 * 64 + 64;  // the gap keeps equal tiles out of one another's cache sets
+    if (at) VDCORE_POISON(at + bytes, room - bytes);
+    used_ += room;
     return reinterpret_cast<float*>(at);
   }
   size_t used() const { return used_; }
