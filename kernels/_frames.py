@@ -43,6 +43,12 @@ def seeing_run(k, first, last, past, future, chunk, sink):
 
 
 @triton.jit
+def load_length(p_len, i, most):
+    """The i-th length: below 0 counts as 0, above ``most`` as ``most``."""
+    return tl.minimum(tl.maximum(tl.load(p_len + i), 0), most).to(tl.int32)
+
+
+@triton.jit
 def valid_frames(p_len, i_b, T, T_k, q_start):
     """Of sample i_b: the first key frame that is invisible, and the first query frame (q_start + t) that is dead.
 
@@ -51,7 +57,7 @@ def valid_frames(p_len, i_b, T, T_k, q_start):
     last = q_start + T
     valid = T_k + 0
     if p_len is not None:
-        length = tl.load(p_len + i_b).to(tl.int32)
+        length = load_length(p_len, i_b, tl.maximum(T_k, last))
         last = tl.minimum(last, length)
         valid = tl.where(last > q_start, tl.minimum(valid, length), 0)
     return valid, last
@@ -73,7 +79,7 @@ def live_frames_kernel(
     valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
     text = L + 0
     if p_text is not None:
-        text = tl.minimum(text, tl.load(p_text + i_b).to(tl.int32))
+        text = load_length(p_text, i_b, L)
     for i in range(0, T, BT):
         o = i + tl.arange(0, BT)
         low, begin, end = visible_runs(q_start + o, valid, past, future, chunk, sink)
@@ -83,7 +89,7 @@ def live_frames_kernel(
     if TEXT_SEES:
         of_text = T_k
         if p_len is not None:
-            of_text = tl.minimum(of_text, tl.load(p_len + i_b).to(tl.int32))
+            of_text = load_length(p_len, i_b, T_k)
         of_text = tl.where(text > 0, of_text, 0)
     for i in range(0, T_k, BT):
         o = i + tl.arange(0, BT)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import valid_frames, visible_runs
+from vdcore.kernels._frames import load_length, valid_frames, visible_runs
 from vdcore.kernels._tile import Rows, load_rows, store_rows
 
 
@@ -135,7 +135,7 @@ def store_tokens(
 def text_length(lengths, i_b, L):
     n = L + 0
     if lengths.text is not None:
-        n = tl.minimum(n, tl.load(lengths.text + i_b).to(tl.int32))
+        n = load_length(lengths.text, i_b, L)
     return n
 
 
@@ -144,7 +144,7 @@ def valid_key_frames(lengths, i_b, T_k):
     """Key frames that text sees."""
     n = T_k + 0
     if lengths.frames is not None:
-        n = tl.minimum(n, tl.load(lengths.frames + i_b).to(tl.int32))
+        n = load_length(lengths.frames, i_b, T_k)
     return n
 
 
@@ -168,8 +168,8 @@ def query_tile(i, lengths, i_b, sizes, mask, BM: tl.constexpr, TEXT: tl.constexp
     low, begin, end = visible_runs(first, valid, past, future, chunk, sink)
     low, begin, end = low * S_k, begin * S_k, end * S_k
     if lengths.tokens is not None:
-        shown = tl.load(lengths.tokens + i_b * T_k + begin // S_k, mask=begin < end, other=0).to(tl.int32)
-        end = tl.minimum(end, begin + shown)
+        shown = tl.load(lengths.tokens + i_b * T_k + begin // S_k, mask=begin < end, other=0)
+        end = begin + tl.minimum(tl.maximum(shown, 0), end - begin).to(tl.int32)
     is_text = i < 0
     n_text = 0
     if TEXT:

@@ -51,7 +51,7 @@ struct QueryTiles {
       const int32_t c = first_group() + index / per_group(), offset = index % per_group() * rows;
       const int32_t first = c * group > q_start ? c * group : q_start;
       const int32_t end = (c + 1) * group < q_start + queries ? (c + 1) * group : q_start + queries;
-      const int32_t last = end < frames_valid ? end : frames_valid;
+      const int32_t last = clamp(frames_valid, end);
       tile.start = (first - q_start) * tokens + offset;
       tile.rows = clamp((end - first) * tokens - offset, rows);
       tile.live = clamp((last - first) * tokens - offset, rows);

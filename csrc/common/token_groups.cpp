@@ -43,7 +43,7 @@ void find_components(TokenGroups& groups) {
   for (size_t i = 0; i < groups.keys.size(); ++i) {
     const TokenGroup& keys = groups.keys[i];
     const int64_t seen = keys.count ? keys.tokens.size() : 0;
-    TokenComponent next{keys.sample, {}, {}, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1, seen > 0, seen};
+    TokenComponent next{keys.sample, {}, {}, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1, seen > 0, seen, 0};
     for (int r = 0; r < keys.count; ++r)
       (keys.runs[r].text ? next.text : next.video) = {keys.runs[r].begin, keys.runs[r].end};
     while (!found.empty() && found.back().sample == next.sample &&
@@ -57,6 +57,16 @@ void find_components(TokenGroups& groups) {
       found.pop_back();
     }
     found.push_back(next);
+  }
+  for (TokenComponent& c : found) {
+    const bool text = !c.video.size();
+    const int64_t token = text ? c.text.begin : c.video.begin;
+    const auto before = [&](const TokenGroup& g, int) {
+      if (g.sample != c.sample) return g.sample < c.sample;
+      return g.tokens.text != text ? text : g.tokens.end <= token;
+    };
+    c.first_queries =
+        std::lower_bound(groups.queries.begin(), groups.queries.end(), 0, before) - groups.queries.begin();
   }
 }
 
@@ -86,7 +96,7 @@ TokenTiles::Item TokenTiles::at(int64_t item) const {
 
 TokenGroups frame_groups(const FrameMask& mask, int64_t batch, int64_t queries, int64_t keys, int64_t tokens,
                          int64_t start, const int64_t* lengths, const TextTokens& text) {
-  TokenGroups groups;
+  TokenGroups groups{batch, queries * tokens, keys * tokens, text.count, {}, {}, {}};
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t valid = lengths ? clamp(lengths[b], keys) : keys;
     const int64_t alive = lengths ? clamp(lengths[b] - start, queries) : queries;
@@ -129,8 +139,8 @@ TokenGroups frame_groups(const FrameMask& mask, int64_t batch, int64_t queries, 
 
 TokenGroups prompt_groups(int64_t batch, int64_t frames, int64_t tokens, int64_t prompt, bool per_frame,
                           const int64_t* lengths) {
-  TokenGroups groups;
   const int64_t prompts = per_frame ? frames : 1, rows = per_frame ? tokens : frames * tokens;
+  TokenGroups groups{batch, frames * tokens, prompts * prompt, 0, {}, {}, {}};
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < prompts; ++i) {
       const TokenRun all = {false, i * prompt, (i + 1) * prompt};

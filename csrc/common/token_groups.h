@@ -33,14 +33,29 @@ struct TokenComponent {
   Run video, text;                         // query tokens
   int64_t first_group = 0, end_group = 0;  // of the keys
   int64_t seen_groups = 0, seen_keys = 0;  // of those, what any query sees
+  int64_t first_queries = 0;               // the first group of queries with tokens of `video`, or else of `text`
   VDCORE_INLINE int64_t queries() const { return video.size() + text.size(); }
 };
 
 struct TokenGroups {
+  int64_t batch = 0, query_tokens = 0, key_tokens = 0, text = 0;  // what they are of; tokens of a sample
   std::vector<TokenGroup> queries, keys;  // each sample's groups in order, every token in exactly one
   std::vector<TokenComponent> components;
 
   int64_t largest_component() const;  // in query tokens
+
+  // Calls body(group, tokens) for the queries of a component, group by group. No vector's own functions: the linker
+  // might keep the copy of a newer instruction set.
+  template <typename Body>
+  VDCORE_INLINE void for_each_queries(const TokenComponent& c, const Body& body) const {
+    const int64_t count = queries.end() - queries.begin();
+    for (int64_t i = c.first_queries; i < count && queries.data()[i].sample == c.sample; ++i) {
+      const TokenGroup& group = queries.data()[i];
+      const Run of = group.tokens.text ? c.text : c.video, some = intersect(of, {group.tokens.begin, group.tokens.end});
+      if (some.size()) body(group, TokenRun{group.tokens.text, some.begin, some.end});
+      if (!group.tokens.text && group.tokens.end >= c.video.end && !c.text.size()) return;
+    }
+  }
 };
 
 struct TextTokens {

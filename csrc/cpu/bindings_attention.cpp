@@ -12,6 +12,40 @@ namespace {
 using Lengths = std::optional<std::vector<int64_t>>;
 const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
 
+FrameMask checked_mask(const std::vector<int64_t>& numbers) {
+  require(numbers.size() == 4 && numbers[2] > 0, "a mask is (past, future, chunk, sink), its chunk at least 1");
+  return mask_of(numbers);
+}
+
+void check_lengths(const Lengths& lengths, int64_t count) {
+  require(!lengths || static_cast<int64_t>(lengths->size()) == count, "lengths must have one entry per sample");
+}
+
+NormRopeSizes sizes_of(const TemporalAttention& a) {
+  return {larger(a.k.size[1], a.q_start + a.q.size[1]), a.q.size[2], a.q.size[3], a.k.size[3], a.q.size[4]};
+}
+
+TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                     const Lengths& lengths, int64_t q_start, float scale, py::handle norm,
+                                     py::handle rope, int threads) {
+  TemporalAttention args;
+  args.q = query_view(q);
+  args.k = key_view(k, args.q);
+  args.v = like("v", v, args.k);
+  require(args.v.dtype == args.q.dtype, "v must have the dtype of q");
+  require(args.k.size[2] == args.q.size[2], "k must have as many tokens per frame as q");
+  args.out = like("out", out, args.q);
+  args.lse = row_view("lse", lse, {args.q.size[0], args.q.size[1], args.q.size[2], args.q.size[3]});
+  check_lengths(lengths, args.q.size[0]);
+  require(q_start >= 0, "q_start must be at least 0");
+  args.q_start = q_start;
+  args.scale = scale;
+  args.norm = norm_of(norm, sizes_of(args));
+  args.rope = rope_of(rope, sizes_of(args));
+  args.threads = worthwhile_threads(threads, 2. * elements(args.q) * static_cast<double>(args.k.size[1]));
+  return args;
+}
+
 struct TemporalCall {
   TemporalAttention args;
   VisibleTables tables;
@@ -19,20 +53,10 @@ struct TemporalCall {
   TemporalCall(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, const Lengths& lengths,
                const std::vector<int64_t>& mask, int64_t q_start, float scale, py::handle norm, py::handle rope,
                int threads)
-      : tables(mask_of(mask), tensor_of(q).shape[1], tensor_of(k).shape[1], q_start, data_of(lengths),
-               tensor_of(q).shape[0]) {
-    args.q = cpu_view(q, 5);
-    args.k = cpu_view(k, 5);
-    args.v = cpu_view(v, 5);
-    args.out = cpu_view(out, 5);
-    args.lse = cpu_view(lse, 4);
-    args.q_start = q_start;
-    args.scale = scale;
-    args.norm = norm_of(norm);
-    args.rope = rope_of(rope);
+      : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
+        tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
     args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
                     tables.seen_end.data(), tables.per_sample, tables.dense};
-    args.threads = worthwhile_threads(threads, 2. * elements(args.q) * args.k.size[1]);
   }
 };
 
@@ -48,50 +72,71 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
                                  const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
                                  py::handle norm, py::handle rope, int threads, py::handle dout, py::handle dlse,
                                  py::handle dq, py::handle dk, py::handle dv, int64_t items,
-                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin,
-                                 int64_t table_item_stride) {
+                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin) {
   const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
   TemporalAttentionBackward args;
-  args.forward = call.args;
-  args.dout = cpu_view(dout, 5);
-  args.dlse = cpu_view(dlse, 4);
-  args.dq = cpu_view(dq, 5);
-  args.dk = cpu_view(dk, 5);
-  args.dv = cpu_view(dv, 5);
-  set_norm_rope_gradients(args, items, weight_sums, dcos, dsin, table_item_stride);
+  const TemporalAttention& f = args.forward = call.args;
+  require(static_cast<bool>(f.lse), "backward needs lse");
+  args.dout = like("dout", dout, f.q);
+  args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
+  args.dq = optional_like("dq", dq, f.q);
+  args.dk = optional_like("dk", dk, f.k);
+  args.dv = optional_like("dv", dv, f.k);
+  set_norm_rope_gradients(args, f.norm, f.rope, sizes_of(f), items, weight_sums, dcos, dsin);
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_backward(args);
 }
 
-// q, k, v, out, lse, spatial; backward: then dout, dlse, dq, dk, dv. Missing ones are None.
-FrameSegment segment_of(const std::vector<py::object>& tensors) {
+// q, k, v, out, lse, spatial; backward: then dout, dlse, dq, dk, dv. lse, spatial and dlse may be None. The video has
+// the groups' key frames, and the text their tokens, as a video of one frame.
+FrameSegment segment_of(const TokenGroups& groups, const std::vector<py::object>& tensors, bool text, bool backward) {
+  require(tensors.size() == (backward ? 11 : 6), "a segment has 6 tensors, and 11 in backward");
   FrameSegment s;
-  TensorView* const views[] = {&s.q, &s.k, &s.v, &s.out, &s.lse, &s.spatial, &s.dout, &s.dlse, &s.dq, &s.dk, &s.dv};
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const bool per_row = views[i] == &s.lse || views[i] == &s.dlse;
-    *views[i] = cpu_view(tensors[i], per_row ? 4 : 5);
-  }
+  s.q = query_view(tensors[0]);
+  s.k = key_view(tensors[1], s.q);
+  s.v = like("v", tensors[2], s.k);
+  require(s.q.size[0] == groups.batch, "the groups are of another batch");
+  require(s.q.size[1] * s.q.size[2] == (text ? groups.text : groups.query_tokens), "the groups are of other queries");
+  require(s.k.size[1] * s.k.size[2] == (text ? groups.text : groups.key_tokens), "the groups are of other keys");
+  require(!text || (s.q.size[1] == 1 && s.k.size[1] == 1), "text is a video of one frame");
+  const Sizes rows = {s.q.size[0], s.q.size[1], s.q.size[2], s.q.size[3]};
+  s.out = like("out", tensors[3], s.q);
+  s.lse = row_view("lse", tensors[4], rows);
+  s.spatial = optional_like("spatial", tensors[5], s.q);
+  if (!backward) return s;
+  require(static_cast<bool>(s.lse), "backward needs lse");
+  s.dout = like("dout", tensors[6], s.q);
+  s.dlse = row_view("dlse", tensors[7], rows);
+  s.dq = like("dq", tensors[8], s.q);
+  s.dk = like("dk", tensors[9], s.k);
+  s.dv = like("dv", tensors[10], s.k);
   return s;
 }
 
 FrameAttention frame_call(const TokenGroups& groups, const std::vector<py::object>& video,
-                          const std::vector<py::object>& text, float scale, int threads) {
+                          const std::vector<py::object>& text, float scale, int threads, bool backward) {
   FrameAttention args;
-  args.segment[0] = segment_of(video);
-  args.segment[1] = segment_of(text);
+  const TensorView& q = (args.segment[0] = segment_of(groups, video, false, backward)).q;
+  if (groups.text) {
+    const FrameSegment& s = args.segment[1] = segment_of(groups, text, true, backward);
+    require(s.q.size[3] == q.size[3] && s.k.size[3] == args.segment[0].k.size[3] && s.q.size[4] == q.size[4],
+            "text must have the heads of the video");
+  }
   args.groups = &groups;
   args.scale = scale;
   double pairs = 0;
   for (const TokenGroup& group : groups.queries)
     for (int i = 0; i < group.count; ++i) pairs += static_cast<double>(group.tokens.size()) * group.runs[i].size();
-  args.threads = worthwhile_threads(threads, 2 * pairs * args.segment[0].q.size[3] * args.segment[0].q.size[4]);
+  args.threads = worthwhile_threads(threads, 2 * pairs * static_cast<double>(q.size[3] * q.size[4]));
   return args;
 }
 
 void frame_attention_forward(const TokenGroups& groups, const std::vector<py::object>& video,
                              const std::vector<py::object>& text, float scale, py::handle gate, int threads) {
-  FrameAttention args = frame_call(groups, video, text, scale, threads);
-  args.gate = broadcast_view(gate, 5);
+  FrameAttention args = frame_call(groups, video, text, scale, threads, false);
+  const int64_t* q = args.segment[0].q.size;
+  args.gate = broadcast_view("gate", gate, {q[0], q[1], q[2], q[3], q[4]});
+  require(!args.gate || !groups.text, "a gate knows of no text");
   py::gil_scoped_release unlocked;
   kernels().frame_attention_forward(args);
 }
@@ -101,16 +146,44 @@ void frame_attention_forward(const TokenGroups& groups, const std::vector<py::ob
 void frame_attention_backward(const TokenGroups& groups, const std::vector<py::object>& video,
                               const std::vector<py::object>& text, float scale, py::handle delta, py::handle workspace,
                               int64_t parts, int threads) {
-  FrameAttention args = frame_call(groups, video, text, scale, threads);
-  args.delta = floats(delta);
+  FrameAttention args = frame_call(groups, video, text, scale, threads, true);
+  const TensorView &q = args.segment[0].q, &k = args.segment[0].k;
+  args.delta = floats("delta", delta, {q.size[0], q.size[3], groups.query_tokens + groups.text});
+  require(args.delta, "delta must be given");
+  require(parts > 0, "there must be a part");
   args.parts = parts;
-  args.workspace = floats(workspace);
-  if (args.workspace) {
-    args.workers = tensor_of(workspace).shape[0];
-    args.workspace_floats = tensor_of(workspace).shape[1];
+  if (!workspace.is_none()) {
+    const dlpack::Tensor& t = cpu_tensor(workspace);
+    require(t.ndim == 2, "workspace must have two dimensions");
+    args.workspace = floats("workspace", workspace, {t.shape[0], t.shape[1]});
+    args.workers = t.shape[0];
+    args.workspace_floats = t.shape[1];
+    const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };  // the longest vector has 16 floats
+    require(
+        args.workspace_floats == padded(groups.largest_component() * (q.size[3] / k.size[3]) * (padded(q.size[4]) + 1)),
+        "workspace must hold the queries of a component");
+    const int64_t shared = static_cast<int64_t>(groups.components.size()) * k.size[3] * parts;
+    require(parts > 1 ? args.workers == shared : args.workers > 0, "workspace must have a row for everyone");
   }
   py::gil_scoped_release unlocked;
   kernels().frame_attention_backward(args);
+}
+
+TokenGroups frame_groups_of(const std::vector<int64_t>& mask, int64_t batch, int64_t queries, int64_t keys,
+                            int64_t tokens, int64_t start, const Lengths& lengths, int64_t text,
+                            const Lengths& text_lengths, bool text_sees_video) {
+  require(batch >= 0 && queries >= 0 && keys >= 0 && tokens >= 0 && start >= 0 && text >= 0, "sizes are at least 0");
+  check_lengths(lengths, batch);
+  check_lengths(text_lengths, batch);
+  return frame_groups(checked_mask(mask), batch, queries, keys, tokens, start, data_of(lengths),
+                      {text, data_of(text_lengths), text_sees_video});
+}
+
+TokenGroups prompt_groups_of(int64_t batch, int64_t frames, int64_t tokens, int64_t prompt, bool per_frame,
+                             const Lengths& lengths) {
+  require(batch >= 0 && frames >= 0 && tokens >= 0 && prompt >= 0, "sizes are at least 0");
+  check_lengths(lengths, per_frame ? batch * frames : batch);
+  return prompt_groups(batch, frames, tokens, prompt, per_frame, data_of(lengths));
 }
 
 // For tests: [(sample, tokens, runs)], runs as (text, begin, end).
@@ -127,7 +200,7 @@ py::list group_list(const std::vector<TokenGroup>& groups) {
 
 // For tests: the engine's view of a mask, [(sink_end, begin, end)] per query and [(begin, end)] per key.
 py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t keys, int64_t start) {
-  const VisibleTables t(mask_of(mask), queries, keys, start, nullptr, 1);
+  const VisibleTables t(checked_mask(mask), queries, keys, start, nullptr, 1);
   std::vector<std::array<int64_t, 3>> rows;
   std::vector<std::array<int64_t, 2>> columns;
   for (int64_t i = 0; i < queries; ++i)
@@ -148,16 +221,8 @@ void define_attention(py::module_& m) {
       .def_property_readonly("keys", [](const TokenGroups& g) { return group_list(g.keys); })
       .def_property_readonly("components", [](const TokenGroups& g) { return g.components.size(); })
       .def_property_readonly("largest_component", &TokenGroups::largest_component);
-  m.def("frame_groups",
-        [](const std::vector<int64_t>& mask, int64_t batch, int64_t queries, int64_t keys, int64_t tokens,
-           int64_t start, const Lengths& lengths, int64_t text, const Lengths& text_lengths, bool text_sees_video) {
-          return frame_groups(mask_of(mask), batch, queries, keys, tokens, start, data_of(lengths),
-                              {text, data_of(text_lengths), text_sees_video});
-        });
-  m.def("prompt_groups",
-        [](int64_t batch, int64_t frames, int64_t tokens, int64_t prompt, bool per_frame, const Lengths& lengths) {
-          return prompt_groups(batch, frames, tokens, prompt, per_frame, data_of(lengths));
-        });
+  m.def("frame_groups", frame_groups_of);
+  m.def("prompt_groups", prompt_groups_of);
   m.def("frame_attention_forward", frame_attention_forward);
   m.def("frame_attention_backward", frame_attention_backward);
   m.def("temporal_attention_forward", temporal_attention_forward);

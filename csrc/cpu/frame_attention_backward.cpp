@@ -1,5 +1,9 @@
 // Frame attention, backward: with P recomputed from lse and delta = rowsum(dout * out) - dlse,
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q.
+// out has been rounded, so delta errs, by the same for all keys of a row; that alone would reach dQ as an error times
+// the keys' mean, several times the others where keys have one. But a row of dS adds up to dlse: what it does add up to
+// shows the error, and dQ = scale (dS (K - c) + dlse c), with c about the mean of the keys that a row sees, is free of
+// it.
 // A worker that owns a component (see token_groups.h) goes through its keys once and adds dq up in float32: five
 // products. Few components are shared: each of several workers takes a part of the keys, with a dq of its own, and
 // these are added up in order. Where that would take much memory, dq and dk, dv take a pass each: seven products, in
@@ -15,6 +19,7 @@ namespace {
 
 constexpr int64_t kQueryTile = 6 * W;
 constexpr int64_t kKeyTile = 128;
+constexpr int64_t kKeysOfMean = 32;  // leaves a sixth of the keys' spread, for a row that costs 2 * kKeyTile of them
 
 struct Tiles {
   Tile q, dout;                        // (kQueryTile, row)
@@ -23,14 +28,16 @@ struct Tiles {
   Tile p, ds;                          // (kKeyTile, kQueryTile)
   Tile dq;                             // (kQueryTile, row), for the pass that has no other place
   float *lse, *delta;                  // (kQueryTile,); lse in base 2
+  float *tile_sum, *row_sum;           // (kQueryTile,): of dS over a tile of keys, and over all
+  float* mean;                         // (row,), of keys
 
   Tiles(int64_t row, Arena& arena) {
     for (Tile* tile : {&q, &dout, &dq}) *tile = {arena.floats(kQueryTile * row), row};
     for (Tile* tile : {&q_transposed, &dout_transposed}) *tile = {arena.floats(row * kQueryTile), kQueryTile};
     for (Tile* tile : {&k, &v, &dk, &dv}) *tile = {arena.floats(kKeyTile * row), row};
     for (Tile* tile : {&p, &ds}) *tile = {arena.floats(kKeyTile * kQueryTile), kQueryTile};
-    lse = arena.floats(kQueryTile);
-    delta = arena.floats(kQueryTile);
+    for (float** p : {&lse, &delta, &tile_sum, &row_sum}) *p = arena.floats(kQueryTile);
+    mean = arena.floats(row);
   }
 };
 
@@ -71,11 +78,12 @@ class Backward {
     }
   }
 
-  // All gradients of a component for one key/value head; `dq` holds its query rows head by head, the video's first.
+  // All gradients of a component for one key/value head; `dq` holds its query rows head by head, the video's first,
+  // and then the sums of their rows of dS.
   void one_pass(const TokenComponent& c, int64_t kv_head, float* dq) const {
     find_deltas(c, kv_head);
     part_of_keys(c, kv_head, 0, 1, dq);
-    for (int64_t h = 0; h < heads; ++h) scatter_queries(c, kv_head, h, dq);
+    scatter_queries(c, kv_head, dq);
   }
 
   void find_deltas(const TokenComponent& c, int64_t kv_head) const {
@@ -88,7 +96,7 @@ class Backward {
   // dk and dv of a part of the component's tiles of keys, and what they give to dq.
   void part_of_keys(const TokenComponent& c, int64_t kv_head, int64_t part, int64_t parts, float* dq) const {
     const int64_t all = tiles_of_keys(c), first = all * part / parts, last = all * (part + 1) / parts;
-    memset(dq, 0, heads * c.queries() * row * sizeof(float));
+    memset(dq, 0, dq_floats(c) * sizeof(float));
     const auto dq_rows = [&](int64_t h, const TokenRun& queries) { return rows_of(c, h, queries, dq); };
     int64_t tile = 0;
     for (int64_t i = c.first_group; i < c.end_group; ++i) {
@@ -99,36 +107,52 @@ class Backward {
     }
   }
 
-  void scatter_queries(const TokenComponent& c, int64_t kv_head, int64_t h, float* dq) const {
-    for (const TokenRun& run : {video_of(c), text_of(c)})
-      if (run.size()) scatter_run(a.of(run).dq, c.sample, kv_head * heads + h, run, rows_of(c, h, run, dq), a.scale);
+  void scatter_queries(const TokenComponent& c, int64_t kv_head, float* dq) const {
+    a.groups->for_each_queries(c, [&](const TokenGroup& group, const TokenRun& queries) {
+      const bool correct = group.count && !at_hand(c);
+      if (correct) find_mean(group, kv_head);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t head = kv_head * heads + h;
+        const QueryRows rows = rows_of(c, h, queries, dq);
+        if (correct) correct_rows(c.sample, head, queries, rows);
+        scatter_run(a.of(queries).dq, c.sample, head, queries, rows.dq, a.scale);
+      }
+    });
   }
 
-  int64_t heads_of_group() const { return heads; }
-  int64_t dq_floats(const TokenComponent& c) const { return heads * c.queries() * row; }
+  int64_t dq_floats(const TokenComponent& c) const { return round_up(heads * c.queries() * (row + 1)); }
 
   // dk and dv of a tile of keys.
   void keys_alone(const TokenGroup& group, int64_t kv_head, TokenRun keys) const {
-    key_tile(group, kv_head, keys, false, [](int64_t, const TokenRun&) -> Tile { return {nullptr, 0}; });
+    key_tile(group, kv_head, keys, false,
+             [](int64_t, const TokenRun&) -> QueryRows { return {{nullptr, 0}, nullptr}; });
   }
 
   // dq of a tile of queries.
   void queries_alone(const TokenGroup& group, int64_t head, TokenRun queries) const {
     const FrameSegment& from = a.of(queries);
     load_queries(group.sample, head, queries);
+    memset(t.row_sum, 0, kQueryTile * sizeof(float));
     bool first = true;
     for (int i = 0; i < group.count; ++i)
       for (int64_t j = 0; j < group.runs[i].size(); j += kKeyTile) {
         const TokenRun keys = piece(group.runs[i], j, kKeyTile);
         load_keys(group.sample, head / heads, keys);
         weights(queries.size(), keys.size(), false);
-        query_gradient(queries.size(), keys.size(), t.dq, !first);
+        query_gradient(queries.size(), keys.size(), {t.dq, t.row_sum}, !first);
         first = false;
       }
+    find_mean(group, head / heads);
+    correct_rows(group.sample, head, queries, {t.dq, t.row_sum});
     scatter_run(from.dq, group.sample, head, queries, t.dq, a.scale);
   }
 
  private:
+  struct QueryRows {
+    Tile dq;
+    float* row_sum;  // of dS
+  };
+
   const FrameAttention& a;
   const Tiles& t;
   const int64_t H, heads, D, row, video_rows, all_rows;  // heads: query heads of a key/value head
@@ -143,9 +167,37 @@ class Backward {
     return tiles;
   }
 
-  Tile rows_of(const TokenComponent& c, int64_t h, const TokenRun& queries, float* dq) const {
-    const int64_t at = queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
-    return {dq + (h * c.queries() + at) * row, row};
+  QueryRows rows_of(const TokenComponent& c, int64_t h, const TokenRun& queries, float* dq) const {
+    const int64_t in_head =
+        queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
+    const int64_t at = h * c.queries() + in_head;
+    return {{dq + at * row, row}, dq + heads * c.queries() * row + at};
+  }
+
+  // t.mean = c of a group: the mean of some of the keys that it sees, evenly spread. What it does not see may be NaN.
+  void find_mean(const TokenGroup& group, int64_t kv_head) const {
+    int64_t seen = 0, count = 0;
+    for (int i = 0; i < group.count; ++i) seen += group.runs[i].size();
+    const int64_t step = (seen + kKeysOfMean - 1) / kKeysOfMean;
+    memset(t.mean, 0, row * sizeof(float));
+    for (int i = 0; i < group.count; ++i)
+      for (int64_t j = 0; j < group.runs[i].size(); j += step, ++count) {
+        const TokenRun key = piece(group.runs[i], j, 1);
+        gather_run(a.of(key).k, group.sample, kv_head, key, t.k);
+        for (int64_t c = 0; c < row; c += W) store(t.mean + c, load(t.mean + c) + load(t.k.data + c));
+      }
+    for (int64_t c = 0; c < row; c += W) store(t.mean + c, load(t.mean + c) / static_cast<float>(count));
+  }
+
+  // dq -= (row sum of dS - dlse) c.
+  void correct_rows(int64_t b, int64_t head, TokenRun queries, const QueryRows& rows) const {
+    if (const TensorView& dlse = a.of(queries).dlse)
+      for_each_row(dlse, b, head, queries,
+                   [&](const char* at, int64_t i) { rows.row_sum[i] -= *reinterpret_cast<const float*>(at); });
+    for (int64_t i = 0; i < queries.size(); ++i) {
+      float* at = rows.dq.at(i, 0).data;
+      for (int64_t c = 0; c < row; c += W) store(at + c, load(at + c) - rows.row_sum[i] * load(t.mean + c));
+    }
   }
 
   float* delta_of(int64_t b, int64_t head, const TokenRun& queries) const {
@@ -171,7 +223,7 @@ class Backward {
     memcpy(t.delta, delta_of(b, head, queries), queries.size() * sizeof(float));
   }
 
-  // t.p = P and t.ds = dS of the loaded queries and keys.
+  // t.p = P, t.ds = dS and t.tile_sum its row sums, of the loaded queries and keys.
   void weights(int64_t queries, int64_t keys, bool keys_at_hand) const {
     NoPrefetch none;
     const int64_t lanes = round_up(queries);
@@ -180,15 +232,16 @@ class Backward {
     for (int64_t i = 0; i < lanes; i += W) {
       float *p = t.p.data + i, *ds = t.ds.data + i;
       const vf lse = load(t.lse + i);
-      vf delta = load(t.delta + i), total = {}, weighted = {};
+      vf delta = load(t.delta + i), total = {};
       if (keys_at_hand) {
+        KeySum sum, weighted;
         for (int64_t j = 0; j < keys; ++j) {
           const vf weight = exp2(load(p + j * kQueryTile) - lse);
-          total += weight;
-          weighted += weight * load(ds + j * kQueryTile);
+          sum.add(j, weight);
+          weighted.add(j, weight * load(ds + j * kQueryTile));
           store(p + j * kQueryTile, weight);
         }
-        delta += weighted / select(total == 0.f, splat(1.f), total);
+        delta += weighted_mean(sum, weighted);
         for (int64_t j = 0; j < keys; ++j)
           store(ds + j * kQueryTile, load(p + j * kQueryTile) * (load(ds + j * kQueryTile) - delta));
         continue;
@@ -196,19 +249,23 @@ class Backward {
       for (int64_t j = 0; j < keys; ++j) {
         const vf weight = exp2(load(p + j * kQueryTile) - lse);
         store(p + j * kQueryTile, weight);
-        store(ds + j * kQueryTile, weight * (load(ds + j * kQueryTile) - delta));
+        const vf gradient = weight * (load(ds + j * kQueryTile) - delta);
+        store(ds + j * kQueryTile, gradient);
+        total += gradient;
       }
+      store(t.tile_sum + i, total);
     }
   }
 
-  void query_gradient(int64_t queries, int64_t keys, Tile dq, bool accumulate) const {
+  void query_gradient(int64_t queries, int64_t keys, const QueryRows& rows, bool accumulate) const {
     NoPrefetch none;
-    product(queries, row, keys, {t.ds.data, 1, kQueryTile}, t.k, dq, accumulate, none);
+    product(queries, row, keys, {t.ds.data, 1, kQueryTile}, t.k, rows.dq, accumulate, none);
+    for (int64_t i = 0; i < queries; ++i) rows.row_sum[i] += t.tile_sum[i];
   }
 
-  template <typename QueryRows>
+  template <typename RowsOf>
   void key_tile(const TokenGroup& group, int64_t kv_head, TokenRun keys, bool keys_at_hand,
-                const QueryRows& dq_rows) const {
+                const RowsOf& dq_rows) const {
     const FrameSegment& from = a.of(keys);
     NoPrefetch none;
     bool first = true;
@@ -223,7 +280,7 @@ class Backward {
           product(keys.size(), row, rows, {t.p.data, kQueryTile, 1}, t.dout, t.dv, !first, none);
           product(keys.size(), row, rows, {t.ds.data, kQueryTile, 1}, t.q, t.dk, !first, none);
           first = false;
-          if (const Tile dq = dq_rows(h, queries); dq.data) query_gradient(rows, keys.size(), dq, true);
+          if (const QueryRows to = dq_rows(h, queries); to.dq.data) query_gradient(rows, keys.size(), to, true);
         }
     if (first) return clear_run(from.dk, group.sample, kv_head, keys), clear_run(from.dv, group.sample, kv_head, keys);
     scatter_run(from.dk, group.sample, kv_head, keys, t.dk, a.scale);
@@ -296,10 +353,7 @@ struct SharedComponents {
     });
   }
   void scatter(int64_t item) const {
-    with_tiles(a, [&](const Backward& backward) {
-      for (int64_t h = 0; h < backward.heads_of_group(); ++h)
-        backward.scatter_queries(component(item), item % G, h, dq(item, 0));
-    });
+    with_tiles(a, [&](const Backward& backward) { backward.scatter_queries(component(item), item % G, dq(item, 0)); });
   }
 };
 

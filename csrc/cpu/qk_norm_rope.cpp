@@ -97,7 +97,7 @@ class Item {
   const Tiles t;
   const int64_t D;
   int64_t tokens_summed = 0;
-  const char* angles_of = nullptr;  // table row that t.angles holds
+  const char *cos_of = nullptr, *sin_of = nullptr;  // table rows that t.angles holds
 
   int64_t rows_of_weight(int64_t heads) const { return a.norm.over_all ? heads : 1; }
   int64_t weight_offset(int64_t h) const { return a.norm.over_all ? h * head_row(D) : 0; }
@@ -120,12 +120,11 @@ class Item {
   }
 
   void read_angles(int64_t frame, int64_t s, int64_t h) {
-    const char* at = a.rope.cos.at(a.frame_start + frame, s, h);
-    if (at == angles_of) return;
-    angles_of = at;
-    with_dtype(a.rope.cos.dtype, [&](auto type) {
-      t.angles.read<decltype(type)::value>(at, a.rope.sin.at(a.frame_start + frame, s, h), t.table_row);
-    });
+    const char *cos = a.rope.cos.at(a.frame_start + frame, s, h), *sin = a.rope.sin.at(a.frame_start + frame, s, h);
+    if (cos == cos_of && sin == sin_of) return;
+    cos_of = cos;
+    sin_of = sin;
+    with_dtype(a.rope.cos.dtype, [&](auto type) { t.angles.read<decltype(type)::value>(cos, sin, t.table_row); });
   }
 
   template <DType T>

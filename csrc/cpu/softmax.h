@@ -82,6 +82,27 @@ void score_products(const VisibleKeys& visible, int64_t queries, int64_t first_k
   }
 }
 
+// Sum over keys in groups: a long chain of additions errs by more than its terms do, and all of a row by as much.
+struct KeySum {
+  vf total = {}, group = {};
+
+  VDCORE_INLINE void add(int64_t key, vf x) {
+    group += x;
+    if (key % 32 == 31) flush();
+  }
+  VDCORE_INLINE void flush() {
+    total += group;
+    group = vf{};
+  }
+};
+
+// delta = sum of P dP over sum of P; 0 for a row that sees nothing.
+VDCORE_INLINE vf weighted_mean(KeySum sum, KeySum weighted) {
+  sum.flush();
+  weighted.flush();
+  return weighted.total / select(sum.total == 0.f, splat(1.f), sum.total);
+}
+
 // Running state of the online softmax for W queries: in base 2, scores already multiplied by log2(e).
 struct SoftmaxState {
   vf maximum = splat(-kInf), sum = {};
@@ -103,14 +124,15 @@ VDCORE_INLINE vf softmax_column(Tile column, const ColumnMask& mask, SoftmaxStat
   // A row that has seen nothing keeps -inf; 0 in its place makes exp2(-inf - 0) an exact 0 instead of NaN.
   const vf base = select(top == -kInf, vf{}, top);
   const vf factor = exp2(state.maximum - base);
-  vf total = {};
+  KeySum sum;
   mask.for_each_key([&](int64_t j, bool) __attribute__((always_inline)) {
     float* at = column.at(j, 0).data;
     const vf p = exp2(load(at) - base);
-    total += p;
+    sum.add(j, p);
     store(at, p);
   });
-  state.sum = state.sum * factor + total;
+  sum.flush();
+  state.sum = state.sum * factor + sum.total;
   state.maximum = top;
   return factor;
 }

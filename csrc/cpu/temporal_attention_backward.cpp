@@ -1,8 +1,8 @@
-// Temporal attention, backward: with P recomputed from lse and delta = rowsum(P * dP) - dlse = rowsum(dout * out) -
-// dlse,
+// Temporal attention, backward: with P recomputed from lse and delta = rowsum(P * dP) - dlse,
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q,
-// then back through rope and norm. One pass where a head's frames fit one block; otherwise one pass for dq and one for
-// dk and dv, each owning what it writes, so that nothing is accumulated across threads.
+// then back through rope and norm. All keys of a head stay at hand, and queries come block by block. So delta need not
+// be rowsum(dout * out), which errs by the rounding of out, and as much for all keys of a row: that error would reach
+// dQ times the keys' mean. That of rowsum(P * dP) cancels in dP - delta.
 #include <initializer_list>
 
 #include "common/threads.h"
@@ -14,25 +14,25 @@ namespace {
 
 constexpr int64_t kMaxBlock = 128;
 constexpr int64_t kBlockFloats = 16 * 1024;  // of one tensor's rows of one head
+constexpr int64_t kScoreFloats = 32 * 1024;  // of the scores of a block
 constexpr int64_t kStageFloats = 64 * 1024;  // rows and gradients of one step, in L2
 
 struct Plan {
   const TemporalAttentionBackward& g;
   const TemporalAttention& a;
   Shape shape;
-  int64_t query_block, key_block, heads, head_groups;
-  bool one_block;
+  int64_t query_block, heads, head_groups;
+  bool one_block;     // of queries
   bool per_position;  // an item owns whole positions, all samples: their rope table rows get one writer
   int64_t units;      // (sample, position) pairs, or positions
 
   explicit Plan(const TemporalAttentionBackward& args) : g(args), a(args.forward), shape(args.forward) {
     const Shape& n = shape;
-    const int64_t block = larger(W, smaller(kMaxBlock, kBlockFloats / n.row / W * W));
-    query_block = smaller(round_up(n.T), block);
-    key_block = smaller(n.K, block);
-    one_block = query_block >= n.T && key_block >= n.K;
+    const int64_t block = smaller(kMaxBlock, smaller(kBlockFloats / n.row, kScoreFloats / n.K) / W * W);
+    query_block = smaller(round_up(n.T), larger(W, block));
+    one_block = query_block >= n.T;
     heads = n.H;
-    const int64_t floats = 3 * query_block * n.row * n.group + 4 * key_block * n.row;  // of one group
+    const int64_t floats = 3 * query_block * n.row * n.group + 4 * n.K * n.row;  // of one group
     // A norm over all heads mixes their gradients: they stay together.
     while (!a.norm.over_all && heads > n.group && heads / n.group * floats > kStageFloats) heads = n.fewer_heads(heads);
     head_groups = n.H / heads;
@@ -52,7 +52,7 @@ struct Tiles {
 
   Tiles(const Plan& plan, Arena& arena) : norm_rope(plan.a, plan.shape.row, arena) {
     const Shape& n = plan.shape;
-    const int64_t row = n.row, kv_heads = plan.heads / n.group, Q = plan.query_block, K = plan.key_block;
+    const int64_t row = n.row, kv_heads = plan.heads / n.group, Q = plan.query_block, K = n.K;
     for (Stage* stage : {&q, &dout, &dq}) *stage = {arena.floats(plan.heads * Q * row), Q, row};
     for (Stage* stage : {&k, &v, &dk, &dv}) *stage = {arena.floats(kv_heads * K * row), K, row};
     for (Tile* tile : {&q_transposed, &dout_transposed}) *tile = {arena.floats(row * Q), Q};
@@ -81,45 +81,15 @@ class Backward {
         kv_heads(place.kv_heads(plan.shape.group)) {}
 
   void run() {
-    if (p.one_block) {
-      const Run queries = {0, n.T}, keys = {0, n.K};
+    load_keys();
+    if (!p.one_block) clear(t.dk), clear(t.dv);
+    for (int64_t q = 0; q < n.T; q += p.query_block) {
+      const Run queries = {q, smaller(n.T, q + p.query_block)};
       load_queries(queries);
-      load_keys(keys);
-      accumulate(queries, keys, true, static_cast<bool>(g.dq), g.dk || g.dv);
+      accumulate(queries);
       finish_queries(queries);
-      finish_keys(keys);
-      return;
     }
-    if (g.dq)
-      for (int64_t q = 0; q < n.T; q += p.query_block) {
-        const Run queries = {q, smaller(n.T, q + p.query_block)};
-        load_queries(queries);
-        bool first = true;
-        for (int64_t k = 0; k < n.K; k += p.key_block) {
-          const Run keys = {k, smaller(n.K, k + p.key_block)};
-          if (!SeenKeys(visible_keys(a, at.b, q), queries.size(), k, keys.size()).any()) continue;
-          load_keys(keys);
-          accumulate(queries, keys, first, true, false);
-          first = false;
-        }
-        if (first) clear(t.dq, at.heads.count);
-        finish_queries(queries);
-      }
-    if (g.dk || g.dv)
-      for (int64_t k = 0; k < n.K; k += p.key_block) {
-        const Run keys = {k, smaller(n.K, k + p.key_block)};
-        load_keys(keys);
-        bool first = true;
-        for (int64_t q = 0; q < n.T; q += p.query_block) {
-          const Run queries = {q, smaller(n.T, q + p.query_block)};
-          if (!SeenKeys(visible_keys(a, at.b, q), queries.size(), k, keys.size()).any()) continue;
-          load_queries(queries);
-          accumulate(queries, keys, first, false, true);
-          first = false;
-        }
-        if (first) clear(t.dk, kv_heads.count), clear(t.dv, kv_heads.count);
-        finish_keys(keys);
-      }
+    finish_keys();
   }
 
  private:
@@ -133,7 +103,7 @@ class Backward {
   Prefetch& prefetch;
   const HeadRange kv_heads;
 
-  static void clear(Stage stage, int64_t heads) { memset(stage.data, 0, heads * stage.frames * stage.row * 4); }
+  void clear(Stage stage) const { memset(stage.data, 0, kv_heads.count * stage.frames * stage.row * 4); }
 
   Run seen_by(int64_t key) const {
     const VisibleFrames& v = a.visible;
@@ -150,7 +120,6 @@ class Backward {
     gather(a.q, at.b, at.s, queries, at.heads, n.D, t.q, 0);
     t.norm_rope.queries(a, at.b, at.s, queries, at.heads, t.q);
     gather(g.dout, at.b, at.s, queries, at.heads, n.D, t.dout, 0);
-    if (!p.one_block) gather(a.out, at.b, at.s, queries, at.heads, n.D, t.dq, 0);  // dq is not in use yet
     for (int64_t h = 0; h < at.heads.count; ++h)
       for (int64_t i = 0; i < p.query_block; ++i) {
         float *lse = t.lse + h * p.query_block + i, *delta = t.delta + h * p.query_block + i;
@@ -159,25 +128,20 @@ class Backward {
         const int64_t frame = queries.begin + i, head = at.heads.first + h;
         *lse = *reinterpret_cast<const float*>(a.lse.at(at.b, frame, at.s, head)) * kLog2E;
         if (*lse == -kInf) *lse = kInf;  // sees nothing: exp2(score - inf) is 0
-        if (!p.one_block) {
-          const float *out = t.dq.head(h).at(i, 0).data, *dout = t.dout.head(h).at(i, 0).data;
-          vf total = {};
-          for (int64_t c = 0; c < n.row; c += W) total += load(out + c) * load(dout + c);
-          *delta = sum(total);
-        }
-        if (g.dlse) *delta -= *reinterpret_cast<const float*>(g.dlse.at(at.b, frame, at.s, head));
+        if (g.dlse) *delta = -*reinterpret_cast<const float*>(g.dlse.at(at.b, frame, at.s, head));
       }
   }
 
-  void load_keys(Run keys) {
+  void load_keys() {
+    const Run keys = {0, n.K};
     gather(a.k, at.b, at.s, keys, kv_heads, n.D, t.k, 0);
     t.norm_rope.keys(a, at.b, at.s, keys, kv_heads, t.k, 0);
     gather(a.v, at.b, at.s, keys, kv_heads, n.D, t.v, 0);
   }
 
-  // One column of scores becomes P, and one of dP becomes dS.
+  // One column of scores becomes P, and one of dP becomes dS; delta is -dlse.
   void score_gradients(const ColumnMask& mask, Tile weights, Tile gradients, vf lse, vf delta) const {
-    vf sum = {}, weighted = {};
+    KeySum sum, weighted;
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
       float* at = weights.at(j, 0).data;
       vf weight = exp2(load(at) - lse), product = weight * load(gradients.at(j, 0).data);
@@ -187,12 +151,10 @@ class Backward {
         product = select(sees, product, vf{});
       }
       store(at, weight);
-      sum += weight;
-      weighted += product;
+      sum.add(j, weight);
+      weighted.add(j, product);
     });
-    // With all keys at hand, rowsum(P * dP) is delta too, and the more exact one: its rounding errors cancel in dP -
-    // delta.
-    if (p.one_block) delta += weighted / select(sum == 0.f, splat(1.f), sum);
+    delta += weighted_mean(sum, weighted);
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
       float* at = gradients.at(j, 0).data;
       const vf ds = load(weights.at(j, 0).data) * (load(at) - delta);
@@ -200,47 +162,54 @@ class Backward {
     });
   }
 
-  // Adds one block's part to dq, and to dk and dv; `first`: sets it.
-  void accumulate(Run queries, Run keys, bool first, bool for_queries, bool for_keys) {
+  // Sets dq of a block of queries, and sets or adds what they give to dk and dv.
+  void accumulate(Run queries) {
     const VisibleKeys visible = visible_keys(a, at.b, queries.begin);
+    const int64_t Q = queries.size(), K = n.K;
+    // Keys that nobody in the block sees are left alone: most of them where windows are small.
+    const SeenKeys seen = p.one_block ? SeenKeys(K) : SeenKeys(visible, Q, 0, K);
     if (!visible.dense) {
-      key_runs(visible, queries.size(), keys.begin, keys.size(), t.windows, t.sinks);
-      for (int64_t j = 0; j < keys.size(); ++j) {
-        const Run run = seen_by(keys.begin + j);
-        t.seen_by[j] = intersect({run.begin - queries.begin, run.end - queries.begin}, {0, queries.size()});
-      }
+      key_runs(visible, Q, 0, K, t.windows, t.sinks);
+      for (const Run& keys : seen.runs)
+        for (int64_t j = keys.begin; j < keys.end; ++j) {
+          const Run run = seen_by(j);
+          t.seen_by[j] = intersect({run.begin - queries.begin, run.end - queries.begin}, {0, Q});
+        }
     }
     for (int64_t h = 0; h < at.heads.count; ++h) {
       const int64_t kv = h / n.group;
-      const bool first_of_group = first && h % n.group == 0;
+      const bool add = !p.one_block || h % n.group > 0;
       const Tile q = t.q.head(h), dout = t.dout.head(h), k = t.k.head(kv), v = t.v.head(kv);
-      transpose(queries.size(), n.D, q, a.scale * kLog2E, t.q_transposed);
-      transpose(queries.size(), n.D, dout, 1.f, t.dout_transposed);
-      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.p, prefetch);
-      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, v, t.dout_transposed, t.ds, prefetch);
-      for (int64_t i = 0; i < queries.size(); i += W) {
+      transpose(Q, n.D, q, a.scale * kLog2E, t.q_transposed);
+      transpose(Q, n.D, dout, 1.f, t.dout_transposed);
+      score_products(visible, Q, 0, K, n.D, k, t.q_transposed, t.p, prefetch);
+      score_products(visible, Q, 0, K, n.D, v, t.dout_transposed, t.ds, prefetch);
+      for (int64_t i = 0; i < Q; i += W) {
         const int64_t row = h * p.query_block + i;
-        score_gradients(ColumnMask(visible, i, queries.size(), keys.begin, keys.size()), t.p.at(0, i), t.ds.at(0, i),
-                        load(t.lse + row), load(t.delta + row));
+        score_gradients(ColumnMask(visible, i, Q, 0, K), t.p.at(0, i), t.ds.at(0, i), load(t.lse + row),
+                        load(t.delta + row));
       }
-      const int64_t Q = queries.size(), K = keys.size();
-      const Scalars weights = {t.p.data, t.p.row, 1}, ds = {t.ds.data, t.ds.row, 1};
+      if (g.dk || g.dv)
+        for (const Run& keys : seen.runs) {
+          if (!keys.size()) continue;
+          const int64_t j = keys.begin;
+          const Scalars weights = {t.p.at(j, 0).data, t.p.row, 1}, ds = {t.ds.at(j, 0).data, t.ds.row, 1};
+          const Tile dv = t.dv.head(kv).at(j, 0), dk = t.dk.head(kv).at(j, 0);
+          if (visible.dense) {
+            product(keys.size(), n.row, Q, weights, dout, dv, add, prefetch);
+            product(keys.size(), n.row, Q, ds, q, dk, add, prefetch);
+          } else {
+            product_over_runs(keys.size(), n.row, t.seen_by + j, weights, dout, dv, add, prefetch);
+            product_over_runs(keys.size(), n.row, t.seen_by + j, ds, q, dk, add, prefetch);
+          }
+        }
+      if (!g.dq) continue;
       const Scalars ds_transposed = {t.ds.data, 1, t.ds.row};
       if (visible.dense) {
-        if (for_keys) {
-          product(K, n.row, Q, weights, dout, t.dv.head(kv), !first_of_group, prefetch);
-          product(K, n.row, Q, ds, q, t.dk.head(kv), !first_of_group, prefetch);
-        }
-        if (for_queries) product(Q, n.row, K, ds_transposed, k, t.dq.head(h), !first, prefetch);
+        product(Q, n.row, K, ds_transposed, k, t.dq.head(h), false, prefetch);
       } else {
-        if (for_keys) {
-          product_over_runs(K, n.row, t.seen_by, weights, dout, t.dv.head(kv), !first_of_group, prefetch);
-          product_over_runs(K, n.row, t.seen_by, ds, q, t.dk.head(kv), !first_of_group, prefetch);
-        }
-        if (for_queries) {
-          product_over_runs(Q, n.row, t.windows, ds_transposed, k, t.dq.head(h), !first, prefetch);
-          product_over_runs(Q, n.row, t.sinks, ds_transposed, k, t.dq.head(h), true, prefetch);
-        }
+        product_over_runs(Q, n.row, t.windows, ds_transposed, k, t.dq.head(h), false, prefetch);
+        product_over_runs(Q, n.row, t.sinks, ds_transposed, k, t.dq.head(h), true, prefetch);
       }
     }
   }
@@ -251,7 +220,8 @@ class Backward {
                       [&](int64_t frame) { return sees_any(frame); });
     write(g.dq, queries, at.heads, t.dq, transformed(a) ? 1.f : a.scale);
   }
-  void finish_keys(Run keys) {
+  void finish_keys() {
+    const Run keys = {0, n.K};
     if (g.dv) write(g.dv, keys, kv_heads, t.dv, 1.f);
     if (!g.dk) return;
     through_norm_rope(key_side(a), a.k, keys, kv_heads, t.dk, g.dk_weight, g.dk_bias,

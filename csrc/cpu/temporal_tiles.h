@@ -171,6 +171,7 @@ inline VisibleKeys visible_keys(const TemporalAttention& a, int64_t b, int64_t f
 // Key frames of a block that at least one of the queries sees: two runs, relative to the block.
 struct SeenKeys {
   Run runs[2];
+  explicit SeenKeys(int64_t keys) : runs{{0, keys}, {}} {}  // all of them
   SeenKeys(const VisibleKeys& visible, int64_t queries, int64_t first_key, int64_t keys) {
     Run window = {keys, 0};
     int64_t sinks = 0;

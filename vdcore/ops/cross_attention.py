@@ -31,7 +31,8 @@ def cross_attention(
     Args:
         q: ``(B, T, S, H, D)``.
         k, v: ``(B, L, G, D)``, or ``(B, T, L, G, D)`` with a prompt for every frame; G divides H.
-        lengths: ``(B,)`` or ``(B, T)``, valid text tokens; with 0 the output is 0.
+        lengths: ``(B,)`` or ``(B, T)``, valid text tokens, whichever shape k and v have; below 0 counts as 0, above L
+            as L. With 0 the output is 0.
         scale, norm, return_lse, backend: as in :func:`temporal_attention`.
 
     Returns:

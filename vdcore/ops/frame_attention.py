@@ -71,6 +71,7 @@ def video_attention(
         q, k, v, mask, q_start, lengths, scale, norm, rope, return_lse, backend: as in :func:`temporal_attention`.
         text: ``(q, k, v)`` of the text, ``(B, L, H, D)``, ``(B, L, G, D)`` twice; they may be views of one tensor.
         text_lengths: ``(B,)``, valid text tokens. Text keys past it are invisible, text query rows past it give 0.
+            Below 0 counts as 0, above L as L.
         text_norm: as ``norm``, for the text; text is never rotated.
         text_first: the text comes first in the joint sequence, instead of last.
         text_sees: ``"all"``: text attends to everything; ``"text"``: to text only, so that under a causal mask the

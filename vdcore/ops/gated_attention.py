@@ -36,7 +36,7 @@ def gated_attention(
         gate: broadcasts to ``(B, T, S, H, D)``: a scalar, per head, per channel, per token. Its gradient is summed in
             float32, in a fixed order, and has its shape and dtype.
         mask: of the temporal part.
-        lengths: ``(B,)``, valid frames of each sample, for both parts.
+        lengths: ``(B,)``, valid frames of each sample, for both parts; below 0 counts as 0, above T as T.
         scale: of the scores of both; None: ``D ** -0.5``.
         norm, rope: (spatial, temporal) pairs.
         backend: run on this one or raise.

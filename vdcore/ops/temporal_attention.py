@@ -42,7 +42,8 @@ def temporal_attention(
         mask: which frames a frame sees.
         q_start: index, among the key frames, of the first query frame; None: ``max(T_k - T, 0)``.
         lengths: ``(B,)``, valid frames of each sample. Key frames past it are invisible; query frames whose index
-            ``q_start + t`` is past it give 0.
+            ``q_start + t`` is past it give 0. A length below 0 counts as 0, one above the number of frames,
+            ``max(T_k, q_start + T)``, as that number.
         scale: of the scores; None: ``D ** -0.5``.
         norm: applied to q and k, before rope.
         rope: key frame ``t`` uses row ``t``, query frame ``t`` row ``q_start + t``.

@@ -31,18 +31,21 @@ def norm_rope(q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None, q_st
     return q, k
 
 
+def counts(lengths: Tensor | None, batch: int, most: int) -> list[int]:
+    """Of each sample: its length, where below 0 counts as 0 and above ``most`` as ``most``; None: ``most``."""
+    return [most] * batch if lengths is None else [min(max(n, 0), most) for n in lengths.tolist()]
+
+
 def visible_runs(
     mask: FrameMask, T_q: int, T_k: int, q_start: int, lengths: Tensor | None, batch: int
 ) -> list[list[list[Run]]]:
     """``[sample][query frame] -> runs`` of visible key frames, cut off at the sample's length."""
     out = []
-    for b in range(batch):
-        valid = T_k if lengths is None else min(int(lengths[b]), T_k)
+    for length in counts(lengths, batch, max(T_k, q_start + T_q)):
         rows = []
         for t, runs in enumerate(mask.runs(T_q, T_k, q_start)):
-            alive = lengths is None or q_start + t < int(lengths[b])
-            cut = [(begin, min(end, valid)) for begin, end in runs]
-            rows.append([run for run in cut if run[0] < run[1]] if alive else [])
+            cut = [(begin, min(end, length)) for begin, end in runs]
+            rows.append([run for run in cut if run[0] < run[1]] if q_start + t < length else [])
         out.append(rows)
     return out
 

@@ -20,7 +20,8 @@ def cross_attention(
     dtype = compute_dtype(q.dtype)
     per_frame = k.ndim == 5
     L = k.shape[-3]
-    valid = torch.full((B, T), L) if lengths is None else lengths.cpu().reshape(B, -1).expand(B, T).clamp(max=L)
+    valid = torch.full((B, 1), L) if lengths is None else lengths.cpu().clamp(0, L)
+    valid = (valid if valid.ndim == 2 else valid[:, None]).expand(B, T)
     # Text that nobody reads must not reach the gradient of a shared weight.
     read = valid if per_frame else valid.amax(1) if T else torch.zeros(B, dtype=torch.long)
     k = keep(k, torch.arange(L) < read[..., None]).to(dtype)

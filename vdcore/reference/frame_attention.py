@@ -9,6 +9,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm, compute_dtype
 from vdcore.reference._attend import (
     attend,
+    counts,
     heads_first,
     keep,
     norm_rope,
@@ -46,9 +47,9 @@ def video_attention(
     T_k, L = k.shape[1], 0 if text is None else text[0].shape[1]
     dtype = compute_dtype(q.dtype)
     runs = visible_runs(mask, T, T_k, q_start, lengths, B)
-    valid = [T_k if lengths is None else min(int(lengths[b]), T_k) for b in range(B)]
-    text_valid = [L if text_lengths is None else min(int(text_lengths[b]), L) for b in range(B)]
-    alive = [[lengths is None or q_start + t < int(lengths[b]) for t in range(T)] for b in range(B)]
+    frames, text_valid = counts(lengths, B, max(T_k, q_start + T)), counts(text_lengths, B, L)
+    valid = [min(n, T_k) for n in frames]
+    alive = [[q_start + t < n for t in range(T)] for n in frames]
     text_reads_video = text is not None and text_sees == "all"
 
     # Rows that take part: the others may hold anything.

@@ -51,5 +51,7 @@ class NormRope:
             self.weights = [float_weights(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
             self.norm = (KINDS[norm.kind], norm.over == "all", norm.eps, *map(capsule, self.weights))
         if rope is not None:
-            self.tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+            tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+            # The engine reads both in one dtype.
+            self.tables = [x.float() for x in tables] if tables[0].dtype != tables[1].dtype else tables
             self.rope = (_STYLES[rope.style], *map(capsule, self.tables))

@@ -40,20 +40,45 @@ Groups = Any  # of the native module: which query tokens see which key tokens
 Segment = list[Tensor | None]
 
 
+def _numbers(lengths: Tensor | None) -> list[int] | None:
+    return None if lengths is None else lengths.flatten().tolist()
+
+
 def _groups(c: FrameCall | CrossCall) -> Groups:
     B, T, S = c.q.shape[:3]
-    lengths = None if c.lengths is None else c.lengths.flatten().tolist()
+    lengths = c.lengths
     if isinstance(c, CrossCall):
-        return native().prompt_groups(B, T, S, c.k.shape[-3], c.k.ndim == 5, lengths)
+        per_frame = _prompt_per_frame(c)
+        if lengths is not None and per_frame:
+            lengths = (lengths if lengths.ndim == 2 else lengths[:, None]).expand(B, T)
+        return native().prompt_groups(B, T, S, c.k.shape[-3], per_frame, _numbers(lengths))
     text = 0 if c.text is None else c.text[0].shape[1]
-    text_lengths = None if c.text_lengths is None else c.text_lengths.tolist()
     return native().frame_groups(
-        *(mask_numbers(c.mask), B, T, c.k.shape[1], S, c.q_start, lengths),
-        *(text, text_lengths, c.text_sees == "all"),
+        *(mask_numbers(c.mask), B, T, c.k.shape[1], S, c.q_start, _numbers(lengths)),
+        *(text, _numbers(c.text_lengths), c.text_sees == "all"),
     )
 
 
+def _prompt_per_frame(c: FrameCall | CrossCall) -> bool:
+    return isinstance(c, CrossCall) and (c.k.ndim == 5 or _cut_per_frame(c))
+
+
+def _cut_per_frame(c: FrameCall | CrossCall) -> bool:
+    """The frames of a sample share a prompt, each up to a length of its own."""
+    return isinstance(c, CrossCall) and c.k.ndim == 4 and c.lengths is not None and c.lengths.ndim == 2
+
+
 # ---- A call as two segments, the video and the text, which is a video of one frame ----
+
+
+def _prompts(x: Tensor) -> Tensor:
+    """Keys or values ``(B, L, G, D)`` or ``(B, T, L, G, D)`` as a video of the prompts, ``(B, 1 or T, L, G, D)``."""
+    return x.unsqueeze(1) if x.ndim == 4 else x
+
+
+def _as_read(c: FrameCall | CrossCall, x: Tensor) -> Tensor:
+    """Keys or values as the kernel reads them: a prompt that is cut per frame lies there once for all frames."""
+    return x.expand(-1, c.q.shape[1], -1, -1, -1) if _cut_per_frame(c) else x
 
 
 def _joint(c: FrameCall | CrossCall, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -77,8 +102,12 @@ def _text(c: FrameCall | CrossCall) -> QKV | None:
     return q, k, v
 
 
-def _dead_runs(groups: Groups, side: str, *, text: bool) -> list[tuple[int, int, int]]:
+def _dead_runs(c: FrameCall | CrossCall, groups: Groups, side: str, *, text: bool) -> list[tuple[int, int, int]]:
     """Runs ``(sample, begin, end)`` of tokens that take no part."""
+    if side == "keys" and _cut_per_frame(c):
+        assert c.lengths is not None
+        L = c.k.shape[-3]
+        return [(b, min(max(n, 0), L), L) for b, n in enumerate(c.lengths.amax(1).tolist())]
     return [(b, begin, end) for b, (t, begin, end), runs in getattr(groups, side) if not runs and t == text]
 
 
@@ -94,25 +123,30 @@ def _keep(x: Tensor, dead: list[tuple[int, int, int]]) -> Tensor:
 
 def _before(c: FrameCall | CrossCall, groups: Groups) -> tuple[NormRopeBefore, NormRopeBefore | None]:
     """What stands before the scores: of the video and of the text."""
-    q, k = c.q, c.k.unsqueeze(1) if c.k.ndim == 4 else c.k
+    q, k = c.q, _prompts(c.k) if isinstance(c, CrossCall) else c.k
     rope, q_start = (c.rope, c.q_start) if isinstance(c, FrameCall) else (None, 0)
     if c.norm is not None or rope is not None:
-        q = _keep(q, _dead_runs(groups, "queries", text=False))
-        k = _keep(k, _dead_runs(groups, "keys", text=False))
+        q = _keep(q, _dead_runs(c, groups, "queries", text=False))
+        k = _keep(k, _dead_runs(c, groups, "keys", text=False))
     video = NormRopeBefore(q, k, c.norm, rope, q_start)
     text = _text(c)
     if text is None or not isinstance(c, FrameCall):
         return video, None
     q, k = text[:2]
     if c.text_norm is not None:
-        q = _keep(q, _dead_runs(groups, "queries", text=True))
-        k = _keep(k, _dead_runs(groups, "keys", text=True))
+        q = _keep(q, _dead_runs(c, groups, "queries", text=True))
+        k = _keep(k, _dead_runs(c, groups, "keys", text=True))
     return video, NormRopeBefore(q, k, c.text_norm, None)
 
 
 def _values(c: FrameCall | CrossCall) -> tuple[Tensor, Tensor | None]:
     text = _text(c)
-    return c.v.unsqueeze(1) if c.v.ndim == 4 else c.v, None if text is None else text[2]
+    return _prompts(c.v) if isinstance(c, CrossCall) else c.v, None if text is None else text[2]
+
+
+def _seen(c: FrameCall | CrossCall, part: NormRopeBefore, v: Tensor) -> QKV:
+    q, k = part.forward()
+    return q, _as_read(c, k), _as_read(c, v)
 
 
 def _capsules(segment: Segment) -> list[object]:
@@ -131,9 +165,9 @@ def run_forward(
     groups = _groups(c)
     before, outs, lses = _before(c, groups), _joint(c, out), _joint(c, lse)
     segments = [
-        [*part.forward(), v, o, s, mixed]
+        [*_seen(c, part, v), o, s, mixed]
         for part, v, o, s, mixed in zip(before, _values(c), outs, lses, (spatial, None))
-        if part is not None
+        if part is not None and v is not None
     ]
     native().frame_attention_forward(
         *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),
@@ -150,10 +184,14 @@ def run_backward(
     """Gradients by the names of ``c.TENSORS``."""
     groups = _groups(c)
     before, values = _before(c, groups), _values(c)
-    inputs = [(*part.forward(), v) for part, v in zip(before, values) if part is not None and v is not None]
+    inputs = [_seen(c, part, v) for part, v in zip(before, values) if part is not None and v is not None]
     packed = c.packed if isinstance(c, FrameCall) else None
     whole = None if packed is None else torch.empty(packed.shape, dtype=packed.dtype)
-    gradients = [[torch.empty(x.shape, dtype=x.dtype) for x in qkv] for qkv in inputs]
+    # Frames that share a prompt: their shares are added up in float32.
+    kv_dtype = torch.float32 if _cut_per_frame(c) else c.k.dtype
+    gradients = [
+        [torch.empty(x.shape, dtype=dtype) for x, dtype in zip(qkv, (c.q.dtype, kv_dtype, kv_dtype))] for qkv in inputs
+    ]
     if whole is not None:
         gradients[0] = list(whole.unbind(3))
 
@@ -167,7 +205,8 @@ def run_backward(
     B, _, _, H, D = c.q.shape
     G = inputs[0][1].shape[3]
     threads, workspace = torch.get_num_threads(), None
-    floats = groups.largest_component * (H // G) * -(-D // 16) * 16
+    # Rows of the queries' gradient and a number for each, padded to the longest vector.
+    floats = -(-groups.largest_component * (H // G) * (-(-D // 16) * 16 + 1) // 16) * 16
     buffers, parts = dq_buffers(groups.components * G, floats, threads)
     if buffers:
         workspace = torch.empty(buffers, floats)
@@ -176,6 +215,8 @@ def run_backward(
         *(groups, _capsules(segments[0]), _capsules(segments[1]) if len(segments) > 1 else []),
         *(c.scale, capsule(delta), capsule(workspace), parts, threads),
     )
+    if _cut_per_frame(c):
+        gradients[0][1:] = [x.sum(1, keepdim=True).to(c.k.dtype) for x in gradients[0][1:]]
     found: Gradients = {}
     for prefix, part, (dq, dk, dv) in zip(("", "text_"), (x for x in before if x is not None), gradients):
         mine = frozenset(name.removeprefix(prefix) for name in wanted if name.startswith(prefix))

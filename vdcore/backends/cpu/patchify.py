@@ -21,17 +21,16 @@ class _Patches:
 
     def __init__(self, patch: tuple[int, int, int], channels_last: bool, weight: Tensor, k_first: bool) -> None:
         self.layout = (tuple(patch), channels_last)
-        self.weight = float_weights(weight.reshape(weight.shape[0], -1))
-        assert self.weight is not None
-        rows, columns = self.weight.shape
-        self.K, self.E = (rows, columns) if k_first else (columns, rows)
-        self.strides = (columns, 1) if k_first else (1, columns)
+        rows = float_weights(weight.reshape(weight.shape[0], -1))
+        assert rows is not None
+        self.weight = rows if k_first else rows.T  # (K, E)
+        self.K, self.E = self.weight.shape
 
     def product(self, to_tokens: bool, video: Tensor, tokens: Tensor, bias: Tensor | None) -> None:
         """tokens = patches @ weight + bias, or patches = tokens @ weight.T + bias."""
         packed, bias = torch.empty((self.E + 64) * (self.K + 64)), float_weights(bias)
         native().patch_product(
-            *(to_tokens, capsule(video), *self.layout, capsule(tokens), capsule(self.weight), *self.strides),
+            *(to_tokens, capsule(video), *self.layout, capsule(tokens), capsule(self.weight)),
             *(capsule(bias), capsule(packed), torch.get_num_threads()),
         )
 

@@ -44,23 +44,20 @@ def run_backward(
     tables: list[Tensor | None] = [None, None]
     if table is not None:
         shape = (table.shape[0], table.shape[1], table.shape[2] if table.ndim == 4 else 1, table.shape[-1])
-        tables = [torch.zeros(shape if per_position else (items, *shape)) for _ in range(2)]
-    views = [x if x is None or per_position else x[0] for x in tables]
+        tables = [torch.zeros(1 if per_position else items, *shape) for _ in range(2)]
 
     shared = NormRope(c.norm, c.rope)
     native().qk_norm_rope_backward(
         *map(capsule, (c.q, c.k, *(None if dy is None else unit_stride(dy) for dy in grads), found["q"], found["k"])),
         *(c.frame_start, shared.norm, shared.rope, torch.get_num_threads(), items, [capsule(x) for x in weights]),
-        *map(capsule, views),
-        0 if per_position or views[0] is None else views[0].numel(),
+        *map(capsule, tables),
     )
     for name, part in zip(_WEIGHTS, weights):
         if part is not None:
             found[name] = part.sum(0, dtype=torch.float64)
     for name, part in zip(("cos", "sin"), tables):
         if part is not None and table is not None:
-            total = part if per_position else part.sum(0, dtype=torch.float64)
-            found[name] = total.reshape(table.shape)
+            found[name] = part.sum(0, dtype=torch.float64).reshape(table.shape)
     return found
 
 

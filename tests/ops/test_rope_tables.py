@@ -1,0 +1,33 @@
+"""Rotary tables whose cosines and sines differ: in dtype, and in how they lie."""
+
+import pytest
+import torch
+from support import backends_of, check, dtypes_of
+
+from vdcore import Rope
+from vdcore.testing import Case
+
+F, S, PAIRS = 4, 5, 8
+DRAWS = {
+    "float32 cosines": lambda d: (d("cos", F, S, PAIRS, dtype=torch.float32), d("sin", F, S, PAIRS)),
+    "float32 sines": lambda d: (d("cos", F, S, PAIRS), d("sin", F, S, PAIRS, dtype=torch.float32)),
+    "cosines that frames and tokens share": lambda d: (
+        d("cos", 1, 1, PAIRS).expand(F, S, PAIRS),
+        d("sin", F, S, PAIRS),
+    ),
+    "sines that tokens share": lambda d: (d("cos", F, S, PAIRS), d("sin", F, 1, PAIRS).expand(F, S, PAIRS)),
+}
+OPS = ("qk_norm_rope", "temporal_attention", "spatial_attention")
+ON_BACKENDS = [(op, b) for op in OPS for b in backends_of(op, ("reference", "cpu", "triton"))]
+
+
+@pytest.mark.parametrize("op,backend", ON_BACKENDS)
+@pytest.mark.parametrize("style", ["interleaved", "half"])
+@pytest.mark.parametrize("name", DRAWS)
+def test_tables(name, style, op, backend):
+    def build(d):
+        q, k = d("q", 2, F, S, 2, 24), d("k", 2, F, S, 2, 24)
+        values = {} if op == "qk_norm_rope" else {"v": d("v", 2, F, S, 2, 24)}
+        return {"q": q, "k": k, **values, "rope": Rope(*DRAWS[name](d), style)}
+
+    check(Case(op, name, build), backend, dtypes_of(backend)[-1] if backend == "cpu" else torch.float16)
