@@ -17,6 +17,8 @@ from vdcore.kernels._launch import Config, cdiv, launch, power_of_2, step
 from vdcore.kernels._products import power, rows_times, times_rows
 from vdcore.kernels._tile import (
     Row,
+    add,
+    column_sum,
     filled,
     keep,
     load_rows,
@@ -107,8 +109,35 @@ def row_delta_kernel(
 
 
 @triton.jit
+def _mean_key(
+    k,
+    text_k,
+    i_b,
+    i_g,
+    low,
+    begin,
+    end,
+    n_text,
+    S,
+    N: tl.constexpr,
+    A: tl.constexpr,
+    FLAT: tl.constexpr,
+    TEXT: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """The mean [1, W] of the first N keys in the longest of [0, low), [begin, end) and so many of the text."""
+    is_text = n_text > tl.maximum(low, end - begin)
+    is_run = (end - begin >= low) & ~is_text
+    start = tl.where(is_run, begin, 0)
+    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, low)), N)
+    b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, tl.arange(0, N) < count, S, N, A, FLAT, TEXT, ROW)
+    return scale(column_sum(to(b_k, tl.float32)), 1.0 / tl.maximum(count, 1))
+
+
+@triton.jit
 def _to_queries(
     b_dq,
+    b_sum,  # [BM]
     b_q,
     b_do,
     b_lse,  # [BM], in units of the scores
@@ -132,15 +161,15 @@ def _to_queries(
     ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the queries [BM, W], but for the scale, after keys [start, stop) of one tile."""
+    """Gradient of the queries [BM, W], but for the scale, and row sums of dS, after keys [start, stop) of one tile."""
     m = tl.full([BN], 1, tl.int1) if WHOLE else start + tl.arange(0, BN) < stop
     b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)  # [BN, W]
     b_v = load_tokens(v, text_v, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)
     b_p = power(times_rows(b_q, b_k, PRECISION), b_lse[:, None], exponent)  # [BM, BN]
     if not WHOLE:
         b_p = tl.where(m[None, :], b_p, 0.0)
-    b_ds = b_p * (times_rows(b_do, b_v, PRECISION) - b_delta[:, None])
-    return rows_times(b_ds.to(b_k[0].dtype), b_k, b_dq, PRECISION)
+    b_ds = (b_p * (times_rows(b_do, b_v, PRECISION) - b_delta[:, None])).to(b_k[0].dtype)
+    return rows_times(b_ds, b_k, b_dq, PRECISION), b_sum + tl.sum(b_ds.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "N", "o_video", "o_text", "tiles"])
@@ -156,6 +185,7 @@ def frame_attention_bwd_q_kernel(
     text_dq,
     p_lse,  # (B, N, H)
     p_delta,
+    p_dlse,  # or None
     lengths,
     sizes,
     mask,
@@ -194,19 +224,62 @@ def frame_attention_bwd_q_kernel(
     b_lse = tl.load(p_lse + row + o_n * H, mask=m_live, other=0.0) * (LOG2_E / exponent)
     b_delta = tl.load(p_delta + row + o_n * H, mask=m_live, other=0.0)
     b_dq = filled(BM, 0.0, ROW)
+    b_sum = tl.full([BM], 0.0, tl.float32)
+    if p_dlse is not None:
+        b_sum -= tl.load(p_dlse + row + o_n * H, mask=m_live, other=0.0)
     n_low, n_run, n_txt, n_left = walk(low, begin, end, n_text, BN)
     for i in range(n_low + n_run + n_txt):
         first, of_text = whole_tile(i, n_low, n_run, begin, BN)
-        b_dq = _to_queries(
-            *(b_dq, b_q, b_do, b_lse, b_delta, k, v, text_k, text_v, of_text, i_b, i_g, first, first, S_k, exponent),
+        b_dq, b_sum = _to_queries(
+            *(
+                b_dq,
+                b_sum,
+                b_q,
+                b_do,
+                b_lse,
+                b_delta,
+                k,
+                v,
+                text_k,
+                text_v,
+                of_text,
+                i_b,
+                i_g,
+                first,
+                first,
+                S_k,
+                exponent,
+            ),
             *(BN, A, FLAT, TEXT, True, ROW, PRECISION),
         )
     for i in range(n_left):
         first, stop, of_text = left_tile(i, low, begin, end, n_text, BN)
-        b_dq = _to_queries(
-            *(b_dq, b_q, b_do, b_lse, b_delta, k, v, text_k, text_v, of_text, i_b, i_g, first, stop, S_k, exponent),
+        b_dq, b_sum = _to_queries(
+            *(
+                b_dq,
+                b_sum,
+                b_q,
+                b_do,
+                b_lse,
+                b_delta,
+                k,
+                v,
+                text_k,
+                text_v,
+                of_text,
+                i_b,
+                i_g,
+                first,
+                stop,
+                S_k,
+                exponent,
+            ),
             *(BN, A, FLAT, TEXT, False, ROW, PRECISION),
         )
+    # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
+    # a row of dS adds up to dlse, and what it does add up to tells the error.
+    b_mean = _mean_key(k, text_k, i_b, i_g, low, begin, end, n_text, S_k, 16, A, FLAT, TEXT, ROW)  # [1, W]
+    b_dq = add(b_dq, scale(b_mean, -b_sum[:, None]))
     b_dq = keep(scale(b_dq, factor), m_live[:, None])
     store_tokens(dq, text_dq, is_text, i_b, i_h, start, o_n < n_rows, S_q, b_dq, BM, A, FLAT, TEXT, ROW)
 
@@ -228,7 +301,8 @@ def key_tile(i, lengths, i_b, sizes, mask, group, BN: tl.constexpr, TEXT: tl.con
     n_rows = tl.minimum(tl.maximum((stop - first) * S_k - o, 0), BN)
     shown = (tl.minimum(stop, valid_key_frames(lengths, i_b, T_k)) - first) * S_k
     if lengths.tokens is not None:
-        shown = tl.minimum(shown, tl.load(lengths.tokens + i_b * T_k + first, mask=first < T_k, other=0).to(tl.int32))
+        of_frame = tl.load(lengths.tokens + i_b * T_k + first, mask=first < T_k, other=0)
+        shown = tl.minimum(tl.maximum(of_frame, 0), shown).to(tl.int32)
     n_live = tl.minimum(tl.maximum(shown - o, 0), BN)
     begin, end = seeing_run(first, q_start, last, past, future, chunk, sink)
     begin, end = (begin - q_start) * S_q, (end - q_start) * S_q
@@ -489,7 +563,7 @@ def frame_backward(
         q,
         config,
         *(rows_q, rows_k, rows_v, *rows_text, rows_do, rows_dq, sequence_rows(text_grads[0], A)),
-        *(lse, delta, lengths, sizes, mask_args, *offsets, tiles, exponent, factor),
+        *(lse, delta, dlse, lengths, sizes, mask_args, *offsets, tiles, exponent, factor),
         BM=config.m,
         BN=config.n,
         **constants,

@@ -201,6 +201,9 @@ def temporal_long_bwd_q_kernel(
     tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
     b_dq = zeros(1, BT, ROW)
+    b_sum = tl.zeros([1, BT, 1], tl.float32)
+    if p_dlse is not None:
+        b_sum -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None] * factor
     n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
@@ -208,7 +211,23 @@ def temporal_long_bwd_q_kernel(
         b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
         b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
         b_p, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        b_sum += tl.sum(b_ds.to(b_k[0].dtype).to(tl.float32), 2, keep_dims=True)
         b_dq = add(b_dq, weighted(b_ds, b_k, seen, MASKED, PRECISION))
+    # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
+    # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
+    # block that a row sees: one block for all rows, or two where windows are small.
+    b_left = m_t[None, :, None]
+    n = n_low + n_run if MASKED else tl.minimum(n_run, 1)
+    for i in range(n):
+        if tl.max(b_left.to(tl.int32)) > 0:
+            o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+            m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
+            b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+            b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
+            seen = seen & b_left
+            b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
+            b_dq = add(b_dq, weighted(b_share, b_k, seen, MASKED, PRECISION))
+            b_left = b_left & (b_n == 0.0)
     store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_dq, A, ROW)
 
 
