@@ -232,7 +232,8 @@ class Backward {
     for (int64_t i = 0; i < lanes; i += W) {
       float *p = t.p.data + i, *ds = t.ds.data + i;
       const vf lse = load(t.lse + i);
-      vf delta = load(t.delta + i), total = {};
+      const vf delta = load(t.delta + i);
+      vf total = {};
       if (keys_at_hand) {
         KeySum sum, weighted;
         for (int64_t j = 0; j < keys; ++j) {
@@ -241,9 +242,13 @@ class Backward {
           weighted.add(j, weight * load(ds + j * kQueryTile));
           store(p + j * kQueryTile, weight);
         }
-        delta += weighted_mean(sum, weighted);
-        for (int64_t j = 0; j < keys; ++j)
-          store(ds + j * kQueryTile, load(p + j * kQueryTile) * (load(ds + j * kQueryTile) - delta));
+        const RowGradients row(sum, weighted, delta);
+        for (int64_t j = 0; j < keys; ++j) {
+          vf weight = load(p + j * kQueryTile), gradient = load(ds + j * kQueryTile);
+          row.apply(weight, gradient);
+          store(p + j * kQueryTile, weight);
+          store(ds + j * kQueryTile, gradient);
+        }
         continue;
       }
       for (int64_t j = 0; j < keys; ++j) {

@@ -96,12 +96,28 @@ struct KeySum {
   }
 };
 
-// delta = sum of P dP over sum of P; 0 for a row that sees nothing.
-VDCORE_INLINE vf weighted_mean(KeySum sum, KeySum weighted) {
-  sum.flush();
-  weighted.flush();
-  return weighted.total / select(sum.total == 0.f, splat(1.f), sum.total);
-}
+// From P and dP to dS = P (dP - delta), for W rows whose keys are all at hand: delta = sum of P dP over sum of P, less
+// dlse. P comes from an lse that was rounded, by one factor for a whole row: over its sum, it is free of that. A key
+// that has all the weight of its row, as the only one has, gets P = 1 and dS = P dlse exactly: other gradients are 0
+// there.
+struct RowGradients {
+  vf whole, inverse, delta, minus_dlse;
+
+  VDCORE_INLINE RowGradients(KeySum sum, KeySum weighted, vf minus_dlse) : minus_dlse(minus_dlse) {
+    sum.flush();
+    weighted.flush();
+    whole = select(sum.total == 0.f, splat(-1.f), sum.total);  // a row that sees nothing: no weight equals this
+    inverse = splat(1.f) / whole;
+    delta = minus_dlse + weighted.total / whole;
+  }
+  // One key: P and dP in, P and dS out.
+  VDCORE_INLINE void apply(vf& p, vf& gradient) const {
+    const auto alone = p == whole;
+    const vf rest = select(alone, (gradient - gradient) - minus_dlse, gradient - delta);  // NaN and infinity stay NaN
+    p = select(alone, splat(1.f), p * inverse);
+    gradient = p * rest;
+  }
+};
 
 // Running state of the online softmax for W queries: in base 2, scores already multiplied by log2(e).
 struct SoftmaxState {

@@ -139,8 +139,8 @@ class Backward {
     gather(a.v, at.b, at.s, keys, kv_heads, n.D, t.v, 0);
   }
 
-  // One column of scores becomes P, and one of dP becomes dS; delta is -dlse.
-  void score_gradients(const ColumnMask& mask, Tile weights, Tile gradients, vf lse, vf delta) const {
+  // One column of scores becomes P, and one of dP becomes dS.
+  void score_gradients(const ColumnMask& mask, Tile weights, Tile gradients, vf lse, vf minus_dlse) const {
     KeySum sum, weighted;
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
       float* at = weights.at(j, 0).data;
@@ -154,11 +154,13 @@ class Backward {
       sum.add(j, weight);
       weighted.add(j, product);
     });
-    delta += weighted_mean(sum, weighted);
+    const RowGradients row(sum, weighted, minus_dlse);
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
-      float* at = gradients.at(j, 0).data;
-      const vf ds = load(weights.at(j, 0).data) * (load(at) - delta);
-      store(at, masked ? select(mask.sees(j), ds, vf{}) : ds);
+      float *p_at = weights.at(j, 0).data, *ds_at = gradients.at(j, 0).data;
+      vf weight = load(p_at), ds = load(ds_at);
+      row.apply(weight, ds);
+      store(p_at, weight);
+      store(ds_at, masked ? select(mask.sees(j), ds, vf{}) : ds);
     });
   }
 
