@@ -48,8 +48,9 @@ cuda: $(VENV)/.ready
 test: build
 	$(BIN)/pytest --numprocesses auto --durations 30
 
+# What has passed since its sources changed is skipped (tests/build/passed.json): TEST_FLAGS=--force-compile runs all.
 test-compile: build
-	$(BIN)/pytest --numprocesses auto -m compile
+	$(BIN)/pytest --numprocesses auto -m compile $(if $(CI),,--record-passed) $(TEST_FLAGS)
 
 test-all: build
 	VDCORE_TEST_LARGE=1 $(BIN)/pytest --numprocesses auto -m ""

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("VDCORE_CUDA_EMULATE", "1")
 
+pytest_plugins = ["compile_tier"]
+
 LONGEST = 15.0  # seconds of a test that has no marker, on CI
 TIERS = {"slow", "compile", "large", "gpu"}
 over_budget: list[str] = []

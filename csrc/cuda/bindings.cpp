@@ -187,6 +187,7 @@ PYBIND11_MODULE(_cuda_emulated, m, pybind11::mod_gil_not_used()) {
                                             : Order::forward,
                         seed);
   });
+  m.def("set_edges", emulator::set_edges);
 }
 #else
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {

@@ -122,6 +122,7 @@ thread_local std::vector<std::unique_ptr<char[]>> stacks;
 thread_local std::vector<Range> exposed;
 thread_local Order order = Order::forward;
 thread_local uint64_t random_state = 1;
+thread_local int64_t edges = 0;
 
 uint32_t random_below(size_t n) {
   random_state ^= random_state << 13;
@@ -209,6 +210,8 @@ void set_order(Order o, uint64_t seed) {
   random_state = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
+void set_edges(int64_t blocks) { edges = blocks; }
+
 void expose(const void* begin, const void* end) {
   exposed.push_back({static_cast<const char*>(begin), static_cast<const char*>(end)});
 }
@@ -228,7 +231,10 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
   for (int i = 0; i < threads; ++i) running.fibers[i].index = static_cast<uint32_t>(i);
   Block* const outer = block;
   block = &running;
-  for (int64_t i = 0; i < blocks && running.error.empty(); ++i) run_block(static_cast<uint32_t>(i));
+  for (int64_t i = 0; i < blocks && running.error.empty(); ++i) {
+    if (edges > 0 && i == edges && i < blocks - edges) i = blocks - edges;
+    run_block(static_cast<uint32_t>(i));
+  }
   block = outer;
   if (!running.error.empty())
     throw std::runtime_error("block " + std::to_string(running.position.block) + ": " + running.error);

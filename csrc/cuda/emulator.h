@@ -21,6 +21,9 @@ void set_order(Order order, uint64_t seed);
 // Runs the kernel's blocks. Throws std::runtime_error for what a kernel must not do.
 void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
+// Of grids larger than twice this, runs only so many blocks at either end: how blocks are numbered shows there. 0: all.
+void set_edges(int64_t blocks);
+
 // Memory [begin, end) that the next kernels may touch; without any, all of it.
 void expose(const void* begin, const void* end);
 void expose_nothing();

@@ -44,10 +44,10 @@ VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, ui
     load_box(shared + column * rows * 128, map, barrier, 64 * column, c1, c2, c3, c4);
 }
 
+// A length below 0 counts as 0.
 VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
   if (!lengths) return INT32_MAX;
-  const int64_t n = load_global<int64_t>(lengths + sample);
-  return static_cast<int32_t>(n < INT32_MAX ? n : INT32_MAX);
+  return static_cast<int32_t>(larger(smaller(load_global<int64_t>(lengths + sample), INT32_MAX), 0));
 }
 
 // Where a tile of keys lies in its tensor map.

@@ -23,14 +23,14 @@ VDCORE_DEVICE WeightSums weight_sums_of(float* warp, bool keys) {
   return {warp + (keys ? 32 * C : 0), warp + (keys ? 96 * C : 64 * C)};
 }
 
-// The lanes of row 0 are the only ones that touch a warp's sums before the block adds them up.
+// Lane (row r, column c) of a warp is the only one that touches channels 32 i + 8 c + r before the block adds them up.
+VDCORE_DEVICE int weight_sum_channel(int i) { return 32 * i + 8 * lane_column() + lane_row(); }
+
 template <int C>
 VDCORE_DEVICE void clear_weight_sums(float* warp) {
-  if (lane_row() != 0) return;
   VDCORE_UNROLL
   for (int part = 0; part < 4; ++part) VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
-  for (int j = 0; j < 2; ++j) store_shared(warp + 32 * (C * part + i) + 8 * lane_column() + 4 * j, Vec4{});
+  for (int i = 0; i < C; ++i) store_shared(warp + 32 * C * part + weight_sum_channel(i), 0.f);
 }
 
 // Sums over the lanes of a column.
@@ -40,14 +40,26 @@ VDCORE_DEVICE float column_sum(float x) {
   return x + shuffle_xor(x, 16);
 }
 
-template <int C>
-VDCORE_DEVICE void add_weight_sums(float* to, int i, const float (&of)[8]) {
+// Value r of the eight, summed over the lanes of a column, for the lane of row r. Each step hands half of the values
+// over and keeps the sums of the other half: 7 shuffles, where eight whole sums take 24.
+VDCORE_DEVICE float scattered_column_sum(const float (&of)[8]) {
+  const int r = lane_row();
+  float four[4], two[2];
+  const auto half = [&](int bit, float lo, float hi) {
+    const bool upper = (r & bit) != 0;
+    return (upper ? hi : lo) + shuffle_xor(upper ? lo : hi, 4 * bit);
+  };
   VDCORE_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    const float sum = column_sum(of[e]);
-    float* const at = to + 32 * i + 8 * lane_column() + e;
-    if (lane_row() == 0) store_shared(at, load_shared<float>(at) + sum);
-  }
+  for (int e = 0; e < 4; ++e) four[e] = half(4, of[e], of[e + 4]);
+  VDCORE_UNROLL
+  for (int e = 0; e < 2; ++e) two[e] = half(2, four[e], four[e + 2]);
+  return half(1, two[0], two[1]);
+}
+
+VDCORE_DEVICE void add_weight_sums(float* to, int i, const float (&of)[8]) {
+  const float sum = scattered_column_sum(of);
+  float* const at = to + weight_sum_channel(i);
+  store_shared(at, load_shared<float>(at) + sum);
 }
 
 // Adds up the warps of a block, whose sums lie one after another, into the block's row of the workspace (blocks, 4, D).
@@ -123,8 +135,8 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
         along[h] += d * y;
       }
     }
-    if (sums.weight) add_weight_sums<C>(sums.weight, i, dw);
-    if (sums.weight && how.kind == NormKind::layer) add_weight_sums<C>(sums.bias, i, db);
+    if (sums.weight) add_weight_sums(sums.weight, i, dw);
+    if (sums.weight && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
   }
   const float each = 1.f / static_cast<float>(D);
   VDCORE_UNROLL

@@ -187,9 +187,10 @@ VDCORE_DEVICE Seen seen_by_key(const Frames& f, int64_t length, int k) {
 }
 
 // The weighted sums of rows over all tiles of the other side: `tiles` of them, N where that is known to the compiler,
-// else N = 0. weights(kk, w): of the 16 columns of tiles 2 kk and 2 kk + 1, 0 where a pair is hidden. load(rows, next,
-// n) loads tile n from `next` and moves it on; visible(n, h, e): row half h sees column 2 (lane % 4) + e of tile n;
-// finish(sums, now): the sums of the lane's row of half h are final if now[h]. `hides`: some pair may be hidden.
+// else N = 0. weights(kk, w, sums): of the 16 columns of tiles 2 kk and 2 kk + 1, 0 where a pair is hidden; may scale
+// the sums so far. load(rows, next, n) loads tile n from `next` and moves it on; visible(n, h, e): row half h sees
+// column 2 (lane % 4) + e of tile n; finish(sums, now): the sums of the lane's row of half h are final if now[h].
+// `hides`: some pair may be hidden.
 template <typename E, int N, int C, typename Weights, typename Load, typename Visible, typename Finish>
 VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, bool hides, int D, Load load,
                              Visible visible, Finish finish) {
@@ -204,7 +205,7 @@ VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, 
     VDCORE_UNROLL_BY(kUnroll)
     for (int kk = 0; kk < count / 2; ++kk) {
       uint32_t w[4];
-      weights(kk, w);
+      weights(kk, w, sums);
       Rows<C> first, last;
       load(first, next, 2 * kk);
       load(last, next, 2 * kk + 1);
@@ -245,7 +246,7 @@ VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, 
 template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
 VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
                              Visible visible, Finish finish) {
-  const auto given = [&](int kk, uint32_t (&w)[4]) {
+  const auto given = [&](int kk, uint32_t (&w)[4], RowSums<C>&) {
     VDCORE_UNROLL
     for (int i = 0; i < 4; ++i) w[i] = weights[kk][i];
   };

@@ -5,42 +5,32 @@
 // of at most 8 frames share a tile) and all keys at once, and keeps them in registers; nothing is staged in shared
 // memory, so what limits bytes in flight is registers alone:
 //
-//                       T = 16, D = 72     T = 32, D = 128     T = 64, D = 128
-//   registers, q + k        24 + 24            32 + 16 n           32 + 16 n     (n: key tiles in flight)
-//   scores, sums             8 + 48            16 + 64             32 + 64
-//   warps an SM                  16                12                  12        (__launch_bounds__)
-//   loads in flight, KiB         73            up to 48             up to 48     (an SM needs about 36 at 4.8 TB/s)
+//                       T = 16, D = 72     T = 32, D = 128
+//   registers, q + k        24 + 24            32 + 16 n     (n: key tiles in flight)
+//   scores, sums             8 + 48            16 + 64
+//   warps an SM                  16                   8      (__launch_bounds__)
+//   loads in flight, KiB         73            up to 32      (an SM needs about 36 at 4.8 TB/s)
 //
 // Heads of a position lie side by side in memory and are taken by neighbouring warps, so that the pieces of 64 bytes
 // that a load touches of a row make up whole lines of L2. Warps of the same line read its keys from L1 after the first
-// one. T <= 256 keys in one pass: the softmax knows its whole row before the first product with v.
+// one. Up to 32 keys take one pass: the softmax knows its whole row before the first product with v. More keys, which
+// no released model has: temporal_attention_long.cuh.
 //
-// Instantiated for 16, 32, 64, 128, 256 keys and 64, 96, 128 channels, up to 32 keys also 256: models have 16 to 32
-// frames (2 and 4 tiles of keys) and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are
-// never loaded, only multiplied, which a kernel that waits for memory does not feel. Up to 64 keys of 96 channels and
-// 32 of 128 nothing spills; beyond, arithmetic is the limit, and tens to hundreds of bytes do
+// Instantiated for 16 and 32 keys and 64, 96, 128 and 256 channels: models have 16 to 32 frames (2 and 4 tiles of keys)
+// and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are never loaded, only multiplied,
+// which a kernel that waits for memory does not feel. Up to 128 channels nothing spills
 // (tests/build/test_cuda_code.py).
 #pragma once
 
-#include "cuda/lines.cuh"
 #include "cuda/norm_rope.cuh"
+#include "cuda/temporal_attention_long.cuh"
 
 namespace vdcore::cuda {
 
-constexpr int kTemporalThreads = 128;
-
-struct TemporalForward {
-  TemporalAttention a;
-  int64_t items;  // warps' worth of work
-  int32_t tiles;  // of 16 query rows a line
-  bool packed;    // two lines a tile
-};
-
 // Chosen so that nothing spills: ptxas takes what it may for loads in flight.
 constexpr int temporal_blocks_per_sm(int N, int C, bool moved) {
-  if (N == 2 && C == 4) return 3;
-  if (N <= 4 && C <= 3) return moved && N == 4 && C == 3 ? 3 : 4;
-  return C == 2 && N == 8 ? 3 : 2;
+  if (C <= 3) return moved && N == 4 && C == 3 ? 3 : 4;
+  return N == 2 && C == 4 ? 3 : 2;
 }
 
 // E: element; N: tiles of 8 keys; C: chunks of 32 channels; kMoved: with norm or rope.
@@ -156,20 +146,18 @@ temporal_forward_kernel(const TemporalForward f) {
 
 template <typename E, int N, int C>
 void temporal_forward(const Where& where, const TemporalForward& f) {
-  const int64_t warps = kTemporalThreads / 32, blocks = (f.items + warps - 1) / warps;
   if constexpr (temporal_moves(8 * N, 32 * C))
-    if (f.a.moved.any()) return launch(where, temporal_forward_kernel<E, N, C, true>, blocks, kTemporalThreads, 0, f);
-  launch(where, temporal_forward_kernel<E, N, C, false>, blocks, kTemporalThreads, 0, f);
+    if (f.a.moved.any()) return launch_temporal(where, temporal_forward_kernel<E, N, C, true>, f);
+  launch_temporal(where, temporal_forward_kernel<E, N, C, false>, f);
 }
 
 template <typename E, int N>
 void temporal_forward(const Where& where, const TemporalForward& f) {
   const int D = f.a.head_dim;
   if (D <= 64) return temporal_forward<E, N, 2>(where, f);
-  if constexpr (N <= 8)
-    if (D <= 96) return temporal_forward<E, N, 3>(where, f);
+  if (D <= 96) return temporal_forward<E, N, 3>(where, f);
   if (D <= 128) return temporal_forward<E, N, 4>(where, f);
-  if constexpr (N <= 4) return temporal_forward<E, N, 8>(where, f);
+  temporal_forward<E, N, 8>(where, f);
 }
 
 template <typename E>
@@ -181,9 +169,7 @@ void temporal_attention_forward_of(const Where& where, const TemporalAttention& 
   f.items = f.packed ? (a.lines + 1) / 2 : a.lines * f.tiles;
   if (a.frames.keys <= 16) return temporal_forward<E, 2>(where, f);
   if (a.frames.keys <= 32) return temporal_forward<E, 4>(where, f);
-  if (a.frames.keys <= 64) return temporal_forward<E, 8>(where, f);
-  if (a.frames.keys <= 128) return temporal_forward<E, 16>(where, f);
-  return temporal_forward<E, 32>(where, f);
+  temporal_long_forward<E>(where, f);
 }
 
 }  // namespace vdcore::cuda

@@ -32,7 +32,7 @@ template <typename E>
 void temporal_attention_forward_of(const Where& where, const TemporalAttention& args);
 
 struct TemporalAttentionBackward {
-  TemporalAttention forward;  // with out and lse where `temporal_backward_is_short` does not hold
+  TemporalAttention forward;  // with lse where `temporal_backward_is_short` does not hold
   Tokens dout, dq, dk, dv;
   const float* dlse;  // (B, T, S, H), or null
   float* sums;        // (blocks, 4, D): gradients of q's and k's weights, then biases, to be added up; or null

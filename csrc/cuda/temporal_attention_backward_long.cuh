@@ -2,11 +2,13 @@
 // and 256 channels. Same formulas and sums as temporal_attention_backward.cuh, other places.
 //
 // A block takes one line of keys with all query heads that share it. Queries and keys, normed and turned on the way,
-// stay in shared memory; dout and v come through L1. lse and delta = rowsum(dout * out) - dlse of every query row are
-// known before the first product, so that scores need not be in registers all at once: they are computed 16 x 16 at a
-// time, three times in all:
-//   dQ = dS K of 16 query rows, dV = P^T dO and dK = dS^T Q of 16 key rows and the queries of all heads.
-// 16 T D bytes a line and 8 products: beyond 64 frames arithmetic is the limit.
+// stay in shared memory; dout and v come through L1. lse of every query row is known, so that scores need not be in
+// registers all at once: they are computed 16 x 16 at a time, four times in all:
+//   delta = rowsum(P * dP) - dlse and then dQ = dS K of 16 query rows,
+//   dV = P^T dO and dK = dS^T Q of 16 key rows and the queries of all heads.
+// delta could be rowsum(dout * out) - dlse without the first of them, but out is rounded: the error of delta is one of
+// all of a row's dS, and where keys have a mean it adds up in dQ to several times that of torch's softmax.
+// 14 T D bytes a line and 10 products: beyond 64 frames arithmetic is the limit.
 //
 //                                 D <= 64      96      128     256
 //   registers, own rows and sums       64      96      128     128     (beyond 128 channels own rows are read again)
@@ -78,24 +80,6 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
         if (kMoves && a.moved.any())
           norm_rope<E>(x, valid, a.moved, side.norm, angles_at(a.moved, at, side.start, frame), D);
         store_shared_row(side.seen, 16 * tile + 8 * h + r, x);
-        if (side.keys) continue;
-        Rows<C> dout, out;
-        load_rows(dout, row_of(g.dout, frame, head), valid, D);
-        load_rows(out, row_of(a.out, frame, head), valid, D);
-        float delta = 0;
-        VDCORE_UNROLL
-        for (int i = 0; i < C; ++i) VDCORE_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const Float2 d = unpack<E>(dout.x[i].x[j]), o = unpack<E>(out.x[i].x[j]);
-          delta += d.lo * o.lo + d.hi * o.hi;
-        }
-        Float2 of{0, row_sum(delta)};
-        if (valid) {
-          const int64_t i = row_index(a, at, frame);
-          of.lo = load_global<float>(a.lse + i) * kLog2E;
-          if (g.dlse) of.hi -= load_global<float>(g.dlse + i);
-        }
-        if (c == 0) store_shared(stats + 16 * tile + 8 * h + r, of);
       }
     }
   };
@@ -103,7 +87,8 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
   stage(keys);
   sync_block();
 
-  // The gradient of the rows of one tile of one side. kValues: of v, else of what its scores are computed from.
+  // The gradient of the rows of one tile of one side; leaves lse and delta of queries in shared memory. kValues: of v,
+  // else of what its scores are computed from.
   const auto gradient = [&](auto of_values, const Side& own, const Side& other, int tile) {
     constexpr bool kValues = decltype(of_values)::value;
     const int own_head = own.first_head + tile / own.tiles, other_tiles = 2 * other.tiles;  // of 8 rows a head
@@ -111,13 +96,12 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
     int frame[2];
     bool valid[2];
     Seen seen[2];
-    Float2 own_stats[2];
+    Float2 own_stats[2] = {{0, 0}, {0, 0}};
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) {
       frame[h] = 16 * (tile % own.tiles) + 8 * h + r;
       valid[h] = frame[h] < own.count;
       seen[h] = own.keys ? seen_by_key(a.frames, length, frame[h]) : seen_by_query(a.frames, length, frame[h]);
-      if (!own.keys) own_stats[h] = load_shared<Float2>(stats + own_at + 8 * h);
     }
     const auto visible = [&](int n, int h, int e) { return seen[h](8 * (n % other_tiles) + 2 * c + e); };
     const auto own_row = [&](int h) { return row_of(own.other, frame[h], own_head); };
@@ -137,37 +121,64 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
     };
     Rows<C> x[2], y[2];
     if (kHeld) load_own(x[0], y[0], 0), load_own(x[1], y[1], 1);
-    const auto weights = [&](int kk, uint32_t (&w)[4]) {
+    // Scores of tile n of the other side, and products of gradients with values.
+    const auto products = [&](int n, float (&s)[4], float (&dp)[4]) {
+      VDCORE_UNROLL
+      for (int e = 0; e < 4; ++e) s[e] = dp[e] = 0;
+      if constexpr (kHeld) {
+        Rows<C> rows;
+        load_shared_row(rows, other.seen, 8 * n + r);
+        inner_product<E>(s, x[0], x[1], rows, D);
+        if (!kValues) {
+          load_other(rows, n);
+          inner_product<E>(dp, y[0], y[1], rows, D);
+        }
+      } else {
+        bool there;
+        const char* const row = other_row(n, there);
+        VDCORE_UNROLL_BY(2)
+        for (int i = 0; 32 * i < D; ++i) {
+          Rows<1> a[2], b;
+          VDCORE_UNROLL
+          for (int h = 0; h < 2; ++h) a[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.seen, own_at + 8 * h, i));
+          b.x[0] = load_shared<Vec4>(shared_chunk<C>(other.seen, 8 * n + r, i));
+          inner_product<E>(s, a[0], a[1], b, D);
+          if constexpr (!kValues) {
+            VDCORE_UNROLL
+            for (int h = 0; h < 2; ++h) load_rows(a[h], own_row(h) + 64 * i, valid[h], D - 32 * i);
+            load_rows(b, row + 64 * i, there, D - 32 * i);
+            inner_product<E>(dp, a[0], a[1], b, D);
+          }
+        }
+      }
+    };
+    if (!kValues && !own.keys) {
+      const Line at{line.b, line.s, own_head};
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h)
+        if (valid[h]) own_stats[h].lo = load_global<float>(a.lse + row_index(a, at, frame[h])) * kLog2E;
+      VDCORE_NO_UNROLL
+      for (int n = 0; n < other_tiles; ++n) {
+        float s[4], dp[4];
+        products(n, s, dp);
+        VDCORE_UNROLL
+        for (int h = 0; h < 2; ++h) VDCORE_UNROLL
+        for (int e = 0; e < 2; ++e)
+          if (visible(n, h, e)) own_stats[h].hi += exp2_approx(s[2 * h + e] * factor - own_stats[h].lo) * dp[2 * h + e];
+      }
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        own_stats[h].hi = row_sum(own_stats[h].hi);
+        if (g.dlse && valid[h]) own_stats[h].hi -= load_global<float>(g.dlse + row_index(a, at, frame[h]));
+        if (c == 0) store_shared(stats + own_at + 8 * h, own_stats[h]);
+      }
+    }
+    const auto weights = [&](int kk, uint32_t (&w)[4], RowSums<C>&) {
       VDCORE_UNROLL
       for (int m = 0; m < 2; ++m) {
         const int n = 2 * kk + m;
-        float s[4] = {0, 0, 0, 0}, dp[4] = {0, 0, 0, 0};
-        if constexpr (kHeld) {
-          Rows<C> rows;
-          load_shared_row(rows, other.seen, 8 * n + r);
-          inner_product<E>(s, x[0], x[1], rows, D);
-          if (!kValues) {
-            load_other(rows, n);
-            inner_product<E>(dp, y[0], y[1], rows, D);
-          }
-        } else {
-          bool there;
-          const char* const row = other_row(n, there);
-          VDCORE_UNROLL_BY(2)
-          for (int i = 0; 32 * i < D; ++i) {
-            Rows<1> a[2], b;
-            VDCORE_UNROLL
-            for (int h = 0; h < 2; ++h) a[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.seen, own_at + 8 * h, i));
-            b.x[0] = load_shared<Vec4>(shared_chunk<C>(other.seen, 8 * n + r, i));
-            inner_product<E>(s, a[0], a[1], b, D);
-            if constexpr (!kValues) {
-              VDCORE_UNROLL
-              for (int h = 0; h < 2; ++h) load_rows(a[h], own_row(h) + 64 * i, valid[h], D - 32 * i);
-              load_rows(b, row + 64 * i, there, D - 32 * i);
-              inner_product<E>(dp, a[0], a[1], b, D);
-            }
-          }
-        }
+        float s[4], dp[4];
+        products(n, s, dp);
         float weight[4];
         VDCORE_UNROLL
         for (int e = 0; e < 2; ++e) {
@@ -211,6 +222,7 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
   };
   VDCORE_NO_UNROLL
   for (int tile = warp; tile < queries.tiles * shared; tile += f.warps) gradient(False{}, queries, keys, tile);
+  sync_block();
   VDCORE_NO_UNROLL
   for (int tile = warp; tile < keys.tiles; tile += f.warps) {
     gradient(True{}, keys, queries, tile);

@@ -1,10 +1,13 @@
 """The Hopper kernel of frame attention without a GPU: right in every order, and mistakes in it show."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.compile(
+    *("csrc/cuda/emulator*.cpp", "csrc/cuda/tensor_map.cu", "tests/build/hopper_kernel.cpp"), tools=["c++"]
+)
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("emulator.cpp", "emulator_sm90.cpp", "tensor_map.cu")
@@ -35,11 +38,6 @@ MISTAKES = {
 }
 
 
-def compiler():
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    return found or pytest.skip("needs a C++ compiler")
-
-
 def run(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -52,7 +50,7 @@ def emulator(tmp_path_factory):
     objects = [folder / f"{Path(name).stem}.o" for name in SOURCES]
     for name, target in zip(SOURCES, objects):
         status, said = run(
-            *(compiler(), *FLAGS, "-I", ROOT / "csrc", "-x", "c++", "-c", ROOT / "csrc" / "cuda" / name, "-o", target)
+            *("c++", *FLAGS, "-I", ROOT / "csrc", "-x", "c++", "-c", ROOT / "csrc" / "cuda" / name, "-o", target)
         )
         assert status == 0, said
     return objects
@@ -68,7 +66,7 @@ def run_kernel(folder, emulator, replace=None):
         text = text.replace(*replace, 1)
     copy.write_text(text)
     source, program = ROOT / "tests" / "build" / "hopper_kernel.cpp", folder / "kernel"
-    status, said = run(compiler(), *FLAGS, "-I", folder, "-I", ROOT / "csrc", source, *emulator, "-o", program)
+    status, said = run("c++", *FLAGS, "-I", folder, "-I", ROOT / "csrc", source, *emulator, "-o", program)
     assert status == 0, said
     return run(program)
 

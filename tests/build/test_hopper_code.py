@@ -1,17 +1,17 @@
 """What ptxas made of the Hopper kernels in the built module: instructions, registers, shared memory."""
 
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
+import cuda_module
 import pytest
 
-import vdcore
+pytestmark = [
+    pytest.mark.compile("csrc/cuda/frame_attention_sm90.cu", "tests/build/cuda_module.py", tools=["nvcc"]),
+    pytest.mark.timeout(1800),
+]
 
-MODULE = next(Path(vdcore.__file__).parent.glob("_cuda.*.so"), None)
 SHARED_LIMIT = 232_448  # of a block on sm_90
 
 # By template arguments of FramePlan, as in csrc/cuda/frame_attention_sm90.cu: channels, consumer warpgroups, keys a
@@ -37,32 +37,20 @@ class Kernel:
         return sum(bool(re.search(pattern, line)) for line in self.code)
 
 
-def tool():
-    found = shutil.which("cuobjdump")
-    if found is None:
-        triton = pytest.importorskip("triton")
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return found if Path(found).exists() else pytest.skip("needs cuobjdump")
-
-
-def dump(*what):
-    return subprocess.run([tool(), *what, MODULE], capture_output=True, text=True, check=True).stdout
-
-
 NAME = r"frame_attention_sm90_fwd_kernel\w*?FramePlanILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E\w*?(f16|bf16)E"
 
 
 @cache
 def kernels():
     """By plan and element."""
-    if MODULE is None:
-        return {}
     usage = {}
-    for name, text in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump("-arch", "sm_90a", "-res-usage")):
+    for name, text in re.findall(
+        r"Function (\S+):\s*\n\s*(REG:.*)", cuda_module.cuobjdump("-arch", "sm_90a", "-res-usage")
+    ):
         usage[name] = {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", text)}
     found = {}
     ours = ",".join(name for name in usage if re.search(NAME, name))
-    for part in dump("-arch", "sm_90a", "-sass", "-fun", ours).split("Function : ")[1:]:
+    for part in cuda_module.cuobjdump("-arch", "sm_90a", "-sass", "-fun", ours).split("Function : ")[1:]:
         name = part.split("\n", 1)[0].strip()
         if match := re.search(NAME, name):
             plan, element = tuple(int(n) for n in match.groups()[:4]), match.group(5)
@@ -73,14 +61,10 @@ def kernels():
 
 @pytest.fixture(params=[(plan, element) for plan in PLANS for element in ("f16", "bf16")], ids=str)
 def kernel(request):
-    if not kernels():
-        pytest.skip("vdcore._cuda is not built")
     return kernels()[request.param]
 
 
 def test_no_kernel_without_a_plan():
-    if not kernels():
-        pytest.skip("vdcore._cuda is not built")
     assert {plan for plan, _ in kernels()} == set(PLANS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,33 +10,32 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.compile("csrc/cuda/emulator.cpp", "tests/cuda/*.cpp", tools=["c++"])
 
 
-def run(folder: Path, source: Path, *include: Path, defined: str = "NOTHING") -> list[str]:
-    """Lines that the program prints, compiled with the emulator; files in ``include`` come before those of csrc."""
+def compile_cpp(*what: object) -> None:
+    subprocess.run(["c++", "-std=c++17", "-O1", "-w", *map(str, what)], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("emulator") / "emulator.o"
+    compile_cpp("-I", CSRC, "-c", CSRC / "cuda" / "emulator.cpp", "-o", target)
+    return target
+
+
+def run(folder: Path, emulator: Path, source: Path, *include: Path, defined: str = "NOTHING") -> list[str]:
+    """Lines that the program prints, run by the emulator; files in ``include`` come before those of csrc."""
     program = folder / source.stem
     paths = [f"-I{path}" for path in (*include, CSRC)]
-    command = [
-        "c++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        f"-D{defined}",
-        *paths,
-        source,
-        CSRC / "cuda" / "emulator.cpp",
-        "-o",
-        program,
-    ]
-    subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True)
+    compile_cpp(f"-D{defined}", *paths, source, emulator, "-o", program)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, dict[str, str]]:
+def said(tmp_path_factory, emulator) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
-    for line in run(tmp_path_factory.mktemp("instructions"), HERE / "instructions.cpp"):
+    for line in run(tmp_path_factory.mktemp("instructions"), emulator, HERE / "instructions.cpp"):
         name, order, what = line.split(" ", 2)
         found.setdefault(name, {})[order] = what
     return found
@@ -68,34 +66,42 @@ def test_what_a_kernel_must_not_do(said, kernel, objection):
 
 
 BACKWARD = HERE / "backward_bits.cpp"
-BARRIER = ("sync_block();", "")
-SHORT, NORM = "temporal_attention_backward.cuh", "norm_rope_backward.cuh"
+SHORT, LONG, NORM = (
+    f"{name}.cuh" for name in ("temporal_attention_backward", "temporal_attention_backward_long", "norm_rope_backward")
+)
 
-# Kernel of backward_bits.cpp, header, what stands there and what to put in its place.
+# Kernel of backward_bits.cpp, header, what stands there, what to put in its place, how many such lines stand before.
 MUTANTS = [
-    (0, SHORT, *BARRIER),
+    (0, SHORT, "  sync_block();", "", 1),
     (
         0,
         "rows.cuh",
         "transpose8x8(first.x[i].x[j]), transpose8x8(last",
         "transpose8x8(last.x[i].x[j]), transpose8x8(first",
+        0,
     ),
-    (1, NORM, *BARRIER),
-    (1, NORM, "lo = a * cos + hi * sin;", "lo = a * cos - hi * sin;"),
-    (2, "temporal_attention_backward_long.cuh", *BARRIER),
+    (1, SHORT, "  sync_block();", "", 0),
+    (1, SHORT, "  sync_block();", "", 1),
+    (1, NORM, "  sync_block();", "", 0),
+    (1, NORM, "lo = a * cos + hi * sin;", "lo = a * cos - hi * sin;", 0),
+    (1, NORM, "half(2, four[e], four[e + 2])", "half(2, four[e + 2], four[e])", 0),
+    (2, LONG, "  sync_block();", "", 0),
+    (2, LONG, "  sync_block();", "", 1),
 ]
 
 
 @pytest.mark.parametrize("kernel", [0, 1, 2])
-def test_a_real_kernel_and_its_mutants(tmp_path, kernel):
+def test_a_real_kernel_and_its_mutants(tmp_path, emulator, kernel):
     """Right: the same bits in every order of warps. Without a barrier or with terms exchanged: not these."""
-    right = run(tmp_path, BACKWARD, defined=f"KERNEL={kernel}")
+    right = run(tmp_path, emulator, BACKWARD, defined=f"KERNEL={kernel}")
     assert len(right) == 4 and len(set(right)) == 1
-    for i, (_, header, before, after) in enumerate(m for m in MUTANTS if m[0] == kernel):
-        text = (CSRC / "cuda" / header).read_text()
-        assert before in text
+    for i, (_, header, before, after, skipped) in enumerate(m for m in MUTANTS if m[0] == kernel):
+        parts = (CSRC / "cuda" / header).read_text().split(before)
+        assert len(parts) > skipped + 1
         folder = tmp_path / str(i)
         (folder / "cuda").mkdir(parents=True)
-        (folder / "cuda" / header).write_text(text.replace(before, after))
+        (folder / "cuda" / header).write_text(
+            before.join(parts[: skipped + 1]) + after + before.join(parts[skipped + 1 :])
+        )
         # Headers beside the changed one are found by the path they are included by, under csrc.
-        assert set(run(folder, BACKWARD, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)
+        assert set(run(folder, emulator, BACKWARD, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)

@@ -31,7 +31,9 @@ def check_what_runs(case, dtype, **kwargs):
         inputs = case.inputs(dtype, requires_grad=gradients, device=DEVICE, layout=kwargs.get("layout", "contiguous"))
         reason = dict(vdcore.explain(case.op, **inputs.args))["cuda"]
         if reason is None:
-            return check(case, "cuda", dtype, gradients=gradients, device=DEVICE, **kwargs)
+            # Lines are short work for the emulator, and gradients of weights and tables hold few values: all draws.
+            every = 4 if emulated() and case.op != "temporal_attention" else 1
+            return check(case, "cuda", dtype, gradients=gradients, device=DEVICE, every=every, **kwargs)
     pytest.skip(reason)
 
 
@@ -51,9 +53,20 @@ def qkv(d, *shape, T_k=None, G=None):
     return {"q": d("q", *shape), "k": d("k", *kv), "v": d("v", *kv)}
 
 
-# Edges of the tiles of 8 and 16 frames, and of the instantiations for 16, 32, 64, 128 and 256 keys.
+def norm_of(d, D, kind):
+    norm = QKNorm(d("q_weight", D, around=1.0), d("k_weight", D, around=1.0), kind)
+    return norm if kind == "rms" else replace(norm, q_bias=d("q_bias", D), k_bias=d("k_bias", D))
+
+
+def fixed_rope(T, S, pairs):
+    """A table that asks for no gradient, so that a backward kernel takes the turn back on its way."""
+    angle = torch.randn(T, S, pairs, generator=torch.Generator("cpu").manual_seed(3), device="cpu")
+    return Rope(angle.cos().to(DEVICE), angle.sin().to(DEVICE))
+
+
+# Edges of the tiles of 8 and 16 frames, and of the kernels for 16 and 32 keys and for more.
 @pytest.mark.parametrize("mask", [FrameMask(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "runs"])
-@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (33, 64), (65, 66), (5, 129)])
+@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (32, 33), (65, 66), (5, 129)])
 def test_frames(T, T_k, mask):
     def build(d):
         return {**qkv(d, 1, T, 3, 1, 24, T_k=T_k), "mask": mask, "return_lse": True}
@@ -61,8 +74,32 @@ def test_frames(T, T_k, mask):
     check_what_runs(Case("temporal_attention", f"{T} x {T_k} frames", build), torch.bfloat16)
 
 
+# Every pair of mask, dtype, channels (one, two and three loops of products and part of another) and norm with rope.
+@pytest.mark.parametrize(
+    "T,D,mask,dtype,moved",
+    [
+        (33, 24, FrameMask.causal(), torch.bfloat16, "rms"),
+        (48, 72, FrameMask(past=5, future=0, sink=2), torch.float16, "layer"),
+        (63, 128, FrameMask(future=0, chunk=4), torch.float16, None),
+        (100, 88, FrameMask(), torch.bfloat16, None),
+        (127, 40, FrameMask.window(9, 2), torch.bfloat16, "layer"),
+        (160, 104, FrameMask(past=2, future=1, chunk=3, sink=40), torch.bfloat16, None),
+        (256, 16, FrameMask.window(20), torch.float16, "rms"),
+    ],
+    ids=str,
+)
+def test_long_lines(T, D, mask, dtype, moved):
+    """More than 32 frames, some of them padding: sums of 16 keys at a time."""
+
+    def build(d):
+        more = {"norm": norm_of(d, D, moved), "rope": fixed_rope(T, 1, 8)} if moved else {}
+        return {**qkv(d, 2, T, 1, 1, D), "mask": mask, "lengths": d.integers(T - 3, T // 2), "return_lse": True, **more}
+
+    check_what_runs(Case("temporal_attention", f"{T} x {D}, {mask}", build), dtype)
+
+
 def test_most_frames():
-    """Every warp has two tiles of rows."""
+    """Every warp of the backward has two tiles of rows."""
 
     def build(d):
         return {**qkv(d, 1, 140, 1, 1, 8, T_k=256), "mask": FrameMask.window(150)}
@@ -70,9 +107,64 @@ def test_most_frames():
     check_what_runs(Case("temporal_attention", "140 x 256 frames", build), torch.bfloat16)
 
 
-@pytest.mark.parametrize("T", [8, 20, 40])
-@pytest.mark.parametrize("D", [8, 40, 64, 72, 80, 96, 104, 128, 160, 256])
-def test_head_dims(D, T):
+def test_scores_that_grow_along_a_line():
+    """The online softmax: sums of early keys all but vanish under late ones, and what they hold must go with them."""
+    T = 64
+    q, v = torch.ones(1, T, 1, 1, 16).bfloat16(), torch.randn(1, T, 1, 1, 16).bfloat16()
+    k = (torch.arange(T) - T / 2).view(1, T, 1, 1, 1).expand(q.shape).bfloat16()
+    for keys in (k, -k):
+        out, lse = vdcore.temporal_attention(q, keys, v, return_lse=True, backend="cuda")
+        expected, expected_lse = vdcore.temporal_attention(
+            *(x.double() for x in (q, keys, v)), return_lse=True, backend="reference"
+        )
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-5, atol=1e-5)
+
+
+# In the short kernel two warps a line; in the long one a long line, shared keys, wide heads.
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("T,H,G,D", [(32, 2, 2, 72), (128, 1, 1, 24), (24, 4, 1, 40), (16, 2, 2, 160)])
+def test_gradients_of_inputs_with_a_mean(T, H, G, D, dtype):
+    """An error of delta is one of all score gradients of a row: where keys have a mean it adds up in dq.
+
+    With delta from the rounded output, dq of 128 frames was at 1.3 times what the rule allows in bfloat16, and at 2.1
+    in float16; from P and dP at 0.02.
+    """
+
+    def build(d):
+        return {n: d(n, 1, T, 4, heads, D, around=2.0, spread=0.3) for n, heads in zip("qkv", (H, G, G))}
+
+    check_what_runs(Case("temporal_attention", f"{T} x {D}, {H} of {G}, around 2", build), dtype)
+
+
+@pytest.mark.parametrize("lengths", [(-1, 3), (-(2**32) + 2, 5)], ids=str)
+@pytest.mark.parametrize(
+    "op,T", [("temporal_attention", 6), ("temporal_attention", 40), ("video_attention", 6), ("gated_attention", 6)]
+)
+def test_a_negative_length_is_0(op, T, lengths):
+    tensors = [torch.randn(2, T, 3, 2, 16).bfloat16() for _ in "qkv"]
+
+    def run(*lengths):
+        options = {"lengths": torch.tensor(lengths), "backend": "cuda"}
+        if op == "gated_attention":
+            return [vdcore.gated_attention(tensors, tensors, torch.tensor(0.3), **options)]
+        leaves = [x.clone().requires_grad_(op == "temporal_attention") for x in tensors]
+        out, lse = getattr(vdcore, op)(*leaves, return_lse=True, **options)
+        assert lse[0].eq(-torch.inf).all()
+        return [out, lse, *(grads_of(out, leaves) if op == "temporal_attention" else [])]
+
+    found = run(*lengths)
+    assert found[0][0].eq(0).all() and found[0][1].ne(0).any()
+    for ours, expected in zip(found, run(0, *lengths[1:])):
+        assert torch.equal(ours, expected)
+
+
+# Every head dim, and every kernel once: two lines a tile, 32 keys, a long line; 64, 96, 128 and 256 channels.
+HEAD_DIMS = {8: (8, 72, 104, 160), 20: (40, 80, 128, 256), 40: (64, 96, 104, 128)}
+
+
+@pytest.mark.parametrize("T,D", [(T, D) for T, dims in HEAD_DIMS.items() for D in dims])
+def test_head_dims(T, D):
     def build(d):
         return {**qkv(d, 1, T, 1, 2, D), "mask": FrameMask.causal()}
 
@@ -105,17 +197,6 @@ def test_norm_and_rope(kind, style, T):
         return {**qkv(d, 2, T, 3, 2, 40), "norm": norm, "rope": rope, "mask": FrameMask.window(4)}
 
     check_what_runs(Case("temporal_attention", f"{kind} {style} {T}", build), torch.bfloat16)
-
-
-def norm_of(d, D, kind):
-    norm = QKNorm(d("q_weight", D, around=1.0), d("k_weight", D, around=1.0), kind)
-    return norm if kind == "rms" else replace(norm, q_bias=d("q_bias", D), k_bias=d("k_bias", D))
-
-
-def fixed_rope(T, S, pairs):
-    """A table that asks for no gradient, so that a backward kernel takes the turn back on its way."""
-    angle = torch.randn(T, S, pairs, generator=torch.Generator("cpu").manual_seed(3), device="cpu")
-    return Rope(angle.cos().to(DEVICE), angle.sin().to(DEVICE))
 
 
 # In the short kernel: two lines a tile, one, two warps a line. In the long one: long, wide or shared.
@@ -229,20 +310,30 @@ def test_a_query_that_sees_no_key():
     assert all(dx.eq(0).all() for dx in grads_of(out, [q, k, v]))
 
 
+@pytest.fixture
+def edges_of_grids():
+    """The emulator runs the first and the last blocks of a large grid: numbering goes wrong there, if anywhere."""
+    if emulated():
+        kernels().set_edges(4)
+    yield
+    if emulated():
+        kernels().set_edges(0)
+
+
 @pytest.mark.parametrize("B,S,H", [(1, 65_537, 1), (70_000, 1, 1), (1, 1, 70_000)])
-def test_many_sequences(B, S, H):
+def test_many_sequences(B, S, H, edges_of_grids):
     """Hazard 1."""
     leaves = [torch.randn(B, 4, S, H, 8).bfloat16().requires_grad_() for _ in range(3)]
     out = vdcore.temporal_attention(*leaves, mask=FrameMask.causal(), backend="cuda")
     found = [out, *grads_of(out, leaves)]
-    b, s, h = (slice(n - 1, n) for n in (B, S, H))
-    at = (b, slice(None), s, h)
-    last = [x[at].detach().float().requires_grad_() for x in leaves]
-    expected = vdcore.temporal_attention(*last, mask=FrameMask.causal(), backend="reference")
     dout = incoming(out.detach())
-    expected = [expected, *torch.autograd.grad(expected, last, dout[at].float())]
-    for ours, theirs in zip(found, expected):
-        torch.testing.assert_close(ours[at].float(), theirs, rtol=3e-2, atol=3e-2)
+    for b, s, h in ((0, 0, 0), (B - 1, S - 1, H - 1)):
+        at = (slice(b, b + 1), slice(None), slice(s, s + 1), slice(h, h + 1))
+        some = [x[at].detach().float().requires_grad_() for x in leaves]
+        expected = vdcore.temporal_attention(*some, mask=FrameMask.causal(), backend="reference")
+        expected = [expected, *torch.autograd.grad(expected, some, dout[at].float())]
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours[at].float(), theirs, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.skipif(not emulated(), reason="the order of warps is the emulator's")

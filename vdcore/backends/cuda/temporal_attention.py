@@ -1,4 +1,4 @@
-"""Temporal attention: csrc/cuda/temporal_attention.cuh, temporal_attention_backward.cuh and _backward_long.cuh."""
+"""Temporal attention: csrc/cuda/temporal_attention*.cuh, of which the _long ones are for long lines."""
 
 from __future__ import annotations
 
