@@ -13,23 +13,24 @@ CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/
 .PHONY: help venv build cuda test test-compile test-all asan bench demo gpu lint format wheels clean
 
 help:
-	@echo "make venv    .venv with every extra, and vdcore built into it"
-	@echo "make test    the test suite; what a GPU, a long time or nvcc is needed for is in the next two"
-	@echo "make test-compile  what compiles CUDA and Triton kernels ahead of time"
-	@echo "make test-all      everything that this machine can run"
-	@echo "make cuda    vdcore._cuda, in place; needs nvcc and no GPU (where there is one, every build has it)"
-	@echo "make asan    the CPU engine's cases under AddressSanitizer"
-	@echo "make bench   benchmark and memory profile of this machine, into out/bench"
-	@echo "make demo    train, sample, and an experiment for every claim about video, into out/demo"
-	@echo "make gpu     correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
-	@echo "make lint    ruff, mypy, clang-format, all in check mode"
-	@echo "make format  ruff and clang-format, in place"
-	@echo "make wheels  manylinux wheels into wheels/, for the Pythons that are here"
+	@echo "make venv          .venv with every extra, and vdcore built into it"
+	@echo "make build         the compiled modules follow their sources"
+	@echo "make cuda          vdcore._cuda, in place; needs nvcc and no GPU (where there is one, make build does it too)"
+	@echo "make test          the test suite"
+	@echo "make test-compile  what CUDA's and Triton's compilers make of the kernels; needs no GPU"
+	@echo "make test-all      the suite with its slow tests and the compilers'"
+	@echo "make asan          the CPU engine's cases under AddressSanitizer"
+	@echo "make bench         benchmark and memory profile of this machine, into out/bench"
+	@echo "make demo          train, sample, and an experiment for every claim about video, into out/demo"
+	@echo "make gpu           correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
+	@echo "make lint          ruff, mypy, clang-format, all in check mode"
+	@echo "make format        ruff and clang-format, in place"
+	@echo "make wheels        manylinux wheels with CUDA into wheels/, for the Pythons that are here"
 
 venv: $(VENV)/.ready
 
 # Build tools first: the package is then built without isolation, in a folder that is kept.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt vdcore/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel pybind11 cmake ninja
 	$(PIP) torch numpy
@@ -53,7 +54,7 @@ test-compile: build
 	$(BIN)/pytest --numprocesses auto -m compile $(if $(CI),,--record-passed) $(TEST_FLAGS)
 
 test-all: build
-	VDCORE_TEST_LARGE=1 $(BIN)/pytest --numprocesses auto -m ""
+	$(BIN)/pytest --numprocesses auto -m "not large"
 
 # The CPU engine's cases under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that is here.
 asan: $(VENV)/.ready
@@ -68,13 +69,15 @@ demo: build
 gpu: build
 	$(BIN)/python bench/gpu.py --out out/gpu
 
-lint: build
+# mypy sees the package as it is installed, kernels and bench inside of it.
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	rm -rf build/typecheck
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --target build/typecheck .
-	MYPYPATH=build/typecheck $(BIN)/mypy -p vdcore
+	mkdir -p build/typecheck/vdcore
+	ln -s $(CURDIR)/vdcore/* $(CURDIR)/kernels $(CURDIR)/bench build/typecheck/vdcore
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p vdcore
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -1,11 +1,12 @@
 """Builds the compiled modules with CMake; everything else about the package is in pyproject.toml.
 
-``VDCORE_CUDA=ON`` builds ``vdcore._cuda`` too and ``OFF`` leaves it out; ``AUTO``, the default, builds it where there
-are a GPU and nvcc. ``VDCORE_BUILD_DIR`` is the folder that CMake builds in, ``MAX_JOBS`` how many compilers run at once.
+``VDCORE_CUDA=ON`` builds ``vdcore._cuda`` too, ``OFF`` does not, and ``AUTO``, the default, does where there are a GPU
+and nvcc. ``VDCORE_BUILD_DIR`` is the folder that CMake builds in, ``MAX_JOBS`` the number of compilers at once.
 """
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class CMakeBuild(build_ext):
 
     def run(self):
         nvcc = nvcc_for_cuda()
-        # A development install also gets the emulator of the CUDA kernels, which is for tests.
+        # The emulator of the CUDA kernels is for tests: it is built in place alone.
         built = {
             "vdcore._native",
             *(["vdcore._cuda"] if nvcc else []),
@@ -78,15 +79,16 @@ class CMakeBuild(build_ext):
             *("cmake", "-S", str(ROOT), "-B", str(folder)),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *(["-DVDCORE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else ["-DVDCORE_CUDA=OFF"]),
+            # Never switched off again: CMake would delete what nvcc has compiled.
+            *(["-DVDCORE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
         ]
         # A temporary build environment takes its ninja along when it goes: then the folder must be configured anew.
         cache = folder / "CMakeCache.txt"
-        if cache.exists() and "CMAKE_MAKE_PROGRAM" in (text := cache.read_text()):
-            program = text.split("CMAKE_MAKE_PROGRAM:", 1)[1].split("=", 1)[1].splitlines()[0]
-            if not Path(program).exists():
-                cache.unlink()
-                shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+        text = cache.read_text() if cache.exists() else ""
+        tools = re.findall(r"^CMAKE_(?:MAKE_PROGRAM|CUDA_COMPILER):\w+=(/.+)$", text, re.MULTILINE)
+        if not all(Path(tool).exists() for tool in tools):
+            cache.unlink()
+            shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
         if not cache.exists() and shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
@@ -95,10 +97,11 @@ class CMakeBuild(build_ext):
         return folder
 
 
-setup(
-    packages=[*find_packages(include=["vdcore", "vdcore.*"]), "vdcore.kernels", "vdcore.bench"],
-    package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
-    package_data={"vdcore": ["py.typed"], "vdcore.bench": ["workloads.json"]},
-    ext_modules=[Extension(name, sources=[]) for name in MODULES],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["vdcore", "vdcore.*"]), "vdcore.kernels", "vdcore.bench"],
+        package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
+        package_data={"vdcore": ["py.typed"], "vdcore.bench": ["workloads.json"]},
+        ext_modules=[Extension(name, sources=[]) for name in MODULES],
+        cmdclass={"build_ext": CMakeBuild},
+    )

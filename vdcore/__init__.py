@@ -4,6 +4,7 @@ Tokens are ``(batch, frames, tokens, heads, channels)``, any strides; masks are 
 differentiable and runs on the fastest backend that can run it exactly; :func:`explain` says which and why.
 """
 
+from vdcore._version import __version__
 from vdcore.backends import BackendError, backends, calls, use_backend
 from vdcore.geometry import as_frames
 from vdcore.mask import FrameMask
@@ -23,13 +24,12 @@ from vdcore.ops import (
 )
 from vdcore.rope import Rope, axial_rope
 
-__version__ = "0.1.0"
-
 __all__ = [
     "BackendError",
     "FrameMask",
     "QKNorm",
     "Rope",
+    "__version__",
     "as_frames",
     "axial_rope",
     "backends",

@@ -1,5 +1,7 @@
 // Patch embedding, its inverse and their gradients: products whose patch side is gathered from the video, or scattered
 // to it, tile by tile. Three kernels serve all: tokens from patches, patches from tokens, and the weight's gradient.
+// Products are unrolled for every height of a block, so what follows a sum is compiled about 150 times: rare ends of it
+// are functions, and products of float32 tiles are compiled once, not per dtype.
 #include "cpu/patchify.h"
 
 #include "cpu/arena.h"
@@ -95,10 +97,16 @@ struct TokensFromPatches {
   }
   template <DType T>
   static VDCORE_INLINE void write(typename Element<T>::type* at, vf x, int64_t columns, bool streamed) {
-    if (columns >= W)
-      streamed ? Element<T>::stream(at, x) : Element<T>::store(at, x);
-    else if (columns > 0)
-      store_partial<T>(at, x, columns);
+    if (columns < W)
+      write_rest<T>(at, x, columns);
+    else if (T == DType::f32 && streamed)  // the others are staged
+      Element<T>::stream(at, x);
+    else
+      Element<T>::store(at, x);
+  }
+  template <DType T>
+  static __attribute__((noinline)) void write_rest(typename Element<T>::type* at, vf x, int64_t columns) {
+    if (columns > 0) store_partial<T>(at, x, columns);
   }
   // A multiple of W elements of two bytes.
   static void copy_out(const char* in, char* out, int64_t bytes) {
@@ -130,19 +138,25 @@ struct PatchesFromTokens {
     for (int64_t k = 0; k < width; ++k) bias[k] = a.bias && k < n.K ? a.bias[k] : 0.f;
     range.for_tiles(item, [&](int64_t token, int64_t rows) {
       for (int64_t m = 0; m < rows; ++m) read_row<T>(token_row(a.tokens, token + m), n.E, tokens + m * token_floats);
-      for (int64_t e = 0; e < n.E; e += kSumOver) {
-        const int64_t some = smaller(kSumOver, n.E - e);
-        for (int64_t k = 0; k < width; k += kPanel)
-          multiply_panel(rows, some, {tokens + e, token_floats, 1}, a.packed + k * n.E + e * kPanel,
-                         [&](int64_t m, vf left, vf right) __attribute__((always_inline)) {
-                           float* at = sums + m * width + k;
-                           const float* before = e ? at : bias + k;
-                           store(at, load(before) + left);
-                           store(at + W, load(before + W) + right);
-                         });
-      }
+      multiply(rows, {tokens, token_floats, 1}, bias, width, sums);
       scatter_patches<T>(a.patches, token, rows, sums, width);
     });
+  }
+
+ private:
+  // sums (rows, width) = tokens * weight^T + bias
+  void multiply(int64_t rows, Scalars tokens, const float* bias, int64_t width, float* sums) const {
+    for (int64_t e = 0; e < n.E; e += kSumOver) {
+      const int64_t some = smaller(kSumOver, n.E - e);
+      for (int64_t k = 0; k < width; k += kPanel)
+        multiply_panel(rows, some, tokens.at(0, e), a.packed + k * n.E + e * kPanel,
+                       [&](int64_t m, vf left, vf right) __attribute__((always_inline)) {
+                         float* at = sums + m * width + k;
+                         const float* before = e ? at : bias + k;
+                         store(at, load(before) + left);
+                         store(at + W, load(before + W) + right);
+                       });
+    }
   }
 };
 
@@ -196,25 +210,32 @@ struct WeightGradient {
         for (int64_t m = 0; m < rows; ++m) sum += patches[k * kMaxTile + m];
         sum_patches[k] += sum;
       }
-      for (int64_t c = 0; c < columns; c += kPanel)
-        multiply_panel(n.K, rows, {patches, kMaxTile, 1}, tokens + c * kMaxTile,
-                       [&](int64_t k, vf left, vf right) __attribute__((always_inline)) {
-                         float* at = dweight + k * n.E + c;
-                         add_up_to(at, left, columns - c);
-                         add_up_to(at + W, right, columns - c - W);
-                       });
+      add_products(patches, tokens, rows, columns, dweight);
     }
   }
 
  private:
+  // dweight (K, columns) += patches (K, rows) * tokens (rows, columns), the latter in panels.
+  void add_products(const float* patches, const float* tokens, int64_t rows, int64_t columns, float* dweight) const {
+    for (int64_t c = 0; c < columns; c += kPanel)
+      multiply_panel(n.K, rows, {patches, kMaxTile, 1}, tokens + c * kMaxTile,
+                     [&](int64_t k, vf left, vf right) __attribute__((always_inline)) {
+                       float* at = dweight + k * n.E + c;
+                       add_up_to(at, left, columns - c);
+                       add_up_to(at + W, right, columns - c - W);
+                     });
+  }
   static void clear(float* x, int64_t count) {
     if (x) memset(x, 0, count * sizeof(float));
   }
   static VDCORE_INLINE void add_up_to(float* at, vf x, int64_t count) {
     if (count >= W)
       store(at, load(at) + x);
-    else if (count > 0)
-      store_partial<DType::f32>(at, load_partial<DType::f32>(at, count) + x, count);
+    else
+      add_rest(at, x, count);
+  }
+  static __attribute__((noinline)) void add_rest(float* at, vf x, int64_t count) {
+    if (count > 0) store_partial<DType::f32>(at, load_partial<DType::f32>(at, count) + x, count);
   }
   static void add(const float* x, int64_t count, float* sum) {
     for (int64_t c = 0; c < count; c += W) add_up_to(sum + c, load(x + c), count - c);

@@ -118,6 +118,14 @@ __attribute__((noinline)) void product_columns(int64_t m, int64_t k, Scalars a, 
   }
 }
 
+// Compiled in products.cpp, not in every file that multiplies: with all their heights they take a second or two.
+#define VDCORE_PRODUCTS(declare, P)                                                             \
+  declare template void product_columns<1, P>(int64_t, int64_t, Scalars, Tile, Tile, bool, P&); \
+  declare template void product_columns<2, P>(int64_t, int64_t, Scalars, Tile, Tile, bool, P&); \
+  declare template void product_columns<3, P>(int64_t, int64_t, Scalars, Tile, Tile, bool, P&);
+VDCORE_PRODUCTS(extern, Prefetch)
+VDCORE_PRODUCTS(extern, NoPrefetch)
+
 // C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n], n a multiple of W. Columns go in panels of three vectors, or of two where
 // that leaves no single one.
 template <typename P>

@@ -7,6 +7,7 @@ no symbol outside their own namespace, and the objects of a lesser one may hold 
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -18,7 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+DEVELOPMENT = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+BUILD = Path(os.environ.get("VDCORE_BUILD_DIR", DEVELOPMENT))  # as in setup.py
 ISAS = ("baseline", "avx2", "avx512")
 
 pytestmark = [

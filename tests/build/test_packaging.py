@@ -1,20 +1,27 @@
-"""What a user gets: a wheel built from the sdist, in an environment of its own, without CUDA."""
+"""What a user gets: the sdist, and a wheel of it in an environment of its own, without CUDA."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import run_python
+
+import vdcore
 
 ROOT = Path(__file__).parents[2]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -27,44 +34,47 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
+def make_sdist(folder: Path) -> Path:
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (found,) = folder.glob("vdcore-*.tar.gz")
     return found
 
 
-@pytest.fixture(scope="module")
-def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of an environment that holds the wheel, and sees torch and numpy but not this checkout's vdcore."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+def make_wheel(source: Path, folder: Path) -> Path:
+    """Compiled in the source's own build folder: from the checkout, that is what `make build` has compiled already."""
     run(
-        *(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist),
+        *(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source),
         cwd=folder,
         VDCORE_CUDA="OFF",
         PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     )
     (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "environment", with_pip=False)
-    python = folder / "environment" / "bin" / "python"
+    return wheel
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """Python of an environment that holds the wheel, and sees torch and numpy but not this checkout's vdcore."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    run(*pip, "install", "--no-deps", "--target", packages, wheel, cwd=folder)
-    (packages / "torch_of_the_test_environment.pth").write_text(sysconfig.get_path("purelib"))
+    run(*PIP, "install", "--no-deps", "--target", packages, wheel, cwd=folder)
+    of_the_tests = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "test_environment.pth").write_text("\n".join(of_the_tests))
     return python
 
 
-def test_sdist_holds_the_sources(sdist: Path) -> None:
-    with tarfile.open(sdist) as archive:
+def tracked(*paths: str) -> set[str]:
+    return {x for x in run("git", "ls-files", *paths, cwd=ROOT).split() if (ROOT / x).exists()}
+
+
+def test_sdist_holds_the_sources(tmp_path: Path) -> None:
+    with tarfile.open(make_sdist(tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = run("git", "ls-files", "csrc", "vdcore", "kernels", "bench", "CMakeLists.txt", "LICENSE", cwd=ROOT)
-    wanted = {x for x in tracked.split() if not x.startswith("bench/results/") and (ROOT / x).exists()}
-    assert wanted - names == set()
+    wanted = tracked("csrc", "vdcore", "kernels", "bench", "CMakeLists.txt", "LICENSE")
+    assert {x for x in wanted if not x.startswith("bench/results/")} - names == set()
 
 
-def test_wheel_runs_by_itself(installed: Path, tmp_path: Path) -> None:
-    script = """
+USE = """
 import json, sys
 for name in ("triton", "diffusers"):
     sys.modules[name] = None  # importing it raises
@@ -79,16 +89,86 @@ print(json.dumps({
     "bench": vdcore.bench.__path__[0],
     "close": torch.allclose(out, expected, atol=1e-5),
     "grad": bool(q.grad.isfinite().all()),
-    "cuda": vdcore.backends()["cuda"],
+    "backends": vdcore.backends(),
 }))
 """
-    found = json.loads(run(installed, "-c", script, cwd=tmp_path).splitlines()[-1])
-    environment = str(installed.parents[1])
+
+
+def check_wheel(source: Path, folder: Path) -> None:
+    """A wheel of the source is small, holds what belongs into it and nothing else, and runs by itself."""
+    wheel = make_wheel(source, folder)
+    assert wheel.stat().st_size < 4e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = tracked("vdcore/*.py", "kernels/*.py", "bench/*.py")
+    wanted = {name if name.startswith("vdcore/") else f"vdcore/{name}" for name in modules}
+    assert wanted - names == set()
+    compiled = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
+    assert compiled == {"_native"}
+
+    python = install(wheel, folder / "environment")
+    found = json.loads(run(python, "-c", USE, cwd=folder, VDCORE_CUDA_EMULATE="0").splitlines()[-1])
+    environment = str(python.parents[1])
     assert found["file"].startswith(environment) and found["bench"].startswith(environment)
-    assert found["close"] and found["grad"]
-    assert found["cuda"]
+    assert found["close"] and found["grad"] and found["backends"]["cpu"] is None
+    assert "make cuda" in found["backends"]["cuda"]
+    report = run(python, "-m", "vdcore.cli", "doctor", "--json", cwd=folder, VDCORE_CUDA_EMULATE="0")
+    said = json.loads(report)["backends"]
+    assert said["cpu"] is None and said["cuda"] == found["backends"]["cuda"]
 
 
-def test_command_line_is_installed(installed: Path, tmp_path: Path) -> None:
-    report = run(installed, "-m", "vdcore.cli", "doctor", "--json", cwd=tmp_path)
-    assert json.loads(report)["backends"]["cpu"] is None
+def test_wheel(tmp_path: Path) -> None:
+    check_wheel(ROOT, tmp_path)
+
+
+@pytest.mark.slow
+def test_wheel_of_the_sdist(tmp_path: Path) -> None:
+    check_wheel(make_sdist(tmp_path), tmp_path)
+
+
+def test_version_is_said_once() -> None:
+    assert importlib.metadata.version("vdcore") == vdcore.__version__
+    elsewhere = [name for name in tracked("*.py", "*.toml") if f'"{vdcore.__version__}"' in (ROOT / name).read_text()]
+    assert elsewhere == ["vdcore/_version.py"]
+
+
+@pytest.fixture
+def nvcc_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+    """What setup.py would compile CUDA with, by VDCORE_CUDA and what the machine has."""
+    found = runpy.run_path(str(ROOT / "setup.py"))["nvcc_for_cuda"]
+
+    def nvcc(wanted: str, *, gpu: bool = False, installed: bool = True) -> str | None:
+        monkeypatch.setenv("VDCORE_CUDA", wanted)
+        monkeypatch.delenv("CUDACXX", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}" if installed else None)
+        monkeypatch.setitem(found.__globals__, "has_gpu", lambda: gpu)
+        return found()
+
+    return nvcc
+
+
+def test_cuda_is_built_where_there_is_a_gpu_or_it_is_asked_for(nvcc_for_cuda: Callable[..., str | None]) -> None:
+    assert nvcc_for_cuda("AUTO") is None
+    assert nvcc_for_cuda("AUTO", gpu=True) == "/bin/nvcc"
+    assert nvcc_for_cuda("AUTO", gpu=True, installed=False) is None
+    assert nvcc_for_cuda("OFF", gpu=True) is None
+    assert nvcc_for_cuda("on") == "/bin/nvcc"
+
+
+def test_cuda_that_is_asked_for_needs_nvcc(nvcc_for_cuda: Callable[..., str | None]) -> None:
+    with pytest.raises(SystemExit, match="VDCORE_CUDA=ON: nvcc is neither in PATH"):
+        nvcc_for_cuda("ON", installed=False)
+    with pytest.raises(SystemExit, match="ON, OFF or AUTO"):
+        nvcc_for_cuda("yes")
+
+
+def test_what_is_missing_and_how_to_build_it() -> None:
+    code = """
+import sys
+sys.modules["vdcore._cuda"] = None  # importing it raises
+import torch, vdcore
+q = torch.zeros(1, 2, 1, 1, 8)
+print(dict(vdcore.explain("temporal_attention", q=q, k=q, v=q))["cuda"])
+"""
+    said = run_python(code, VDCORE_CUDA_EMULATE="0")
+    assert "vdcore._cuda is not built" in said and "make cuda" in said and "VDCORE_CUDA=ON" in said

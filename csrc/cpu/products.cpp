@@ -1,0 +1,9 @@
+// The products of tile.h.
+#include "cpu/tile.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+
+VDCORE_PRODUCTS(, Prefetch)
+VDCORE_PRODUCTS(, NoPrefetch)
+
+}  // namespace vdcore::cpu::VDCORE_ISA
