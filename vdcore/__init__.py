@@ -4,7 +4,6 @@ Tokens are ``(batch, frames, tokens, heads, channels)``, any strides; masks are 
 differentiable and runs on the fastest backend that can run it exactly; :func:`explain` says which and why.
 """
 
-from vdcore.backends import BackendError, backends, calls, use_backend
 from vdcore.geometry import as_frames
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
@@ -21,6 +20,7 @@ from vdcore.ops import (
     unpatchify,
     video_attention,
 )
+from vdcore.ops.choose import BackendError, backends, calls, use_backend
 from vdcore.rope import Rope, axial_rope
 
 __version__ = "0.1.0"

@@ -1,9 +1,14 @@
-"""What all calls share, and how masks, norms and rotary tables cross a torch operator's boundary."""
+"""A call: what a backend is asked to do, checked and with all defaults filled in. One dataclass per operator.
+
+A call crosses a torch operator's boundary, which takes tensors and numbers only. How its fields do that follows from
+their types: every type has a :class:`Codec` in :data:`CODECS`. A new argument is one more field.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,47 +17,198 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class QKV(NamedTuple):
+    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; with ``packed``, views of that ``(B, T, S, 3, H, D)``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    packed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a field of one type becomes tensors and numbers, and is made of them again.
+
+    Args:
+        tensors: their names; ``{field}`` is the field's name and ``{prefix}`` what stands in it before its last word
+            (``text_`` of ``text_norm``). ``?``: may be None.
+        numbers: declarations of the others in a torch schema.
+        split: the field's tensors.
+        describe: the field's numbers.
+        build: the field, of its tensors and numbers.
+    """
+
+    tensors: tuple[str, ...]
+    numbers: tuple[str, ...]
+    split: Callable[[Any], tuple[Tensor | None, ...]]
+    describe: Callable[[Any], tuple[Any, ...]]
+    build: Callable[..., Any]
+
+
+def _number(schema: str) -> Codec:
+    return Codec((), (schema + " {field}",), lambda x: (), lambda x: (x,), lambda x: x)
+
+
+def _tensor(name: str) -> Codec:
+    return Codec((name,), (), lambda x: (x,), lambda x: (), lambda x: x)
+
+
+def _triple(optional: str) -> Codec:
+    def build(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Any:
+        return None if q is None else (q, k, v)
+
+    names = tuple(f"{{field}}_{x}{optional}" for x in "qkv")
+    return Codec(names, (), lambda x: (None, None, None) if x is None else x, lambda x: (), build)
+
+
+def _qkv_tensors(x: QKV) -> tuple[Tensor | None, ...]:
+    return x[:3] if x.packed is None else (x.packed, None, None)
+
+
+def _build_qkv(q: Tensor, k: Tensor | None, v: Tensor | None) -> QKV:
+    return QKV(*q.unbind(3), q) if k is None or v is None else QKV(q, k, v)
+
+
+_UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
+
+
+def mask_numbers(mask: FrameMask) -> list[int]:
+    """past, future (-1: all), chunk, sink."""
+    past, future = mask.past, mask.future
+    return [
+        -1 if past is None or past >= _UNBOUNDED else past,
+        -1 if future is None or future >= _UNBOUNDED else future,
+        min(mask.chunk, _UNBOUNDED),
+        min(mask.sink, _UNBOUNDED),
+    ]
+
+
+def _build_mask(numbers: list[int]) -> FrameMask:
+    past, future, chunk, sink = numbers
+    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink)
+
+
+def _norm_tensors(norm: QKNorm | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if norm is None else (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+
+
+def _norm_numbers(norm: QKNorm | None) -> tuple[str, float]:
+    return ("", 0.0) if norm is None else (f"{norm.kind}/{norm.over}", norm.eps)
+
+
+def _build_norm(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any, name: Any, eps: float) -> QKNorm | None:
+    return QKNorm(q_weight, k_weight, *name.split("/"), eps, q_bias, k_bias) if name else None
+
+
+CODECS: dict[Any, Codec] = {
+    Tensor: _tensor("{field}"),
+    Tensor | None: _tensor("{field}?"),
+    Triple: _triple(""),
+    Triple | None: _triple("?"),
+    QKV: Codec(("q", "k?", "v?"), (), _qkv_tensors, lambda x: (), _build_qkv),
+    FrameMask: Codec((), ("int[] {field}",), lambda x: (), lambda x: (mask_numbers(x),), _build_mask),
+    QKNorm | None: Codec(
+        ("{prefix}q_weight?", "{prefix}k_weight?", "{prefix}q_bias?", "{prefix}k_bias?"),
+        ("str {field}", "float {field}_eps"),
+        _norm_tensors,
+        _norm_numbers,
+        _build_norm,
+    ),
+    Rope | None: Codec(
+        ("{prefix}cos?", "{prefix}sin?"),
+        ("str {field}",),
+        lambda x: (None, None) if x is None else (x.cos, x.sin),
+        lambda x: ("" if x is None else x.style,),
+        lambda cos, sin, style: Rope(cos, sin, style) if style else None,
+    ),
+    int: _number("SymInt"),
+    float: _number("float"),
+    bool: _number("bool"),
+    str: _number("str"),
+    tuple[int, int, int]: Codec((), ("SymInt[] {field}",), lambda x: (), lambda x: (list(x),), tuple),
+}
+
 
 @dataclass
 class Call:
-    """What all calls share.
+    """What all calls share; a subclass is a dataclass of the operator's arguments.
 
     Args:
-        op: the public function.
-        grad: gradients will be wanted, so that forward keeps what backward needs.
+        grad: gradients will be wanted, so that forward keeps what backward needs. Whoever runs the call says so.
     """
 
-    TENSORS: ClassVar[tuple[str, ...]]  # "?": may be None
-    ATTRIBUTES: ClassVar[tuple[str, ...]]  # torch schema declarations
+    op: ClassVar[str]  # the public function
     OUTPUTS: ClassVar[int] = 1
     SAVES_OUTPUTS: ClassVar[bool] = False
     PASSED: ClassVar[dict[str, int]] = {}  # tensor -> output whose gradient is the tensor's: no backend is asked for it
 
-    op: str
-    grad: bool
+    # From the fields:
+    NAMES: ClassVar[tuple[str, ...]]  # of tensors
+    SCHEMA: ClassVar[tuple[str, ...]]  # declarations: tensors, then numbers
+    _split: ClassVar[tuple[tuple[str, Callable[..., Any]], ...]]
+    _describe: ClassVar[tuple[tuple[str, Callable[..., Any]], ...]]
+    _build: ClassVar[tuple[tuple[int, int, Callable[..., Any]], ...]]
+
+    grad: bool = field(init=False, default=False)
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls)
+        fields = {
+            name: CODECS[kind] for name, kind in hints.items() if name != "grad" and get_origin(kind) is not ClassVar
+        }
+        tensors, numbers = [], []
+        for name, codec in fields.items():
+            parts = {"field": name, "prefix": name[: name.rfind("_") + 1]}
+            tensors += [text.format(**parts) for text in codec.tensors]
+            numbers += [text.format(**parts) for text in codec.numbers]
+        cls.NAMES = tuple(name.rstrip("?") for name in tensors)
+        cls.SCHEMA = tuple(f"Tensor{'?' if x.endswith('?') else ''} {x.rstrip('?')}" for x in tensors) + tuple(numbers)
+        cls._split = tuple((name, codec.split) for name, codec in fields.items() if codec.tensors)
+        cls._describe = tuple((name, codec.describe) for name, codec in fields.items() if codec.numbers)
+        cls._build = tuple((len(codec.tensors), len(codec.numbers), codec.build) for codec in fields.values())
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``NAMES``."""
+        found: tuple[Tensor | None, ...] = ()
+        for name, split in self._split:
+            found += split(getattr(self, name))
+        return found
+
+    def numbers(self) -> tuple[Any, ...]:
+        """All that is no tensor, in the order of ``SCHEMA``."""
+        found: tuple[Any, ...] = ()
+        for name, describe in self._describe:
+            found += describe(getattr(self, name))
+        return found
+
+    @classmethod
+    def build(cls, tensors: tuple[Any, ...], numbers: tuple[Any, ...], grad: bool) -> Any:
+        """The call that these came from."""
+        fields, i, j = [], 0, 0
+        for n, m, build in cls._build:
+            fields.append(build(*tensors[i : i + n], *numbers[j : j + m]))
+            i, j = i + n, j + m
+        call = cls(*fields)
+        call.grad = grad
+        return call
 
     @property
     def main(self) -> Tensor:
-        """The tensor whose device and dtype are the call's."""
-        return self.tensors()[0]  # type: ignore[return-value]
+        """The first tensor: its device and dtype are the call's."""
+        name, split = self._split[0]
+        return split(getattr(self, name))[0]
 
     @property
     def is_empty(self) -> bool:
         """There is nothing to compute with: no kernel need know what to do then."""
         return self.main.numel() == 0
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
-
-    def attributes(self) -> tuple[Any, ...]:
-        raise NotImplementedError
-
-    @classmethod
-    def build(cls, op: str, grad: bool, tensors: tuple[Any, ...], attributes: tuple[Any, ...]) -> Call:
-        raise NotImplementedError
-
-    def empty_outputs(self) -> tuple[Tensor, ...]:
-        """What forward fills: contiguous, whatever the strides of the inputs."""
+    def empty_outputs(self) -> tuple[Tensor | None, ...]:
+        """What forward fills: contiguous, whatever the strides of the inputs; None where it is not wanted."""
         raise NotImplementedError
 
 
@@ -60,52 +216,42 @@ def empty(like: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-# ---- QKNorm and Rope across the boundary ----
-
-NORM = ("q_weight?", "k_weight?", "q_bias?", "k_bias?")
-ROPE = ("cos?", "sin?")
-NORM_ATTRIBUTES = ("str norm", "float eps")
-ROPE_ATTRIBUTES = ("str rope",)
-
-
-def norm_tensors(norm: QKNorm | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if norm is None else (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
-
-
-def norm_attributes(norm: QKNorm | None) -> tuple[str, float]:
-    return ("", 0.0) if norm is None else (f"{norm.kind}/{norm.over}", norm.eps)
-
-
-def build_norm(tensors: tuple[Any, ...], name: str, eps: float) -> QKNorm | None:
-    if not name:
-        return None
-    kind: Any
-    over: Any
-    kind, over = name.split("/")
-    q_weight, k_weight, q_bias, k_bias = tensors
-    return QKNorm(q_weight, k_weight, kind, over, eps, q_bias, k_bias)
-
-
-def rope_tensors(rope: Rope | None) -> tuple[Tensor | None, ...]:
-    return (None, None) if rope is None else (rope.cos, rope.sin)
-
-
-def build_rope(tensors: tuple[Any, ...], style: Any) -> Rope | None:
-    return Rope(tensors[0], tensors[1], style) if style else None
-
-
-_UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
-
-
-def mask_numbers(mask: FrameMask) -> list[int]:
-    past, future = (-1 if x is None or x >= _UNBOUNDED else x for x in (mask.past, mask.future))
-    return [past, future, min(mask.chunk, _UNBOUNDED), min(mask.sink, _UNBOUNDED)]
-
-
-def build_mask(numbers: list[int]) -> FrameMask:
-    past, future, chunk, sink = numbers
-    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink)
-
-
 def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class AttentionCall(Call):
+    """Attention of q to k and v: out, and lse where it is asked for or needed by backward."""
+
+    OUTPUTS: ClassVar[int] = 2
+    SAVES_OUTPUTS: ClassVar[bool] = True
+
+    qkv: QKV
+    mask: FrameMask
+    q_start: int
+    lengths: Tensor | None
+    scale: float
+    norm: QKNorm | None
+    rope: Rope | None
+    return_lse: bool
+
+    @property
+    def q(self) -> Tensor:
+        return self.qkv.q
+
+    @property
+    def k(self) -> Tensor:
+        return self.qkv.k
+
+    @property
+    def v(self) -> Tensor:
+        return self.qkv.v
+
+    @property
+    def packed(self) -> Tensor | None:
+        return self.qkv.packed
+
+    @property
+    def is_empty(self) -> bool:
+        return self.qkv.q.numel() == 0 or self.qkv.k.numel() == 0

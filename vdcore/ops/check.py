@@ -8,7 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
+from vdcore.ops.call import QKV
 from vdcore.rope import Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,11 +33,15 @@ def check_tensor(op: str, name: str, x: Any) -> Tensor:
 def check_main(op: str, name: str, x: Any, dims: str) -> Tensor:
     """A floating tensor of as many dimensions as ``dims`` names, e.g. ``"(B, T, S, H, D)"``."""
     check_tensor(op, name, x)
-    if x.ndim != dims.count(",") + 1:
-        wrong(op, name, dims, shape_of(x))
+    check_dims(op, name, x, dims)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     return x
+
+
+def check_dims(op: str, name: str, x: Tensor, dims: str) -> None:
+    if x.ndim != dims.count(",") + 1:
+        wrong(op, name, dims, shape_of(x))
 
 
 def check_like(op: str, name: str, x: Any, main: Tensor, main_name: str, *, or_float32: bool = False) -> Tensor:
@@ -50,16 +56,37 @@ def check_like(op: str, name: str, x: Any, main: Tensor, main_name: str, *, or_f
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], dims: str) -> None:
-    if x.ndim != len(shape) or any(a != b for a, b in zip(x.shape, shape)):
+    if x.shape != tuple(shape):
         wrong(op, name, f"{dims} = {tuple(shape)}", shape_of(x))
 
 
-def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q ``(B, T, S, H, D)`` with k and v ``(B, T_k, S, G, D)``, or q packed ``(B, T, S, 3, H, D)``.
+def check_attention(
+    op: str, q: Any, k: Any, v: Any, mask: Any, q_start: Any, lengths: Any, scale: Any, norm: Any, rope: Any
+) -> dict[str, Any]:
+    """The checked arguments that temporal and frame attention share, with all defaults filled in."""
+    qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
+    B, T, S, H, D = qkv.q.shape
+    _, T_k, _, G, _ = qkv.k.shape
+    if not isinstance(mask, FrameMask):
+        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    if q_start is None:
+        q_start = max(T_k - T, 0)
+    else:
+        check_start(op, "q_start", q_start)
+    return {
+        "qkv": qkv,
+        "mask": mask,
+        "q_start": q_start,
+        "lengths": check_lengths(op, "lengths", lengths, [(B,)], "(B,)", qkv.q),
+        "scale": check_scale(op, scale, D),
+        "norm": check_norm(op, norm, qkv.q, H, G, D),
+        "rope": check_rope(op, rope, qkv.q, max(T_k, q_start + T), S, H, G, D),
+    }
 
-    Returns q, k, v and the packed tensor, if it was one.
-    """
-    names = [prefix + name for name in "qkv"]
+
+def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
+    """q ``(B, T, S, H, D)`` with k and v ``(B, T_k, S, G, D)``, or q packed ``(B, T, S, 3, H, D)``."""
+    names = prefix + "q", prefix + "k", prefix + "v"
     check_tensor(op, names[0], q)
     if k is None or v is None:
         if k is not None or v is not None:
@@ -68,17 +95,17 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> tuple[Ten
         if q.shape[3] != 3:
             wrong(op, names[0], "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
         packed = unit_stride(q)
-        return (*packed.unbind(3), packed)  # type: ignore[return-value]
+        return QKV(*packed.unbind(3), packed)
     check_main(op, names[0], q, "(B, T, S, H, D)")
     for name, x in ((names[1], k), (names[2], v)):
         check_like(op, name, x, q, names[0])
-        if x.ndim != 5:
-            wrong(op, name, "(B, T_k, S, G, D)", shape_of(x))
+        check_dims(op, name, x, "(B, T_k, S, G, D)")
     B, _, S, H, D = q.shape
-    check_shape(op, names[1], k, (B, k.shape[1], S, k.shape[3], D), "(B, T_k, S, G, D)")
-    check_shape(op, names[2], v, tuple(k.shape), f"the shape of {names[1]}")
-    check_groups(op, names[1], k.shape[3], H)
-    return unit_stride(q), unit_stride(k), unit_stride(v), None
+    _, T_k, _, G, _ = k.shape
+    check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
+    check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
+    check_groups(op, names[1], G, H)
+    return QKV(unit_stride(q), unit_stride(k), unit_stride(v))
 
 
 def check_groups(op: str, name: str, G: int, H: int) -> None:
@@ -165,7 +192,9 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on; float64 stays."""
-    device = next(x.device.type for x in tensors if x is not None)
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -173,7 +202,3 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
     )
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -1,19 +1,87 @@
-"""Choosing a backend: data, not code. Every backend says why it cannot run a call; `auto` takes the first that can."""
+"""Choosing a backend: data, not code. Every backend says why it cannot run a call; `auto` takes the first that can.
+
+Operators enter what runs them in the backends' tables (:func:`vdcore.ops.operator.register`); this file imports none.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from vdcore.backends import cpu, cuda, reference, sdpa, triton
-from vdcore.backends.base import Backend, Implementation
-from vdcore.backends.call import Call
+from torch import Tensor
+
+from vdcore.ops import cuda, native, triton
+from vdcore.ops.call import Call
+
+Gradients = dict[str, Tensor]  # by tensor name
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the call; the message says why."""
+
+
+def always(call: Any) -> None:
+    """No objection."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator of one backend.
+
+    Args:
+        forward: ``forward(call)`` returns what ``call.empty_outputs()`` would, filled.
+        backward: ``backward(call, outputs, grads, wanted)``, with ``outputs`` what forward returned, where the call
+            saves it, and ``grads`` their gradients or None, returns contiguous gradients for at least the ``wanted``
+            tensors. None: there is no backward.
+        why_not: the reason why a call cannot run, forward or backward, or None.
+        why_not_backward: a reason that holds for backward alone.
+    """
+
+    forward: Callable[[Any], tuple[Tensor | None, ...]]
+    backward: Callable[[Any, Any, tuple[Tensor | None, ...], frozenset[str]], Gradients] | None = None
+    why_not: Callable[[Any], str | None] = always
+    why_not_backward: Callable[[Any], str | None] = always
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations; ``missing()`` is the reason why none can run on this machine, or None."""
+
+    name: str
+    missing: Callable[[], str | None]
+    operators: dict[str, Implementation] = field(default_factory=dict)
+
+    def why_not(self, call: Call, direction: str = "fwd") -> str | None:
+        """The reason why this call cannot run here, or None. ``direction``: ``"fwd"`` or ``"bwd"``."""
+        reason = self.missing()
+        if reason is not None:
+            return reason
+        implementation = self.operators.get(call.op)
+        if implementation is None:
+            return f"the {self.name} backend has no {call.op}"
+        if direction == "bwd" and implementation.backward is None:
+            return f"the {self.name} backend has no backward of {call.op}"
+        reason = implementation.why_not(call)
+        if reason is None and direction == "bwd":
+            reason = implementation.why_not_backward(call)
+        return reason
+
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND, sdpa.BACKEND)
+    backend.name: backend
+    for backend in (
+        Backend("reference", lambda: None),
+        Backend("cpu", native.missing),
+        Backend("triton", triton.missing),
+        Backend("cuda", cuda.missing),
+        Backend("sdpa", lambda: None),
+    )
 }
 
 # The order in which `auto` tries. Reasons are measured: bench/results says where.
@@ -23,10 +91,6 @@ ORDER: dict[str, tuple[str, ...]] = {
     # The CUDA kernels come after Triton's until rows in bench/results say otherwise: none has run on a GPU yet.
     "cuda": ("triton", "cuda", "sdpa", "reference"),
 }
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run the call; the message says why."""
 
 
 class _Chosen(threading.local):

@@ -1,4 +1,7 @@
-"""What the operators of the CUDA backend share: the module, what it can run, and arguments as it takes them."""
+"""The CUDA kernels: their module, what it can run, and arguments as it takes them.
+
+They run on a GPU, or on CPU tensors under their emulator, which is for tests.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from vdcore.norm import QKNorm
+from vdcore.ops.native import KINDS, STYLES, capsule
 from vdcore.rope import Rope
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -21,8 +24,6 @@ ROW_BYTES = 16  # a row starts at a multiple of this: what a lane loads
 HOW_TO_BUILD = (
     "`make cuda` builds it in a checkout, VDCORE_CUDA=ON in an installation (unasked, where there are a GPU and nvcc)"
 )
-_KINDS = {"rms": 1, "layer": 2}
-_STYLES = {"interleaved": 1, "half": 2}
 
 
 @cache
@@ -43,13 +44,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"{name} cannot be loaded: {error}"
 
 
-def why_no_kernels() -> str | None:
-    """The reason why there is no module with the kernels, or None."""
-    return _load()[1]
+@cache
+def missing() -> str | None:
+    """The reason why no kernel can run on this machine, or None."""
+    reason = _load()[1]
+    return kernels().cuda_missing() if reason is None else reason
 
 
 def kernels() -> ModuleType:
-    """The module with the kernels; only after :func:`why_no_kernels` has returned None."""
+    """The module with the kernels; only after :func:`missing` has returned None."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(reason)
@@ -100,10 +103,6 @@ def rows(x: Tensor) -> Tensor:
     return x if aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def capsule(x: Tensor | None) -> object:
-    return None if x is None else to_dlpack(x.detach() if x.requires_grad else x)
-
-
 def _floats(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
@@ -119,8 +118,8 @@ class NormRope:
         self.rope: Any = None
         if norm is not None:
             self.weights = [_floats(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
-            self.norm = (_KINDS[norm.kind], norm.eps, *map(capsule, self.weights))
+            self.norm = (KINDS[norm.kind], norm.eps, *map(capsule, self.weights))
         if rope is not None:
             tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
             self.tables = [_floats(x) for x in tables]
-            self.rope = (_STYLES[rope.style], *map(capsule, self.tables))
+            self.rope = (STYLES[rope.style], *map(capsule, self.tables))

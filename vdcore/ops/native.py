@@ -1,6 +1,11 @@
-"""What the operators of the CPU engine share in their arguments: the native module takes DLPack capsules."""
+"""The compiled CPU engine ``vdcore._native``, and arguments as it takes them: tensors are DLPack capsules."""
 
 from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,18 +17,43 @@ from vdcore.rope import Rope
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"rms": 1, "layer": 2}
-_STYLES = {"interleaved": 1, "half": 2}
+STYLES = {"interleaved": 1, "half": 2}
 
 # Sums over positions (gradients of weights and of shared rope tables) are taken in this many parts, whatever the number
 # of threads: the same bits on every machine.
 SUM_PARTS = 64
 
 
-def why_not(device: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
-    if device != "cpu":
-        return f"it runs on the CPU, and the tensors are on {device}"
-    if dtype not in DTYPES:
-        return f"it has no {dtype}"
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module("vdcore._native")
+    except ImportError as error:
+        return None, f"vdcore was installed without its compiled module ({error})"
+    # torch's own threads, which wait at a processor for more work after every torch operator.
+    module.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return module, None
+
+
+def native() -> ModuleType:
+    """The module ``vdcore._native``; only after :func:`missing` has returned None."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def missing() -> str | None:
+    """The reason why there is no compiled module, or None."""
+    return _load()[1]
+
+
+def why_not(x: Tensor, head_dim: int = 0) -> str | None:
+    """Objections to a device, a dtype and a head dim."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"it has no {x.dtype}"
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"
     return None
@@ -31,11 +61,6 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
 
 def float_weights(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x itself, or its copy where the innermost stride is not 1: gradients come with any strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def capsule(x: Tensor | None) -> object:
@@ -54,4 +79,4 @@ class NormRope:
             tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
             # The engine reads both in one dtype.
             self.tables = [x.float() for x in tables] if tables[0].dtype != tables[1].dtype else tables
-            self.rope = (_STYLES[rope.style], *map(capsule, self.tables))
+            self.rope = (STYLES[rope.style], *map(capsule, self.tables))

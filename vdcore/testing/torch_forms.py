@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdcore import reference
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm, compute_dtype
+from vdcore.ops.adaln import reference as adaln
+from vdcore.ops.patchify import reference as patches
+from vdcore.ops.qk_norm_rope import reference as norm_rope
 from vdcore.rope import Rope
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
@@ -251,17 +253,17 @@ def _cross(
 def _qk_norm_rope(
     q: Tensor, k: Tensor, *, norm: QKNorm | None = None, rope: Rope | None = None, frame_start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return reference.qk_norm_rope(q, k, norm=norm, rope=rope, frame_start=frame_start)
+    return norm_rope.qk_norm_rope(q, k, norm=norm, rope=rope, frame_start=frame_start)
 
 
 def _unpatchify(
     tokens: Tensor, weight: Tensor, bias: Tensor | None = None, *, order: str = "pt ph pw c", **kwargs: Any
 ) -> Tensor:
-    return reference.unpatchify(tokens, weight, bias, order=order, **kwargs)
+    return patches.unpatchify(tokens, weight, bias, order=order, **kwargs)
 
 
 def _patchify(video: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return reference.patchify(video, weight, bias)
+    return patches.patchify(video, weight, bias)
 
 
 def _modulate(
@@ -274,7 +276,7 @@ def _modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    return reference.modulate(x, shift, scale, kind=kind, weight=weight, bias=bias, eps=eps)
+    return adaln.modulate(x, shift, scale, kind=kind, weight=weight, bias=bias, eps=eps)
 
 
 def _both(form: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -297,5 +299,5 @@ TORCH_FORMS: dict[str, dict[str, Callable[..., Any]]] = {
     "patchify": {"eager": _patchify},
     "unpatchify": {"eager": _unpatchify},
     "modulate": {"eager": _modulate},
-    "gate_residual": {"eager": reference.gate_residual},
+    "gate_residual": {"eager": adaln.gate_residual},
 }

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import GateResidualCall, ModulateCall
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
+from vdcore.ops import check
+from vdcore.ops.adaln import cpu, reference, triton
+from vdcore.ops.call import Call, empty
+from vdcore.ops.operator import by_formula, register, run
 
-MODULATE, GATE_RESIDUAL = "modulate", "gate_residual"
+
+@dataclass
+class ModulateCall(Call):
+    """x ``(B, T, S, C)``, shift and scale ``(B, C)``, ``(B, T, C)`` or ``(B, T, S, C)``, weight and bias ``(C,)``."""
+
+    op: ClassVar[str] = "modulate"
+
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    kind: str
+    eps: float
+
+    def empty_outputs(self) -> tuple[Tensor]:
+        return (empty(self.x, self.x.shape),)
+
+
+@dataclass
+class GateResidualCall(Call):
+    """residual and x ``(B, T, S, C)``, gate as shift in :class:`ModulateCall`."""
+
+    op: ClassVar[str] = "gate_residual"
+    PASSED: ClassVar[dict[str, int]] = {"residual": 0}
+
+    residual: Tensor
+    x: Tensor
+    gate: Tensor
+
+    def empty_outputs(self) -> tuple[Tensor]:
+        return (empty(self.residual, self.residual.shape),)
 
 
 def modulate(
@@ -41,7 +74,16 @@ def modulate(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    return run(_prepare_modulate(x, shift, scale, kind=kind, weight=weight, bias=bias, eps=eps), backend)
+    op = ModulateCall.op
+    x = check.unit_stride(check.check_main(op, "x", x, "(B, T, S, C)"))
+    shift, scale = (_check_per_token(op, n, y, x, "x") for n, y in (("shift", shift), ("scale", scale)))
+    if kind not in ("layer", "rms"):
+        check.wrong(op, "kind", "'layer' or 'rms'", repr(kind))
+    for name, y in (("weight", weight), ("bias", bias)):
+        if y is not None:
+            check.check_like(op, name, y, x, "x", or_float32=True)
+            check.check_shape(op, name, y, (x.shape[-1],), "(C,)")
+    return run(ModulateCall(x, shift, scale, weight, bias, kind, eps), backend)
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
@@ -59,7 +101,12 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | N
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    return run(_prepare_gate_residual(residual, x, gate), backend)
+    op = GateResidualCall.op
+    residual = check.unit_stride(check.check_main(op, "residual", residual, "(B, T, S, C)"))
+    check.check_like(op, "x", x, residual, "residual")
+    check.check_shape(op, "x", x, residual.shape, "the shape of residual")
+    gate = _check_per_token(op, "gate", gate, residual, "residual")
+    return run(GateResidualCall(residual, check.unit_stride(x), gate), backend)
 
 
 def _check_per_token(op: str, name: str, value: Any, x: Tensor, main: str) -> Tensor:
@@ -71,29 +118,11 @@ def _check_per_token(op: str, name: str, value: Any, x: Tensor, main: str) -> Te
     return check.unit_stride(value)
 
 
-def _prepare_modulate(
-    x: Any, shift: Any, scale: Any, *, kind: str = "layer", weight: Any = None, bias: Any = None, eps: float = 1e-6
-) -> ModulateCall:
-    op = MODULATE
-    x = check.unit_stride(check.check_main(op, "x", x, "(B, T, S, C)"))
-    shift, scale = (_check_per_token(op, n, y, x, "x") for n, y in (("shift", shift), ("scale", scale)))
-    if kind not in ("layer", "rms"):
-        check.wrong(op, "kind", "'layer' or 'rms'", repr(kind))
-    for name, y in (("weight", weight), ("bias", bias)):
-        if y is not None:
-            check.check_like(op, name, y, x, "x", or_float32=True)
-            check.check_shape(op, name, y, (x.shape[-1],), "(C,)")
-    return ModulateCall(op, check.wants_grad(x, shift, scale, weight, bias), x, shift, scale, weight, bias, kind, eps)
-
-
-def _prepare_gate_residual(residual: Any, x: Any, gate: Any) -> GateResidualCall:
-    op = GATE_RESIDUAL
-    residual = check.unit_stride(check.check_main(op, "residual", residual, "(B, T, S, C)"))
-    check.check_like(op, "x", x, residual, "residual")
-    check.check_shape(op, "x", x, residual.shape, "the shape of residual")
-    gate = _check_per_token(op, "gate", gate, residual, "residual")
-    return GateResidualCall(op, check.wants_grad(residual, x, gate), residual, check.unit_stride(x), gate)
-
-
-register(MODULATE, ModulateCall, _prepare_modulate)
-register(GATE_RESIDUAL, GateResidualCall, _prepare_gate_residual)
+register(modulate, ModulateCall, reference=by_formula(reference.modulate), cpu=cpu.MODULATE, triton=triton.MODULATE)
+register(
+    gate_residual,
+    GateResidualCall,
+    reference=by_formula(reference.gate_residual),
+    cpu=cpu.GATE_RESIDUAL,
+    triton=triton.GATE_RESIDUAL,
+)

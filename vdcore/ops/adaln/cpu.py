@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends._native import native
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import GateResidualCall, ModulateCall
-from vdcore.backends.cpu._arguments import KINDS, SUM_PARTS, capsule, float_weights, unit_stride, why_not
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.native import KINDS, SUM_PARTS, capsule, float_weights, native, why_not
+
+if TYPE_CHECKING:
+    from vdcore.ops.adaln import GateResidualCall, ModulateCall
 
 
 def _per_token(x: Tensor) -> Tensor:
@@ -131,14 +135,12 @@ def _gate_residual_backward(
 
 
 def _modulate_why_not(c: ModulateCall) -> str | None:
-    return why_not(c.x.device.type, c.x.dtype)
+    return why_not(c.x)
 
 
 def _gate_residual_why_not(c: GateResidualCall) -> str | None:
-    return why_not(c.residual.device.type, c.residual.dtype)
+    return why_not(c.residual)
 
 
-OPERATORS = {
-    "modulate": Implementation(_modulate_forward, _modulate_backward, _modulate_why_not),
-    "gate_residual": Implementation(_gate_residual_forward, _gate_residual_backward, _gate_residual_why_not),
-}
+MODULATE = Implementation(_modulate_forward, _modulate_backward, _modulate_why_not)
+GATE_RESIDUAL = Implementation(_gate_residual_forward, _gate_residual_backward, _gate_residual_why_not)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import Call, GateResidualCall, ModulateCall
-from vdcore.backends.triton._common import unit, why_not
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.triton import why_not
+
+if TYPE_CHECKING:
+    from vdcore.ops.adaln import GateResidualCall, ModulateCall
 
 
-def _why_not_channels(c: Call) -> str | None:
+def _why_not_channels(c: ModulateCall | GateResidualCall) -> str | None:
     from vdcore.kernels.adaln import MAX_CHANNELS
 
     if c.main.shape[-1] > MAX_CHANNELS:
@@ -29,7 +32,7 @@ def _modulate(c: ModulateCall) -> tuple[Tensor, ...]:
 def _modulate_backward(c: ModulateCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any) -> Gradients:
     from vdcore.kernels.adaln import modulate_backward
 
-    dy = unit(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
+    dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps, dy, wanted)
 
 
@@ -44,11 +47,9 @@ def _gate_residual_backward(
 ) -> Gradients:
     from vdcore.kernels.adaln import gate_residual_backward
 
-    dy = unit(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
+    dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return gate_residual_backward(c.x, c.gate, dy, wanted)
 
 
-OPERATORS = {
-    "modulate": Implementation(_modulate, _modulate_backward, _why_not_channels),
-    "gate_residual": Implementation(_gate_residual, _gate_residual_backward, _why_not_channels),
-}
+MODULATE = Implementation(_modulate, _modulate_backward, _why_not_channels)
+GATE_RESIDUAL = Implementation(_gate_residual, _gate_residual_backward, _why_not_channels)

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import CrossCall
 from vdcore.norm import QKNorm
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
-from vdcore.ops.temporal_attention import norm_rope_tensors
+from vdcore.ops import check
+from vdcore.ops.call import Call, empty, lse_dtype
+from vdcore.ops.cross_attention import cpu, reference, sdpa, triton
+from vdcore.ops.operator import by_formula, register, run
 
-OP = "cross_attention"
+
+@dataclass
+class CrossCall(Call):
+    """q ``(B, T, S, H, D)``, k and v ``(B, L, G, D)`` or ``(B, T, L, G, D)``, lengths ``(B,)`` or ``(B, T)``."""
+
+    op: ClassVar[str] = "cross_attention"
+    OUTPUTS: ClassVar[int] = 2
+    SAVES_OUTPUTS: ClassVar[bool] = True
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor | None
+    scale: float
+    norm: QKNorm | None
+    return_lse: bool
+
+    @property
+    def is_empty(self) -> bool:
+        return self.q.numel() == 0 or self.k.numel() == 0
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
+        """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
+        lse = empty(self.q, self.q.shape[:-1], lse_dtype(self.q)) if self.return_lse or self.grad else None
+        return empty(self.q, self.q.shape), lse
 
 
 def cross_attention(
@@ -42,31 +67,32 @@ def cross_attention(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    call = _prepare(q, k, v, lengths=lengths, scale=scale, norm=norm, return_lse=return_lse)
+    op = CrossCall.op
+    q, k, v = check.autocast(*(check.check_tensor(op, name, x) for name, x in zip("qkv", (q, k, v))))
+    q = check.unit_stride(check.check_main(op, "q", q, "(B, T, S, H, D)"))
+    B, T, _, H, D = q.shape
+    for name, x in (("k", k), ("v", v)):
+        check.check_like(op, name, x, q, "q")
+        if x.ndim not in (4, 5):
+            check.wrong(op, name, "(B, L, G, D) or (B, T, L, G, D)", check.shape_of(x))
+    lead, dims = ((B,), "(B, L, G, D)") if k.ndim == 4 else ((B, T), "(B, T, L, G, D)")
+    check.check_shape(op, "k", k, (*lead, *k.shape[-3:-1], D), dims)
+    check.check_shape(op, "v", v, tuple(k.shape), "the shape of k")
+    G = k.shape[-2]
+    check.check_groups(op, "k", G, H)
+    k, v = check.unit_stride(k), check.unit_stride(v)
+    norm = check.check_norm(op, norm, q, H, G, D)
+    lengths = check.check_lengths(op, "lengths", lengths, [(B,), (B, T)], "(B,) or (B, T)", q)
+    call = CrossCall(q, k, v, lengths, check.check_scale(op, scale, D), norm, bool(return_lse))
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
 
 
-def _prepare(
-    q: Any, k: Any, v: Any, *, lengths: Any = None, scale: Any = None, norm: Any = None, return_lse: bool = False
-) -> CrossCall:
-    q, k, v = check.autocast(*(check.check_tensor(OP, name, x) for name, x in zip("qkv", (q, k, v))))
-    q = check.unit_stride(check.check_main(OP, "q", q, "(B, T, S, H, D)"))
-    B, T, _, H, D = q.shape
-    for name, x in (("k", k), ("v", v)):
-        check.check_like(OP, name, x, q, "q")
-        if x.ndim not in (4, 5):
-            check.wrong(OP, name, "(B, L, G, D) or (B, T, L, G, D)", check.shape_of(x))
-    lead, dims = ((B,), "(B, L, G, D)") if k.ndim == 4 else ((B, T), "(B, T, L, G, D)")
-    check.check_shape(OP, "k", k, (*lead, *k.shape[-3:-1], D), dims)
-    check.check_shape(OP, "v", v, tuple(k.shape), "the shape of k")
-    G = k.shape[-2]
-    check.check_groups(OP, "k", G, H)
-    k, v = check.unit_stride(k), check.unit_stride(v)
-    norm = check.check_norm(OP, norm, q, H, G, D)
-    lengths = check.check_lengths(OP, "lengths", lengths, [(B,), (B, T)], "(B,) or (B, T)", q)
-    grad = check.wants_grad(q, k, v, *norm_rope_tensors(norm, None))
-    return CrossCall(OP, grad, q, k, v, lengths, check.check_scale(OP, scale, D), norm, bool(return_lse))
-
-
-register(OP, CrossCall, _prepare)
+register(
+    cross_attention,
+    CrossCall,
+    reference=by_formula(reference.cross_attention),
+    cpu=cpu.CROSS,
+    triton=triton.CROSS,
+    sdpa=sdpa.CROSS,
+)

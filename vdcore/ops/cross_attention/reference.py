@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vdcore.norm import QKNorm, compute_dtype
-from vdcore.reference._attend import attend, heads_first, keep
+from vdcore.ops.temporal_attention.reference import attend, heads_first, keep
 
 
 def cross_attention(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import CrossCall
-from vdcore.backends.triton._common import (
-    empty_like,
-    norm_rope_gradients,
-    seen_by_scores,
-    unit,
-    why_not,
-    why_not_head,
-    why_not_norm,
-    why_not_tokens,
-)
 from vdcore.mask import FrameMask
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
+from vdcore.ops.triton import empty_like, why_not, why_not_head, why_not_tokens
+
+if TYPE_CHECKING:
+    from vdcore.ops.cross_attention import CrossCall
 
 
 def _why_not(c: CrossCall) -> str | None:
@@ -47,13 +42,13 @@ def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[st
     }
 
 
-def _forward(c: CrossCall) -> tuple[Tensor, ...]:
+def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
     from vdcore.kernels.frame_attention import frame_forward
 
     out, lse = c.empty_outputs()
     k, v, lengths, mask = _prompts(c)
     q, k = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
-    frame_forward(q, k, v, None, out, lse if c.lse else None, **_arguments(c, lengths, mask))
+    frame_forward(q, k, v, None, out, lse, **_arguments(c, lengths, mask))
     return out, lse
 
 
@@ -63,7 +58,7 @@ def _backward(
     from vdcore.kernels.frame_attention_backward import frame_backward
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit(grads[0])
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
     dlse = None if grads[1] is None else grads[1].contiguous()
     k, v, lengths, mask = _prompts(c)
     q_seen, k_seen = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
@@ -90,4 +85,4 @@ def _backward(
     return found
 
 
-OPERATORS = {"cross_attention": Implementation(_forward, _backward, _why_not)}
+CROSS = Implementation(_forward, _backward, _why_not)

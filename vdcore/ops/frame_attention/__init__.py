@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import FrameCall
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
-from vdcore.ops.temporal_attention import norm_rope_tensors, prepare_attention
+from vdcore.ops import check
+from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
+from vdcore.ops.frame_attention import cpu, cuda, reference, sdpa, triton
+from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
 
-SPATIAL, VIDEO = "spatial_attention", "video_attention"
+
+@dataclass
+class VideoCall(AttentionCall):
+    op: ClassVar[str] = "video_attention"
+
+    text: Triple | None = None
+    text_lengths: Tensor | None = None
+    text_norm: QKNorm | None = None
+    text_first: bool = False
+    text_sees: str = "all"
+
+    @property
+    def rows(self) -> int:
+        """Length of the joint sequence of video and text."""
+        return self.q.shape[1] * self.q.shape[2] + (0 if self.text is None else self.text[0].shape[1])
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
+        """out ``(B, rows, H, D)`` and lse ``(B, rows, H)``."""
+        B, _, _, H, D = self.q.shape
+        lse = empty(self.q, (B, self.rows, H), lse_dtype(self.q)) if self.return_lse or self.grad else None
+        return empty(self.q, (B, self.rows, H, D)), lse
+
+
+class SpatialCall(VideoCall):
+    """Video attention with ``mask=FrameMask.same_frame()`` and no text."""
+
+    op: ClassVar[str] = "spatial_attention"
 
 
 def spatial_attention(
@@ -38,7 +65,11 @@ def spatial_attention(
     Returns:
         ``(B, T, S, H, D)`` in q's dtype, contiguous; with ``return_lse`` also lse, float32 ``(B, T, S, H)``.
     """
-    call = _prepare_spatial(q, k, v, scale=scale, norm=norm, rope=rope, return_lse=return_lse)
+    op = SpatialCall.op
+    arguments = check.check_attention(op, q, k, v, FrameMask.same_frame(), 0, None, scale, norm, rope)
+    call = SpatialCall(**arguments, return_lse=bool(return_lse))
+    if call.k.shape[1] != call.q.shape[1]:
+        check.check_shape(op, "k", call.k, (*call.q.shape[:3], *call.k.shape[3:]), "(B, T, S, G, D)")
     out, lse = run(call, backend)
     shape = call.q.shape
     return (out.view(shape), lse.view(shape[:-1])) if return_lse else out.view(shape)
@@ -86,29 +117,34 @@ def video_attention(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    call = _prepare_video(
-        q,
-        k,
-        v,
-        mask=mask,
-        q_start=q_start,
-        lengths=lengths,
+    op = VideoCall.op
+    arguments = check.check_attention(op, q, k, v, mask, q_start, lengths, scale, norm, rope)
+    qkv = arguments["qkv"]
+    if text_sees not in ("all", "text"):
+        check.wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
+    if text is not None:
+        (B, _, _, H, D), G = qkv.q.shape, qkv.k.shape[3]
+        text = _check_text(text, qkv.q, G)
+        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", qkv.q)
+        text_norm = check.check_norm(op, text_norm, qkv.q, H, G, D, name="text_norm")
+    elif text_lengths is not None or text_norm is not None:
+        name = "text_lengths" if text_lengths is not None else "text_norm"
+        check.wrong(op, name, "None without text", "a value")
+    call = VideoCall(
+        **arguments,
+        return_lse=bool(return_lse),
         text=text,
         text_lengths=text_lengths,
         text_norm=text_norm,
-        text_first=text_first,
+        text_first=bool(text_first),
         text_sees=text_sees,
-        scale=scale,
-        norm=norm,
-        rope=rope,
-        return_lse=return_lse,
     )
     out, lse = run(call, backend)
     result = _split(call, out, call.q.shape)
     return (result, _split(call, lse, call.q.shape[:-1])) if return_lse else result
 
 
-def _split(call: FrameCall, joint: Tensor, shape: Any) -> Any:
+def _split(call: VideoCall, joint: Tensor, shape: Any) -> Any:
     """Views of the joint sequence: video in the given shape, and text."""
     if call.text is None:
         return joint.view(shape)
@@ -117,82 +153,20 @@ def _split(call: FrameCall, joint: Tensor, shape: Any) -> Any:
     return video.unflatten(1, (shape[1], shape[2])), text
 
 
-def _prepare_spatial(
-    q: Any,
-    k: Any = None,
-    v: Any = None,
-    *,
-    scale: Any = None,
-    norm: Any = None,
-    rope: Any = None,
-    return_lse: bool = False,
-) -> FrameCall:
-    args = prepare_attention(SPATIAL, q, k, v, FrameMask.same_frame(), 0, None, scale, norm, rope)
-    if args["k"].shape[1] != args["q"].shape[1]:
-        check.check_shape(SPATIAL, "k", args["k"], (*args["q"].shape[:3], *args["k"].shape[3:]), "(B, T, S, G, D)")
-    grad = check.wants_grad(args["q"], args["k"], args["v"], *norm_rope_tensors(args["norm"], args["rope"]))
-    return FrameCall(op=SPATIAL, grad=grad, return_lse=bool(return_lse), **args)
-
-
-def _prepare_video(
-    q: Any,
-    k: Any = None,
-    v: Any = None,
-    *,
-    mask: Any = FrameMask(),
-    q_start: Any = None,
-    lengths: Any = None,
-    text: Any = None,
-    text_lengths: Any = None,
-    text_norm: Any = None,
-    text_first: bool = False,
-    text_sees: str = "all",
-    scale: Any = None,
-    norm: Any = None,
-    rope: Any = None,
-    return_lse: bool = False,
-) -> FrameCall:
-    args = prepare_attention(VIDEO, q, k, v, mask, q_start, lengths, scale, norm, rope)
-    q, G = args["q"], args["k"].shape[3]
-    B, _, _, H, D = q.shape
-    if text_sees not in ("all", "text"):
-        check.wrong(VIDEO, "text_sees", "'all' or 'text'", repr(text_sees))
-    if text is not None:
-        text = _check_text(text, q, G)
-        text_lengths = check.check_lengths(VIDEO, "text_lengths", text_lengths, [(B,)], "(B,)", q)
-        text_norm = check.check_norm(VIDEO, text_norm, q, H, G, D, name="text_norm")
-    elif text_lengths is not None or text_norm is not None:
-        name = "text_lengths" if text_lengths is not None else "text_norm"
-        check.wrong(VIDEO, name, "None without text", "a value")
-    grad = check.wants_grad(
-        *(q, args["k"], args["v"], *norm_rope_tensors(args["norm"], args["rope"])),
-        *(*(text or ()), *norm_rope_tensors(text_norm, None)),
-    )
-    return FrameCall(
-        op=VIDEO,
-        grad=grad,
-        return_lse=bool(return_lse),
-        text=text,
-        text_lengths=text_lengths,
-        text_norm=text_norm,
-        text_first=bool(text_first),
-        text_sees=text_sees,
-        **args,
-    )
-
-
-def _check_text(text: Any, q: Tensor, G: int) -> tuple[Tensor, Tensor, Tensor]:
+def _check_text(text: Any, q: Tensor, G: int) -> Triple:
+    op = VideoCall.op
     if not isinstance(text, (tuple, list)) or len(text) != 3:
-        raise TypeError(f"{VIDEO}: text must be a tuple (q, k, v) or None, got {type(text).__name__}")
+        raise TypeError(f"{op}: text must be a tuple (q, k, v) or None, got {type(text).__name__}")
     B, _, _, H, D = q.shape
-    text = check.autocast(*(check.check_tensor(VIDEO, f"text[{i}]", x) for i, x in enumerate(text)))
+    text = check.autocast(*(check.check_tensor(op, f"text[{i}]", x) for i, x in enumerate(text)))
     for i, (x, heads, letter) in enumerate(zip(text, (H, G, G), "HGG")):
-        check.check_like(VIDEO, f"text[{i}]", x, q, "q")
+        check.check_like(op, f"text[{i}]", x, q, "q")
         if x.ndim != 4:
-            check.wrong(VIDEO, f"text[{i}]", f"(B, L, {letter}, D)", check.shape_of(x))
-        check.check_shape(VIDEO, f"text[{i}]", x, (B, text[0].shape[1], heads, D), f"(B, L, {letter}, D)")
+            check.wrong(op, f"text[{i}]", f"(B, L, {letter}, D)", check.shape_of(x))
+        check.check_shape(op, f"text[{i}]", x, (B, text[0].shape[1], heads, D), f"(B, L, {letter}, D)")
     return tuple(check.unit_stride(x) for x in text)  # type: ignore[return-value]
 
 
-register(SPATIAL, FrameCall, _prepare_spatial)
-register(VIDEO, FrameCall, _prepare_video)
+_BACKENDS = {"cpu": cpu.FRAMES, "triton": triton.FRAMES, "cuda": cuda.FRAMES, "sdpa": sdpa.FRAMES}
+register(spatial_attention, SpatialCall, reference=by_formula(reference.video_attention), **_BACKENDS)
+register(video_attention, VideoCall, reference=by_formula(reference.video_attention), **_BACKENDS)

@@ -6,14 +6,19 @@ Norm and rope take a pass of their own before, because the kernel reads every ke
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Implementation
-from vdcore.backends.call import FrameCall, mask_numbers
-from vdcore.backends.cuda._common import capsule, kernels, stream, why_not, why_not_norm, why_not_rows
-from vdcore.backends.cuda.qk_norm_rope import seen_by_scores
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.choose import Implementation
+from vdcore.ops.cuda import kernels, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.native import capsule
+from vdcore.ops.qk_norm_rope.cuda import seen_by_scores
+
+if TYPE_CHECKING:
+    from vdcore.ops.frame_attention import VideoCall
 
 MAX_HEAD_DIM = 128
 _CAPABILITY = (9, 0)  # wgmma is for this one alone
@@ -27,7 +32,7 @@ def _why_not_strides(**tensors: Tensor) -> str | None:
     return why_not_rows(**tensors)
 
 
-def _why_not(c: FrameCall) -> str | None:
+def _why_not(c: VideoCall) -> str | None:
     reason = why_not(c.q) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
     if reason is not None:
         return reason
@@ -51,7 +56,7 @@ def _int64(lengths: Tensor | None) -> Tensor | None:
 
 
 def run_forward(
-    c: FrameCall,
+    c: VideoCall,
     out: Tensor,
     lse: Tensor | None,
     *,
@@ -78,12 +83,10 @@ def run_forward(
     )
 
 
-def _forward(c: FrameCall) -> tuple[Tensor, ...]:
+def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
     out, lse = c.empty_outputs()
-    run_forward(c, out, lse if c.lse else None)
+    run_forward(c, out, lse)
     return out, lse
 
 
-_attention = Implementation(_forward, None, _why_not)
-
-OPERATORS = dict.fromkeys(("spatial_attention", "video_attention"), _attention)
+FRAMES = Implementation(_forward, None, _why_not)

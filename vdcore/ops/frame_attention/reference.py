@@ -7,12 +7,12 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm, compute_dtype
-from vdcore.reference._attend import (
+from vdcore.ops.qk_norm_rope.reference import norm_rope
+from vdcore.ops.temporal_attention.reference import (
     attend,
     counts,
     heads_first,
     keep,
-    norm_rope,
     seeing_frames,
     seen_frames,
     visible_runs,

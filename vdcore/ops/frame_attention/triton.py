@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import FrameCall
-from vdcore.backends.triton._common import (
-    empty_like,
-    norm_rope_gradients,
-    qkv_gradients,
-    seen_by_scores,
-    unit,
-    why_not,
-    why_not_head,
-    why_not_norm,
-    why_not_tokens,
-)
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
+from vdcore.ops.triton import empty_like, qkv_gradients, why_not, why_not_head, why_not_tokens
+
+if TYPE_CHECKING:
+    from vdcore.ops.frame_attention import VideoCall
 
 
-def _frame_why_not(c: FrameCall) -> str | None:
+def _frame_why_not(c: VideoCall) -> str | None:
     norms = why_not_norm(c.q, c.k, c.norm) or (c.text and why_not_norm(c.text[0], c.text[1], c.text_norm)) or None
     return why_not(c.q) or why_not_head(c.q) or why_not_tokens(c.q, c.k) or norms
 
@@ -32,7 +26,7 @@ def _as_frames(text: Tensor) -> Tensor:
     return text.unsqueeze(2)
 
 
-def _frame_arguments(c: FrameCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _frame_arguments(c: VideoCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """q, k, v and text as the scores see them, and what else the kernels take."""
     from vdcore.kernels.frame_attention import Lengths
 
@@ -47,23 +41,23 @@ def _frame_arguments(c: FrameCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     }
 
 
-def _frame(c: FrameCall) -> tuple[Tensor, ...]:
+def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
     from vdcore.kernels.frame_attention import frame_forward
 
     out, lse = c.empty_outputs()
     seen, more = _frame_arguments(c)
-    frame_forward(*seen, out, lse if c.lse else None, **more)
+    frame_forward(*seen, out, lse, **more)
     return out, lse
 
 
 def _frame_backward(
-    c: FrameCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+    c: VideoCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     from vdcore.kernels._frames import live_frames
     from vdcore.kernels.frame_attention_backward import frame_backward
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit(grads[0])
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
     dlse = None if grads[1] is None else grads[1].contiguous()
     seen, more = _frame_arguments(c)
     found, gradients = qkv_gradients(c)
@@ -96,5 +90,4 @@ def _frame_backward(
     return found
 
 
-_IMPLEMENTATION = Implementation(_frame, _frame_backward, _frame_why_not)
-OPERATORS = {"spatial_attention": _IMPLEMENTATION, "video_attention": _IMPLEMENTATION}
+FRAMES = Implementation(_frame, _frame_backward, _frame_why_not)

@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import QKV, GatedCall
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
-from vdcore.ops.temporal_attention import norm_rope_tensors
+from vdcore.ops import check
+from vdcore.ops.call import QKV, Call, Triple, empty, lse_dtype
+from vdcore.ops.frame_attention import SpatialCall
+from vdcore.ops.gated_attention import cpu, cuda, reference, triton
+from vdcore.ops.operator import by_formula, register, run
+from vdcore.ops.temporal_attention import TemporalCall
 from vdcore.rope import Rope
 
-OP = "gated_attention"
+
+@dataclass
+class GatedCall(Call):
+    """Forward also returns the spatial result and both lse, None without gradients."""
+
+    op: ClassVar[str] = "gated_attention"
+    OUTPUTS: ClassVar[int] = 4
+    SAVES_OUTPUTS: ClassVar[bool] = True
+
+    spatial: Triple
+    temporal: Triple
+    gate: Tensor
+    mask: FrameMask
+    lengths: Tensor | None
+    scale: float
+    spatial_norm: QKNorm | None
+    temporal_norm: QKNorm | None
+    spatial_rope: Rope | None
+    temporal_rope: Rope | None
+
+    def parts(self) -> tuple[SpatialCall, TemporalCall]:
+        """The two attentions that the gate mixes."""
+        spatial = SpatialCall(
+            QKV(*self.spatial),
+            FrameMask.same_frame(),
+            0,
+            self.lengths,
+            self.scale,
+            self.spatial_norm,
+            self.spatial_rope,
+            return_lse=False,
+        )
+        temporal = TemporalCall(
+            QKV(*self.temporal),
+            self.mask,
+            0,
+            self.lengths,
+            self.scale,
+            self.temporal_norm,
+            self.temporal_rope,
+            return_lse=False,
+        )
+        spatial.grad = temporal.grad = self.grad
+        return spatial, temporal
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        q = self.main
+        if not self.grad:
+            return empty(q, q.shape), None, None, None
+        lse, temporal_lse = (empty(q, q.shape[:-1], lse_dtype(q)) for _ in range(2))
+        return empty(q, q.shape), empty(q, q.shape), lse, temporal_lse
 
 
 def gated_attention(
-    spatial: QKV,
-    temporal: QKV,
+    spatial: Triple,
+    temporal: Triple,
     gate: Tensor,
     *,
     mask: FrameMask = FrameMask(),
@@ -48,59 +101,40 @@ def gated_attention(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    call = _prepare(spatial, temporal, gate, mask=mask, lengths=lengths, scale=scale, norm=norm, rope=rope)
+    op = GatedCall.op
+    triples: list[Any] = []
+    for name, triple in (("spatial", spatial), ("temporal", temporal)):
+        if not isinstance(triple, (tuple, list)) or len(triple) != 3:
+            raise TypeError(f"{op}: {name} must be a tuple (q, k, v), got {type(triple).__name__}")
+        cast = check.autocast(*(check.check_tensor(op, f"{name}.{x}", y) for x, y in zip("qkv", triple)))
+        triples.append(check.check_qkv(op, *cast, prefix=f"{name}.")[:3])  # never packed
+    q = triples[0][0]
+    B, T, S, H, D = q.shape
+    check.check_like(op, "temporal.q", triples[1][0], q, "spatial.q")
+    check.check_shape(op, "temporal.q", triples[1][0], q.shape, "the shape of spatial.q")
+    for name, (_, k, _) in zip(("spatial", "temporal"), triples):
+        check.check_shape(op, f"{name}.k", k, (B, T, S, k.shape[3], D), "(B, T, S, G, D)")
+    check.check_like(op, "gate", gate, q, "spatial.q", or_float32=True)
+    if gate.ndim > 5 or any(n not in (1, m) for n, m in zip(reversed(gate.shape), reversed(q.shape))):
+        check.wrong(op, "gate", f"broadcastable to (B, T, S, H, D) = {tuple(q.shape)}", check.shape_of(gate))
+    if not isinstance(mask, FrameMask):
+        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    for name, pair in (("norm", norm), ("rope", rope)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{op}: {name} must be a pair (spatial, temporal), got {type(pair).__name__}")
+    heads = [k.shape[3] for _, k, _ in triples]
+    norms = [check.check_norm(op, x, q, H, G, D, name=f"norm[{i}]") for i, (x, G) in enumerate(zip(norm, heads))]
+    ropes = [check.check_rope(op, x, q, T, S, H, G, D, name=f"rope[{i}]") for i, (x, G) in enumerate(zip(rope, heads))]
+    lengths = check.check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
+    call = GatedCall(*triples, gate, mask, lengths, check.check_scale(op, scale, D), *norms, *ropes)
     return run(call, backend)[0]
 
 
-def _prepare(
-    spatial: Any,
-    temporal: Any,
-    gate: Any,
-    *,
-    mask: Any = FrameMask(),
-    lengths: Any = None,
-    scale: Any = None,
-    norm: Any = (None, None),
-    rope: Any = (None, None),
-) -> GatedCall:
-    triples = []
-    for name, triple in (("spatial", spatial), ("temporal", temporal)):
-        if not isinstance(triple, (tuple, list)) or len(triple) != 3:
-            raise TypeError(f"{OP}: {name} must be a tuple (q, k, v), got {type(triple).__name__}")
-        cast = check.autocast(*(check.check_tensor(OP, f"{name}.{x}", y) for x, y in zip("qkv", triple)))
-        triples.append(check.check_qkv(OP, *cast, prefix=f"{name}.")[:3])
-    q = triples[0][0]
-    B, T, S, H, D = q.shape
-    check.check_like(OP, "temporal.q", triples[1][0], q, "spatial.q")
-    check.check_shape(OP, "temporal.q", triples[1][0], q.shape, "the shape of spatial.q")
-    for name, (_, k, _) in zip(("spatial", "temporal"), triples):
-        check.check_shape(OP, f"{name}.k", k, (B, T, S, k.shape[3], D), "(B, T, S, G, D)")
-    check.check_like(OP, "gate", gate, q, "spatial.q", or_float32=True)
-    if gate.ndim > 5 or any(n not in (1, m) for n, m in zip(reversed(gate.shape), reversed(q.shape))):
-        check.wrong(OP, "gate", f"broadcastable to (B, T, S, H, D) = {tuple(q.shape)}", check.shape_of(gate))
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{OP}: mask must be a FrameMask, got {type(mask).__name__}")
-    for name, pair in (("norm", norm), ("rope", rope)):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"{OP}: {name} must be a pair (spatial, temporal), got {type(pair).__name__}")
-    heads = [k.shape[3] for _, k, _ in triples]
-    norms = tuple(check.check_norm(OP, x, q, H, G, D, name=f"norm[{i}]") for i, (x, G) in enumerate(zip(norm, heads)))
-    ropes = tuple(
-        check.check_rope(OP, x, q, T, S, H, G, D, name=f"rope[{i}]") for i, (x, G) in enumerate(zip(rope, heads))
-    )
-    extras = [x for pair in zip(norms, ropes) for x in norm_rope_tensors(*pair)]
-    return GatedCall(
-        op=OP,
-        grad=check.wants_grad(*triples[0], *triples[1], gate, *extras),
-        spatial=triples[0],
-        temporal=triples[1],
-        gate=gate,
-        mask=mask,
-        lengths=check.check_lengths(OP, "lengths", lengths, [(B,)], "(B,)", q),
-        scale=check.check_scale(OP, scale, D),
-        norm=norms,  # type: ignore[arg-type]
-        rope=ropes,  # type: ignore[arg-type]
-    )
-
-
-register(OP, GatedCall, _prepare)
+register(
+    gated_attention,
+    GatedCall,
+    reference=by_formula(reference.gated_attention),
+    cpu=cpu.GATED,
+    triton=triton.GATED,
+    cuda=cuda.GATED,
+)

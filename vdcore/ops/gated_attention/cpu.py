@@ -2,64 +2,47 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import FrameCall, GatedCall, TemporalCall
-from vdcore.backends.cpu import frame_attention, temporal_attention
-from vdcore.backends.cpu._arguments import why_not
-from vdcore.mask import FrameMask
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.frame_attention import cpu as frame_attention
+from vdcore.ops.native import why_not
+from vdcore.ops.temporal_attention import cpu as temporal_attention
 
-_NORM_ROPE = frozenset(("q_weight", "k_weight", "q_bias", "k_bias", "cos", "sin"))
-
-
-def _spatial(c: GatedCall) -> FrameCall:
-    return FrameCall(
-        *("spatial_attention", c.grad, *c.spatial, None, FrameMask.same_frame(), 0, c.lengths),
-        *(c.scale, c.norm[0], c.rope[0], False),
-    )
-
-
-def _temporal(c: GatedCall) -> TemporalCall:
-    return TemporalCall(
-        *("temporal_attention", c.grad, *c.temporal, None, c.mask, 0, c.lengths),
-        *(c.scale, c.norm[1], c.rope[1], False),
-    )
+if TYPE_CHECKING:
+    from vdcore.ops.gated_attention import GatedCall
 
 
 def _gate(c: GatedCall) -> Tensor:
     """The gate with five dimensions, 1 where it is broadcast."""
-    gate = c.gate.detach().reshape((1,) * (5 - c.gate.ndim) + c.gate.shape)
-    return gate if gate.stride(-1) == 1 else gate.contiguous()
+    return unit_stride(c.gate.detach().reshape((1,) * (5 - c.gate.ndim) + c.gate.shape))
 
 
-def _rows(x: Tensor) -> Tensor | None:
-    """``(B, T, S, H)`` of what is kept for backward, None where nothing is."""
-    return None if x.numel() == 0 else x
-
-
-def _forward(c: GatedCall) -> tuple[Tensor, ...]:
-    out, spatial, lse, temporal_lse = c.empty_outputs()
-    temporal_attention.run_forward(_temporal(c), out, _rows(temporal_lse))
+def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
+    out, kept, lse, temporal_lse = c.empty_outputs()
+    spatial, temporal = c.parts()
+    temporal_attention.run_forward(temporal, out, temporal_lse)
     # The kernel of frame attention knows a joint sequence (B, T*S, H, D).
-    joint, joint_lse = out.flatten(1, 2), None if _rows(lse) is None else lse.flatten(1, 2)
-    kept = spatial if spatial.numel() else None
-    frame_attention.run_forward(_spatial(c), joint, joint_lse, spatial=kept, gate=_gate(c))
-    return out, spatial, lse, temporal_lse
+    joint_lse = None if lse is None else lse.flatten(1, 2)
+    frame_attention.run_forward(spatial, out.flatten(1, 2), joint_lse, spatial=kept, gate=_gate(c))
+    return out, kept, lse, temporal_lse
 
 
 def _backward(
     c: GatedCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     _, spatial, lse, _ = outputs
+    spatial_call, temporal_call = c.parts()
     dout, gate = grads[0], _gate(c)
     if dout is None:
         dout = torch.zeros_like(spatial)
     # Products with the gate stay in float32: rounding them would cost the gradients a digit.
     dout, found = dout.to(torch.float32), Gradients()
 
-    temporal_call = _temporal(c)
     temporal, temporal_lse = temporal_call.empty_outputs()
     temporal_attention.run_forward(temporal_call, temporal, temporal_lse)
     if "gate" in wanted:
@@ -69,21 +52,22 @@ def _backward(
         found["gate"] = total.to(torch.float32).reshape(c.gate.shape).to(c.gate.dtype)
         del products, total
 
-    spatial_wanted = frozenset(name for name in wanted if name in _NORM_ROPE or name in "qkv")
-    if spatial_wanted:
-        kept = spatial.flatten(1, 2), lse.flatten(1, 2)
-        part = (gate * dout).flatten(1, 2)
-        found |= frame_attention.run_backward(_spatial(c), kept, (part, None), spatial_wanted)
-    temporal_wanted = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
-    if temporal_wanted:
+    def below(prefix: str) -> frozenset[str]:
+        return frozenset(name.removeprefix(prefix) for name in wanted if name.startswith(prefix))
+
+    if names := below("spatial_"):
+        kept, part = (spatial.flatten(1, 2), lse.flatten(1, 2)), (gate * dout).flatten(1, 2)
+        back = frame_attention.run_backward(spatial_call, kept, (part, None), names)
+        found |= {f"spatial_{name}": x for name, x in back.items()}
+    if names := below("temporal_"):
         part = (1 - gate) * dout
-        back = temporal_attention.run_backward(temporal_call, (temporal, temporal_lse), (part, None), temporal_wanted)
+        back = temporal_attention.run_backward(temporal_call, (temporal, temporal_lse), (part, None), names)
         found |= {f"temporal_{name}": x for name, x in back.items()}
     return found
 
 
 def _why_not(c: GatedCall) -> str | None:
-    return why_not(c.main.device.type, c.main.dtype, c.main.shape[-1])
+    return why_not(c.main, c.main.shape[-1])
 
 
-OPERATORS = {"gated_attention": Implementation(_forward, _backward, _why_not)}
+GATED = Implementation(_forward, _backward, _why_not)

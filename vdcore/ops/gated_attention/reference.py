@@ -6,8 +6,8 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm, compute_dtype
-from vdcore.reference.frame_attention import video_attention
-from vdcore.reference.temporal_attention import temporal_attention
+from vdcore.ops.frame_attention.reference import video_attention
+from vdcore.ops.temporal_attention.reference import temporal_attention
 from vdcore.rope import Rope
 
 
@@ -19,8 +19,10 @@ def gated_attention(
     mask: FrameMask,
     lengths: Tensor | None,
     scale: float,
-    norm: tuple[QKNorm | None, QKNorm | None],
-    rope: tuple[Rope | None, Rope | None],
+    spatial_norm: QKNorm | None,
+    temporal_norm: QKNorm | None,
+    spatial_rope: Rope | None,
+    temporal_rope: Rope | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``gate * spatial_attention(*spatial) + (1 - gate) * temporal_attention(*temporal, mask)``, ``(B, T, S, H, D)``.
 
@@ -39,8 +41,8 @@ def gated_attention(
         text_first=False,
         text_sees="all",
         scale=scale,
-        norm=norm[0],
-        rope=rope[0],
+        norm=spatial_norm,
+        rope=spatial_rope,
     )
     b, lse_b = temporal_attention(
         *(wide[3], wide[4], wide[5]),
@@ -48,8 +50,8 @@ def gated_attention(
         q_start=0,
         lengths=lengths,
         scale=scale,
-        norm=norm[1],
-        rope=rope[1],
+        norm=temporal_norm,
+        rope=temporal_rope,
     )
     a, g = a.reshape(b.shape), gate.to(dtype)
     out_dtype = spatial[0].dtype

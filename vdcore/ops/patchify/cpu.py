@@ -5,13 +5,17 @@ Both are products of patches ``(tokens, K)``, tokens ``(tokens, E)`` and a weigh
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends._native import native
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import PatchifyCall, UnpatchifyCall
-from vdcore.backends.cpu._arguments import capsule, float_weights, unit_stride, why_not
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.native import capsule, float_weights, native, why_not
+
+if TYPE_CHECKING:
+    from vdcore.ops.patchify import PatchifyCall, UnpatchifyCall
 
 _SUM_PARTS = 8  # parts of the tokens for the weight's gradient: each takes as much memory as that in float32
 
@@ -82,7 +86,7 @@ def _patchify_backward(
 
 
 def _patchify_why_not(c: PatchifyCall) -> str | None:
-    return why_not(c.video.device.type, c.video.dtype)
+    return why_not(c.video)
 
 
 # ---- unpatchify ----
@@ -116,10 +120,8 @@ def _unpatchify_backward(
 
 
 def _unpatchify_why_not(c: UnpatchifyCall) -> str | None:
-    return why_not(c.tokens.device.type, c.tokens.dtype)
+    return why_not(c.tokens)
 
 
-OPERATORS = {
-    "patchify": Implementation(_patchify_forward, _patchify_backward, _patchify_why_not),
-    "unpatchify": Implementation(_unpatchify_forward, _unpatchify_backward, _unpatchify_why_not),
-}
+PATCHIFY = Implementation(_patchify_forward, _patchify_backward, _patchify_why_not)
+UNPATCHIFY = Implementation(_unpatchify_forward, _unpatchify_backward, _unpatchify_why_not)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import PatchifyCall, UnpatchifyCall
-from vdcore.backends.triton._common import empty_like, unit, why_not
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.triton import empty_like, why_not
+
+if TYPE_CHECKING:
+    from vdcore.ops.patchify import PatchifyCall, UnpatchifyCall
 
 
 def _why_not_size(tokens: int, *tensors: Tensor) -> str | None:
@@ -40,7 +45,7 @@ def _patchify_backward(
     from vdcore.kernels.patchify import Patch, scatter_product, weight_product
 
     assert grads[0] is not None
-    dy, patch = unit(grads[0]), Patch(*c.weight.shape[1:])
+    dy, patch = unit_stride(grads[0]), Patch(*c.weight.shape[1:])
     found: Gradients = {}
     if "video" in wanted:
         found["video"] = empty_like(c.video)
@@ -70,7 +75,7 @@ def _unpatchify_backward(
     from vdcore.kernels.patchify import Patch, gather_product, weight_product
 
     assert grads[0] is not None
-    dy, patch = unit(grads[0]), Patch(c.channels, *c.patch)
+    dy, patch = unit_stride(grads[0]), Patch(c.channels, *c.patch)
     found: Gradients = {}
     if "tokens" in wanted:
         found["tokens"] = empty_like(c.tokens)
@@ -85,7 +90,5 @@ def _unpatchify_backward(
     return found
 
 
-OPERATORS = {
-    "patchify": Implementation(_patchify, _patchify_backward, _patchify_why_not),
-    "unpatchify": Implementation(_unpatchify, _unpatchify_backward, _unpatchify_why_not),
-}
+PATCHIFY = Implementation(_patchify, _patchify_backward, _patchify_why_not)
+UNPATCHIFY = Implementation(_unpatchify, _unpatchify_backward, _unpatchify_why_not)

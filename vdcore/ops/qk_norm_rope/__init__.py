@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import QKNormRopeCall
 from vdcore.norm import QKNorm
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
-from vdcore.ops.temporal_attention import norm_rope_tensors
+from vdcore.ops import check
+from vdcore.ops.call import Call, empty
+from vdcore.ops.operator import by_formula, register, run
+from vdcore.ops.qk_norm_rope import cpu, cuda, reference, triton
 from vdcore.rope import Rope
 
-OP = "qk_norm_rope"
+
+@dataclass
+class QKNormRopeCall(Call):
+    op: ClassVar[str] = "qk_norm_rope"
+    OUTPUTS: ClassVar[int] = 2
+
+    q: Tensor
+    k: Tensor
+    norm: QKNorm | None
+    rope: Rope | None
+    frame_start: int
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor]:
+        return empty(self.q, self.q.shape), empty(self.k, self.k.shape)
 
 
 def qk_norm_rope(
@@ -41,23 +55,26 @@ def qk_norm_rope(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    q, k = run(_prepare(q, k, norm=norm, rope=rope, frame_start=frame_start), backend)
+    op = QKNormRopeCall.op
+    q = check.unit_stride(check.check_main(op, "q", q, "(B, T, S, H, D)"))
+    k = check.unit_stride(check.check_main(op, "k", k, "(B, T, S, G, D)"))
+    check.check_like(op, "k", k, q, "q")
+    B, T, S, H, D = q.shape
+    check.check_shape(op, "k", k, (B, T, S, k.shape[3], D), "(B, T, S, G, D)")
+    G = k.shape[3]
+    check.check_groups(op, "k", G, H)
+    check.check_start(op, "frame_start", frame_start)
+    norm = check.check_norm(op, norm, q, H, G, D)
+    rope = check.check_rope(op, rope, q, frame_start + T, S, H, G, D)
+    q, k = run(QKNormRopeCall(q, k, norm, rope, frame_start), backend)
     return q, k
 
 
-def _prepare(q: Any, k: Any, *, norm: Any = None, rope: Any = None, frame_start: Any = 0) -> QKNormRopeCall:
-    q = check.unit_stride(check.check_main(OP, "q", q, "(B, T, S, H, D)"))
-    k = check.unit_stride(check.check_main(OP, "k", k, "(B, T, S, G, D)"))
-    check.check_like(OP, "k", k, q, "q")
-    B, T, S, H, D = q.shape
-    check.check_shape(OP, "k", k, (B, T, S, k.shape[3], D), "(B, T, S, G, D)")
-    G = k.shape[3]
-    check.check_groups(OP, "k", G, H)
-    check.check_start(OP, "frame_start", frame_start)
-    norm = check.check_norm(OP, norm, q, H, G, D)
-    rope = check.check_rope(OP, rope, q, frame_start + T, S, H, G, D)
-    grad = check.wants_grad(q, k, *norm_rope_tensors(norm, rope))
-    return QKNormRopeCall(OP, grad, q, k, norm, rope, frame_start)
-
-
-register(OP, QKNormRopeCall, _prepare)
+register(
+    qk_norm_rope,
+    QKNormRopeCall,
+    reference=by_formula(reference.qk_norm_rope),
+    cpu=cpu.NORM_ROPE,
+    triton=triton.NORM_ROPE,
+    cuda=cuda.NORM_ROPE,
+)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import QKNormRopeCall
-from vdcore.backends.cuda._common import NormRope, capsule, kernels, rows, stream, why_not, why_not_norm, why_not_rows
 from vdcore.norm import QKNorm
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.cuda import NormRope, kernels, rows, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.native import capsule
 from vdcore.rope import Rope
+
+if TYPE_CHECKING:
+    from vdcore.ops.qk_norm_rope import QKNormRopeCall
 
 ROLES = {"q": 0, "k": 1}
 WEIGHTS = ("q_weight", "k_weight", "q_bias", "k_bias")  # in the order of a row of sums
@@ -108,4 +113,4 @@ def _backward(
     return add_up(*parts)
 
 
-OPERATORS = {"qk_norm_rope": Implementation(_forward, _backward, _why_not)}
+NORM_ROPE = Implementation(_forward, _backward, _why_not)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from vdcore.backends.call import TemporalCall
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops import _check as check
-from vdcore.ops._operator import register, run
+from vdcore.ops import check
+from vdcore.ops.call import AttentionCall, empty, lse_dtype
+from vdcore.ops.operator import by_formula, register, run
+from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, triton
 from vdcore.rope import Rope
 
-OP = "temporal_attention"
+
+@dataclass
+class TemporalCall(AttentionCall):
+    op: ClassVar[str] = "temporal_attention"
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
+        """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
+        q = self.qkv.q
+        lse = empty(q, q.shape[:-1], lse_dtype(q)) if self.return_lse or self.grad else None
+        return empty(q, q.shape), lse
 
 
 def temporal_attention(
@@ -58,66 +69,17 @@ def temporal_attention(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
         BackendError: if the named backend cannot run the call.
     """
-    call = _prepare(
-        q, k, v, mask=mask, q_start=q_start, lengths=lengths, scale=scale, norm=norm, rope=rope, return_lse=return_lse
-    )
-    out, lse = run(call, backend)
+    arguments = check.check_attention(TemporalCall.op, q, k, v, mask, q_start, lengths, scale, norm, rope)
+    out, lse = run(TemporalCall(**arguments, return_lse=bool(return_lse)), backend)
     return (out, lse) if return_lse else out
 
 
-def prepare_attention(
-    op: str, q: Any, k: Any, v: Any, mask: Any, q_start: Any, lengths: Any, scale: Any, norm: Any, rope: Any
-) -> dict[str, Any]:
-    """The checked arguments that temporal and video attention share."""
-    q, k, v = check.autocast(check.check_tensor(op, "q", q), k, v)
-    q, k, v, packed = check.check_qkv(op, q, k, v)
-    _, T, S, H, D = q.shape
-    T_k, G = k.shape[1], k.shape[3]
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
-    if q_start is None:
-        q_start = max(T_k - T, 0)
-    check.check_start(op, "q_start", q_start)
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "packed": packed,
-        "mask": mask,
-        "q_start": q_start,
-        "lengths": check.check_lengths(op, "lengths", lengths, [(q.shape[0],)], "(B,)", q),
-        "scale": check.check_scale(op, scale, D),
-        "norm": check.check_norm(op, norm, q, H, G, D),
-        "rope": check.check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D),
-    }
-
-
-def norm_rope_tensors(norm: QKNorm | None, rope: Rope | None) -> tuple[Tensor | None, ...]:
-    """Every tensor in them that may want a gradient."""
-    tensors: tuple[Tensor | None, ...] = ()
-    if norm is not None:
-        tensors += (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
-    if rope is not None:
-        tensors += (rope.cos, rope.sin)
-    return tensors
-
-
-def _prepare(
-    q: Any,
-    k: Any = None,
-    v: Any = None,
-    *,
-    mask: Any = FrameMask(),
-    q_start: Any = None,
-    lengths: Any = None,
-    scale: Any = None,
-    norm: Any = None,
-    rope: Any = None,
-    return_lse: bool = False,
-) -> TemporalCall:
-    args = prepare_attention(OP, q, k, v, mask, q_start, lengths, scale, norm, rope)
-    grad = check.wants_grad(args["q"], args["k"], args["v"], *norm_rope_tensors(args["norm"], args["rope"]))
-    return TemporalCall(op=OP, grad=grad, return_lse=bool(return_lse), **args)
-
-
-register(OP, TemporalCall, _prepare)
+register(
+    temporal_attention,
+    TemporalCall,
+    reference=by_formula(reference.temporal_attention),
+    cpu=cpu.TEMPORAL,
+    triton=triton.TEMPORAL,
+    cuda=cuda.TEMPORAL,
+    sdpa=sdpa.TEMPORAL,
+)

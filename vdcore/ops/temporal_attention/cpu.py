@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends._native import native
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import TemporalCall, mask_numbers
-from vdcore.backends.cpu._arguments import SUM_PARTS, NormRope, capsule, why_not
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.native import SUM_PARTS, NormRope, capsule, native, why_not
+
+if TYPE_CHECKING:
+    from vdcore.ops.temporal_attention import TemporalCall
 
 
 def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> tuple:
@@ -24,16 +28,16 @@ def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
     native().temporal_attention_forward(*_arguments(c, out, lse, NormRope(c.norm, c.rope)))
 
 
-def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
+def _forward(c: TemporalCall) -> tuple[Tensor | None, ...]:
     out, lse = c.empty_outputs()
-    run_forward(c, out, lse if c.lse else None)
+    run_forward(c, out, lse)
     return out, lse
 
 
 def run_backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    """Gradients by the names of ``c.TENSORS``."""
+    """Gradients by the names of ``c.NAMES``."""
     out, lse = outputs
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
@@ -86,7 +90,7 @@ def run_backward(
 
 
 def _why_not(c: TemporalCall) -> str | None:
-    return why_not(c.q.device.type, c.q.dtype, c.q.shape[-1])
+    return why_not(c.qkv.q, c.qkv.q.shape[-1])
 
 
-OPERATORS = {"temporal_attention": Implementation(_forward, run_backward, _why_not)}
+TEMPORAL = Implementation(_forward, run_backward, _why_not)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import TemporalCall, mask_numbers
-from vdcore.backends.cuda._common import NormRope, capsule, kernels, rows, stream, why_not, why_not_norm, why_not_rows
-from vdcore.backends.cuda.qk_norm_rope import WEIGHTS, add_up, seen_by_scores, taken_back
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.cuda import NormRope, kernels, rows, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.native import capsule
+from vdcore.ops.qk_norm_rope.cuda import WEIGHTS, add_up, seen_by_scores, taken_back
+
+if TYPE_CHECKING:
+    from vdcore.ops.temporal_attention import TemporalCall
 
 MAX_FRAMES = 256
 
@@ -52,9 +58,9 @@ def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
     )
 
 
-def _forward(c: TemporalCall) -> tuple[Tensor, ...]:
+def _forward(c: TemporalCall) -> tuple[Tensor | None, ...]:
     out, lse = c.empty_outputs()
-    run_forward(c, out, lse if c.lse else None)
+    run_forward(c, out, lse)
     return out, lse
 
 
@@ -124,4 +130,4 @@ def _backward(
     return {**found, **add_up(*more)}
 
 
-OPERATORS = {"temporal_attention": Implementation(_forward, _backward, why_not_temporal, _why_not_backward)}
+TEMPORAL = Implementation(_forward, _backward, why_not_temporal, _why_not_backward)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from vdcore.backends.base import Gradients, Implementation
-from vdcore.backends.call import TemporalCall
-from vdcore.backends.triton._common import frames, qkv_gradients, unit, why_not, why_not_head, why_not_norm
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import why_not_norm
+from vdcore.ops.triton import qkv_gradients, why_not, why_not_head
+
+if TYPE_CHECKING:
+    from vdcore.ops.temporal_attention import TemporalCall
 
 
 def _temporal_why_not(c: TemporalCall) -> str | None:
     return why_not(c.q) or why_not_head(c.q) or why_not_norm(c.q, c.k, c.norm)
 
 
-def _temporal(c: TemporalCall) -> tuple[Tensor, ...]:
+def _frames(c: TemporalCall) -> dict[str, Any]:
+    return {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
+
+
+def _temporal(c: TemporalCall) -> tuple[Tensor | None, ...]:
     from vdcore.kernels.temporal_attention import temporal_forward
 
     out, lse = c.empty_outputs()
-    temporal_forward(c.q, c.k, c.v, out, lse if c.lse else None, norm=c.norm, rope=c.rope, scale=c.scale, **frames(c))
+    temporal_forward(c.q, c.k, c.v, out, lse, norm=c.norm, rope=c.rope, scale=c.scale, **_frames(c))
     return out, lse
 
 
@@ -28,14 +38,14 @@ def _temporal_backward(
     from vdcore.kernels.temporal_attention_backward import temporal_backward
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit(grads[0])
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
     dlse = None if grads[1] is None else grads[1].contiguous()
     found, gradients = qkv_gradients(c)
     more = temporal_backward(
         *(c.q, c.k, c.v, out, lse, dout, dlse, gradients, wanted),
-        **{"norm": c.norm, "rope": c.rope, "scale": c.scale, **frames(c)},
+        **{"norm": c.norm, "rope": c.rope, "scale": c.scale, **_frames(c)},
     )
     return {**found, **more}
 
 
-OPERATORS = {"temporal_attention": Implementation(_temporal, _temporal_backward, _temporal_why_not)}
+TEMPORAL = Implementation(_temporal, _temporal_backward, _temporal_why_not)
