@@ -37,24 +37,16 @@ class Codec:
         tensors: their names; ``{field}`` is the field's name and ``{prefix}`` what stands in it before its last word
             (``text_`` of ``text_norm``). ``?``: may be None.
         numbers: declarations of the others in a torch schema.
-        split: the field's tensors.
-        describe: the field's numbers.
-        build: the field, of its tensors and numbers.
+        split: the field's tensors; None: it is one.
+        describe: the field's numbers; None: it is one.
+        build: the field, of its tensors and numbers; None: it is the one.
     """
 
-    tensors: tuple[str, ...]
-    numbers: tuple[str, ...]
-    split: Callable[[Any], tuple[Tensor | None, ...]]
-    describe: Callable[[Any], tuple[Any, ...]]
-    build: Callable[..., Any]
-
-
-def _number(schema: str) -> Codec:
-    return Codec((), (schema + " {field}",), lambda x: (), lambda x: (x,), lambda x: x)
-
-
-def _tensor(name: str) -> Codec:
-    return Codec((name,), (), lambda x: (x,), lambda x: (), lambda x: x)
+    tensors: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    split: Callable[[Any], tuple[Tensor | None, ...]] | None = None
+    describe: Callable[[Any], tuple[Any, ...]] | None = None
+    build: Callable[..., Any] | None = None
 
 
 def _triple(optional: str) -> Codec:
@@ -62,7 +54,7 @@ def _triple(optional: str) -> Codec:
         return None if q is None else (q, k, v)
 
     names = tuple(f"{{field}}_{x}{optional}" for x in "qkv")
-    return Codec(names, (), lambda x: (None, None, None) if x is None else x, lambda x: (), build)
+    return Codec(names, split=lambda x: (None, None, None) if x is None else x, build=build)
 
 
 def _qkv_tensors(x: QKV) -> tuple[Tensor | None, ...]:
@@ -105,12 +97,12 @@ def _build_norm(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any, name: An
 
 
 CODECS: dict[Any, Codec] = {
-    Tensor: _tensor("{field}"),
-    Tensor | None: _tensor("{field}?"),
+    Tensor: Codec(("{field}",)),
+    Tensor | None: Codec(("{field}?",)),
     Triple: _triple(""),
     Triple | None: _triple("?"),
-    QKV: Codec(("q", "k?", "v?"), (), _qkv_tensors, lambda x: (), _build_qkv),
-    FrameMask: Codec((), ("int[] {field}",), lambda x: (), lambda x: (mask_numbers(x),), _build_mask),
+    QKV: Codec(("q", "k?", "v?"), split=_qkv_tensors, build=_build_qkv),
+    FrameMask: Codec(numbers=("int[] {field}",), describe=lambda x: (mask_numbers(x),), build=_build_mask),
     QKNorm | None: Codec(
         ("{prefix}q_weight?", "{prefix}k_weight?", "{prefix}q_bias?", "{prefix}k_bias?"),
         ("str {field}", "float {field}_eps"),
@@ -125,11 +117,11 @@ CODECS: dict[Any, Codec] = {
         lambda x: ("" if x is None else x.style,),
         lambda cos, sin, style: Rope(cos, sin, style) if style else None,
     ),
-    int: _number("SymInt"),
-    float: _number("float"),
-    bool: _number("bool"),
-    str: _number("str"),
-    tuple[int, int, int]: Codec((), ("SymInt[] {field}",), lambda x: (), lambda x: (list(x),), tuple),
+    int: Codec(numbers=("SymInt {field}",)),
+    float: Codec(numbers=("float {field}",)),
+    bool: Codec(numbers=("bool {field}",)),
+    str: Codec(numbers=("str {field}",)),
+    tuple[int, int, int]: Codec(numbers=("SymInt[] {field}",), describe=lambda x: (list(x),), build=lambda x: tuple(x)),
 }
 
 
@@ -146,61 +138,66 @@ class Call:
     SAVES_OUTPUTS: ClassVar[bool] = False
     PASSED: ClassVar[dict[str, int]] = {}  # tensor -> output whose gradient is the tensor's: no backend is asked for it
 
-    # From the fields:
-    NAMES: ClassVar[tuple[str, ...]]  # of tensors
-    SCHEMA: ClassVar[tuple[str, ...]]  # declarations: tensors, then numbers
-    _split: ClassVar[tuple[tuple[str, Callable[..., Any]], ...]]
-    _describe: ClassVar[tuple[tuple[str, Callable[..., Any]], ...]]
-    _build: ClassVar[tuple[tuple[int, int, Callable[..., Any]], ...]]
+    NAMES: ClassVar[tuple[str, ...]]  # of the tensors
+    SCHEMA: ClassVar[tuple[str, ...]]  # declarations: of the tensors, then of the numbers
+    _build: ClassVar[Callable[..., Any]]
 
     grad: bool = field(init=False, default=False)
 
     def __init_subclass__(cls) -> None:
+        """Names, schema, ``tensors``, ``numbers`` and ``build`` from the fields, as dataclass makes ``__init__``."""
         hints = get_type_hints(cls)
-        fields = {
-            name: CODECS[kind] for name, kind in hints.items() if name != "grad" and get_origin(kind) is not ClassVar
-        }
-        tensors, numbers = [], []
-        for name, codec in fields.items():
+        tensors, numbers, split, describe, build = [], [], [], [], []
+        here: dict[str, Any] = {"cls": cls}
+        for name, kind in hints.items():
+            if name == "grad" or get_origin(kind) is ClassVar:
+                continue
+            codec = CODECS[kind]
+            here |= {f"split_{name}": codec.split, f"describe_{name}": codec.describe, f"build_{name}": codec.build}
+            values = [f"tensors[{len(tensors) + i}]" for i in range(len(codec.tensors))]
+            values += [f"numbers[{len(numbers) + i}]" for i in range(len(codec.numbers))]
+            build.append(f"build_{name}({', '.join(values)})" if codec.build else values[0])
+            if codec.tensors:
+                split.append(f"*split_{name}(self.{name})" if codec.split else f"self.{name}")
+            if codec.numbers:
+                describe.append(f"*describe_{name}(self.{name})" if codec.describe else f"self.{name}")
             parts = {"field": name, "prefix": name[: name.rfind("_") + 1]}
             tensors += [text.format(**parts) for text in codec.tensors]
             numbers += [text.format(**parts) for text in codec.numbers]
         cls.NAMES = tuple(name.rstrip("?") for name in tensors)
         cls.SCHEMA = tuple(f"Tensor{'?' if x.endswith('?') else ''} {x.rstrip('?')}" for x in tensors) + tuple(numbers)
-        cls._split = tuple((name, codec.split) for name, codec in fields.items() if codec.tensors)
-        cls._describe = tuple((name, codec.describe) for name, codec in fields.items() if codec.numbers)
-        cls._build = tuple((len(codec.tensors), len(codec.numbers), codec.build) for codec in fields.values())
+
+        def function(arguments: str, result: str) -> Callable[..., Any]:
+            return eval(f"lambda {arguments}: {result}", here)
+
+        for name, method in {
+            "tensors": function("self", f"({''.join(f'{x}, ' for x in split)})"),
+            "numbers": function("self", f"({''.join(f'{x}, ' for x in describe)})"),
+            "_build": staticmethod(function("tensors, numbers", f"cls({', '.join(build)})")),
+        }.items():
+            setattr(cls, name, method)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of ``NAMES``."""
-        found: tuple[Tensor | None, ...] = ()
-        for name, split in self._split:
-            found += split(getattr(self, name))
-        return found
+        raise NotImplementedError
 
     def numbers(self) -> tuple[Any, ...]:
         """All that is no tensor, in the order of ``SCHEMA``."""
-        found: tuple[Any, ...] = ()
-        for name, describe in self._describe:
-            found += describe(getattr(self, name))
-        return found
+        raise NotImplementedError
 
     @classmethod
     def build(cls, tensors: tuple[Any, ...], numbers: tuple[Any, ...], grad: bool) -> Any:
         """The call that these came from."""
-        fields, i, j = [], 0, 0
-        for n, m, build in cls._build:
-            fields.append(build(*tensors[i : i + n], *numbers[j : j + m]))
-            i, j = i + n, j + m
-        call = cls(*fields)
+        call = cls._build(tensors, numbers)
         call.grad = grad
         return call
 
     @property
     def main(self) -> Tensor:
         """The first tensor: its device and dtype are the call's."""
-        name, split = self._split[0]
-        return split(getattr(self, name))[0]
+        x = self.tensors()[0]
+        assert x is not None
+        return x
 
     @property
     def is_empty(self) -> bool:
@@ -213,7 +210,12 @@ class Call:
 
 
 def empty(like: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Contiguous; half the time of :func:`empty`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

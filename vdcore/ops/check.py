@@ -62,10 +62,11 @@ def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], dims: str) 
 
 def check_attention(
     op: str, q: Any, k: Any, v: Any, mask: Any, q_start: Any, lengths: Any, scale: Any, norm: Any, rope: Any
-) -> dict[str, Any]:
-    """The checked arguments that temporal and frame attention share, with all defaults filled in."""
+) -> tuple[QKV, FrameMask, int, Tensor | None, float, QKNorm | None, Rope | None]:
+    """The arguments of an :class:`AttentionCall`, checked, in its order, with all defaults filled in."""
     qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
-    B, T, S, H, D = qkv.q.shape
+    q = qkv.q
+    B, T, S, H, D = q.shape
     _, T_k, _, G, _ = qkv.k.shape
     if not isinstance(mask, FrameMask):
         raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
@@ -73,15 +74,10 @@ def check_attention(
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
-    return {
-        "qkv": qkv,
-        "mask": mask,
-        "q_start": q_start,
-        "lengths": check_lengths(op, "lengths", lengths, [(B,)], "(B,)", qkv.q),
-        "scale": check_scale(op, scale, D),
-        "norm": check_norm(op, norm, qkv.q, H, G, D),
-        "rope": check_rope(op, rope, qkv.q, max(T_k, q_start + T), S, H, G, D),
-    }
+    lengths = check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
+    norm = check_norm(op, norm, q, H, G, D)
+    rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
+    return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
@@ -97,15 +93,25 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
         packed = unit_stride(q)
         return QKV(*packed.unbind(3), packed)
     check_main(op, names[0], q, "(B, T, S, H, D)")
-    for name, x in ((names[1], k), (names[2], v)):
-        check_like(op, name, x, q, names[0])
-        check_dims(op, name, x, "(B, T_k, S, G, D)")
-    B, _, S, H, D = q.shape
-    _, T_k, _, G, _ = k.shape
-    check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
-    check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
-    check_groups(op, names[1], G, H)
+    if not _alike(q, k, v):
+        for name, x in ((names[1], k), (names[2], v)):
+            check_like(op, name, x, q, names[0])
+            check_dims(op, name, x, "(B, T_k, S, G, D)")
+        B, _, S, H, D = q.shape
+        _, T_k, _, G, _ = k.shape
+        check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
+        check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
+        check_groups(op, names[1], G, H)
     return QKV(unit_stride(q), unit_stride(k), unit_stride(v))
+
+
+def _alike(x: Tensor, *others: Any) -> bool:
+    """Tensors of one shape, dtype and device: most calls, and soon seen."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for y in others:
+        if not isinstance(y, Tensor) or y.shape != shape or y.dtype != dtype or y.device != device:
+            return False
+    return True
 
 
 def check_groups(op: str, name: str, G: int, H: int) -> None:
@@ -187,7 +193,7 @@ def check_start(op: str, name: str, start: Any) -> None:
 
 def unit_stride(x: Tensor) -> Tensor:
     """x itself, or its copy where the innermost stride is not 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

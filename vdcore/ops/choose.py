@@ -136,7 +136,8 @@ def requested(backend: str | None) -> str:
 
 
 def candidates(call: Call) -> tuple[str, ...]:
-    return ORDER.get(call.main.device.type, ("reference",))
+    x = call.main
+    return ORDER["cpu"] if x.is_cpu else ORDER.get(x.device.type, ("reference",))
 
 
 def choose(call: Call, direction: str, backend: str) -> str:

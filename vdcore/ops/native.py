@@ -50,7 +50,7 @@ def missing() -> str | None:
 
 def why_not(x: Tensor, head_dim: int = 0) -> str | None:
     """Objections to a device, a dtype and a head dim."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it runs on the CPU, and the tensors are on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"it has no {x.dtype}"
@@ -64,7 +64,7 @@ def float_weights(x: Tensor | None) -> Tensor | None:
 
 
 def capsule(x: Tensor | None) -> object:
-    return None if x is None else to_dlpack(x.detach() if x.requires_grad else x)
+    return None if x is None else to_dlpack(x)
 
 
 class NormRope:

@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ def run(call: Call, backend: str | None) -> Any:
     name = requested(backend)
     compiling = torch.compiler.is_compiling()
     if not compiling and _unobserved(tensors):
-        results = _Direct.apply(call, name, *tensors) if call.grad else _forward(call, name)[0]
+        if call.grad:
+            results = _Direct.apply(call, name, tensors, *(x for x in tensors if x is not None))
+        else:
+            results = _forward(call, name)[0]
         return results if call.OUTPUTS > 1 else results[0]
     op, arguments = OVERLOADS[call.op], (*tensors, *call.numbers(), call.grad, name)
     if call.grad or compiling:
@@ -76,7 +80,7 @@ def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
     first = tensors[0]
     return (
         first is not None
-        and first.device.type in ("cpu", "cuda")
+        and (first.is_cpu or first.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -95,17 +99,22 @@ def _forward(call: Call, backend: str) -> tuple[tuple[Tensor | None, ...], str]:
 
 
 class _Direct(torch.autograd.Function):
-    """A call with gradients, without an operator's boundary."""
+    """A call with gradients, without an operator's boundary. Autograd is given the tensors that there are."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, call: Call, backend: str, tensors: tuple[Tensor | None, ...], *present: Tensor
+    ) -> tuple[Tensor | None, ...]:
         results, backward_backend = _forward(call, backend)
         _save(ctx, type(call), tensors, call.numbers(), results, backward_backend)
+        ctx.present = [x is not None for x in tensors]
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:])
+        each = iter(ctx.needs_input_grad[3:])
+        found = _gradients(ctx, grads, [here and next(each) for here in ctx.present])
+        return None, None, None, *compress(found, ctx.present)
 
 
 def _save(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdcore import extras
-from vdcore.ops.call import AttentionCall
+from vdcore.ops.call import AttentionCall, empty_like
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,10 +64,6 @@ def why_not_tokens(*tensors: Tensor) -> str | None:
     if any(x.shape[3] * x.shape[4] >= 2**22 for x in tensors):
         return "it has less than 2**22 channels a token, all heads together"
     return None
-
-
-def empty_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def qkv_gradients(c: AttentionCall) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdcore.ops import check
 from vdcore.ops.adaln import cpu, reference, triton
-from vdcore.ops.call import Call, empty
+from vdcore.ops.call import Call, empty_like
 from vdcore.ops.operator import by_formula, register, run
 
 
@@ -28,7 +28,7 @@ class ModulateCall(Call):
     eps: float
 
     def empty_outputs(self) -> tuple[Tensor]:
-        return (empty(self.x, self.x.shape),)
+        return (empty_like(self.x),)
 
 
 @dataclass
@@ -43,7 +43,7 @@ class GateResidualCall(Call):
     gate: Tensor
 
     def empty_outputs(self) -> tuple[Tensor]:
-        return (empty(self.residual, self.residual.shape),)
+        return (empty_like(self.residual),)
 
 
 def modulate(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdcore.norm import QKNorm
 from vdcore.ops import check
-from vdcore.ops.call import Call, empty, lse_dtype
+from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.cross_attention import cpu, reference, sdpa, triton
 from vdcore.ops.operator import by_formula, register, run
 
@@ -37,7 +37,7 @@ class CrossCall(Call):
     def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
         """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
         lse = empty(self.q, self.q.shape[:-1], lse_dtype(self.q)) if self.return_lse or self.grad else None
-        return empty(self.q, self.q.shape), lse
+        return empty_like(self.q), lse
 
 
 def cross_attention(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from vdcore.mask import FrameMask
+from vdcore.ops.call import empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
-from vdcore.ops.triton import empty_like, why_not, why_not_head, why_not_tokens
+from vdcore.ops.triton import why_not, why_not_head, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.cross_attention import CrossCall

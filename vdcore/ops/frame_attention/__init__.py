@@ -67,7 +67,7 @@ def spatial_attention(
     """
     op = SpatialCall.op
     arguments = check.check_attention(op, q, k, v, FrameMask.same_frame(), 0, None, scale, norm, rope)
-    call = SpatialCall(**arguments, return_lse=bool(return_lse))
+    call = SpatialCall(*arguments, bool(return_lse))
     if call.k.shape[1] != call.q.shape[1]:
         check.check_shape(op, "k", call.k, (*call.q.shape[:3], *call.k.shape[3:]), "(B, T, S, G, D)")
     out, lse = run(call, backend)
@@ -119,7 +119,7 @@ def video_attention(
     """
     op = VideoCall.op
     arguments = check.check_attention(op, q, k, v, mask, q_start, lengths, scale, norm, rope)
-    qkv = arguments["qkv"]
+    qkv = arguments[0]
     if text_sees not in ("all", "text"):
         check.wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
     if text is not None:
@@ -131,8 +131,8 @@ def video_attention(
         name = "text_lengths" if text_lengths is not None else "text_norm"
         check.wrong(op, name, "None without text", "a value")
     call = VideoCall(
-        **arguments,
-        return_lse=bool(return_lse),
+        *arguments,
+        bool(return_lse),
         text=text,
         text_lengths=text_lengths,
         text_norm=text_norm,

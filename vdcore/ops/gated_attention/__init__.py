@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
-from vdcore.ops.call import QKV, Call, Triple, empty, lse_dtype
+from vdcore.ops.call import QKV, Call, Triple, empty, empty_like, lse_dtype
 from vdcore.ops.frame_attention import SpatialCall
 from vdcore.ops.gated_attention import cpu, cuda, reference, triton
 from vdcore.ops.operator import by_formula, register, run
@@ -65,9 +65,9 @@ class GatedCall(Call):
     def empty_outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         q = self.main
         if not self.grad:
-            return empty(q, q.shape), None, None, None
+            return empty_like(q), None, None, None
         lse, temporal_lse = (empty(q, q.shape[:-1], lse_dtype(q)) for _ in range(2))
-        return empty(q, q.shape), empty(q, q.shape), lse, temporal_lse
+        return empty_like(q), empty_like(q), lse, temporal_lse
 
 
 def gated_attention(

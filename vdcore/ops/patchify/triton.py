@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vdcore.ops.call import empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.triton import empty_like, why_not
+from vdcore.ops.triton import why_not
 
 if TYPE_CHECKING:
     from vdcore.ops.patchify import PatchifyCall, UnpatchifyCall

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdcore.norm import QKNorm
 from vdcore.ops import check
-from vdcore.ops.call import Call, empty
+from vdcore.ops.call import Call, empty_like
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.ops.qk_norm_rope import cpu, cuda, reference, triton
 from vdcore.rope import Rope
@@ -27,7 +27,7 @@ class QKNormRopeCall(Call):
     frame_start: int
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
-        return empty(self.q, self.q.shape), empty(self.k, self.k.shape)
+        return empty_like(self.q), empty_like(self.k)
 
 
 def qk_norm_rope(

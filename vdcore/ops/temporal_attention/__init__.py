@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
-from vdcore.ops.call import AttentionCall, empty, lse_dtype
+from vdcore.ops.call import AttentionCall, empty, empty_like, lse_dtype
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, triton
 from vdcore.rope import Rope
@@ -24,7 +24,7 @@ class TemporalCall(AttentionCall):
         """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
         q = self.qkv.q
         lse = empty(q, q.shape[:-1], lse_dtype(q)) if self.return_lse or self.grad else None
-        return empty(q, q.shape), lse
+        return empty_like(q), lse
 
 
 def temporal_attention(
@@ -70,7 +70,7 @@ def temporal_attention(
         BackendError: if the named backend cannot run the call.
     """
     arguments = check.check_attention(TemporalCall.op, q, k, v, mask, q_start, lengths, scale, norm, rope)
-    out, lse = run(TemporalCall(**arguments, return_lse=bool(return_lse)), backend)
+    out, lse = run(TemporalCall(*arguments, bool(return_lse)), backend)
     return (out, lse) if return_lse else out
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vdcore.ops.call import mask_numbers
+from vdcore.ops.call import empty_like, mask_numbers
+from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.native import SUM_PARTS, NormRope, capsule, native, why_not
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> tuple:
+    q, k, v, _ = c.qkv
     lengths = None if c.lengths is None else c.lengths.tolist()
     return (
-        *(capsule(c.q), capsule(c.k), capsule(c.v), capsule(out), capsule(lse)),
+        *(capsule(q), capsule(k), capsule(v), capsule(out), capsule(lse)),
         *(lengths, mask_numbers(c.mask), c.q_start, c.scale, shared.norm, shared.rope, torch.get_num_threads()),
     )
 
@@ -34,6 +36,14 @@ def _forward(c: TemporalCall) -> tuple[Tensor | None, ...]:
     return out, lse
 
 
+# Gradients that need that of q, k or v.
+_NEEDED_BY = {
+    "q": {"q", "q_weight", "q_bias", "cos", "sin"},
+    "k": {"k", "k_weight", "k_bias", "cos", "sin"},
+    "v": {"v"},
+}
+
+
 def run_backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
@@ -41,7 +51,7 @@ def run_backward(
     out, lse = outputs
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    dout, dlse = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (dout, dlse))
+    dout, dlse = unit_stride(dout), None if dlse is None else unit_stride(dlse)
     found: Gradients = {}
 
     # Gradients of q, k and v; also where only a weight behind them wants one.
@@ -49,10 +59,9 @@ def run_backward(
         found["q"] = torch.empty(c.packed.shape, dtype=c.packed.dtype)
         gradients: tuple[Tensor | None, ...] = found["q"].unbind(3)
     else:
-        for name, x in (("q", c.q), ("k", c.k), ("v", c.v)):
-            behind = {"q": {"q_weight", "q_bias", "cos", "sin"}, "k": {"k_weight", "k_bias", "cos", "sin"}, "v": set()}
-            if name in wanted or wanted & behind[name]:
-                found[name] = torch.empty(x.shape, dtype=x.dtype)
+        for name, x in zip("qkv", c.qkv):
+            if wanted & _NEEDED_BY[name]:
+                found[name] = empty_like(x)
         gradients = tuple(found.get(name) for name in "qkv")
 
     names = ("q_weight", "k_weight", "q_bias", "k_bias")
