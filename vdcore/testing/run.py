@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore.testing.cases import Case, Inputs
+from vdcore.testing.cases import TORCH_FORMS, Case, Inputs
 from vdcore.testing.layouts import lay_out
 from vdcore.testing.tolerance import Errors, Ratio, errors, pooled, ratio
-from vdcore.testing.torch_forms import TORCH_FORMS
 
 LEAST_DRAWS, MOST_DRAWS, LEAST_VALUES = 4, 16, 64
 
