@@ -61,8 +61,13 @@ def _qkv_tensors(x: QKV) -> tuple[Tensor | None, ...]:
     return x[:3] if x.packed is None else (x.packed, None, None)
 
 
+def unpack(packed: Tensor) -> QKV:
+    q, k, v = packed.unbind(3)
+    return QKV(q, k, v, packed)
+
+
 def _build_qkv(q: Tensor, k: Tensor | None, v: Tensor | None) -> QKV:
-    return QKV(*q.unbind(3), q) if k is None or v is None else QKV(q, k, v)
+    return unpack(q) if k is None or v is None else QKV(q, k, v)
 
 
 _UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
@@ -93,7 +98,10 @@ def _norm_numbers(norm: QKNorm | None) -> tuple[str, float]:
 
 
 def _build_norm(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any, name: Any, eps: float) -> QKNorm | None:
-    return QKNorm(q_weight, k_weight, *name.split("/"), eps, q_bias, k_bias) if name else None
+    if not name:
+        return None
+    kind, over = name.split("/")
+    return QKNorm(q_weight, k_weight, kind, over, eps, q_bias, k_bias)
 
 
 CODECS: dict[Any, Codec] = {
@@ -147,7 +155,9 @@ class Call:
     def __init_subclass__(cls) -> None:
         """Names, schema, ``tensors``, ``numbers`` and ``build`` from the fields, as dataclass makes ``__init__``."""
         hints = get_type_hints(cls)
-        tensors, numbers, split, describe, build = [], [], [], [], []
+        tensors: list[str] = []
+        numbers: list[str] = []
+        split, describe, build = [], [], []
         here: dict[str, Any] = {"cls": cls}
         for name, kind in hints.items():
             if name == "grad" or get_origin(kind) is ClassVar:

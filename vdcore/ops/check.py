@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops.call import QKV
+from vdcore.ops.call import QKV, unpack
 from vdcore.rope import Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -90,8 +90,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
         check_main(op, names[0], q, "(B, T, S, 3, H, D)")
         if q.shape[3] != 3:
             wrong(op, names[0], "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
-        packed = unit_stride(q)
-        return QKV(*packed.unbind(3), packed)
+        return unpack(unit_stride(q))
     check_main(op, names[0], q, "(B, T, S, H, D)")
     if not _alike(q, k, v):
         for name, x in ((names[1], k), (names[2], v)):
@@ -196,11 +195,9 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on; float64 stays."""
-    first = tensors[0]
-    assert first is not None
-    device = first.device.type
+    device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdcore import extras
-from vdcore.ops.call import AttentionCall, empty_like
+from vdcore.ops.call import AttentionCall, Triple, empty_like, unpack
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,10 +66,11 @@ def why_not_tokens(*tensors: Tensor) -> str | None:
     return None
 
 
-def qkv_gradients(c: AttentionCall) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def qkv_gradients(c: AttentionCall) -> tuple[dict[str, Tensor], Triple]:
     """Room for the gradients by name, and for those of q, k and v: slices of one tensor where the call is packed."""
     if c.packed is not None:
         packed = empty_like(c.packed)
-        return {"q": packed}, packed.unbind(3)
-    found = {"q": empty_like(c.q), "k": empty_like(c.k), "v": empty_like(c.v)}
-    return found, tuple(found.values())
+        q, k, v, _ = unpack(packed)
+        return {"q": packed}, (q, k, v)
+    q, k, v = empty_like(c.q), empty_like(c.k), empty_like(c.v)
+    return {"q": q, "k": k, "v": v}, (q, k, v)

@@ -98,8 +98,7 @@ def attend(
 ) -> None:
     """Fills outs and lses; with a gate ``out = gate * result + (1 - gate) * out``, and ``mixed`` gets the result."""
     arguments = [
-        [capsule(x) for x in (*segment.seen(), out, lse, mixed)]
-        for segment, out, lse in zip(segments, outs, lses)
+        [capsule(x) for x in (*segment.seen(), out, lse, mixed)] for segment, out, lse in zip(segments, outs, lses)
     ]
     native().frame_attention_forward(
         *(groups, arguments[0], arguments[1] if len(arguments) > 1 else []),

@@ -79,7 +79,7 @@ def _frame_backward(
         for i, (role, x, start) in enumerate((("q", c.q, c.q_start), ("k", c.k, 0))):
             where = {"dx": gradients[i], "live": live[i], "keep": c.packed is None}
             norm_rope_gradients(found, x, filled[i], c.norm, role, c.rope, start, wanted, **where)
-    if c.text_norm is not None:
+    if c.text is not None and c.text_norm is not None:
         live_text = None
         if c.text_lengths is not None:
             live_text = (torch.arange(c.text[0].shape[1], device=c.q.device) < c.text_lengths[:, None]).to(torch.int8)

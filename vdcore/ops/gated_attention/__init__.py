@@ -126,7 +126,18 @@ def gated_attention(
     norms = [check.check_norm(op, x, q, H, G, D, name=f"norm[{i}]") for i, (x, G) in enumerate(zip(norm, heads))]
     ropes = [check.check_rope(op, x, q, T, S, H, G, D, name=f"rope[{i}]") for i, (x, G) in enumerate(zip(rope, heads))]
     lengths = check.check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
-    call = GatedCall(*triples, gate, mask, lengths, check.check_scale(op, scale, D), *norms, *ropes)
+    call = GatedCall(
+        spatial=triples[0],
+        temporal=triples[1],
+        gate=gate,
+        mask=mask,
+        lengths=lengths,
+        scale=check.check_scale(op, scale, D),
+        spatial_norm=norms[0],
+        temporal_norm=norms[1],
+        spatial_rope=ropes[0],
+        temporal_rope=ropes[1],
+    )
     return run(call, backend)[0]
 
 

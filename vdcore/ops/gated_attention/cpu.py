@@ -44,6 +44,7 @@ def _backward(
     dout, found = dout.to(torch.float32), Gradients()
 
     temporal, temporal_lse = temporal_call.empty_outputs()
+    assert temporal_lse is not None
     temporal_attention.run_forward(temporal_call, temporal, temporal_lse)
     if "gate" in wanted:
         products = dout * (spatial.to(torch.float32) - temporal.to(torch.float32))

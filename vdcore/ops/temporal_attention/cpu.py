@@ -59,7 +59,7 @@ def run_backward(
         found["q"] = torch.empty(c.packed.shape, dtype=c.packed.dtype)
         gradients: tuple[Tensor | None, ...] = found["q"].unbind(3)
     else:
-        for name, x in zip("qkv", c.qkv):
+        for name, x in zip("qkv", (c.q, c.k, c.v)):
             if wanted & _NEEDED_BY[name]:
                 found[name] = empty_like(x)
         gradients = tuple(found.get(name) for name in "qkv")

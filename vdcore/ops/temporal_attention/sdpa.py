@@ -120,7 +120,9 @@ class Dense:
             dlses: list[Any] = [None] * len(lse)
             if dlse is not None:
                 dlses = [x[..., 0] for x in self.split(c, dlse.reshape(rows)[..., None])]
-            parts = [_backward_one(*each, c.scale) for each in zip(qs, ks, vs, out, lse, douts, dlses)]
+            parts = [
+                _backward_one(qs[i], ks[i], vs[i], out[i], lse[i], douts[i], dlses[i], c.scale) for i in range(len(qs))
+            ]
             return [self.join([part[i] for part in parts], x.shape) for i, x in enumerate(seen)]
 
         return by_autograd(c, wanted, self.inputs, grads_of)
