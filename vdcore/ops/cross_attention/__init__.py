@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from vdcore.ops import check
 from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.cross_attention import cpu, reference, sdpa, triton
 from vdcore.ops.operator import by_formula, register, run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -40,6 +43,25 @@ class CrossCall(Call):
         return empty_like(self.q), lse
 
 
+class _More(TypedDict, total=False):
+    lengths: Tensor | None
+    scale: float | None
+    norm: QKNorm | None
+    backend: str | None
+
+
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **kw: Unpack[_More]
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **kw: Unpack[_More]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **kw: Unpack[_More]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_attention(
     q: Tensor,
     k: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
 from vdcore.ops.frame_attention import cpu, cuda, reference, sdpa, triton
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -44,6 +47,25 @@ class SpatialCall(VideoCall):
     op: ClassVar[str] = "spatial_attention"
 
 
+class _More(TypedDict, total=False):
+    scale: float | None
+    norm: QKNorm | None
+    rope: Rope | None
+    backend: str | None
+
+
+@overload
+def spatial_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[False] = ..., **kw: Unpack[_More]
+) -> Tensor: ...
+@overload
+def spatial_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[True], **kw: Unpack[_More]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def spatial_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: bool, **kw: Unpack[_More]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def spatial_attention(
     q: Tensor,
     k: Tensor | None = None,
@@ -75,6 +97,46 @@ def spatial_attention(
     return (out.view(shape), lse.view(shape[:-1])) if return_lse else out.view(shape)
 
 
+class _VideoMore(_More, total=False):
+    mask: FrameMask
+    q_start: int | None
+    lengths: Tensor | None
+    text_lengths: Tensor | None
+    text_norm: QKNorm | None
+    text_first: bool
+    text_sees: str
+
+
+@overload
+def video_attention(
+    q: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    text: None = ...,
+    return_lse: Literal[False] = ...,
+    **kw: Unpack[_VideoMore],
+) -> Tensor: ...
+@overload
+def video_attention(
+    q: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    text: None = ...,
+    return_lse: Literal[True],
+    **kw: Unpack[_VideoMore],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def video_attention(
+    q: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    *,
+    text: Triple | None = ...,
+    return_lse: bool = ...,
+    **kw: Unpack[_VideoMore],
+) -> Any: ...
 def video_attention(
     q: Tensor,
     k: Tensor | None = None,

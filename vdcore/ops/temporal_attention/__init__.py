@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from vdcore.ops.call import AttentionCall, empty, empty_like, lse_dtype
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, triton
 from vdcore.rope import Rope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -27,6 +30,28 @@ class TemporalCall(AttentionCall):
         return empty_like(q), lse
 
 
+class _More(TypedDict, total=False):
+    mask: FrameMask
+    q_start: int | None
+    lengths: Tensor | None
+    scale: float | None
+    norm: QKNorm | None
+    rope: Rope | None
+    backend: str | None
+
+
+@overload
+def temporal_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[False] = ..., **kw: Unpack[_More]
+) -> Tensor: ...
+@overload
+def temporal_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: Literal[True], **kw: Unpack[_More]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def temporal_attention(
+    q: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *, return_lse: bool, **kw: Unpack[_More]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def temporal_attention(
     q: Tensor,
     k: Tensor | None = None,
