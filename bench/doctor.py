@@ -18,7 +18,7 @@ from vdcore.bench.peers import PEERS
 
 import vdcore
 from vdcore import extras
-from vdcore.backends import BACKENDS
+from vdcore.ops.choose import BACKENDS
 from vdcore.testing import cases_of
 
 EXTRAS = {

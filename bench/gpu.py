@@ -112,7 +112,7 @@ def ceilings(journal: Journal) -> None:
 
 def correctness(journal: Journal, shard: int, first: int) -> None:
     """Every case in bfloat16, plain ones in float16 too, by the tolerance rule. Leaves when the GPU is lost."""
-    from vdcore.backends import BACKENDS
+    from vdcore.ops.choose import BACKENDS
     from vdcore.testing import CASES, judge
 
     cases = [(case, torch.bfloat16) for case in CASES]

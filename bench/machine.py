@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import vdcore
-from vdcore.backends._native import native, why_no_native
+from vdcore.ops.native import missing as why_no_native
+from vdcore.ops.native import native
 
 # With glibc's defaults a tensor over 32 MB is a fresh mapping at every allocation, and its page faults take longer than
 # the kernel that fills it.

@@ -29,7 +29,7 @@ from vdcore.bench.runner import heap, touch_heap
 from vdcore.bench.timing import Spread, clock_for
 
 import vdcore
-from vdcore.backends.cpu.frame_attention import dq_buffers
+from vdcore.ops.frame_attention.cpu import dq_buffers
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
 LONG = 4.0  # seconds; a call that takes longer is timed once

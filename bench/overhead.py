@@ -21,8 +21,8 @@ from vdcore.bench.timing import Contender, CpuClock, Spread, race
 from vdcore.bench.workloads import Shape, load
 
 import vdcore
-from vdcore.backends import implementation
-from vdcore.ops._operator import PREPARE
+from vdcore.ops.choose import implementation
+from vdcore.ops.operator import capture
 
 TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)
 OPS = ("temporal_attention", "spatial_attention", "qk_norm_rope", "modulate", "gate_residual")
@@ -61,7 +61,7 @@ def ways(job: Job) -> Iterator[Way]:
         backend = vdcore.explain(job.op, **arguments)[0][0]
         yield Way(f"vdcore[{backend}]", "auto", with_backward(lambda: public(**arguments)))
         if not job.has_backward:
-            call = PREPARE[job.op](**arguments)
+            call = capture(getattr(vdcore, job.op), **arguments)
             kernel = implementation(call, backend).forward
             yield Way(f"vdcore[{backend}]", "kernel alone", lambda: kernel(call))
     for peer in PEERS:

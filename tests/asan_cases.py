@@ -12,7 +12,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 def instruction_sets():
     """Those that this machine runs: the engine refuses the others."""
-    code = "from vdcore.backends._native import native; native().cpu_isa()"
+    code = "from vdcore.ops.native import native; native().cpu_isa()"
     for isa in INSTRUCTION_SETS:
         env = {**os.environ, "VDCORE_CPU_ISA": isa}
         if subprocess.run([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL).returncode == 0:
@@ -32,7 +32,7 @@ def main(build):
     import torch
 
     import vdcore
-    from vdcore.backends._native import native
+    from vdcore.ops.native import native
     from vdcore.testing import CASES, LAYOUTS, run
 
     assert str(Path(build).resolve()) in str(Path(native().__file__).resolve())

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vdcore
-from vdcore.backends import BACKENDS
-from vdcore.backends.cuda._common import emulated
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.cuda import emulated
 from vdcore.testing import CASES
 from vdcore.testing import check as check_all_draws
 

@@ -38,7 +38,7 @@ def test_every_instruction_set_of_this_machine(isa):
     """The same source compiled for another instruction set obeys the same rule."""
     code = """
 import torch
-from vdcore.backends._native import native
+from vdcore.ops.native import native
 try:
     native().cpu_isa()
 except ValueError as error:

@@ -5,7 +5,6 @@ differentiable and runs on the fastest backend that can run it exactly; :func:`e
 """
 
 from vdcore._version import __version__
-from vdcore.backends import BackendError, backends, calls, use_backend
 from vdcore.geometry import as_frames
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
@@ -22,6 +21,7 @@ from vdcore.ops import (
     unpatchify,
     video_attention,
 )
+from vdcore.ops.choose import BackendError, backends, calls, use_backend
 from vdcore.rope import Rope, axial_rope
 
 __all__ = [

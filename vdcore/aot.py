@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vdcore.ops  # noqa: F401  fills PREPARE
-from vdcore.backends.call import Call
-from vdcore.backends.triton import BACKEND
+import vdcore
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops._operator import PREPARE
+from vdcore.ops.call import Call
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.operator import capture
 from vdcore.rope import Rope
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -241,13 +241,12 @@ def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Any]:
     """What forward and backward of a call would launch."""
     from vdcore.kernels._launch import recording
 
-    call: Call = PREPARE[op](**args)
-    implementation = BACKEND.operators[op]
-    names = [name.rstrip("?") for name in call.TENSORS]
-    wanted = frozenset(n for n, x in zip(names, call.tensors()) if x is not None and x.requires_grad)
+    call: Call = capture(getattr(vdcore, op), **args)
+    implementation = BACKENDS["triton"].operators[op]
+    wanted = frozenset(n for n, x in zip(call.NAMES, call.tensors()) if x is not None and x.requires_grad)
     with torch.no_grad(), recording(arch) as launches:
         outputs = implementation.forward(call)
-        grads = tuple(torch.empty_like(x) if x.numel() else None for x in outputs)
+        grads = tuple(None if x is None else torch.empty_like(x) for x in outputs)
         assert implementation.backward is not None
         implementation.backward(call, outputs, grads, wanted)
     return launches

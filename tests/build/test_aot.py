@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.compile(
-    *("kernels/**/*.py", "vdcore/aot.py", "vdcore/ops/**/*.py", "vdcore/backends/**/*.py", "tests/build/compiled.py"),
+    *("kernels/**/*.py", "vdcore/aot.py", "vdcore/ops/**/*.py", "tests/build/compiled.py"),
     tools=["triton"],
 )
 

@@ -90,7 +90,7 @@ def test_a_named_backend_that_cannot_says_why():
 def test_a_named_backend_without_the_backward_raises_at_forward(monkeypatch):
     from dataclasses import replace
 
-    from vdcore.backends import BACKENDS
+    from vdcore.ops.choose import BACKENDS
 
     operators = dict(BACKENDS["cpu"].operators)
     operators["temporal_attention"] = replace(operators["temporal_attention"], backward=None)

@@ -5,7 +5,7 @@ import torch
 from support import FAST, on_backends, skip_unless_runs
 
 import vdcore
-from vdcore.ops._operator import PREPARE
+from vdcore.ops.operator import capture
 from vdcore.testing import CASES, cases_of, run
 
 # A contiguous tensor hides a fake that says empty_like; these layouts do not.
@@ -23,8 +23,8 @@ OPCHECKS = [
 @pytest.mark.parametrize("case,layout", OPCHECKS, ids=str)
 def test_opcheck(case, layout):
     inputs = case.inputs(torch.float32, requires_grad=True, layout=layout)
-    call = PREPARE[case.op](**inputs.args)
-    arguments = (*call.tensors(), *call.attributes(), True, "auto")
+    call = capture(getattr(vdcore, case.op), **inputs.args)
+    arguments = (*call.tensors(), *call.numbers(), True, "auto")
     torch.library.opcheck(getattr(torch.ops.vdcore, case.op).default, arguments)
 
 

@@ -6,8 +6,8 @@ Calls come from vdcore's own functions with checked arguments; here they go past
 import pytest
 import torch
 
-from vdcore.backends._native import native, why_no_native
-from vdcore.backends.cpu._arguments import capsule
+from vdcore.ops.native import capsule, native
+from vdcore.ops.native import missing as why_no_native
 
 pytestmark = pytest.mark.skipif(why_no_native() is not None, reason=str(why_no_native()))
 

@@ -9,7 +9,7 @@ import torch
 
 import vdcore
 from vdcore import FrameMask
-from vdcore.backends import BACKENDS
+from vdcore.ops.choose import BACKENDS
 
 pytestmark = pytest.mark.skipif(BACKENDS["cuda"].missing() is not None, reason=str(BACKENDS["cuda"].missing()))
 

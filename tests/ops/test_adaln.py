@@ -5,7 +5,7 @@ import torch
 from support import DTYPES
 
 import vdcore
-from vdcore.backends._native import why_no_native
+from vdcore.ops.native import missing as why_no_native
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

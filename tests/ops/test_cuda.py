@@ -8,8 +8,8 @@ from support import HALF
 
 import vdcore
 from vdcore import FrameMask, QKNorm, Rope
-from vdcore.backends import BACKENDS
-from vdcore.backends.cuda._common import emulated, kernels
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.cuda import emulated, kernels
 from vdcore.testing import LAYOUTS, Case, cases_of, check
 
 cuda = BACKENDS["cuda"]

@@ -6,10 +6,10 @@ from test_cuda import check_what_runs, qkv
 
 import vdcore
 from vdcore import FrameMask
-from vdcore.backends import BACKENDS
-from vdcore.backends.cuda._common import emulated, kernels
-from vdcore.backends.cuda.frame_attention import run_forward
-from vdcore.ops._operator import PREPARE
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.cuda import emulated, kernels
+from vdcore.ops.frame_attention.cuda import run_forward
+from vdcore.ops.operator import capture
 from vdcore.testing import LAYOUTS, Case, cases_of
 
 cuda = BACKENDS["cuda"]
@@ -119,7 +119,7 @@ def test_gate_in_the_epilogue(gate_shape):
     """out = gate * result + (1 - gate) * out, and the result itself beside it."""
     q, k, v = (randn(1, 2, 70, 2, 72) for _ in range(3))
     gate, other = torch.rand(gate_shape).to(device()), randn(1, 2, 70, 2, 72)
-    call = PREPARE["spatial_attention"](q, k, v)
+    call = capture(vdcore.spatial_attention, q, k, v)
     result, _ = cuda.operators["spatial_attention"].forward(call)
     out, kept = other.flatten(1, 2).clone(), torch.empty_like(result)
     run_forward(call, out, None, spatial=kept, gate=gate.expand(other.shape))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vdcore import FrameMask
-from vdcore.backends._native import native, why_no_native
-from vdcore.backends.call import mask_numbers
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.native import missing as why_no_native
+from vdcore.ops.native import native
 
 pytestmark = pytest.mark.skipif(why_no_native() is not None, reason=str(why_no_native()))
 

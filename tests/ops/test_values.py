@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import vdcore
 from vdcore import FrameMask, QKNorm, as_frames, axial_rope
-from vdcore.backends._native import native
-from vdcore.backends.call import mask_numbers
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.native import native
 from vdcore.testing import CASES
 
 numbers = st.one_of(st.none(), st.integers(0, 9))

@@ -51,7 +51,6 @@ def attention_override(
     else:
         q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     out = vdcore.cross_attention(q.unsqueeze(1), k, v, scale=kwargs.get("scale"))
-    assert isinstance(out, Tensor)
     out = out.squeeze(1)
     return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 

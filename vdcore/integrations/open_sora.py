@@ -115,7 +115,6 @@ def attend(block: Any, x: Tensor) -> Tensor:
         out = vdcore.temporal_attention(packed, norm=norm, rope=rope, scale=attn.scale)
     else:
         out = vdcore.spatial_attention(packed, norm=norm, rope=rope, scale=attn.scale)
-    assert isinstance(out, Tensor)
     return attn.proj_drop(attn.proj(out.flatten(-2)))
 
 

@@ -3,11 +3,10 @@
 A new operator joins every contract test by adding its cases to :data:`CASES`, and a new backend by existing.
 """
 
-from vdcore.testing.cases import CASES, Case, Inputs, cases_of
+from vdcore.testing.cases import CASES, TORCH_FORMS, Case, Inputs, cases_of
 from vdcore.testing.layouts import LAYOUTS, lay_out
 from vdcore.testing.run import Outcome, check, draws, judge, run, truth
 from vdcore.testing.tolerance import Errors, Ratio, error_ratio, errors, pooled, ratio, ulp
-from vdcore.testing.torch_forms import TORCH_FORMS
 
 __all__ = [
     "CASES",

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore.testing.cases import Case, Inputs
+from vdcore.testing.cases import TORCH_FORMS, Case, Inputs
 from vdcore.testing.layouts import lay_out
 from vdcore.testing.tolerance import Errors, Ratio, errors, pooled, ratio
-from vdcore.testing.torch_forms import TORCH_FORMS
 
 LEAST_DRAWS, MOST_DRAWS, LEAST_VALUES = 4, 16, 64
 # A gradient that is 0 but for float64's rounding (of q where a row sees one key, of a bias of all keys) has no scale of

@@ -142,7 +142,6 @@ def cross(
 ) -> Tensor:
     """Attention of tokens ``(B, N, H, D)`` to others ``(B, L, G, D)``."""
     out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths, norm=norm, scale=scale)
-    assert isinstance(out, Tensor)
     return out.squeeze(1)
 
 

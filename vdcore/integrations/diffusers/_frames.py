@@ -89,7 +89,6 @@ class SpatialAttention(Processor):
             return self.attend_normed(attn, q, k, v)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
         out = vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
-        assert isinstance(out, Tensor)
         return out
 
     def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
@@ -97,7 +96,6 @@ class SpatialAttention(Processor):
         q, k, v = project(attn, x)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
         out = vdcore.cross_attention(q, k.squeeze(1), v.squeeze(1), lengths=pairs.lengths, norm=norm)
-        assert isinstance(out, Tensor)
         padding = torch.arange(x.shape[2], device=x.device) >= pairs.lengths[:, None]
         seen = v[:, :, :1] if pairs.first else torch.zeros_like(v[:, :, :1])
         return torch.where(padding[:, None, :, None, None], seen, out)
@@ -147,7 +145,6 @@ class FrameSequenceAttention(SpatialAttention):
     def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, T, 1, H, D)
         out = vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
-        assert isinstance(out, Tensor)
         return out.transpose(1, 2)
 
 
@@ -166,7 +163,6 @@ def one_key_attention(attn: Any, context: Tensor) -> Tensor:
     """What every query gets from a context ``(B, 1, C)``: ``(B, 1, 1, C)``. The key stands in for the queries."""
     k, v = (heads(projection(context), attn.heads) for projection in (attn.to_k, attn.to_v))
     out = vdcore.cross_attention(k.unsqueeze(1), k, v)
-    assert isinstance(out, Tensor)
     return leave_projection(attn, out)
 
 

@@ -1,0 +1,131 @@
+"""The plan of the house (docs/design.md): who imports whom, and which files one call runs through."""
+
+import ast
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import torch
+
+import vdcore
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"vdcore": "vdcore", "kernels": "vdcore.kernels", "bench": "vdcore.bench"}
+VALUES = {"mask", "norm", "rope", "geometry", "extras"}
+# Layer of vdcore -> the layers that it may import, beside the value types; "vdcore" is the public names.
+LAYERS = {
+    "kernels": set(),
+    "ops": {"kernels"},
+    "vdcore": {"ops"},
+    "testing": {"vdcore", "ops"},
+    "aot": {"vdcore", "ops", "kernels"},
+    "video": set(),
+    "metrics": set(),
+    "models": {"vdcore", "ops"},
+    "diffusion": {"vdcore", "models", "video", "metrics"},
+    "integrations": {"vdcore", "models"},
+    "bench": {"vdcore", "ops", "testing", "models", "integrations", "aot"},
+    "demo": {"vdcore", "ops", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
+    "cli": {"vdcore", "bench", "demo", "diffusion", "testing", "models", "integrations", "aot"},
+}
+# Operator -> the operators that it may import.
+ROOMS = {
+    "qk_norm_rope": set(),
+    "temporal_attention": {"qk_norm_rope"},
+    "frame_attention": {"qk_norm_rope", "temporal_attention"},
+    "gated_attention": {"qk_norm_rope", "temporal_attention", "frame_attention"},
+    "cross_attention": {"qk_norm_rope", "temporal_attention", "frame_attention"},
+    "patchify": set(),
+    "adaln": set(),
+}
+# Files that use what another package calls private. It may only become shorter.
+PRIVATE_ELSEWHERE = {
+    ("vdcore.aot", "vdcore.kernels._launch"),
+    ("vdcore.ops.frame_attention.triton", "vdcore.kernels._frames"),
+    ("vdcore.ops.gated_attention.triton", "vdcore.kernels._frames"),
+    ("vdcore.ops.gated_attention.triton", "vdcore.kernels._gate"),
+}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for folder, package in PACKAGES.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = ast.parse(path.read_text())
+    return found
+
+
+def imports(node: ast.AST, *, inside_functions: bool = True):
+    """Pairs (module of ours, name taken from it or ""), without those for annotations alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.FunctionDef) and not inside_functions:
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, "") for alias in child.names if alias.name in modules())
+        elif isinstance(child, ast.ImportFrom) and child.module in modules():
+            for alias in child.names:
+                inner = f"{child.module}.{alias.name}"
+                yield (inner, "") if inner in modules() else (child.module, alias.name)
+        else:
+            yield from imports(child, inside_functions=inside_functions)
+
+
+def part(module: str, i: int) -> str:
+    return (module.split(".") + [""] * 3)[i]
+
+
+def test_layers_import_downward():
+    for module, tree in modules().items():
+        layer = part(module, 1) or "vdcore"
+        for target, _ in imports(tree):
+            other = part(target, 1) or "vdcore"
+            may = VALUES | LAYERS.get(layer, set()) | {layer}
+            assert other in may, f"{module} imports {target}: {layer} may import {sorted(may)}"
+
+
+def test_rooms_import_downward():
+    for module, tree in modules().items():
+        if not module.startswith("vdcore.ops."):
+            continue
+        room, may = part(module, 2), ROOMS.get(part(module, 2), set())
+        for target, _ in imports(tree):
+            other = part(target, 2)
+            if target.startswith("vdcore.ops.") and other in ROOMS and other != room:
+                assert other in may, f"{module} imports {target}: {room} may import {sorted(may)}"
+    assert set(ROOMS) == {path.parent.name for path in (ROOT / "vdcore/ops").glob("*/__init__.py")}
+
+
+def test_no_import_runs_in_a_circle():
+    trees = modules().items()
+    TopologicalSorter({m: {t for t, _ in imports(tree, inside_functions=False)} - {m} for m, tree in trees}).prepare()
+
+
+def test_nobody_takes_what_another_calls_private():
+    found = set()
+    for module, tree in modules().items():
+        for target, name in imports(tree):
+            package, _, last = target.rpartition(".")
+            assert not name.startswith("_") or name.startswith("__"), f"{module} takes {name} from {target}"
+            if last.startswith("_") and not module.startswith(package):
+                found.add((module, target))
+    assert found == PRIVATE_ELSEWHERE
+
+
+def test_files_of_one_call():
+    """The second call of temporal attention on the CPU runs through at most 7 files, value types aside."""
+    q = torch.randn(1, 4, 3, 2, 16)
+    vdcore.temporal_attention(q, q, q, backend="cpu")
+    files = set()
+    sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        vdcore.temporal_attention(q, q, q)
+    finally:
+        sys.setprofile(None)
+    walked = {Path(f).relative_to(ROOT) for f in files if Path(f).is_relative_to(ROOT / "vdcore")}
+    values = {Path("vdcore", f"{name}.py") for name in VALUES}
+    assert len(walked - values) <= 7, sorted(map(str, walked))

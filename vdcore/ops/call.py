@@ -1,0 +1,269 @@
+"""A call: what a backend is asked to do, checked and with all defaults filled in. One dataclass per operator.
+
+A call crosses a torch operator's boundary, which takes tensors and numbers only. How its fields do that follows from
+their types: every type has a :class:`Codec` in :data:`CODECS`. A new argument is one more field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class QKV(NamedTuple):
+    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; with ``packed``, views of that ``(B, T, S, 3, H, D)``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    packed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a field of one type becomes tensors and numbers, and is made of them again.
+
+    Args:
+        tensors: their names; ``{field}`` is the field's name and ``{prefix}`` what stands in it before its last word
+            (``text_`` of ``text_norm``). ``?``: may be None.
+        numbers: declarations of the others in a torch schema.
+        split: the field's tensors; None: it is one.
+        describe: the field's numbers; None: it is one.
+        build: the field, of its tensors and numbers; None: it is the one.
+    """
+
+    tensors: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    split: Callable[[Any], tuple[Tensor | None, ...]] | None = None
+    describe: Callable[[Any], tuple[Any, ...]] | None = None
+    build: Callable[..., Any] | None = None
+
+
+def _triple(optional: str) -> Codec:
+    def build(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Any:
+        return None if q is None else (q, k, v)
+
+    names = tuple(f"{{field}}_{x}{optional}" for x in "qkv")
+    return Codec(names, split=lambda x: (None, None, None) if x is None else x, build=build)
+
+
+def _qkv_tensors(x: QKV) -> tuple[Tensor | None, ...]:
+    return x[:3] if x.packed is None else (x.packed, None, None)
+
+
+def unpack(packed: Tensor) -> QKV:
+    q, k, v = packed.unbind(3)
+    return QKV(q, k, v, packed)
+
+
+def _build_qkv(q: Tensor, k: Tensor | None, v: Tensor | None) -> QKV:
+    return unpack(q) if k is None or v is None else QKV(q, k, v)
+
+
+_UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
+
+
+def mask_numbers(mask: FrameMask) -> list[int]:
+    """past, future (-1: all), chunk, sink."""
+    past, future = mask.past, mask.future
+    return [
+        -1 if past is None or past >= _UNBOUNDED else past,
+        -1 if future is None or future >= _UNBOUNDED else future,
+        min(mask.chunk, _UNBOUNDED),
+        min(mask.sink, _UNBOUNDED),
+    ]
+
+
+def _build_mask(numbers: list[int]) -> FrameMask:
+    past, future, chunk, sink = numbers
+    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink)
+
+
+def _norm_tensors(norm: QKNorm | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if norm is None else (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+
+
+def _norm_numbers(norm: QKNorm | None) -> tuple[str, float]:
+    return ("", 0.0) if norm is None else (f"{norm.kind}/{norm.over}", norm.eps)
+
+
+def _build_norm(q_weight: Any, k_weight: Any, q_bias: Any, k_bias: Any, name: Any, eps: float) -> QKNorm | None:
+    if not name:
+        return None
+    kind, over = name.split("/")
+    return QKNorm(q_weight, k_weight, kind, over, eps, q_bias, k_bias)
+
+
+CODECS: dict[Any, Codec] = {
+    Tensor: Codec(("{field}",)),
+    Tensor | None: Codec(("{field}?",)),
+    Triple: _triple(""),
+    Triple | None: _triple("?"),
+    QKV: Codec(("q", "k?", "v?"), split=_qkv_tensors, build=_build_qkv),
+    FrameMask: Codec(numbers=("int[] {field}",), describe=lambda x: (mask_numbers(x),), build=_build_mask),
+    QKNorm | None: Codec(
+        ("{prefix}q_weight?", "{prefix}k_weight?", "{prefix}q_bias?", "{prefix}k_bias?"),
+        ("str {field}", "float {field}_eps"),
+        _norm_tensors,
+        _norm_numbers,
+        _build_norm,
+    ),
+    Rope | None: Codec(
+        ("{prefix}cos?", "{prefix}sin?"),
+        ("str {field}",),
+        lambda x: (None, None) if x is None else (x.cos, x.sin),
+        lambda x: ("" if x is None else x.style,),
+        lambda cos, sin, style: Rope(cos, sin, style) if style else None,
+    ),
+    int: Codec(numbers=("SymInt {field}",)),
+    float: Codec(numbers=("float {field}",)),
+    bool: Codec(numbers=("bool {field}",)),
+    str: Codec(numbers=("str {field}",)),
+    tuple[int, int, int]: Codec(numbers=("SymInt[] {field}",), describe=lambda x: (list(x),), build=lambda x: tuple(x)),
+}
+
+
+@dataclass
+class Call:
+    """What all calls share; a subclass is a dataclass of the operator's arguments.
+
+    Args:
+        grad: gradients will be wanted, so that forward keeps what backward needs. Whoever runs the call says so.
+    """
+
+    op: ClassVar[str]  # the public function
+    OUTPUTS: ClassVar[int] = 1
+    SAVES_OUTPUTS: ClassVar[bool] = False
+    PASSED: ClassVar[dict[str, int]] = {}  # tensor -> output whose gradient is the tensor's: no backend is asked for it
+
+    NAMES: ClassVar[tuple[str, ...]]  # of the tensors
+    SCHEMA: ClassVar[tuple[str, ...]]  # declarations: of the tensors, then of the numbers
+    _build: ClassVar[Callable[..., Any]]
+
+    grad: bool = field(init=False, default=False)
+
+    def __init_subclass__(cls) -> None:
+        """Names, schema, ``tensors``, ``numbers`` and ``build`` from the fields, as dataclass makes ``__init__``."""
+        hints = get_type_hints(cls)
+        tensors: list[str] = []
+        numbers: list[str] = []
+        split, describe, build = [], [], []
+        here: dict[str, Any] = {"cls": cls}
+        for name, kind in hints.items():
+            if name == "grad" or get_origin(kind) is ClassVar:
+                continue
+            codec = CODECS[kind]
+            here |= {f"split_{name}": codec.split, f"describe_{name}": codec.describe, f"build_{name}": codec.build}
+            values = [f"tensors[{len(tensors) + i}]" for i in range(len(codec.tensors))]
+            values += [f"numbers[{len(numbers) + i}]" for i in range(len(codec.numbers))]
+            build.append(f"build_{name}({', '.join(values)})" if codec.build else values[0])
+            if codec.tensors:
+                split.append(f"*split_{name}(self.{name})" if codec.split else f"self.{name}")
+            if codec.numbers:
+                describe.append(f"*describe_{name}(self.{name})" if codec.describe else f"self.{name}")
+            parts = {"field": name, "prefix": name[: name.rfind("_") + 1]}
+            tensors += [text.format(**parts) for text in codec.tensors]
+            numbers += [text.format(**parts) for text in codec.numbers]
+        cls.NAMES = tuple(name.rstrip("?") for name in tensors)
+        cls.SCHEMA = tuple(f"Tensor{'?' if x.endswith('?') else ''} {x.rstrip('?')}" for x in tensors) + tuple(numbers)
+
+        def function(arguments: str, result: str) -> Callable[..., Any]:
+            return eval(f"lambda {arguments}: {result}", here)
+
+        for name, method in {
+            "tensors": function("self", f"({''.join(f'{x}, ' for x in split)})"),
+            "numbers": function("self", f"({''.join(f'{x}, ' for x in describe)})"),
+            "_build": staticmethod(function("tensors, numbers", f"cls({', '.join(build)})")),
+        }.items():
+            setattr(cls, name, method)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of ``NAMES``."""
+        raise NotImplementedError
+
+    def numbers(self) -> tuple[Any, ...]:
+        """All that is no tensor, in the order of ``SCHEMA``."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, tensors: tuple[Any, ...], numbers: tuple[Any, ...], grad: bool) -> Any:
+        """The call that these came from."""
+        call = cls._build(tensors, numbers)
+        call.grad = grad
+        return call
+
+    @property
+    def main(self) -> Tensor:
+        """The first tensor: its device and dtype are the call's."""
+        x = self.tensors()[0]
+        assert x is not None
+        return x
+
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to compute with: no kernel need know what to do then."""
+        return self.main.numel() == 0
+
+    def empty_outputs(self) -> tuple[Tensor | None, ...]:
+        """What forward fills: contiguous, whatever the strides of the inputs; None where it is not wanted."""
+        raise NotImplementedError
+
+
+def empty(like: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Contiguous; half the time of :func:`empty`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class AttentionCall(Call):
+    """Attention of q to k and v: out, and lse where it is asked for or needed by backward."""
+
+    OUTPUTS: ClassVar[int] = 2
+    SAVES_OUTPUTS: ClassVar[bool] = True
+
+    qkv: QKV
+    mask: FrameMask
+    q_start: int
+    lengths: Tensor | None
+    scale: float
+    norm: QKNorm | None
+    rope: Rope | None
+    return_lse: bool
+
+    @property
+    def q(self) -> Tensor:
+        return self.qkv.q
+
+    @property
+    def k(self) -> Tensor:
+        return self.qkv.k
+
+    @property
+    def v(self) -> Tensor:
+        return self.qkv.v
+
+    @property
+    def packed(self) -> Tensor | None:
+        return self.qkv.packed
+
+    @property
+    def is_empty(self) -> bool:
+        return self.qkv.q.numel() == 0 or self.qkv.k.numel() == 0

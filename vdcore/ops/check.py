@@ -1,0 +1,207 @@
+"""Argument checks: one wording for every error. Each names operator, argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.ops.call import QKV, unpack
+from vdcore.rope import Rope
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def wrong(op: str, name: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"{op}: {name} must be {expected}, got {got}")
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def check_tensor(op: str, name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    return x
+
+
+def check_main(op: str, name: str, x: Any, dims: str) -> Tensor:
+    """A floating tensor of as many dimensions as ``dims`` names, e.g. ``"(B, T, S, H, D)"``."""
+    check_tensor(op, name, x)
+    check_dims(op, name, x, dims)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    return x
+
+
+def check_dims(op: str, name: str, x: Tensor, dims: str) -> None:
+    if x.ndim != dims.count(",") + 1:
+        wrong(op, name, dims, shape_of(x))
+
+
+def check_like(op: str, name: str, x: Any, main: Tensor, main_name: str, *, or_float32: bool = False) -> Tensor:
+    """On the main tensor's device and in its dtype, or in float32 as well."""
+    check_tensor(op, name, x)
+    if x.device != main.device:
+        wrong(op, name, f"on {main_name}'s device {main.device}", x.device)
+    if x.dtype != main.dtype and not (or_float32 and x.dtype == torch.float32):
+        expected = f"{main.dtype}, as {main_name}" + (", or torch.float32" if or_float32 else "")
+        raise TypeError(f"{op}: {name} must be {expected}, got {x.dtype}")
+    return x
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], dims: str) -> None:
+    if x.shape != tuple(shape):
+        wrong(op, name, f"{dims} = {tuple(shape)}", shape_of(x))
+
+
+def check_attention(
+    op: str, q: Any, k: Any, v: Any, mask: Any, q_start: Any, lengths: Any, scale: Any, norm: Any, rope: Any
+) -> tuple[QKV, FrameMask, int, Tensor | None, float, QKNorm | None, Rope | None]:
+    """The arguments of an :class:`AttentionCall`, checked, in its order, with all defaults filled in."""
+    qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
+    q = qkv.q
+    B, T, S, H, D = q.shape
+    _, T_k, _, G, _ = qkv.k.shape
+    if not isinstance(mask, FrameMask):
+        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    if q_start is None:
+        q_start = max(T_k - T, 0)
+    else:
+        check_start(op, "q_start", q_start)
+    lengths = check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
+    norm = check_norm(op, norm, q, H, G, D)
+    rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
+    return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
+
+
+def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
+    """q ``(B, T, S, H, D)`` with k and v ``(B, T_k, S, G, D)``, or q packed ``(B, T, S, 3, H, D)``."""
+    names = prefix + "q", prefix + "k", prefix + "v"
+    check_tensor(op, names[0], q)
+    if k is None or v is None:
+        if k is not None or v is not None:
+            wrong(op, f"{names[1]} and {names[2]}", f"both given, or neither with {names[0]} packed", "one of them")
+        check_main(op, names[0], q, "(B, T, S, 3, H, D)")
+        if q.shape[3] != 3:
+            wrong(op, names[0], "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
+        return unpack(unit_stride(q))
+    check_main(op, names[0], q, "(B, T, S, H, D)")
+    if not _alike(q, k, v):
+        for name, x in ((names[1], k), (names[2], v)):
+            check_like(op, name, x, q, names[0])
+            check_dims(op, name, x, "(B, T_k, S, G, D)")
+        B, _, S, H, D = q.shape
+        _, T_k, _, G, _ = k.shape
+        check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
+        check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
+        check_groups(op, names[1], G, H)
+    return QKV(unit_stride(q), unit_stride(k), unit_stride(v))
+
+
+def _alike(x: Tensor, *others: Any) -> bool:
+    """Tensors of one shape, dtype and device: most calls, and soon seen."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for y in others:
+        if not isinstance(y, Tensor) or y.shape != shape or y.dtype != dtype or y.device != device:
+            return False
+    return True
+
+
+def check_groups(op: str, name: str, G: int, H: int) -> None:
+    if (G == 0 and H != 0) or (G != 0 and H % G):
+        wrong(op, name, f"given with a number of heads G that divides H = {H}", f"G = {G}")
+
+
+def check_norm(op: str, norm: Any, q: Tensor, H: int, G: int, D: int, *, name: str = "norm") -> QKNorm | None:
+    if norm is None:
+        return None
+    if not isinstance(norm, QKNorm):
+        raise TypeError(f"{op}: {name} must be a QKNorm or None, got {type(norm).__name__}")
+    for field, heads, letter in (("q_weight", H, "H"), ("k_weight", G, "G"), ("q_bias", H, "H"), ("k_bias", G, "G")):
+        x = getattr(norm, field)
+        if x is None:
+            continue
+        check_like(op, f"{name}.{field}", x, q, "q", or_float32=True)
+        if norm.over == "head":
+            check_shape(op, f"{name}.{field}", x, (D,), "(D,)")
+        else:
+            check_shape(op, f"{name}.{field}", x, (heads * D,), f"({letter}*D,)")
+    return norm
+
+
+def check_rope(
+    op: str, rope: Any, q: Tensor, frames: int, S: int, H: int, G: int, D: int, *, name: str = "rope"
+) -> Rope | None:
+    """``frames``: rows the table must have, unless it has one for all."""
+    if rope is None:
+        return None
+    if not isinstance(rope, Rope):
+        raise TypeError(f"{op}: {name} must be a Rope or None, got {type(rope).__name__}")
+    for field in ("cos", "sin"):
+        check_like(op, f"{name}.{field}", getattr(rope, field), q, "q", or_float32=True)
+    shape = rope.cos.shape
+    if shape[0] != 1 and shape[0] < frames:
+        wrong(op, f"{name}.cos", f"a table of 1 or at least {frames} frames", shape_of(rope.cos))
+    if shape[1] not in (1, S):
+        wrong(op, f"{name}.cos", f"a table of 1 or S = {S} tokens", shape_of(rope.cos))
+    if len(shape) == 4 and (shape[2] != H or G != H):
+        wrong(op, f"{name}.cos", f"a table of H = {H} heads, and G = H", f"{shape_of(rope.cos)} with G = {G}")
+    if 2 * shape[-1] > D:
+        wrong(op, f"{name}.cos", f"a table of at most D/2 = {D // 2} pairs", shape_of(rope.cos))
+    if rope.cos.stride(-1) == 1 and rope.sin.stride(-1) == 1:
+        return rope
+    return Rope(rope.cos.contiguous(), rope.sin.contiguous(), rope.style)
+
+
+def check_lengths(
+    op: str, name: str, lengths: Any, shape: Sequence[Sequence[int]], dims: str, main: Tensor
+) -> Tensor | None:
+    """Integer tensor of one of the shapes."""
+    if lengths is None:
+        return None
+    check_tensor(op, name, lengths)
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, got {lengths.dtype}")
+    if tuple(lengths.shape) not in [tuple(s) for s in shape]:
+        wrong(op, name, f"{dims} = {' or '.join(str(tuple(s)) for s in shape)}", shape_of(lengths))
+    if lengths.device != main.device:
+        wrong(op, name, f"on q's device {main.device}", lengths.device)
+    return lengths
+
+
+def check_scale(op: str, scale: Any, D: int) -> float:
+    if scale is None:
+        return D**-0.5 if D else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
+    return float(scale)
+
+
+def check_start(op: str, name: str, start: Any) -> None:
+    if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(start).__name__}")
+    if start < 0:
+        wrong(op, name, "at least 0", start)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself, or its copy where the innermost stride is not 1."""
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the autocast dtype of their device, where autocast is on; float64 stays."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )

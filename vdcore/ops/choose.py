@@ -1,0 +1,194 @@
+"""Choosing a backend: data, not code. Every backend says why it cannot run a call; `auto` takes the first that can.
+
+Operators enter what runs them in the backends' tables (:func:`vdcore.ops.operator.register`); this file imports none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vdcore.ops import cuda, native, triton
+from vdcore.ops.call import Call
+
+Gradients = dict[str, Tensor]  # by tensor name
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the call; the message says why."""
+
+
+def always(call: Any) -> None:
+    """No objection."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator of one backend.
+
+    Args:
+        forward: ``forward(call)`` returns what ``call.empty_outputs()`` would, filled.
+        backward: ``backward(call, outputs, grads, wanted)``, with ``outputs`` what forward returned, where the call
+            saves it, and ``grads`` their gradients or None, returns contiguous gradients for at least the ``wanted``
+            tensors. None: there is no backward.
+        why_not: the reason why a call cannot run, forward or backward, or None.
+        why_not_backward: a reason that holds for backward alone.
+    """
+
+    forward: Callable[[Any], tuple[Tensor | None, ...]]
+    backward: Callable[[Any, Any, tuple[Tensor | None, ...], frozenset[str]], Gradients] | None = None
+    why_not: Callable[[Any], str | None] = always
+    why_not_backward: Callable[[Any], str | None] = always
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations; ``missing()`` is the reason why none can run on this machine, or None."""
+
+    name: str
+    missing: Callable[[], str | None]
+    operators: dict[str, Implementation] = field(default_factory=dict)
+
+    def why_not(self, call: Call, direction: str = "fwd") -> str | None:
+        """The reason why this call cannot run here, or None. ``direction``: ``"fwd"`` or ``"bwd"``."""
+        reason = self.missing()
+        if reason is not None:
+            return reason
+        implementation = self.operators.get(call.op)
+        if implementation is None:
+            return f"the {self.name} backend has no {call.op}"
+        if direction == "bwd" and implementation.backward is None:
+            return f"the {self.name} backend has no backward of {call.op}"
+        reason = implementation.why_not(call)
+        if reason is None and direction == "bwd":
+            reason = implementation.why_not_backward(call)
+        return reason
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", lambda: None),
+        Backend("cpu", native.missing),
+        Backend("triton", triton.missing),
+        Backend("cuda", cuda.missing),
+        Backend("sdpa", lambda: None),
+    )
+}
+
+# The order in which `auto` tries. Reasons are measured: bench/results says where.
+ORDER: dict[str, tuple[str, ...]] = {
+    # The native engine is ahead of torch's attention on every shape it serves.
+    "cpu": ("cpu", "sdpa", "reference"),
+    # The CUDA kernels come after Triton's until rows in bench/results say otherwise: none has run on a GPU yet.
+    "cuda": ("triton", "cuda", "sdpa", "reference"),
+}
+
+
+class _Chosen(threading.local):
+    """What `use_backend` chose in this thread. Not a ContextVar: torch.compile can guard on this, and not on that."""
+
+    name: str = ""
+
+
+_chosen = _Chosen()
+
+
+def check_name(name: str, what: str = "backend") -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{what} must be one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
+    return name
+
+
+_environment = check_name(os.environ.get("VDCORE_BACKEND") or "auto", "VDCORE_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Calls of this thread inside the block run on the named backend, unless they name one themselves.
+
+    ``"auto"`` lets vdcore choose. The environment variable ``VDCORE_BACKEND`` does the same for a whole process.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    before = _chosen.name
+    _chosen.name = check_name(name)
+    try:
+        yield
+    finally:
+        _chosen.name = before
+
+
+def requested(backend: str | None) -> str:
+    """The name asked for: by the call, by ``use_backend``, by ``VDCORE_BACKEND``, in this order; else ``"auto"``."""
+    if backend is not None:
+        return check_name(backend)
+    return _chosen.name or _environment
+
+
+def candidates(call: Call) -> tuple[str, ...]:
+    x = call.main
+    return ORDER["cpu"] if x.is_cpu else ORDER.get(x.device.type, ("reference",))
+
+
+def choose(call: Call, direction: str, backend: str) -> str:
+    """The name of the backend that will run this direction of the call.
+
+    Raises:
+        BackendError: if the backend was named and cannot.
+    """
+    if backend != "auto":
+        reason = BACKENDS[backend].why_not(call, direction)
+        if reason is not None:
+            what = call.op if direction == "fwd" else f"the backward of {call.op}"
+            raise BackendError(f"{call.op}: backend {backend!r} cannot run {what}: {reason}")
+        return backend
+    for name in candidates(call):
+        if BACKENDS[name].why_not(call, direction) is None:
+            return name
+    raise BackendError(f"{call.op}: no backend can run this call: {reasons(call)}")
+
+
+def implementation(call: Call, name: str) -> Implementation:
+    """What runs the call on the backend. An empty call is everywhere the reference's, which has nothing to do."""
+    return BACKENDS["reference" if call.is_empty else name].operators[call.op]
+
+
+def reasons(call: Call) -> list[tuple[str, str | None]]:
+    """Every backend with the reason why it cannot run the call, the usable ones first, in the order of `auto`."""
+    tried = candidates(call)
+    names = [*tried, *(name for name in BACKENDS if name not in tried)]
+    found = [
+        (name, BACKENDS[name].why_not(call) or (call.grad and BACKENDS[name].why_not(call, "bwd")) or None)
+        for name in names
+    ]
+    return sorted(found, key=lambda pair: pair[1] is not None)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it is usable on this machine and else the reason why it is not."""
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+_calls: Counter[tuple[str, str, str]] = Counter()
+_calls_lock = threading.Lock()
+
+
+def record(op: str, backend: str, direction: str) -> None:
+    with _calls_lock:
+        _calls[op, backend, direction] += 1
+
+
+def calls() -> Counter[tuple[str, str, str]]:
+    """How many calls each backend has served in this process so far, by ``(operator, backend, "fwd" or "bwd")``."""
+    with _calls_lock:
+        return Counter(_calls)

@@ -1,0 +1,89 @@
+"""Cross attention: frame attention whose key frames are prompts, one for all frames or one a frame."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.ops.call import empty_like
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
+from vdcore.ops.triton import why_not, why_not_head, why_not_tokens
+
+if TYPE_CHECKING:
+    from vdcore.ops.cross_attention import CrossCall
+
+
+def _why_not(c: CrossCall) -> str | None:
+    return why_not(c.q) or why_not_head(c.q) or why_not_tokens(c.q) or why_not_norm(c.q, c.k, c.norm)
+
+
+def _prompts(c: CrossCall) -> tuple[Tensor, Tensor, Tensor | None, FrameMask]:
+    """k and v ``(B, 1 or T, L, G, D)``, lengths ``(B, 1 or T)``, and which prompt a frame sees."""
+    B, T = c.q.shape[:2]
+    k, v = (x if x.ndim == 5 else x.unsqueeze(1) for x in (c.k, c.v))
+    lengths = None if c.lengths is None else c.lengths.reshape(B, -1)
+    if k.shape[1] != 1 or (lengths is not None and lengths.shape[1] != 1):
+        k, v = (x.expand(B, T, *x.shape[2:]) for x in (k, v))
+        lengths = None if lengths is None else lengths.expand(B, T)
+    mask = FrameMask.full() if k.shape[1] == 1 else FrameMask.same_frame()
+    return k, v, None if lengths is None else lengths.contiguous(), mask
+
+
+def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[str, Any]:
+    from vdcore.kernels.frame_attention import Lengths
+
+    return {
+        **{"mask": mask, "q_start": 0, "lengths": Lengths(None, lengths, None)},
+        **{"text_first": False, "text_sees": False, "factor": c.scale},
+    }
+
+
+def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
+    from vdcore.kernels.frame_attention import frame_forward
+
+    out, lse = c.empty_outputs()
+    k, v, lengths, mask = _prompts(c)
+    q, k = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
+    frame_forward(q, k, v, None, out, lse, **_arguments(c, lengths, mask))
+    return out, lse
+
+
+def _backward(
+    c: CrossCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    from vdcore.kernels.frame_attention_backward import frame_backward
+
+    out, lse = outputs
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
+    dlse = None if grads[1] is None else grads[1].contiguous()
+    k, v, lengths, mask = _prompts(c)
+    q_seen, k_seen = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
+    # One prompt that frames see differently much of: its gradients are summed over frames.
+    shared = c.k.shape[:-2] != k.shape[:-2] and k.shape[1] > 1
+    dq = empty_like(c.q)
+    dk, dv = (torch.empty(k.shape, dtype=torch.float32 if shared else k.dtype, device=k.device) for _ in range(2))
+    frame_backward(
+        *(q_seen, k_seen, v, None, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv), None),
+        **_arguments(c, lengths, mask),
+    )
+    found: Gradients = {"q": dq, "k": dk, "v": dv}
+    if c.norm is not None:
+        L = k.shape[2]
+        live_q = live_k = None
+        if lengths is not None:
+            live_q = (lengths > 0).to(torch.int8).expand(c.q.shape[:2])
+            live_k = (torch.arange(L, device=k.device) < lengths[..., None]).to(torch.int8)
+        norm_rope_gradients(found, c.q, dq, c.norm, "q", None, 0, wanted, live=live_q)
+        norm_rope_gradients(found, k, dk, c.norm, "k", None, 0, wanted, live=live_k)
+    for name in ("k", "v"):
+        dx = found[name]
+        found[name] = (dx.sum(1) if shared else dx).reshape(c.k.shape)
+    return found
+
+
+CROSS = Implementation(_forward, _backward, _why_not)

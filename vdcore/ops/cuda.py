@@ -1,0 +1,130 @@
+"""The CUDA kernels: their module, what it can run, and arguments as it takes them.
+
+They run on a GPU, or on CPU tensors under their emulator, which is for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.norm import QKNorm
+from vdcore.ops.native import KINDS, STYLES, capsule
+from vdcore.rope import Rope
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+ROW_BYTES = 16  # a row starts at a multiple of this: what a lane loads
+HOW_TO_BUILD = (
+    "`make cuda` builds it in a checkout, VDCORE_CUDA=ON in an installation (unasked, where there are a GPU and nvcc)"
+)
+
+
+@cache
+def emulated() -> bool:
+    """``VDCORE_CUDA_EMULATE=1``: kernels run on CPU tensors, thread by thread; in development installs, for tests."""
+    return os.environ.get("VDCORE_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    name = "vdcore._cuda_emulated" if emulated() else "vdcore._cuda"
+    try:
+        return importlib.import_module(name), None
+    except ModuleNotFoundError:
+        how = "`make build` does that in a checkout" if emulated() else HOW_TO_BUILD
+        return None, f"{name} is not built: {how}"
+    except ImportError as error:
+        return None, f"{name} cannot be loaded: {error}"
+
+
+@cache
+def missing() -> str | None:
+    """The reason why no kernel can run on this machine, or None."""
+    reason = _load()[1]
+    return kernels().cuda_missing() if reason is None else reason
+
+
+def kernels() -> ModuleType:
+    """The module with the kernels; only after :func:`missing` has returned None."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def stream(x: Tensor) -> int:
+    """The caller's stream on the tensor's device."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def why_not(x: Tensor) -> str | None:
+    """Objections to a device, a dtype and a head dim."""
+    device = "cpu" if emulated() else "cuda"
+    if x.device.type != device:
+        return f"it runs on {device} tensors, and these are on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it has no {x.dtype}"
+    D = x.shape[-1]
+    if D % 8 or D > MAX_HEAD_DIM:
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {D}"
+    return None
+
+
+def aligned(x: Tensor) -> bool:
+    """Rows lie dense, and start at multiples of 16 bytes."""
+    if not x.numel():
+        return True
+    each = ROW_BYTES // x.element_size()
+    if x.stride(-1) != 1 or x.data_ptr() % ROW_BYTES:
+        return False
+    return all(stride % each == 0 for stride, size in zip(x.stride()[:-1], x.shape) if size > 1)
+
+
+def why_not_rows(**tensors: Tensor) -> str | None:
+    for name, x in tensors.items():
+        if not aligned(x):
+            return f"rows must start at multiples of {ROW_BYTES} bytes; {name} has strides {tuple(x.stride())}"
+    return None
+
+
+def why_not_norm(norm: QKNorm | None) -> str | None:
+    return "it has no norm over all heads" if norm is not None and norm.over == "all" else None
+
+
+def rows(x: Tensor) -> Tensor:
+    """An incoming gradient as kernels read it: copied where its rows are not dense and aligned."""
+    return x if aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.detach().to(torch.float32).contiguous()
+    return x if x.data_ptr() % ROW_BYTES == 0 else x.clone()
+
+
+class NormRope:
+    """Norm and rope as the module takes them. Keeps alive what it points to."""
+
+    def __init__(self, norm: QKNorm | None, rope: Rope | None) -> None:
+        self.norm: Any = None
+        self.rope: Any = None
+        if norm is not None:
+            self.weights = [_floats(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
+            self.norm = (KINDS[norm.kind], norm.eps, *map(capsule, self.weights))
+        if rope is not None:
+            tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+            self.tables = [_floats(x) for x in tables]
+            self.rope = (STYLES[rope.style], *map(capsule, self.tables))
+
+
+def int64(lengths: Tensor | None) -> Tensor | None:
+    """As kernels read lengths, which may be int32."""
+    return None if lengths is None else lengths.to(torch.int64).contiguous()

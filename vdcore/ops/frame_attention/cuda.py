@@ -1,0 +1,88 @@
+"""Spatial and video attention on Hopper, forward: csrc/cuda/frame_attention_sm90.cuh.
+
+Norm and rope take a pass of their own before, because the kernel reads every key many times.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vdcore.ops.call import mask_numbers
+from vdcore.ops.choose import Implementation
+from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.native import capsule
+from vdcore.ops.qk_norm_rope.cuda import seen_by_scores
+
+if TYPE_CHECKING:
+    from vdcore.ops.frame_attention import VideoCall
+
+MAX_HEAD_DIM = 128
+_CAPABILITY = (9, 0)  # wgmma is for this one alone
+
+
+def _why_not_strides(**tensors: Tensor) -> str | None:
+    """What a tensor map cannot hold: a step of 0, as an expanded tensor has it."""
+    for name, x in tensors.items():
+        if any(stride == 0 for stride, size in zip(x.stride(), x.shape) if size > 1):
+            return f"it steps through memory, and {name} is expanded: strides {tuple(x.stride())}"
+    return why_not_rows(**tensors)
+
+
+def _why_not(c: VideoCall) -> str | None:
+    reason = why_not(c.q) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
+    if reason is not None:
+        return reason
+    if c.q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {c.q.shape[-1]}"
+    if c.q.is_cuda and torch.cuda.get_device_capability(c.q.device) != _CAPABILITY:
+        return "it is for GPUs of compute capability 9.0"
+    if max(c.k.shape[1], c.q_start + c.q.shape[1]) * c.q.shape[2] + c.rows >= 2**31 - 2**10:
+        return "it counts the tokens of a sample in 32 bits"
+    text = {} if c.text is None else dict(zip(("text_q", "text_k", "text_v"), (_as_frame(x) for x in c.text)))
+    return _why_not_strides(q=c.q, k=c.k, v=c.v, **text)
+
+
+def _as_frame(text: Tensor) -> Tensor:
+    """Text ``(B, L, heads, D)`` as one frame."""
+    return text.unsqueeze(1)
+
+
+def run_forward(
+    c: VideoCall,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    spatial: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    """Fills out and lse; with a gate ``out = gate * result + (1 - gate) * out``, and ``spatial`` gets the result."""
+    q, k = seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope)
+    text: tuple[Tensor, ...] = ()
+    if c.text is not None:
+        text_q, text_k, text_v = (_as_frame(x) for x in c.text)
+        text = (seen_by_scores(text_q, c.text_norm, "q"), seen_by_scores(text_k, c.text_norm, "k"), text_v)
+    if c.scale < 0:
+        q, text = -q, (-text[0], *text[1:]) if text else text
+    # Not quite 0: a maximum of -inf is multiplied by it.
+    exponent = max(abs(c.scale), 1e-30) / math.log(2)
+    video = q.shape[1] * q.shape[2]
+    lengths, text_lengths = int64(c.lengths), int64(c.text_lengths)
+    kernels().cuda_frame_attention_forward(
+        *(c.op, [capsule(x) for x in (q, k, c.v)], [capsule(x) for x in text], capsule(out), capsule(lse)),
+        *(capsule(lengths), capsule(text_lengths)),
+        *(c.rows - video if c.text_first else 0, 0 if c.text_first else video, mask_numbers(c.mask), c.q_start),
+        *(c.text_sees == "all", exponent, capsule(gate), capsule(spatial), stream(q)),
+    )
+
+
+def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
+    out, lse = c.empty_outputs()
+    run_forward(c, out, lse)
+    return out, lse
+
+
+FRAMES = Implementation(_forward, None, _why_not)

@@ -1,0 +1,94 @@
+"""Spatial and video attention: kernels/frame_attention.py and kernels/frame_attention_backward.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vdcore.ops.call import empty_like
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
+from vdcore.ops.triton import qkv_gradients, why_not, why_not_head, why_not_tokens
+
+if TYPE_CHECKING:
+    from vdcore.ops.frame_attention import VideoCall
+
+
+def _frame_why_not(c: VideoCall) -> str | None:
+    norms = why_not_norm(c.q, c.k, c.norm) or (c.text and why_not_norm(c.text[0], c.text[1], c.text_norm)) or None
+    return why_not(c.q) or why_not_head(c.q) or why_not_tokens(c.q, c.k) or norms
+
+
+def _as_frames(text: Tensor) -> Tensor:
+    """Text ``(B, L, heads, D)`` as frames of one token."""
+    return text.unsqueeze(2)
+
+
+def _frame_arguments(c: VideoCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """q, k, v and text as the scores see them, and what else the kernels take."""
+    from vdcore.kernels.frame_attention import Lengths
+
+    text = None
+    if c.text is not None:
+        q, k = (seen_by_scores(_as_frames(x), c.text_norm, role, None).squeeze(2) for role, x in zip("qk", c.text))
+        text = (q, k, c.text[2])
+    seen = (seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope), c.v, text)
+    return seen, {
+        **{"mask": c.mask, "q_start": c.q_start, "lengths": Lengths(c.lengths, None, c.text_lengths)},
+        **{"text_first": c.text_first, "text_sees": c.text_sees == "all", "factor": c.scale},
+    }
+
+
+def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
+    from vdcore.kernels.frame_attention import frame_forward
+
+    out, lse = c.empty_outputs()
+    seen, more = _frame_arguments(c)
+    frame_forward(*seen, out, lse, **more)
+    return out, lse
+
+
+def _frame_backward(
+    c: VideoCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    from vdcore.kernels._frames import live_frames
+    from vdcore.kernels.frame_attention_backward import frame_backward
+
+    out, lse = outputs
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
+    dlse = None if grads[1] is None else grads[1].contiguous()
+    seen, more = _frame_arguments(c)
+    found, gradients = qkv_gradients(c)
+    text_gradients: Any = None
+    if c.text is not None:
+        text_gradients = tuple(empty_like(x) for x in c.text)
+        found |= dict(zip(("text_q", "text_k", "text_v"), text_gradients))
+    # Gradients of what the kernels see; a norm or rope takes those of q and k further.
+    filled = [empty_like(x) if c.norm or c.rope else dx for x, dx in zip((c.q, c.k), gradients)]
+    filled_text: Any = text_gradients
+    if c.text_norm is not None:
+        filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
+    frame_backward(*seen, out, lse, dout, dlse, (*filled, gradients[2]), filled_text, **more)
+    if c.norm or c.rope:
+        text = 0 if c.text is None else c.text[0].shape[1]
+        text_args = {"text": text, "text_lengths": c.text_lengths, "text_sees": bool(text) and c.text_sees == "all"}
+        live = live_frames(c.q, c.k, mask=c.mask, q_start=c.q_start, lengths=c.lengths, **text_args)
+        for i, (role, x, start) in enumerate((("q", c.q, c.q_start), ("k", c.k, 0))):
+            where = {"dx": gradients[i], "live": live[i], "keep": c.packed is None}
+            norm_rope_gradients(found, x, filled[i], c.norm, role, c.rope, start, wanted, **where)
+    if c.text is not None and c.text_norm is not None:
+        live_text = None
+        if c.text_lengths is not None:
+            live_text = (torch.arange(c.text[0].shape[1], device=c.q.device) < c.text_lengths[:, None]).to(torch.int8)
+        for i, role in enumerate("qk"):
+            x, dy, dx = (_as_frames(y) for y in (c.text[i], filled_text[i], text_gradients[i]))
+            norm_rope_gradients(
+                found, x, dy, c.text_norm, role, None, 0, wanted, prefix="text_", keep=False, dx=dx, live=live_text
+            )
+    return found
+
+
+FRAMES = Implementation(_frame, _frame_backward, _frame_why_not)

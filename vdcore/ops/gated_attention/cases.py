@@ -1,0 +1,74 @@
+"""Gated attention's cases, and PyTorch's form of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.ops.cases import Attend, case, with_each
+from vdcore.ops.frame_attention.cases import video_form
+from vdcore.ops.temporal_attention.cases import temporal_form
+from vdcore.rope import Rope
+
+if TYPE_CHECKING:
+    from vdcore.testing.cases import Draw
+
+
+@case("gated_attention", "plain", "plain", "layout")
+def _(d: Draw) -> dict[str, Any]:
+    spatial, temporal = (tuple(d.qkv(2, 4, 9, 2, 24, prefix=p).values()) for p in ("", "temporal_"))
+    return {"spatial": spatial, "temporal": temporal, "gate": d("gate", 2, 1, 9, 2, 1, around=0.5, spread=0.2)}
+
+
+@case("gated_attention", "shared tensors, scalar gate")
+def _(d: Draw) -> dict[str, Any]:
+    qkv = tuple(d.qkv(1, 5, 6, 3, 16).values())
+    return {"spatial": qkv, "temporal": qkv, "gate": d.leaf("gate", torch.tensor(0.3)), "mask": FrameMask.causal()}
+
+
+@case("gated_attention", "norm, rope, lengths", "norm_rope", "masked")
+def _(d: Draw) -> dict[str, Any]:
+    spatial = tuple(d.qkv(2, 4, 5, 4, 16, G=2).values())
+    temporal = tuple(d.qkv(2, 4, 5, 4, 16, prefix="temporal_").values())
+    return {
+        "spatial": spatial,
+        "temporal": temporal,
+        "gate": d("gate", 16, around=0.5, spread=0.2, dtype=torch.float32),
+        "norm": (d.norm(4, 2, 16), d.norm(4, 4, 16, "layer", "all", prefix="temporal_")),
+        "rope": (d.rope(1, 5, 8), d.rope(4, 1, 8, style="half", prefix="temporal_")),
+        "lengths": d.integers(3, 4),
+        "mask": FrameMask.window(1),
+    }
+
+
+@case("gated_attention", "gate of full size", "layout")
+def _(d: Draw) -> dict[str, Any]:
+    spatial, temporal = (tuple(d.qkv(1, 3, 7, 2, 16, prefix=p).values()) for p in ("", "temporal_"))
+    return {"spatial": spatial, "temporal": temporal, "gate": d("gate", 1, 3, 7, 2, 16, around=0.5, spread=0.2)}
+
+
+def _gated_form(
+    attend: Attend,
+    spatial: tuple[Tensor, Tensor, Tensor],
+    temporal: tuple[Tensor, Tensor, Tensor],
+    gate: Tensor,
+    *,
+    mask: FrameMask = FrameMask(),
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    norm: tuple[QKNorm | None, QKNorm | None] = (None, None),
+    rope: tuple[Rope | None, Rope | None] = (None, None),
+) -> Tensor:
+    common: dict[str, Any] = {"scale": scale, "lengths": lengths, "q_start": 0}
+    a = video_form(attend, *spatial, mask=FrameMask.same_frame(), norm=norm[0], rope=rope[0], **common)
+    b = temporal_form(attend, *temporal, mask=mask, norm=norm[1], rope=rope[1], **common)
+    return (gate * a + (1 - gate) * b).to(a.dtype)
+
+
+FORMS = {
+    "gated_attention": with_each(_gated_form),
+}

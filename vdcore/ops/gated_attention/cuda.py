@@ -1,0 +1,39 @@
+"""Gated attention, forward: temporal attention, then csrc/cuda/gated_attention.cuh, whose epilogue mixes the two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vdcore.ops.choose import Implementation
+from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.native import capsule
+from vdcore.ops.qk_norm_rope.cuda import seen_by_scores
+from vdcore.ops.temporal_attention.cuda import run_forward, why_not_temporal
+
+if TYPE_CHECKING:
+    from vdcore.ops.gated_attention import GatedCall
+
+
+def _why_not(c: GatedCall) -> str | None:
+    q, k, v = c.spatial
+    reason = why_not(q) or why_not_rows(q=q, k=k, v=v) or why_not_norm(c.spatial_norm)
+    reason = reason or why_not_temporal(c.parts()[1])
+    if reason is None and q.shape[2] >= 2**31 - 128:
+        return "it counts the tokens of a frame in 32 bits"
+    return reason
+
+
+def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
+    out, kept, lse, temporal_lse = c.empty_outputs()
+    run_forward(c.parts()[1], out, temporal_lse)
+    q, k, v = c.spatial
+    q, k = (seen_by_scores(x, c.spatial_norm, role, c.spatial_rope) for x, role in ((q, "q"), (k, "k")))
+    gate = c.gate.detach().expand(out.shape)
+    lengths = int64(c.lengths)
+    kernels().cuda_spatial_gated_forward(*map(capsule, (q, k, v, out, kept, lse, gate, lengths)), c.scale, stream(q))
+    return out, kept, lse, temporal_lse
+
+
+GATED = Implementation(_forward, None, _why_not)

@@ -1,0 +1,98 @@
+"""Gated attention: kernels/gated_attention.py between spatial and temporal attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore.ops.call import empty_like
+from vdcore.ops.check import unit_stride
+from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
+from vdcore.ops.triton import why_not, why_not_head, why_not_tokens
+
+if TYPE_CHECKING:
+    from vdcore.ops.gated_attention import GatedCall
+
+
+def _why_not(c: GatedCall) -> str | None:
+    (q, k, _), (temporal_q, temporal_k, _) = c.spatial, c.temporal
+    norms = why_not_norm(q, k, c.spatial_norm) or why_not_norm(temporal_q, temporal_k, c.temporal_norm)
+    return why_not(q) or why_not_head(q) or why_not_tokens(q) or norms
+
+
+def _spatial_arguments(c: GatedCall) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    from vdcore.kernels.frame_attention import Lengths
+
+    q, k, v = c.spatial
+    seen = (
+        seen_by_scores(q, c.spatial_norm, "q", c.spatial_rope),
+        seen_by_scores(k, c.spatial_norm, "k", c.spatial_rope),
+        v,
+    )
+    return seen, {
+        **{"mask": FrameMask.same_frame(), "q_start": 0, "lengths": Lengths(c.lengths, None, None)},
+        **{"text_first": False, "text_sees": False, "factor": c.scale},
+    }
+
+
+def _temporal_arguments(c: GatedCall) -> dict[str, Any]:
+    return {
+        **{"mask": c.mask, "q_start": 0, "lengths": c.lengths, "scale": c.scale},
+        **{"norm": c.temporal_norm, "rope": c.temporal_rope},
+    }
+
+
+def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
+    from vdcore.kernels._gate import Gate
+    from vdcore.kernels.frame_attention import frame_forward
+    from vdcore.kernels.temporal_attention import temporal_forward
+
+    out, kept, lse_a, lse_b = c.empty_outputs()
+    a = out if kept is None else kept
+    seen, more = _spatial_arguments(c)
+    frame_forward(*seen, None, a, lse_a, **more)
+    gate = c.gate.expand(out.shape)
+    mixed = Gate(gate, a, *gate.stride())
+    temporal_forward(*c.temporal, out, lse_b, gate=mixed, **_temporal_arguments(c))
+    return out, kept, lse_a, lse_b
+
+
+def _backward(
+    c: GatedCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
+) -> Gradients:
+    from vdcore.kernels._frames import live_frames
+    from vdcore.kernels.frame_attention_backward import frame_backward
+    from vdcore.kernels.gated_attention import gate_backward
+    from vdcore.kernels.temporal_attention import temporal_forward
+    from vdcore.kernels.temporal_attention_backward import temporal_backward
+
+    _, a, lse_a, lse_b = outputs
+    assert grads[0] is not None
+    b = empty_like(c.main)
+    temporal_forward(*c.temporal, b, None, **_temporal_arguments(c))
+    da, db, dgate = gate_backward(unit_stride(grads[0]), a, b, c.gate, c.lengths, "gate" in wanted)
+    found: Gradients = {} if dgate is None else {"gate": dgate}
+
+    gradients = tuple(empty_like(x) for x in c.temporal)
+    found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
+    names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
+    more = temporal_backward(*c.temporal, b, lse_b, db, None, gradients, names, **_temporal_arguments(c))
+    found |= {f"temporal_{name}": dx for name, dx in more.items()}
+
+    gradients = tuple(empty_like(x) for x in c.spatial)
+    found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
+    seen, arguments = _spatial_arguments(c)
+    frame_backward(*seen, None, a, lse_a, da.flatten(1, 2), None, gradients, None, **arguments)
+    if c.spatial_norm or c.spatial_rope:
+        live = live_frames(c.main, c.spatial[1], mask=arguments["mask"], q_start=0, lengths=c.lengths)
+        for role, x, dx, alive in zip("qk", c.spatial, gradients, live):
+            norm_rope_gradients(
+                found, x, dx, c.spatial_norm, role, c.spatial_rope, 0, wanted, prefix="spatial_", live=alive
+            )
+    return found
+
+
+GATED = Implementation(_forward, _backward, _why_not)

@@ -1,0 +1,362 @@
+"""From a call to a torch operator: schema, fake, autograd, all from the call's fields.
+
+Every public function checks its arguments, makes a :class:`Call` and runs it here: one operator ``vdcore::<op>``, with
+``vdcore::<op>_backward`` behind it. Backends for both directions are chosen when forward runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.ops.call import Call
+from vdcore.ops.choose import (
+    BACKENDS,
+    Gradients,
+    Implementation,
+    choose,
+    implementation,
+    reasons,
+    record,
+    requested,
+)
+
+_library = torch.library.Library("vdcore", "DEF")
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # the public ones, by name
+OVERLOADS: dict[str, Any] = {}
+
+
+# ---- Running a call ----
+
+
+def run(call: Call, backend: str | None) -> Any:
+    """Runs a checked call as a torch operator: a tensor, or a tuple of them where the call has several outputs.
+
+    If no dispatch mode, hook or tracer is active, the backend is called at once, and its gradients by a function of
+    autograd: the operators' boundaries cost more than all the rest of a small call.
+    """
+    tensors = call.tensors()
+    call.grad = _wants_grad(tensors)
+    if _capturing.on:
+        raise _Captured(call)
+    name = requested(backend)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _unobserved(tensors):
+        if call.grad:
+            results = _Direct.apply(call, name, tensors, *(x for x in tensors if x is not None))
+        else:
+            results = _forward(call, name)[0]
+        return results if call.OUTPUTS > 1 else results[0]
+    op, arguments = OVERLOADS[call.op], (*tensors, *call.numbers(), call.grad, name)
+    if call.grad or compiling:
+        return op(*arguments)
+    # Nothing to record: going below autograd at once saves its Python kernel.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110  half the time of any()
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Plain tensors with memory, and no mode, transform, tracer or profiler that would have to see the operator."""
+    first = tensors[0]
+    return (
+        first is not None
+        and (first.is_cpu or first.is_cuda)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def _forward(call: Call, backend: str) -> tuple[tuple[Tensor | None, ...], str]:
+    """The outputs, and who runs backward: if nobody can, that is an error now, not later."""
+    chosen = choose(call, "fwd", backend)
+    backward_backend = choose(call, "bwd", backend) if call.grad else ""
+    record(call.op, chosen, "fwd")
+    return implementation(call, chosen).forward(call), backward_backend
+
+
+class _Direct(torch.autograd.Function):
+    """A call with gradients, without an operator's boundary. Autograd is given the tensors that there are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, backend: str, tensors: tuple[Tensor | None, ...], *present: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        results, backward_backend = _forward(call, backend)
+        _save(ctx, type(call), tensors, call.numbers(), results, backward_backend)
+        ctx.present = [x is not None for x in tensors]
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        each = iter(ctx.needs_input_grad[3:])
+        found = _gradients(ctx, grads, [here and next(each) for here in ctx.present])
+        return None, None, None, *compress(found, ctx.present)
+
+
+def _save(
+    ctx: Any,
+    kind: type[Call],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    results: tuple[Tensor | None, ...],
+    backend: str,
+) -> None:
+    """What backward needs; tensors through autograd, so that hooks and checkpointing see them."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *(results if kind.SAVES_OUTPUTS else ()))
+    ctx.kind, ctx.numbers, ctx.backend = kind, numbers, backend
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Of every tensor of the call."""
+    kind, names = ctx.kind, ctx.kind.NAMES
+    n = len(names)
+    saved = ctx.saved_tensors  # activation checkpointing hands them out once
+    tensors, kept = saved[:n], saved[n:]
+    wanted = [yes and name not in kind.PASSED for yes, name in zip(needed, names)]
+    given: list[Tensor | None] = [None] * n
+    if any(wanted):
+        # With a graph of the gradients it is the operator, which knows how to refuse.
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if plain and _unobserved(tensors):
+            found = _backward(kind.build(tensors, ctx.numbers, True), ctx.backend, kept, grads, tensors, wanted)
+        else:
+            op_backward = getattr(torch.ops.vdcore, f"{kind.op}_backward")
+            found = op_backward(*grads, *kept, *tensors, *ctx.numbers, wanted, ctx.backend)
+        each = iter(found)
+        given = [None if x is None else next(each) for x in tensors]
+    passed = [grads[kind.PASSED[name]] if name in kind.PASSED else dx for name, dx in zip(names, given)]
+    return [dx if yes else None for dx, yes in zip(passed, needed)]
+
+
+def _backward(
+    call: Call,
+    backend: str,
+    kept: tuple[Any, ...],
+    grads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """One gradient for every tensor that is there; empty where it is not wanted."""
+    record(call.op, backend, "bwd")
+    run_backward = implementation(call, backend).backward
+    assert run_backward is not None
+    found = run_backward(call, kept, grads, frozenset(name for name, yes in zip(call.NAMES, wanted) if yes))
+    return [
+        found[name].to(x.dtype) if yes else x.new_empty(0)
+        for name, x, yes in zip(call.NAMES, tensors, wanted)
+        if x is not None
+    ]
+
+
+# ---- Calls without running them ----
+
+
+class _Captured(Exception):
+    """Carries a call out of the public function that made it."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+class _Capturing(threading.local):
+    on: bool = False
+
+
+_capturing = _Capturing()
+
+
+def capture(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """The call that a public function makes of its arguments, checked and not run."""
+    _capturing.on = True
+    try:
+        function(*args, **kwargs)
+    except _Captured as captured:
+        return captured.call
+    finally:
+        _capturing.on = False
+    raise TypeError(f"{function} makes no call")
+
+
+def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
+    """Why each backend can or cannot run a call of a public function: ``(backend, None or the reason)``.
+
+    The usable backends come first, in the order in which they are tried. Takes the function's own arguments.
+
+    Raises:
+        ValueError: if there is no such function, or the arguments are wrong.
+    """
+    if op not in FUNCTIONS:
+        raise ValueError(f"explain: op must be one of {', '.join(FUNCTIONS)}, got {op!r}")
+    return reasons(capture(FUNCTIONS[op], *args, **kwargs))
+
+
+# ---- Gradients by autograd, and the reference ----
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside, also within a torch operator, where the dispatcher has left it behind."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        yield
+
+
+def by_autograd(
+    call: Call,
+    wanted: frozenset[str],
+    function: Callable[[Any], tuple[Tensor, ...]],
+    grads_of: Callable[[tuple[Tensor, ...]], Sequence[Tensor | None]],
+) -> Gradients:
+    """Gradients of the ``wanted`` tensors through ``function(call)``; ``grads_of`` gives those of its results."""
+    tensors = call.tensors()
+    leaves = tuple(
+        x.detach().requires_grad_() if x is not None and name in wanted else x for name, x in zip(call.NAMES, tensors)
+    )
+    inputs = {name: x for name, x in zip(call.NAMES, leaves) if name in wanted and x is not None}
+    with recording():
+        results = function(call.build(leaves, call.numbers(), call.grad))
+    pairs = [(y, dy.to(y.dtype)) for y, dy in zip(results, grads_of(results)) if dy is not None and y.requires_grad]
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    if pairs:
+        with recording():
+            outputs, grads = zip(*pairs)
+            found = torch.autograd.grad(outputs, list(inputs.values()), grads, allow_unused=True)
+    return {
+        name: torch.zeros_like(x, memory_format=torch.contiguous_format) if dx is None else dx.contiguous()
+        for (name, x), dx in zip(inputs.items(), found)
+    }
+
+
+def by_formula(formula: Callable[..., Any]) -> Implementation:
+    """An operator's reference as a backend: exact for every call, in any float dtype, on any device. Slow.
+
+    Args:
+        formula: its parameters are called as what the call holds.
+    """
+    names = tuple(inspect.signature(formula).parameters)
+
+    def results_of(call: Call) -> tuple[Tensor, ...]:
+        found = formula(**{name: getattr(call, name) for name in names})
+        return found if isinstance(found, tuple) else (found,)
+
+    def forward(call: Call) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = results_of(call)
+        outputs = call.empty_outputs()
+        return tuple(out if out is None else x.to(out.dtype).contiguous() for out, x in zip(outputs, results))
+
+    def backward(call: Call, outputs: Any, grads: tuple[Tensor | None, ...], wanted: frozenset[str]) -> Gradients:
+        return by_autograd(call, wanted, results_of, lambda results: grads)
+
+    return Implementation(forward, backward)
+
+
+# ---- The torch operator ----
+
+
+def _present(call: Call, results: tuple[Tensor | None, ...]) -> Any:
+    """Results as an operator returns them: empty tensors for what is not wanted."""
+    found = tuple(call.main.new_empty(0) if x is None else x for x in results)
+    return found if call.OUTPUTS > 1 else found[0]
+
+
+def register(function: Callable[..., Any], kind: type[Call], **implementations: Implementation) -> None:
+    """Defines the operators ``vdcore::<op>`` and ``vdcore::<op>_backward``, and says what runs them on each backend.
+
+    Args:
+        function: the public function, which has the operator's name.
+        kind: its call.
+        implementations: by backend.
+    """
+    op = kind.op
+    FUNCTIONS[op] = function
+    for backend, its in implementations.items():
+        BACKENDS[backend].operators[op] = its
+    n, inputs, outputs = len(kind.NAMES), kind.SCHEMA, kind.OUTPUTS
+    m = len(inputs) - n
+    saved = outputs if kind.SAVES_OUTPUTS else 0
+    returns = ", ".join(["Tensor"] * outputs)
+    _library.define(f"{op}({', '.join([*inputs, 'bool grad', 'str backend'])}) -> ({returns})")
+    before = [f"Tensor? grad_{i}" for i in range(outputs)] + [f"Tensor output_{i}" for i in range(saved)]
+    _library.define(f"{op}_backward({', '.join([*before, *inputs, 'bool[] wanted', 'str backend'])}) -> Tensor[]")
+
+    def build(values: tuple[Any, ...], grad: bool) -> Call:
+        return kind.build(values[:n], values[n : n + m], grad)
+
+    # ---- forward ----
+
+    def forward(*values: Any) -> Any:
+        call = build(values, values[-2])
+        return _present(call, _forward(call, values[-1])[0])
+
+    def forward_fake(*values: Any) -> Any:
+        call = build(values, values[-2])
+        return _present(call, call.empty_outputs())
+
+    _library.impl(op, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vdcore::{op}", forward_fake, lib=_library)
+
+    # ---- backward ----
+
+    def backward_op(*values: Any) -> list[Tensor]:
+        grads, kept, rest = values[:outputs], values[outputs : outputs + saved], values[outputs + saved :]
+        call = build(rest, True)
+        return _backward(call, values[-1], kept, grads, call.tensors(), rest[-2])
+
+    def backward_fake(*values: Any) -> list[Tensor]:
+        rest = values[outputs + saved :]
+        tensors = build(rest, True).tensors()
+        return [
+            torch.empty(x.shape if yes else 0, dtype=x.dtype, device=x.device)
+            for x, yes in zip(tensors, rest[-2])
+            if x is not None
+        ]
+
+    _library.impl(f"{op}_backward", backward_op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vdcore::{op}_backward", backward_fake, lib=_library)
+
+    # ---- autograd ----
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        call, results = build(inputs, True), output if outputs > 1 else (output,)
+        _save(ctx, kind, inputs[:n], inputs[n : n + m], results, choose(call, "bwd", inputs[-1]))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (*_gradients(ctx, grads, ctx.needs_input_grad[:n]), *(None,) * (m + 2))
+
+    def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{op}: double backward is not supported")
+
+    OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
+    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"vdcore::{op}_backward", no_double_backward, setup_context=setup_nothing, lib=_library
+    )
