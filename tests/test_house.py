@@ -12,7 +12,7 @@ import vdcore
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"vdcore": "vdcore", "kernels": "vdcore.kernels", "bench": "vdcore.bench"}
-VALUES = {"mask", "norm", "rope", "geometry", "extras"}
+VALUES = {"mask", "norm", "rope", "geometry", "extras", "_version"}
 # Layer of vdcore -> the layers that it may import, beside the value types; "vdcore" is the public names.
 LAYERS = {
     "kernels": set(),

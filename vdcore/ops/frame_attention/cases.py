@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from vdcore.testing.cases import Draw
 
 
+for _name, (_build, _tags) in FRAME_ARGUMENTS.items():
+    case("video_attention", _name, *_tags)(_build)
+
+
 @case("spatial_attention", "plain", "plain", "layout")
 def _(d: Draw) -> dict[str, Any]:
     return d.qkv(2, 3, 17, 3, 40)
@@ -80,10 +84,6 @@ def _(d: Draw) -> dict[str, Any]:
         "rope": d.rope(4, 5, 12),
         "mask": FrameMask.causal(),
     }
-
-
-for _name, (_build, _tags) in FRAME_ARGUMENTS.items():
-    case("video_attention", _name, *_tags)(_build)
 
 
 @case("video_attention", "same frame", "masked")

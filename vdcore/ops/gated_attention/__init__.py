@@ -39,25 +39,16 @@ class GatedCall(Call):
 
     def parts(self) -> tuple[SpatialCall, TemporalCall]:
         """The two attentions that the gate mixes."""
+        shared: Any = {"q_start": 0, "lengths": self.lengths, "scale": self.scale, "return_lse": False}
         spatial = SpatialCall(
             QKV(*self.spatial),
-            FrameMask.same_frame(),
-            0,
-            self.lengths,
-            self.scale,
-            self.spatial_norm,
-            self.spatial_rope,
-            return_lse=False,
+            mask=FrameMask.same_frame(),
+            norm=self.spatial_norm,
+            rope=self.spatial_rope,
+            **shared,
         )
         temporal = TemporalCall(
-            QKV(*self.temporal),
-            self.mask,
-            0,
-            self.lengths,
-            self.scale,
-            self.temporal_norm,
-            self.temporal_rope,
-            return_lse=False,
+            QKV(*self.temporal), mask=self.mask, norm=self.temporal_norm, rope=self.temporal_rope, **shared
         )
         spatial.grad = temporal.grad = self.grad
         return spatial, temporal

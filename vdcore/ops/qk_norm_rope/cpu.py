@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,36 @@ from vdcore.rope import Rope
 if TYPE_CHECKING:
     from vdcore.ops.qk_norm_rope import QKNormRopeCall
 
-_WEIGHTS = ("q_weight", "k_weight", "q_bias", "k_bias")
+WEIGHTS = ("q_weight", "k_weight", "q_bias", "k_bias")
+
+
+class SharedGradients:
+    """Gradients of norm weights and rope tables, which positions share: summed in parts, then over the parts."""
+
+    def __init__(self, norm: QKNorm | None, rope: Rope | None, wanted: frozenset[str]) -> None:
+        self._weights: list[Tensor | None] = [None] * 4
+        if norm is not None and not wanted.isdisjoint(WEIGHTS):
+            given = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+            self._weights = [x if name in wanted else None for name, x in zip(WEIGHTS, given)]
+        self._table = None if rope is None or wanted.isdisjoint(("cos", "sin")) else rope.cos
+        self.per_position = self._table is not None and self._table.shape[1] > 1  # a position's row is its own
+        self.wanted = self._table is not None or any(x is not None for x in self._weights)
+
+    def arguments(self, parts: int) -> tuple[Any, ...]:
+        """The number of parts, and room for them: as the native module takes it."""
+        tables: list[Tensor | None] = [None, None]
+        if self._table is not None:
+            shape = (self._table if self._table.ndim == 4 else self._table.unsqueeze(2)).shape
+            tables = [torch.zeros(1 if self.per_position else parts, *shape) for _ in range(2)]
+        weights = [None if x is None else torch.zeros(parts, x.numel()) for x in self._weights]
+        self._sums = dict(zip((*WEIGHTS, "cos", "sin"), (*weights, *tables)))
+        return parts, [capsule(x) for x in weights], *map(capsule, tables)
+
+    def total(self) -> Gradients:
+        found = {name: x.sum(0, dtype=torch.float64) for name, x in self._sums.items() if x is not None}
+        if self._table is not None:
+            found |= {name: found[name].reshape(self._table.shape) for name in ("cos", "sin")}
+        return found
 
 
 def _run_forward(
@@ -42,36 +71,17 @@ def _run_backward(
         name: torch.zeros(x.shape, dtype=x.dtype) if dy is None else torch.empty(x.shape, dtype=x.dtype)
         for name, x, dy in (("q", q, grads[0]), ("k", k, grads[1]))
     }
-    table = None if rope is None or not wanted & {"cos", "sin"} else rope.cos
-    per_position = table is not None and table.shape[1] > 1
     B, T, S = q.shape[:3]
-    units = S if per_position else B * T * S
-    sums = bool(wanted & {*_WEIGHTS, "cos", "sin"})
-    items = min(units, SUM_PARTS if sums else max(SUM_PARTS, 8 * torch.get_num_threads()))
-    weights: list[Tensor | None] = [None] * 4
-    if norm is not None:
-        given = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
-        for i, (name, weight) in enumerate(zip(_WEIGHTS, given)):
-            if name in wanted and weight is not None:
-                weights[i] = torch.zeros(items, weight.numel())
-    tables: list[Tensor | None] = [None, None]
-    if table is not None:
-        shape = (table.shape[0], table.shape[1], table.shape[2] if table.ndim == 4 else 1, table.shape[-1])
-        tables = [torch.zeros(1 if per_position else items, *shape) for _ in range(2)]
-
+    sums = SharedGradients(norm, rope, wanted)
+    units = S if sums.per_position else B * T * S
+    parts = min(units, SUM_PARTS if sums.wanted else max(SUM_PARTS, 8 * torch.get_num_threads()))
     shared = NormRope(norm, rope)
     native().qk_norm_rope_backward(
         *map(capsule, (q, k, *(None if dy is None else unit_stride(dy) for dy in grads), found["q"], found["k"])),
-        *(start, shared.norm, shared.rope, torch.get_num_threads(), items, [capsule(x) for x in weights]),
-        *map(capsule, tables),
+        *(start, shared.norm, shared.rope, torch.get_num_threads()),
+        *sums.arguments(parts),
     )
-    for name, part in zip(_WEIGHTS, weights):
-        if part is not None:
-            found[name] = part.sum(0, dtype=torch.float64)
-    for name, part in zip(("cos", "sin"), tables):
-        if part is not None and table is not None:
-            found[name] = part.sum(0, dtype=torch.float64).reshape(table.shape)
-    return found
+    return found | sums.total()
 
 
 def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.native import SUM_PARTS, NormRope, capsule, native, why_not
+from vdcore.ops.qk_norm_rope.cpu import SharedGradients
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
@@ -64,38 +65,15 @@ def run_backward(
                 found[name] = empty_like(x)
         gradients = tuple(found.get(name) for name in "qkv")
 
-    names = ("q_weight", "k_weight", "q_bias", "k_bias")
-    table = None if c.rope is None or not wanted & {"cos", "sin"} else c.rope.cos
-    per_position = table is not None and table.shape[1] > 1
-    units = c.q.shape[2] if per_position else c.q.shape[0] * c.q.shape[2]
-    sums = any(name in wanted for name in names) or table is not None
-    items = min(units, SUM_PARTS) if sums else min(units, max(64 * torch.get_num_threads(), units // 64))
-    weights: list[Tensor | None] = [None] * 4
-    if c.norm is not None:
-        given = (c.norm.q_weight, c.norm.k_weight, c.norm.q_bias, c.norm.k_bias)
-        for i, (name, weight) in enumerate(zip(names, given)):
-            if name in wanted and weight is not None:
-                weights[i] = torch.zeros(items, weight.numel())
-    tables: list[Tensor | None] = [None, None]
-    if table is not None:
-        shape = (table.shape[0], table.shape[1], table.shape[2] if table.ndim == 4 else 1, table.shape[-1])
-        tables = [torch.zeros(1 if per_position else items, *shape) for _ in range(2)]
-
-    shared = NormRope(c.norm, c.rope)
+    sums = SharedGradients(c.norm, c.rope, wanted)
+    units = c.q.shape[2] if sums.per_position else c.q.shape[0] * c.q.shape[2]
+    parts = min(units, SUM_PARTS if sums.wanted else max(64 * torch.get_num_threads(), units // 64))
     native().temporal_attention_backward(
-        *_arguments(c, out, lse, shared),
-        *(capsule(x) for x in (dout, dlse, *gradients)),
-        items,
-        [capsule(x) for x in weights],
-        *(capsule(x) for x in tables),
+        *_arguments(c, out, lse, NormRope(c.norm, c.rope)),
+        *map(capsule, (dout, dlse, *gradients)),
+        *sums.arguments(parts),
     )
-    for name, part in zip(names, weights):
-        if part is not None:
-            found[name] = part.sum(0, dtype=torch.float64)
-    for name, part in zip(("cos", "sin"), tables):
-        if part is not None and table is not None:
-            found[name] = part.sum(0, dtype=torch.float64).reshape(table.shape)
-    return found
+    return found | sums.total()
 
 
 def _why_not(c: TemporalCall) -> str | None:
