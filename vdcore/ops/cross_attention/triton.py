@@ -38,8 +38,12 @@ def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[st
     from vdcore.kernels.frame_attention import Lengths
 
     return {
-        **{"mask": mask, "q_start": 0, "lengths": Lengths(None, lengths, None)},
-        **{"text_first": False, "text_sees": False, "factor": c.scale},
+        "mask": mask,
+        "q_start": 0,
+        "lengths": Lengths(None, lengths, None),
+        "text_first": False,
+        "text_sees": False,
+        "factor": c.scale,
     }
 
 
@@ -67,10 +71,8 @@ def _backward(
     shared = c.k.shape[:-2] != k.shape[:-2] and k.shape[1] > 1
     dq = empty_like(c.q)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32 if shared else k.dtype, device=k.device) for _ in range(2))
-    frame_backward(
-        *(q_seen, k_seen, v, None, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv), None),
-        **_arguments(c, lengths, mask),
-    )
+    more = _arguments(c, lengths, mask)
+    frame_backward(q_seen, k_seen, v, None, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv), None, **more)
     found: Gradients = {"q": dq, "k": dk, "v": dv}
     if c.norm is not None:
         L = k.shape[2]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vdcore.ops.call import empty_like
+from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
@@ -27,18 +27,25 @@ def _as_frames(text: Tensor) -> Tensor:
     return text.unsqueeze(2)
 
 
-def _frame_arguments(c: VideoCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """q, k, v and text as the scores see them, and what else the kernels take."""
-    from vdcore.kernels.frame_attention import Lengths
-
+def _seen(c: VideoCall) -> tuple[Tensor, Tensor, Tensor, Triple | None]:
+    """q, k, v and text as the scores see them."""
     text = None
     if c.text is not None:
         q, k = (seen_by_scores(_as_frames(x), c.text_norm, role, None).squeeze(2) for role, x in zip("qk", c.text))
         text = (q, k, c.text[2])
-    seen = (seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope), c.v, text)
-    return seen, {
-        **{"mask": c.mask, "q_start": c.q_start, "lengths": Lengths(c.lengths, None, c.text_lengths)},
-        **{"text_first": c.text_first, "text_sees": c.text_sees == "all", "factor": c.scale},
+    return seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope), c.v, text
+
+
+def _visibility(c: VideoCall) -> dict[str, Any]:
+    from vdcore.kernels.frame_attention import Lengths
+
+    return {
+        "mask": c.mask,
+        "q_start": c.q_start,
+        "lengths": Lengths(c.lengths, None, c.text_lengths),
+        "text_first": c.text_first,
+        "text_sees": c.text_sees == "all",
+        "factor": c.scale,
     }
 
 
@@ -46,8 +53,8 @@ def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
     from vdcore.kernels.frame_attention import frame_forward
 
     out, lse = c.empty_outputs()
-    seen, more = _frame_arguments(c)
-    frame_forward(*seen, out, lse, **more)
+    q, k, v, text = _seen(c)
+    frame_forward(q, k, v, text, out, lse, **_visibility(c))
     return out, lse
 
 
@@ -60,25 +67,34 @@ def _frame_backward(
     out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
     dlse = None if grads[1] is None else grads[1].contiguous()
-    seen, more = _frame_arguments(c)
     found, gradients = qkv_gradients(c)
     text_gradients: Any = None
     if c.text is not None:
         text_gradients = tuple(empty_like(x) for x in c.text)
         found |= dict(zip(("text_q", "text_k", "text_v"), text_gradients))
     # Gradients of what the kernels see; a norm or rope takes those of q and k further.
-    filled = [empty_like(x) if c.norm or c.rope else dx for x, dx in zip((c.q, c.k), gradients)]
+    dq, dk = (empty_like(x) if c.norm or c.rope else dx for x, dx in zip((c.q, c.k), gradients))
     filled_text: Any = text_gradients
     if c.text_norm is not None:
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
-    frame_backward(*seen, out, lse, dout, dlse, (*filled, gradients[2]), filled_text, **more)
+    q, k, v, text = _seen(c)
+    frame_backward(q, k, v, text, out, lse, dout, dlse, (dq, dk, gradients[2]), filled_text, **_visibility(c))
     if c.norm or c.rope:
-        text = 0 if c.text is None else c.text[0].shape[1]
-        text_args = {"text": text, "text_lengths": c.text_lengths, "text_sees": bool(text) and c.text_sees == "all"}
-        live = live_frames(c.q, c.k, mask=c.mask, q_start=c.q_start, lengths=c.lengths, **text_args)
-        for i, (role, x, start) in enumerate((("q", c.q, c.q_start), ("k", c.k, 0))):
-            where = {"dx": gradients[i], "live": live[i], "keep": c.packed is None}
-            norm_rope_gradients(found, x, filled[i], c.norm, role, c.rope, start, wanted, **where)
+        L = 0 if c.text is None else c.text[0].shape[1]
+        live = live_frames(
+            c.q,
+            c.k,
+            mask=c.mask,
+            q_start=c.q_start,
+            lengths=c.lengths,
+            text=L,
+            text_lengths=c.text_lengths,
+            text_sees=L > 0 and c.text_sees == "all",
+        )
+        rows = (("q", c.q, dq, c.q_start), ("k", c.k, dk, 0))
+        for (role, x, dy, start), dx, alive in zip(rows, gradients, live):
+            keep = c.packed is None
+            norm_rope_gradients(found, x, dy, c.norm, role, c.rope, start, wanted, keep=keep, dx=dx, live=alive)
     if c.text is not None and c.text_norm is not None:
         live_text = None
         if c.text_lengths is not None:

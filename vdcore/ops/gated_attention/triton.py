@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vdcore.mask import FrameMask
-from vdcore.ops.call import empty_like
+from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
@@ -23,26 +23,39 @@ def _why_not(c: GatedCall) -> str | None:
     return why_not(q) or why_not_head(q) or why_not_tokens(q) or norms
 
 
-def _spatial_arguments(c: GatedCall) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _seen(c: GatedCall) -> Triple:
+    """Spatial q, k, v as the scores see them."""
+    q, k = (seen_by_scores(x, c.spatial_norm, role, c.spatial_rope) for role, x in zip("qk", c.spatial))
+    return q, k, c.spatial[2]
+
+
+def _spatial_arguments(c: GatedCall) -> dict[str, Any]:
     from vdcore.kernels.frame_attention import Lengths
 
-    q, k, v = c.spatial
-    seen = (
-        seen_by_scores(q, c.spatial_norm, "q", c.spatial_rope),
-        seen_by_scores(k, c.spatial_norm, "k", c.spatial_rope),
-        v,
-    )
-    return seen, {
-        **{"mask": FrameMask.same_frame(), "q_start": 0, "lengths": Lengths(c.lengths, None, None)},
-        **{"text_first": False, "text_sees": False, "factor": c.scale},
+    return {
+        "mask": FrameMask.same_frame(),
+        "q_start": 0,
+        "lengths": Lengths(c.lengths, None, None),
+        "text_first": False,
+        "text_sees": False,
+        "factor": c.scale,
     }
 
 
 def _temporal_arguments(c: GatedCall) -> dict[str, Any]:
     return {
-        **{"mask": c.mask, "q_start": 0, "lengths": c.lengths, "scale": c.scale},
-        **{"norm": c.temporal_norm, "rope": c.temporal_rope},
+        "mask": c.mask,
+        "q_start": 0,
+        "lengths": c.lengths,
+        "scale": c.scale,
+        "norm": c.temporal_norm,
+        "rope": c.temporal_rope,
     }
+
+
+def _empty_gradients(qkv: Triple) -> Triple:
+    q, k, v = (empty_like(x) for x in qkv)
+    return q, k, v
 
 
 def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
@@ -52,8 +65,7 @@ def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
 
     out, kept, lse_a, lse_b = c.empty_outputs()
     a = out if kept is None else kept
-    seen, more = _spatial_arguments(c)
-    frame_forward(*seen, None, a, lse_a, **more)
+    frame_forward(*_seen(c), None, a, lse_a, **_spatial_arguments(c))
     gate = c.gate.expand(out.shape)
     mixed = Gate(gate, a, *gate.stride())
     temporal_forward(*c.temporal, out, lse_b, gate=mixed, **_temporal_arguments(c))
@@ -76,18 +88,17 @@ def _backward(
     da, db, dgate = gate_backward(unit_stride(grads[0]), a, b, c.gate, c.lengths, "gate" in wanted)
     found: Gradients = {} if dgate is None else {"gate": dgate}
 
-    gradients = tuple(empty_like(x) for x in c.temporal)
+    gradients = _empty_gradients(c.temporal)
     found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
     more = temporal_backward(*c.temporal, b, lse_b, db, None, gradients, names, **_temporal_arguments(c))
     found |= {f"temporal_{name}": dx for name, dx in more.items()}
 
-    gradients = tuple(empty_like(x) for x in c.spatial)
+    gradients = _empty_gradients(c.spatial)
     found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
-    seen, arguments = _spatial_arguments(c)
-    frame_backward(*seen, None, a, lse_a, da.flatten(1, 2), None, gradients, None, **arguments)
+    frame_backward(*_seen(c), None, a, lse_a, da.flatten(1, 2), None, gradients, None, **_spatial_arguments(c))
     if c.spatial_norm or c.spatial_rope:
-        live = live_frames(c.main, c.spatial[1], mask=arguments["mask"], q_start=0, lengths=c.lengths)
+        live = live_frames(c.main, c.spatial[1], mask=FrameMask.same_frame(), q_start=0, lengths=c.lengths)
         for role, x, dx, alive in zip("qk", c.spatial, gradients, live):
             norm_rope_gradients(
                 found, x, dx, c.spatial_norm, role, c.spatial_rope, 0, wanted, prefix="spatial_", live=alive
