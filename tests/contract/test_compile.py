@@ -1,7 +1,5 @@
 """Hazard 19: fakes whose strides differ from the real ones. opcheck on transposed inputs, and fullgraph compilation."""
 
-import os
-
 import pytest
 import torch
 from support import FAST, on_backends, skip_unless_runs
@@ -50,10 +48,6 @@ def test_fullgraph(case, backend):
         torch.testing.assert_close(dx, eager.gradients[name])
 
 
-@pytest.mark.skipif(
-    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
-    reason="Inductor then writes vector code and leaves out torch's headers for it: x * 2 alone does not compile",
-)
 def test_inductor_and_dynamic_shapes():
     def model(q, k, v):
         return vdcore.temporal_attention(q * 2, k, v, mask=vdcore.FrameMask.window(2)).relu()
