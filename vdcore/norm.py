@@ -14,6 +14,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_eps(op: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+
+
 @dataclass(frozen=True, eq=False)
 class QKNorm:
     """A norm on q and k, before rope.
@@ -42,6 +49,7 @@ class QKNorm:
             raise ValueError(f"QKNorm: kind must be 'rms' or 'layer', got {self.kind!r}")
         if self.over not in ("head", "all"):
             raise ValueError(f"QKNorm: over must be 'head' or 'all', got {self.over!r}")
+        check_eps("QKNorm", self.eps)
         if self.kind == "rms" and (self.q_bias is not None or self.k_bias is not None):
             raise ValueError("QKNorm: q_bias and k_bias must be None with kind='rms'")
 

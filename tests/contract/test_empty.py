@@ -85,6 +85,18 @@ def test_text_of_no_tokens_is_no_text(backend):
     out, out_text = vdcore.video_attention(q, k, v, text=text, backend=backend)
     torch.testing.assert_close(out, vdcore.video_attention(q, k, v, backend="reference"))
     assert out_text.shape == (1, 0, 2, 8)
+    weight = torch.ones(8, requires_grad=True)
+    out, _ = vdcore.video_attention(q, k, v, text=text, text_norm=QKNorm(weight, weight), backend=backend)
+    out.sum().backward()
+    assert weight.grad.eq(0).all()
+
+
+def test_a_rope_of_no_pairs_rotates_nothing():
+    q = torch.randn(1, 4, 3, 2, 8)
+    rope = Rope(torch.ones(4, 1, 0), torch.ones(4, 1, 0))
+    for backend in ["auto", *(b for b in backends_of("temporal_attention") if dtype_of(b) == q.dtype)]:
+        out = vdcore.temporal_attention(q, q, q, rope=rope, backend=backend)
+        torch.testing.assert_close(out, vdcore.temporal_attention(q, q, q, backend=backend))
 
 
 @pytest.mark.parametrize("axis", range(5))

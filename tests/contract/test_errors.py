@@ -195,3 +195,14 @@ def test_double_backward_raises():
     (dq,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="temporal_attention: double backward is not supported"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "eps,error", [(None, TypeError), ("1", TypeError), (-1.0, ValueError), (float("nan"), ValueError)]
+)
+def test_eps(eps, error):
+    with pytest.raises(error, match="QKNorm: eps must be"):
+        QKNorm(None, None, eps=eps)
+    x, y = torch.randn(1, 2, 3, 4), torch.randn(1, 4)
+    with pytest.raises(error, match="modulate: eps must be"):
+        vdcore.modulate(x, y, y, eps=eps)

@@ -64,3 +64,14 @@ def test_results_are_contiguous(case, backend):
     assert all(y.is_contiguous() for y in outputs)
     sum(y.square().sum() for y in outputs).backward()
     assert all(x.grad is not None for x in inputs.leaves.values())
+
+
+def test_views_whose_memory_holds_the_negative():
+    """The imaginary part of a conjugate: DLPack has no flag for it."""
+    x = torch.randn(1, 4, 3, 2, 1, dtype=torch.cfloat).conj().imag
+    assert x.is_neg()
+    plain = x.resolve_neg()
+    assert torch.equal(vdcore.temporal_attention(x, x, x), vdcore.temporal_attention(plain, plain, plain))
+    x, plain = x[..., 0], plain[..., 0]
+    gate = torch.ones(1, 2)
+    assert torch.equal(vdcore.gate_residual(x, x, gate), vdcore.gate_residual(plain, plain, gate))

@@ -15,6 +15,11 @@ DRAWS = {
         d("cos", 1, 1, PAIRS).expand(F, S, PAIRS),
         d("sin", F, S, PAIRS),
     ),
+    "cosines that heads share": lambda d: (
+        d("cos", F, S, 1, PAIRS).expand(F, S, 2, PAIRS),
+        d("sin", F, S, 2, PAIRS),
+    ),
+    "sines that heads share": lambda d: (d("cos", F, S, 2, PAIRS), d("sin", F, 1, 1, PAIRS).expand(F, S, 2, PAIRS)),
     "sines that tokens share": lambda d: (d("cos", F, S, PAIRS), d("sin", F, 1, PAIRS).expand(F, S, PAIRS)),
 }
 OPS = ("qk_norm_rope", "temporal_attention", "spatial_attention")

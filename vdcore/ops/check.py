@@ -50,7 +50,8 @@ def check_like(op: str, name: str, x: Any, main: Tensor, main_name: str, *, or_f
     if x.device != main.device:
         wrong(op, name, f"on {main_name}'s device {main.device}", x.device)
     if x.dtype != main.dtype and not (or_float32 and x.dtype == torch.float32):
-        expected = f"{main.dtype}, as {main_name}" + (", or torch.float32" if or_float32 else "")
+        wide = or_float32 and main.dtype != torch.float32
+        expected = f"{main.dtype}, as {main_name}" + (", or torch.float32" if wide else "")
         raise TypeError(f"{op}: {name} must be {expected}, got {x.dtype}")
     return x
 
@@ -138,7 +139,7 @@ def check_norm(op: str, norm: Any, q: Tensor, H: int, G: int, D: int, *, name: s
 def check_rope(
     op: str, rope: Any, q: Tensor, frames: int, S: int, H: int, G: int, D: int, *, name: str = "rope"
 ) -> Rope | None:
-    """``frames``: rows the table must have, unless it has one for all."""
+    """``frames``: rows the table must have, unless it has one for all. Both tables come out with the same strides."""
     if rope is None:
         return None
     if not isinstance(rope, Rope):
@@ -154,7 +155,9 @@ def check_rope(
         wrong(op, f"{name}.cos", f"a table of H = {H} heads, and G = H", f"{shape_of(rope.cos)} with G = {G}")
     if 2 * shape[-1] > D:
         wrong(op, f"{name}.cos", f"a table of at most D/2 = {D // 2} pairs", shape_of(rope.cos))
-    if rope.cos.stride(-1) == 1 and rope.sin.stride(-1) == 1:
+    if shape[-1] == 0:
+        return None
+    if rope.cos.stride() == rope.sin.stride() and rope.cos.stride(-1) == 1:
         return rope
     return Rope(rope.cos.contiguous(), rope.sin.contiguous(), rope.style)
 
@@ -191,7 +194,9 @@ def check_start(op: str, name: str, start: Any) -> None:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself, or its copy where the innermost stride is not 1."""
+    """x itself, or its copy where the innermost stride is not 1 or a flag says that memory holds the negative of x."""
+    if x.is_neg():
+        return x.resolve_neg()
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

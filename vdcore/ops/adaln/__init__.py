@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vdcore.norm import check_eps
 from vdcore.ops import check
 from vdcore.ops.adaln import cpu, reference, triton
 from vdcore.ops.call import Call, empty_like
@@ -83,6 +84,7 @@ def modulate(
         if y is not None:
             check.check_like(op, name, y, x, "x", or_float32=True)
             check.check_shape(op, name, y, (x.shape[-1],), "(C,)")
+    check_eps(op, eps)
     return run(ModulateCall(x, shift, scale, weight, bias, kind, eps), backend)
 
 

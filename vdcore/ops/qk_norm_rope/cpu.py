@@ -112,7 +112,7 @@ class NormRopeBefore:
 
     def __init__(self, q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None, q_start: int = 0) -> None:
         self.q, self.k, self.norm, self.rope, self.q_start = q, k, norm, rope, q_start
-        self._native = q.shape[:3] == k.shape[:3] and q_start == 0
+        self._native = q.shape[:3] == k.shape[:3] and q_start == 0 and q.numel() > 0
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """In q's dtype."""
