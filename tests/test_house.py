@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -129,3 +130,9 @@ def test_files_of_one_call():
     walked = {Path(f).relative_to(ROOT) for f in files if Path(f).is_relative_to(ROOT / "vdcore")}
     values = {Path("vdcore", f"{name}.py") for name in VALUES}
     assert len(walked - values) <= 7, sorted(map(str, walked))
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig):
+    folders = {path.parent.name for path in ROOT.glob("tests/**/test_*.py")}
+    left_out = [(name, p) for name in folders for p in pytestconfig.getini("norecursedirs") if fnmatch(name, p)]
+    assert "build" in folders and not left_out
