@@ -194,9 +194,7 @@ def check_start(op: str, name: str, start: Any) -> None:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself, or its copy where the innermost stride is not 1 or a flag says that memory holds the negative of x."""
-    if x.is_neg():
-        return x.resolve_neg()
+    """x itself, or its copy where the innermost stride is not 1."""
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

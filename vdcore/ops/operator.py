@@ -87,6 +87,8 @@ def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
         and _PLAIN.issuperset(map(type, tensors))
+        # A view whose memory holds the negative of its values: torch's dispatcher knows what to do.
+        and not any(x is not None and x.is_neg() for x in tensors)
     )
 
 
