@@ -47,7 +47,7 @@ cuda: $(VENV)/.ready
 	VDCORE_CUDA=ON $(BUILD)
 
 test: build
-	$(BIN)/pytest --numprocesses auto --durations 30
+	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 30
 
 # What has passed since its sources changed is skipped (tests/build/passed.json): TEST_FLAGS=--force-compile runs all.
 test-compile: build
