@@ -17,6 +17,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# A folder of sources -> the package in it.
+SOURCE_ROOTS = {".": "vdcore", "kernels": "vdcore_kernels", "bench": "vdcore_bench"}
 MODULES = ("vdcore._native", "vdcore._cuda", "vdcore._cuda_emulated")
 
 
@@ -99,9 +101,9 @@ class CMakeBuild(build_ext):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["vdcore", "vdcore.*"]), "vdcore.kernels", "vdcore.bench"],
-        package_dir={"vdcore": "vdcore", "vdcore.kernels": "kernels", "vdcore.bench": "bench"},
-        package_data={"vdcore": ["py.typed"], "vdcore.bench": ["workloads.json"]},
+        packages=[name for root in SOURCE_ROOTS for name in find_packages(root, include=["vdcore*"])],
+        package_dir={package: f"{root}/{package}" for root, package in SOURCE_ROOTS.items()},
+        package_data={"vdcore": ["py.typed"], "vdcore_bench": ["workloads.json"]},
         ext_modules=[Extension(name, sources=[]) for name in MODULES],
         cmdclass={"build_ext": CMakeBuild},
     )

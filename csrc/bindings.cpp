@@ -1,11 +1,11 @@
 // The Python module vdcore._native, the CPU engine: tensors come as DLPack capsules and go to the engine as TensorView.
 // Arguments have been checked in Python; what is checked here is what would corrupt memory.
-#include "cpu/bindings.h"
+#include "cpu/core/bindings.h"
 
 #include <string>
 
 #include "common/threads.h"
-#include "cpu/engine.h"
+#include "cpu/core/engine.h"
 
 namespace py = pybind11;
 using namespace vdcore;

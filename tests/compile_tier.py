@@ -2,7 +2,7 @@
 
 A test module of the tier says what it depends on::
 
-    pytestmark = pytest.mark.compile("csrc/cuda/emulator*.cpp", "tests/build/hopper_kernel.cpp", tools=["c++"])
+    pytestmark = pytest.mark.compile("tests/emulator/*.cpp", "tests/build/hopper_kernel.cpp", tools=["c++"])
 
 ``tests/build/passed.json`` holds, for each such module, a hash of these sources, of what they include and of the module
 itself, and the compilers' versions, when all of its tests last passed. Where both are the same today, its tests are
@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED = ROOT / "tests" / "build" / "passed.json"
+INCLUDE_FOLDERS = (ROOT / "csrc", ROOT / "tests")
 INCLUDE = re.compile(rb'^#include "([^"]+)"', re.MULTILINE)
 
 
@@ -69,7 +70,7 @@ def files(sources: tuple[str, ...]) -> dict[Path, bytes]:
             continue
         contents[path] = path.read_bytes()
         for name in INCLUDE.findall(contents[path]) if path.suffix != ".py" else ():
-            todo += [x for folder in (path.parent, ROOT / "csrc") if (x := folder / name.decode()).is_file()]
+            todo += [x for folder in (path.parent, *INCLUDE_FOLDERS) if (x := folder / name.decode()).is_file()]
     return contents
 
 

@@ -20,12 +20,12 @@ def test_other(): assert "wrong" not in open("csrc/cuda/rows.h").read()
 @pytest.fixture
 def project(tmp_path):
     """A kernel, what it includes, what it does not include, and a module of two tests."""
-    for folder in ("csrc/cuda", "tests/build"):
+    for folder in ("csrc/cuda", "tests/build", "tests/emulator"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("compile_tier.py"), tmp_path / "tests")
     (tmp_path / "csrc/cuda/kernel.cu").write_text('#include "cuda/rows.h"\n')
     (tmp_path / "csrc/cuda/rows.h").write_text("")
-    (tmp_path / "csrc/cuda/emulator.h").write_text("")
+    (tmp_path / "tests/emulator/emulator.h").write_text("")
     (tmp_path / "tests/test_kernel.py").write_text(TESTS)
 
     def run(*options, only="tests/test_kernel.py"):
@@ -46,7 +46,7 @@ def project(tmp_path):
 def test_what_passed_is_skipped_until_it_changes(project):
     assert project() == {"passed": 2}
     assert project("--record-passed") == {"passed": 2}  # nothing was written before
-    (project.root / "csrc/cuda/emulator.h").write_text("// no part of the kernel")
+    (project.root / "tests/emulator/emulator.h").write_text("// no part of the kernel")
     assert project() == {"skipped": 2}
     assert project("--force-compile") == {"passed": 2}
     (project.root / "csrc/cuda/rows.h").write_text("// included")

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from vdcore.bench import readme
+
+from vdcore_bench import readme
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,4 +1,1 @@
-"""Workloads, peers, runner and report. Installed as ``vdcore.bench``; run it as ``vdcore bench``."""
-
-if __name__ != "vdcore.bench":
-    raise ImportError("this folder is the package vdcore.bench: run `pip install -e .` and import it by that name")
+"""Workloads, baselines, suites and reports, behind ``vdcore bench``, ``vdcore profile`` and ``vdcore doctor``."""

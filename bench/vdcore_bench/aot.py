@@ -239,7 +239,7 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
 
 def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Any]:
     """What forward and backward of a call would launch."""
-    from vdcore.kernels._launch import recording
+    from vdcore_kernels.core.launch import recording
 
     call: Call = capture(getattr(vdcore, op), **args)
     implementation = BACKENDS["triton"].operators[op]

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vdcore.bench import machine
-from vdcore.bench.job import DTYPES
-from vdcore.bench.jobs import make
-from vdcore.bench.memory import PointError, in_process, peak_of
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import Watch, blank, first_line, touch_heap
-from vdcore.bench.summary import time_of
-from vdcore.bench.timing import Contender, Sample, Spread, clock_for, race, rounds_for
-from vdcore.bench.workloads import Budget, Shape, load, scaled
 
 from vdcore.models import VDiTConfig
 from vdcore.models.attention import Context
 from vdcore.models.block import Block
 from vdcore.testing import error_ratio
+from vdcore_bench import machine
+from vdcore_bench.job import DTYPES
+from vdcore_bench.jobs import make
+from vdcore_bench.memory import PointError, in_process, peak_of
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.runner import Watch, blank, first_line, touch_heap
+from vdcore_bench.summary import time_of
+from vdcore_bench.timing import Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.workloads import Budget, Shape, load, scaled
 
 OP, WORKLOAD = "vdit_block", "latte-1-512"
 MODES = ("fwd", "fwd+bwd")

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdcore.bench import summary
-from vdcore.bench.machine import bytes_text, seconds_text
-from vdcore.bench.results import Row
-from vdcore.bench.timing import Spread
+from vdcore_bench import summary
+from vdcore_bench.machine import bytes_text, seconds_text
+from vdcore_bench.results import Row
+from vdcore_bench.timing import Spread
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from vdcore.bench import compare, curves, masks, summary
-from vdcore.bench.job import Job
-from vdcore.bench.memory import Point
-from vdcore.bench.profile import pattern_of
-from vdcore.bench.results import Row
-from vdcore.bench.runner import DTYPE_NAMES, Watch
+
+from vdcore_bench import compare, curves, masks, summary
+from vdcore_bench.job import Job
+from vdcore_bench.memory import Point
+from vdcore_bench.profile import pattern_of
+from vdcore_bench.results import Row
+from vdcore_bench.runner import DTYPE_NAMES, Watch
 
 WIDTH_OF_FILES = 220  # columns, where the output is not a terminal
 

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from vdcore.bench import machine
-from vdcore.bench.jobs import JOBS
-from vdcore.bench.peers import PEERS
 
 import vdcore
 from vdcore import extras
 from vdcore.ops.choose import BACKENDS
 from vdcore.testing import cases_of
+from vdcore_bench import machine
+from vdcore_bench.jobs import JOBS
+from vdcore_bench.peers import PEERS
 
 EXTRAS = {
     "bench": "the other commands of vdcore",
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _compiled(archs: Sequence[str]) -> list[dict[str, Any]]:
     """A record for every kernel, config and architecture."""
-    aot = importlib.import_module("vdcore.aot")  # needs triton
+    aot = importlib.import_module("vdcore_bench.aot")  # needs triton
     return [dataclasses.asdict(record) for record in aot.compile_report(tuple(archs) or None)]
 
 

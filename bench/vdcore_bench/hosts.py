@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vdcore.bench import machine
-from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore.bench.profile import Estimate, Settings, cannot, follow, rows_of
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import DTYPE_NAMES, heap
-from vdcore.bench.timing import Spread, race_calls
 
 from vdcore.testing import error_ratio
+from vdcore_bench import machine
+from vdcore_bench.curves import PROFILE
+from vdcore_bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore_bench.profile import Estimate, Settings, cannot, follow, rows_of
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.runner import DTYPE_NAMES, heap
+from vdcore_bench.timing import Spread, race_calls
 
 if TYPE_CHECKING:
     from vdcore.integrations.diffusers import Report

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vdcore.bench.workloads import Shape, Workload
 
 from vdcore import FrameMask, QKNorm, Rope, axial_rope
+from vdcore_bench.workloads import Shape, Workload
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vdcore.bench.job import Cuts, Job, Tensors, mask_text
-from vdcore.bench.workloads import Budget, Shape, Workload, scaled
 
 from vdcore import FrameMask
+from vdcore_bench.job import Cuts, Job, Tensors, mask_text
+from vdcore_bench.workloads import Budget, Shape, Workload, scaled
 
 
 def positions(n: int, most: int = 16) -> list[int]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vdcore.bench import machine
-from vdcore.bench.job import Job, Tensors, cut
-from vdcore.bench.rows import scores
 
 import vdcore
 from vdcore.testing import TORCH_FORMS, error_ratio
+from vdcore_bench import machine
+from vdcore_bench.job import Job, Tensors, cut
+from vdcore_bench.rows import scores
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -50,12 +50,8 @@ def needs_relaunch() -> bool:
 
 
 def command(arguments: Iterable[str]) -> list[str]:
-    """``vdcore`` with these arguments, which imports nothing from the working directory.
-
-    ``python -m`` would: in the root of the repository, what other packages import as ``kernels`` is a folder of ours.
-    """
-    program = "import sys; sys.path[:] = filter(None, sys.path); from vdcore.cli import main; main()"
-    return [sys.executable, "-c", program, *arguments]
+    """``vdcore`` with these arguments, in this Python."""
+    return [sys.executable, "-m", "vdcore.cli", *arguments]
 
 
 def relaunch(arguments: Iterable[str]) -> int:

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vdcore.bench.curves import MASKS
-from vdcore.bench.job import Job, Tensors, mask_text
-from vdcore.bench.jobs import make
-from vdcore.bench.machine import seconds_text
-from vdcore.bench.memory import function_of
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.rows import Function, masked
-from vdcore.bench.runner import LATE, blank
-from vdcore.bench.timing import Contender, clock_for, race
-from vdcore.bench.workloads import Shape, load
 
 import vdcore
 from vdcore import FrameMask
 from vdcore.testing import TORCH_FORMS, error_ratio
+from vdcore_bench.curves import MASKS
+from vdcore_bench.job import Job, Tensors, mask_text
+from vdcore_bench.jobs import make
+from vdcore_bench.machine import seconds_text
+from vdcore_bench.memory import function_of
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.rows import Function, masked
+from vdcore_bench.runner import LATE, blank
+from vdcore_bench.timing import Contender, clock_for, race
+from vdcore_bench.workloads import Shape, load
 
 WORKLOAD = "latte-1-512"
 TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vdcore.bench import machine
-from vdcore.bench.job import Job, Tensors
-from vdcore.bench.judge import flat, gradients
-from vdcore.bench.peers import PEERS
-from vdcore.bench.rows import Function, masked, materialised
-from vdcore.bench.runner import heap, touch_heap
-from vdcore.bench.timing import Spread, clock_for
 
 import vdcore
 from vdcore.ops.frame_attention.cpu import dq_buffers
+from vdcore_bench import machine
+from vdcore_bench.job import Job, Tensors
+from vdcore_bench.judge import flat, gradients
+from vdcore_bench.peers import PEERS
+from vdcore_bench.rows import Function, masked, materialised
+from vdcore_bench.runner import heap, touch_heap
+from vdcore_bench.timing import Spread, clock_for
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
 LONG = 4.0  # seconds; a call that takes longer is timed once
@@ -315,7 +315,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, timeout: float = 6
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["vdcore.bench.memory"])
+        context.set_forkserver_preload(["vdcore_bench.memory"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(  # type: ignore[attr-defined]
         target=_child, args=(theirs, torch.get_num_threads(), function, *arguments), daemon=True

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from vdcore.bench.job import Job
-from vdcore.bench.jobs import make
-from vdcore.bench.judge import flat
-from vdcore.bench.peers import PEERS
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import LATE, blank
-from vdcore.bench.timing import Contender, CpuClock, Spread, race
-from vdcore.bench.workloads import Shape, load
 
 import vdcore
 from vdcore.ops.choose import implementation
 from vdcore.ops.operator import capture
+from vdcore_bench.job import Job
+from vdcore_bench.jobs import make
+from vdcore_bench.judge import flat
+from vdcore_bench.peers import PEERS
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.runner import LATE, blank
+from vdcore_bench.timing import Contender, CpuClock, Spread, race
+from vdcore_bench.workloads import Shape, load
 
 TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)
 OPS = ("temporal_attention", "spatial_attention", "qk_norm_rope", "modulate", "gate_residual")

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vdcore.bench.job import Job
-from vdcore.bench.rows import (
+
+from vdcore import FrameMask
+from vdcore_bench.job import Job
+from vdcore_bench.rows import (
     Attend,
     Function,
     Makers,
@@ -32,8 +34,6 @@ from vdcore.bench.rows import (
     unit,
     whole_job,
 )
-
-from vdcore import FrameMask
 
 ATTENTION = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
 

@@ -10,11 +10,13 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from vdcore.bench import machine
-from vdcore.bench.curves import PROFILE
-from vdcore.bench.job import Job
-from vdcore.bench.jobs import SpatialJob, TemporalJob, VideoJob, make
-from vdcore.bench.memory import (
+
+from vdcore import FrameMask
+from vdcore_bench import machine
+from vdcore_bench.curves import PROFILE
+from vdcore_bench.job import Job
+from vdcore_bench.jobs import SpatialJob, TemporalJob, VideoJob, make
+from vdcore_bench.memory import (
     Peak,
     Point,
     PointError,
@@ -25,12 +27,10 @@ from vdcore.bench.memory import (
     measure_memory,
     measure_time,
 )
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import blank
-from vdcore.bench.timing import Spread
-from vdcore.bench.workloads import Budget, Shape, Workload, load, scaled
-
-from vdcore import FrameMask
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.runner import blank
+from vdcore_bench.timing import Spread
+from vdcore_bench.workloads import Budget, Shape, Workload, load, scaled
 
 FRAMES = (8, 16, 32, 64, 128, 256, 512)
 WORKLOAD = "ltx-2b-704p"

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vdcore.bench import block, curves, masks, summary
-from vdcore.bench.doctor import operator_table
-from vdcore.bench.results import Row, newest, parse
+from vdcore_bench import block, curves, masks, summary
+from vdcore_bench.doctor import operator_table
+from vdcore_bench.results import Row, newest, parse
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"

@@ -7,8 +7,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vdcore.bench import curves, masks, plots, summary
-from vdcore.bench.results import Row
+from vdcore_bench import curves, masks, plots, summary
+from vdcore_bench.results import Row
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vdcore.bench.job import Job
 
 from vdcore import FrameMask
+from vdcore_bench.job import Job
 
 Function = Callable[..., Any]
 Makers = dict[str, Callable[[], Function]]  # variants by name; made only where they run, for masks take memory

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vdcore.bench.job import DTYPES, Job
-from vdcore.bench.jobs import JOBS, make
-from vdcore.bench.results import Row
-from vdcore.bench.runner import blank
-from vdcore.bench.workloads import Budget, load
+from vdcore_bench.job import DTYPES, Job
+from vdcore_bench.jobs import JOBS, make
+from vdcore_bench.results import Row
+from vdcore_bench.runner import blank
+from vdcore_bench.workloads import Budget, load
 
 BOTH = ("float32", "bfloat16")
 

@@ -1,7 +1,7 @@
-"""The table of every video model of diffusers before and after the swap: ``python -m vdcore.bench.swap``.
+"""The table of every video model of diffusers before and after the swap: ``python -m vdcore_bench.swap``.
 
 Tiny models with random weights, at least three frames, rows and columns of different numbers; and with ``--blocks``
-blocks of real width, with a breakdown of their time. Run it outside of the repository's root.
+blocks of real width, with a breakdown of their time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import diffusers
 import torch
-from vdcore.bench.hosts import HostPoint, exact
-from vdcore.bench.inside import AttentionCalls, breakdown
-from vdcore.bench.memory import peak_of
-from vdcore.bench.runner import heap, touch_heap
-from vdcore.bench.timing import race_calls
 
 from vdcore.integrations.diffusers import Report
 from vdcore.integrations.diffusers.zoo import MODELS
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
+from vdcore_bench.hosts import HostPoint, exact
+from vdcore_bench.inside import AttentionCalls, breakdown
+from vdcore_bench.memory import peak_of
+from vdcore_bench.runner import heap, touch_heap
+from vdcore_bench.timing import race_calls
 
 MIB = 2**20
 
@@ -85,7 +85,7 @@ def block_row(name: str, dtype: torch.dtype, rounds: int, small: bool) -> tuple[
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 if a name is unknown."""
-    parser = argparse.ArgumentParser(prog="python -m vdcore.bench.swap", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vdcore_bench.swap", description=__doc__)
     parser.add_argument("names", nargs="*", help="models, or blocks with --blocks; none: all")
     parser.add_argument("--blocks", action="store_true", help="blocks of real width instead of tiny models")
     parser.add_argument("--small", action="store_true", help="blocks at a size for small machines")

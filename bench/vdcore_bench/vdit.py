@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vdcore.bench import machine
-from vdcore.bench.curves import PROFILE
-from vdcore.bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore.bench.profile import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
-from vdcore.bench.results import Journal, Row
-from vdcore.bench.runner import DTYPE_NAMES
 
 from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.models import attention as layers
 from vdcore.testing import TORCH_FORMS
+from vdcore_bench import machine
+from vdcore_bench.curves import PROFILE
+from vdcore_bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore_bench.profile import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
+from vdcore_bench.results import Journal, Row
+from vdcore_bench.runner import DTYPE_NAMES
 
 WINDOW = 8  # frames of the past that the windowed variants see
 

@@ -133,7 +133,7 @@ def _tuple(value: Any) -> Any:
 @cache
 def load() -> dict[str, Workload]:
     """Every workload by name, in the order of the file."""
-    data = json.loads(resources.files("vdcore.bench").joinpath("workloads.json").read_text())
+    data = json.loads(resources.files("vdcore_bench").joinpath("workloads.json").read_text())
     return {w["name"]: Workload(**{key: _tuple(value) for key, value in w.items()}) for w in data["workloads"]}
 
 

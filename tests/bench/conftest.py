@@ -2,9 +2,9 @@
 
 import pytest
 from typer.testing import CliRunner
-from vdcore.bench import block, machine, memory, profile
 
 from vdcore.cli.commands import app
+from vdcore_bench import block, machine, memory, profile
 
 
 @pytest.fixture(scope="session")

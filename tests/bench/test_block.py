@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vdcore.bench import block
-from vdcore.bench.memory import in_process
-from vdcore.bench.results import Journal
-from vdcore.bench.runner import Watch
-from vdcore.bench.workloads import Budget, Shape
+
+from vdcore_bench import block
+from vdcore_bench.memory import in_process
+from vdcore_bench.results import Journal
+from vdcore_bench.runner import Watch
+from vdcore_bench.workloads import Budget, Shape
 
 SMALL = Shape(B=2, T=3, rows=2, columns=4, H=2, G=2, D=16, L=5)
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vdcore.bench import runner, suite
-from vdcore.bench.results import load
-from vdcore.bench.workloads import Budget
 
 from vdcore.cli import commands
 from vdcore.cli.commands import parse_bytes
+from vdcore_bench import runner, suite
+from vdcore_bench.results import load
+from vdcore_bench.workloads import Budget
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
 

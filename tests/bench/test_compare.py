@@ -2,7 +2,8 @@
 
 import pytest
 from small import row
-from vdcore.bench import compare
+
+from vdcore_bench import compare
 
 
 def verdicts(a, b):

@@ -10,9 +10,9 @@ import sys
 import types
 
 import pytest
-from vdcore.bench import doctor
 
 from vdcore import cli, extras
+from vdcore_bench import doctor
 
 EXTRAS = [module for modules in extras.EXTRAS.values() for module in modules]
 
@@ -90,7 +90,7 @@ def test_json_of_a_plain_installation(hide):
 
 def test_kernels_are_not_compiled_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "vdcore.aot", raising=False)
+    monkeypatch.delitem(sys.modules, "vdcore_bench.aot", raising=False)
     assert doctor.main(["--compile"]) == 1
     assert "triton" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch,
             raise ValueError("sm_1: not known")
         return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
 
-    monkeypatch.setitem(sys.modules, "vdcore.aot", types.SimpleNamespace(compile_report=compile_report))
+    monkeypatch.setitem(sys.modules, "vdcore_bench.aot", types.SimpleNamespace(compile_report=compile_report))
     for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1), (["--json"], 0)):
         assert doctor.main(["--compile", *arguments]) == code
         text = capsys.readouterr().out

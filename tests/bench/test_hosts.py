@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from vdcore.bench import hosts, vdit
-from vdcore.bench.profile import Settings
-from vdcore.bench.results import FILE, Journal, parse
+from vdcore_bench import hosts, vdit
+from vdcore_bench.profile import Settings
+from vdcore_bench.results import FILE, Journal, parse
 
 
 def test_a_model_is_measured_with_its_peers(tmp_path):

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from small import TINY, every_op, tiny_job
-from vdcore.bench.jobs import TAKES_NORM_ROPE
-from vdcore.bench.judge import flat
 
 import vdcore
 from vdcore import FrameMask
+from vdcore_bench.jobs import TAKES_NORM_ROPE
+from vdcore_bench.judge import flat
 
 
 @pytest.mark.parametrize("norm_rope", [False, True])

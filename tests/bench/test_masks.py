@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from vdcore.bench import masks
-from vdcore.bench.results import FILE, Journal, parse
+
+from vdcore_bench import masks
+from vdcore_bench.results import FILE, Journal, parse
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from small import every_op, tiny_job
-from vdcore.bench.judge import Judge, flat, gradients, incoming
-from vdcore.bench.peers import ATTENTION, PEERS, names
 
 from vdcore import FrameMask
+from vdcore_bench.judge import Judge, flat, gradients, incoming
+from vdcore_bench.peers import ATTENTION, PEERS, names
 
 JOBS = [
     *((op, {}) for op in every_op()),

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vdcore.bench import profile
-from vdcore.bench.memory import Point, PointError, count, in_process, measure_memory
-from vdcore.bench.results import FILE, Journal, parse
-from vdcore.bench.workloads import load
+
+from vdcore_bench import profile
+from vdcore_bench.memory import Point, PointError, count, in_process, measure_memory
+from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.workloads import load
 
 SETTINGS = profile.Settings(frames=(24,), time_limit=60.0)
 

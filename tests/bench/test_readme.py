@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from small import row
-from vdcore.bench import readme
-from vdcore.bench.curves import PROFILE
+
+from vdcore_bench import readme
+from vdcore_bench.curves import PROFILE
 
 ROOT = Path(__file__).parents[2]
 

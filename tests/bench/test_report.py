@@ -4,7 +4,8 @@ import re
 from html.parser import HTMLParser
 
 from small import row
-from vdcore.bench import curves, report
+
+from vdcore_bench import curves, report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

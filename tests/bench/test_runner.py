@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small import tiny_job
-from vdcore.bench import runner, summary
-from vdcore.bench.peers import Peer
-from vdcore.bench.results import FILE, Journal, parse
-from vdcore.bench.timing import Contender, Sample
+
+from vdcore_bench import runner, summary
+from vdcore_bench.peers import Peer
+from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.timing import Contender, Sample
 
 
 class FakeClock:

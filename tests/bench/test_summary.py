@@ -2,7 +2,8 @@
 
 import pytest
 from small import row
-from vdcore.bench import summary
+
+from vdcore_bench import summary
 
 TIMES = [
     row(p50=2.0),

@@ -1,7 +1,8 @@
 """Clocks, quantiles, rounds and races, with clocks that a test sets."""
 
 import pytest
-from vdcore.bench.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
+
+from vdcore_bench.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
 
 
 class FakeEvent:

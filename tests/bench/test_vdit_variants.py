@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vdcore.bench import vdit
-from vdcore.bench.memory import ATTENTIONS
-from vdcore.bench.profile import Settings
-from vdcore.bench.results import Journal
 
 import vdcore
+from vdcore_bench import vdit
+from vdcore_bench.memory import ATTENTIONS
+from vdcore_bench.profile import Settings
+from vdcore_bench.results import Journal
 
 
 @pytest.fixture

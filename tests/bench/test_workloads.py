@@ -1,10 +1,10 @@
 """Workloads, and how they are cut to a machine."""
 
 import pytest
-from vdcore.bench.jobs import JOBS, make
-from vdcore.bench.workloads import MASKS, Budget, load, scaled
 
 from vdcore import FrameMask
+from vdcore_bench.jobs import JOBS, make
+from vdcore_bench.workloads import MASKS, Budget, load, scaled
 
 
 def test_the_file_is_read_whole():

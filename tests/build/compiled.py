@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import triton
 import triton.language as tl
-import vdcore.kernels
 
-from vdcore import aot
+import vdcore_kernels
+from vdcore_bench import aot
 
 
 def report(archs, which):
@@ -27,12 +27,12 @@ def report(archs, which):
 
 def rows(arch):
     """Rows of config tables that serve the architecture, and those of them that no call takes."""
-    from vdcore.kernels._launch import Config
+    from vdcore_kernels.core.launch import Config
 
     taken = {launch.config for _, launch in aot.collect(arch)}
     found = {}
-    for info in pkgutil.iter_modules(vdcore.kernels.__path__):
-        module = importlib.import_module(f"vdcore.kernels.{info.name}")
+    for info in pkgutil.walk_packages(vdcore_kernels.__path__, "vdcore_kernels."):
+        module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             for i, row in enumerate(value if isinstance(value, tuple) else (value,)):
                 if isinstance(row, Config) and row.serves(arch) and name.isupper():
@@ -69,9 +69,12 @@ def narrow_products(kernel, strides):
 
 def stride_places(args):
     """Where strides are among the kernel's arguments: the integers of a Rows, a Gate, a Video, ..."""
-    from vdcore.kernels import _gate, _tile, patchify, qk_norm_rope
+    from vdcore_kernels.core.gate import Gate
+    from vdcore_kernels.core.tile import Angles, Rows
+    from vdcore_kernels.patchify.products import Matrix, Tokens, Video
+    from vdcore_kernels.qk_norm_rope.forward import Live
 
-    kinds = (_tile.Rows, _tile.Angles, _gate.Gate, patchify.Video, patchify.Tokens, patchify.Matrix, qk_norm_rope.Live)
+    kinds = (Rows, Angles, Gate, Video, Tokens, Matrix, Live)
     places, n = [], 0
     for arg in args:
         flat = [x for x in aot._flat([arg]) if x is not None]
@@ -93,8 +96,9 @@ def careless_kernel(x, p_y, S: tl.constexpr):
 
 def narrow(arch):
     import torch
-    from vdcore.kernels._launch import Config
-    from vdcore.kernels._tile import Rows
+
+    from vdcore_kernels.core.launch import Config
+    from vdcore_kernels.core.tile import Rows
 
     x = torch.empty(8, device="meta")
     args = (Rows(x, 8, 8, 8, 8), x)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("csrc/cuda/*.cu", "csrc/cuda/bindings*.cpp", "CMakeLists.txt", "tests/build/cuda_module.py")
+SOURCES = ("csrc/cuda/**/*.cu", "csrc/cuda/*/bindings.cpp", "CMakeLists.txt", "tests/build/cuda_module.py")
 
 
 @cache

@@ -5,9 +5,9 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/emulator.h"
-#include "cuda/frame_attention_sm90.cuh"
-#include "cuda/tensor_map.h"
+#include "emulator/emulator.h"
+#include "cuda/frame_attention/forward_sm90.cuh"
+#include "cuda/core/tensor_map.h"
 
 using namespace vdcore;
 using namespace vdcore::cuda;

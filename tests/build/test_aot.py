@@ -60,7 +60,7 @@ def test_no_program_id_is_multiplied_by_a_stride_in_32_bits():
 def test_a_problem_is_reported():
     """An architecture with next to no shared memory, and a name that is none."""
     code = """
-from vdcore import aot
+from vdcore_bench import aot
 aot._SHARED = {"sm_90": 16}
 aot.CALLS = {name: aot.CALLS[name] for name in ("T 16, 16 x 72",)}
 print(sum("shared memory" in (r.problem or "") for r in aot.compile_report(["sm_90"], few=True)))

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.compile(
-    *("csrc/cuda/emulator*.cpp", "csrc/cuda/tensor_map.cu", "tests/build/hopper_kernel.cpp"), tools=["c++"]
+    *("tests/emulator/*.cpp", "csrc/cuda/core/tensor_map.cu", "tests/build/hopper_kernel.cpp"), tools=["c++"]
 )
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("emulator.cpp", "emulator_sm90.cpp", "tensor_map.cu")
+SOURCES = ("tests/emulator/emulator.cpp", "tests/emulator/emulator_sm90.cpp", "csrc/cuda/core/tensor_map.cu")
 FLAGS = ("-std=c++17", "-O1", "-DVDCORE_EMULATE", "-Wno-psabi")
+INCLUDE = ("-I", ROOT / "csrc", "-I", ROOT / "tests")
 
 # What is wrong, and the line that is replaced by others.
 LOOP_WAIT = "        wgmma_wait<0>();\n        release_values();\n        shrink_result(shrink);\n"
@@ -49,24 +50,23 @@ def emulator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulator")
     objects = [folder / f"{Path(name).stem}.o" for name in SOURCES]
     for name, target in zip(SOURCES, objects):
-        status, said = run(
-            *("c++", *FLAGS, "-I", ROOT / "csrc", "-x", "c++", "-c", ROOT / "csrc" / "cuda" / name, "-o", target)
-        )
+        status, said = run("c++", *FLAGS, *INCLUDE, "-x", "c++", "-c", ROOT / name, "-o", target)
         assert status == 0, said
     return objects
 
 
 def run_kernel(folder, emulator, replace=None):
     """Exit status and output of hopper_kernel.cpp, with the first such line of the kernel replaced."""
-    copy = folder / "cuda" / "frame_attention_sm90.cuh"
-    copy.parent.mkdir()
-    text = (ROOT / "csrc" / "cuda" / copy.name).read_text()
+    kernel = "cuda/frame_attention/forward_sm90.cuh"
+    copy = folder / kernel
+    copy.parent.mkdir(parents=True)
+    text = (ROOT / "csrc" / kernel).read_text()
     if replace is not None:
         assert replace[0] in text
         text = text.replace(*replace, 1)
     copy.write_text(text)
     source, program = ROOT / "tests" / "build" / "hopper_kernel.cpp", folder / "kernel"
-    status, said = run("c++", *FLAGS, "-I", folder, "-I", ROOT / "csrc", source, *emulator, "-o", program)
+    status, said = run("c++", *FLAGS, "-I", folder, *INCLUDE, source, *emulator, "-o", program)
     assert status == 0, said
     return run(program)
 

@@ -8,14 +8,14 @@ import cuda_module
 import pytest
 
 pytestmark = [
-    pytest.mark.compile("csrc/cuda/frame_attention_sm90.cu", "tests/build/cuda_module.py", tools=["nvcc"]),
+    pytest.mark.compile("csrc/cuda/frame_attention/forward_sm90.cu", "tests/build/cuda_module.py", tools=["nvcc"]),
     pytest.mark.timeout(1800),
 ]
 
 SHARED_LIMIT = 232_448  # of a block on sm_90
 
-# By template arguments of FramePlan, as in csrc/cuda/frame_attention_sm90.cu: channels, consumer warpgroups, keys a
-# tile, stages. The plan: registers at entry, then of producer and consumers.
+# By template arguments of FramePlan, as in csrc/cuda/frame_attention/forward_sm90.cu: channels, consumer
+# warpgroups, keys per tile, stages. The plan: registers at entry, then of producer and consumers.
 PLANS = {
     (64, 3, 128, 2): (128, 32, 160),
     (72, 2, 176, 2): (168, 24, 240),

@@ -78,7 +78,7 @@ USE = """
 import json, sys
 for name in ("triton", "diffusers"):
     sys.modules[name] = None  # importing it raises
-import torch, vdcore, vdcore.bench
+import torch, vdcore, vdcore_bench
 q = torch.randn(2, 5, 3, 2, 8, requires_grad=True)
 mask = vdcore.FrameMask.causal()
 out = vdcore.temporal_attention(q, q, q, mask=mask, backend="cpu")
@@ -86,7 +86,7 @@ out.sum().backward()
 expected = vdcore.temporal_attention(q.detach(), q.detach(), q.detach(), mask=mask, backend="reference")
 print(json.dumps({
     "file": vdcore.__file__,
-    "bench": vdcore.bench.__path__[0],
+    "bench": vdcore_bench.__path__[0],
     "close": torch.allclose(out, expected, atol=1e-5),
     "grad": bool(q.grad.isfinite().all()),
     "backends": vdcore.backends(),
@@ -101,7 +101,7 @@ def check_wheel(source: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     modules = tracked("vdcore/*.py", "kernels/*.py", "bench/*.py")
-    wanted = {name if name.startswith("vdcore/") else f"vdcore/{name}" for name in modules}
+    wanted = {name.removeprefix("kernels/").removeprefix("bench/") for name in modules}
     assert wanted - names == set()
     compiled = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {"_native"}

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/temporal_attention_backward.cuh"
+#include "cuda/temporal_attention/backward.cuh"
 
 using namespace vdcore;
 using namespace vdcore::cuda;

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/launch.h"
-#include "cuda/ptx.h"
+#include "cuda/core/launch.h"
+#include "cuda/core/ptx.h"
 
 using namespace vdcore;
 using namespace vdcore::cuda;

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+TESTS = HERE.parent
+CSRC = TESTS.parent / "csrc"
 
-pytestmark = pytest.mark.compile("csrc/cuda/emulator.cpp", "tests/cuda/*.cpp", tools=["c++"])
+pytestmark = pytest.mark.compile("tests/emulator/emulator.cpp", "tests/cuda/*.cpp", tools=["c++"])
 
 
 def compile_cpp(*what: object) -> None:
@@ -20,14 +21,14 @@ def compile_cpp(*what: object) -> None:
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("emulator") / "emulator.o"
-    compile_cpp("-I", CSRC, "-c", CSRC / "cuda" / "emulator.cpp", "-o", target)
+    compile_cpp("-I", CSRC, "-I", TESTS, "-c", TESTS / "emulator" / "emulator.cpp", "-o", target)
     return target
 
 
 def run(folder: Path, emulator: Path, source: Path, *include: Path, defined: str = "NOTHING") -> list[str]:
     """Lines that the program prints, run by the emulator; files in ``include`` come before those of csrc."""
     program = folder / source.stem
-    paths = [f"-I{path}" for path in (*include, CSRC)]
+    paths = [f"-I{path}" for path in (*include, CSRC, TESTS)]
     compile_cpp(f"-D{defined}", *paths, source, emulator, "-o", program)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
 
@@ -66,16 +67,15 @@ def test_what_a_kernel_must_not_do(said, kernel, objection):
 
 
 BACKWARD = HERE / "backward_bits.cpp"
-SHORT, LONG, NORM = (
-    f"{name}.cuh" for name in ("temporal_attention_backward", "temporal_attention_backward_long", "norm_rope_backward")
-)
+SHORT, LONG = "temporal_attention/backward.cuh", "temporal_attention/backward_long.cuh"
+NORM, ROWS = "qk_norm_rope/norm_rope_backward.cuh", "core/rows.cuh"
 
 # Kernel of backward_bits.cpp, header, what stands there, what to put in its place, how many such lines stand before.
 MUTANTS = [
     (0, SHORT, "  sync_block();", "", 1),
     (
         0,
-        "rows.cuh",
+        ROWS,
         "transpose8x8(first.x[i].x[j]), transpose8x8(last",
         "transpose8x8(last.x[i].x[j]), transpose8x8(first",
         0,
@@ -99,9 +99,8 @@ def test_a_real_kernel_and_its_mutants(tmp_path, emulator, kernel):
         parts = (CSRC / "cuda" / header).read_text().split(before)
         assert len(parts) > skipped + 1
         folder = tmp_path / str(i)
-        (folder / "cuda").mkdir(parents=True)
-        (folder / "cuda" / header).write_text(
-            before.join(parts[: skipped + 1]) + after + before.join(parts[skipped + 1 :])
-        )
+        changed = folder / "cuda" / header
+        changed.parent.mkdir(parents=True)
+        changed.write_text(before.join(parts[: skipped + 1]) + after + before.join(parts[skipped + 1 :]))
         # Headers beside the changed one are found by the path they are included by, under csrc.
         assert set(run(folder, emulator, BACKWARD, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)

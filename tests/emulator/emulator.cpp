@@ -1,4 +1,4 @@
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 
 #include <algorithm>
 #include <cstring>

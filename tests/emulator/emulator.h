@@ -28,7 +28,7 @@ void set_edges(int64_t blocks);
 void expose(const void* begin, const void* end);
 void expose_nothing();
 
-// ---- For the instructions of csrc/cuda/ptx_emulated.h: called by a thread of a kernel ----
+// ---- For the instructions of tests/emulator/ptx_emulated.h: called by a thread of a kernel ----
 
 struct Position {
   uint32_t thread, block, threads;

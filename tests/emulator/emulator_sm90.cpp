@@ -1,4 +1,4 @@
-#include "cuda/emulator_sm90.h"
+#include "emulator/emulator_sm90.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 
 namespace vdcore::cuda::emulator {
 namespace {

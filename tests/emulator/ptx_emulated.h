@@ -1,11 +1,11 @@
-// Bodies of csrc/cuda/ptx.h on the CPU: what the PTX ISA says of each instruction's operands and results.
+// Bodies of csrc/cuda/core/ptx.h on the CPU: what the PTX ISA says of each instruction's operands and results.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 
 namespace vdcore::cuda {
 

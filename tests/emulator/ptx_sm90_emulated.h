@@ -1,7 +1,7 @@
-// Bodies of csrc/cuda/ptx_sm90.h on the CPU.
+// Bodies of csrc/cuda/core/ptx_sm90.h on the CPU.
 #pragma once
 
-#include "cuda/emulator_sm90.h"
+#include "emulator/emulator_sm90.h"
 
 namespace vdcore::cuda {
 

@@ -14,33 +14,34 @@ pytest.importorskip("triton")
 
 def tables():
     """(operator, row) for every row of the attention kernels' tables that serves this GPU."""
-    import vdcore.kernels
-    from vdcore.kernels._launch import Config, _device_arch
+    import vdcore_kernels
+    from vdcore_kernels.core.launch import Config, _device_arch
 
     if not torch.cuda.is_available():
         return []
     arch = _device_arch(torch.cuda.current_device())
     found = []
-    for info in pkgutil.iter_modules(vdcore.kernels.__path__):
-        for name, table in vars(importlib.import_module(f"vdcore.kernels.{info.name}")).items():
+    for info in pkgutil.walk_packages(vdcore_kernels.__path__, "vdcore_kernels."):
+        room = info.name.removeprefix("vdcore_kernels.")
+        for name, table in vars(importlib.import_module(info.name)).items():
             if name.isupper() and isinstance(table, tuple):
                 rows = [row for row in table if isinstance(row, Config) and row.serves(arch)]
-                found += [(info.name, row) for row in rows]
+                found += [(room, row) for row in rows]
     return found
 
 
 CASES = {
-    "frame_attention": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
-    "frame_attention_backward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
-    "temporal_attention": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
-    "temporal_attention_backward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
-    "temporal_attention_long": ("temporal_attention", (1, 150, 2, 2), {"mask": FrameMask.window(40)}),
+    "frame_attention.forward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
+    "frame_attention.backward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
+    "temporal_attention.forward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
+    "temporal_attention.backward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
+    "temporal_attention.long": ("temporal_attention", (1, 150, 2, 2), {"mask": FrameMask.window(40)}),
 }
 
 
 @pytest.mark.parametrize("module,row", tables(), ids=str)
 def test_forced_row(module, row):
-    from vdcore.kernels._launch import force
+    from vdcore_kernels.core.launch import force
 
     if module not in CASES:
         pytest.skip("its rows differ in the size of what they hold: the cases choose among them")

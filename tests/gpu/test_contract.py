@@ -160,10 +160,10 @@ def test_the_control_of_repeats_fails():
 
 def test_device_guard():
     """Hazard 5: kernels are launched on the device of their tensors, whatever the current one is."""
-    from vdcore.kernels import _launch
+    from vdcore_kernels.core import launch
 
     q, k, v = (draw(1, 4, 8, 2, 16) for _ in range(3))
-    with mock.patch.object(_launch.torch.cuda, "device_of", wraps=torch.cuda.device_of) as guard:
+    with mock.patch.object(launch.torch.cuda, "device_of", wraps=torch.cuda.device_of) as guard:
         vdcore.temporal_attention(q, k, v, backend="triton")
     assert guard.called and all(call.args[0].device == q.device for call in guard.call_args_list)
 

@@ -8,12 +8,12 @@ pytest.importorskip("diffusers")
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
 from host_runs import MODELS, as_host, exact, run
-from vdcore.bench import hosts
-from vdcore.bench.hosts import HostPoint
 
 from vdcore.integrations.diffusers import _inference, swap_in
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
+from vdcore_bench import hosts
+from vdcore_bench.hosts import HostPoint
 
 FACTORISED = [name for name, tiny in MODELS.items() if tiny.factorised]
 TEMPORAL = [name for name in BLOCKS if name != "Wan 1.3B block"]

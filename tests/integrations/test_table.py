@@ -6,13 +6,13 @@ import torch
 pytest.importorskip("diffusers")
 
 from host_runs import MODELS
-from vdcore.bench import swap as table
-from vdcore.bench.hosts import HostPoint, exact
-from vdcore.bench.inside import breakdown
-from vdcore.bench.memory import peak_of, predicted_peak
 
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
+from vdcore_bench import swap as table
+from vdcore_bench.hosts import HostPoint, exact
+from vdcore_bench.inside import breakdown
+from vdcore_bench.memory import peak_of, predicted_peak
 
 
 def test_rows(capsys):

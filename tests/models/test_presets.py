@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from vdcore.bench import workloads
 
 from vdcore.models import PRESETS, VDiT
+from vdcore_bench import workloads
 
 WORKLOADS = workloads.load()
 

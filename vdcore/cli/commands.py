@@ -16,7 +16,7 @@ from vdcore.demo import commands as demonstration
 from vdcore.diffusion import commands as diffusion
 
 if TYPE_CHECKING:
-    from vdcore.bench.results import Journal, Row
+    from vdcore_bench.results import Journal, Row
 
 # Nothing new begins after so many seconds of the default set, and of its profile. Beside busy processes on 2 cores the
 # last job, plots and the report took 20 s more: the whole ends within eight minutes.
@@ -93,7 +93,7 @@ def _threads(number: int | None) -> None:
 
 def _relaunch(device: str) -> None:
     """On the CPU goes on in a child whose allocator keeps its memory, if this one's does not; does not return then."""
-    from vdcore.bench import machine
+    from vdcore_bench import machine
 
     if device == "cpu" and machine.needs_relaunch():
         raise typer.Exit(machine.relaunch(sys.argv[1:]))
@@ -105,7 +105,7 @@ def _relaunch(device: str) -> None:
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def doctor(context: typer.Context) -> None:
     """What can run on this machine, and why the rest cannot."""
-    from vdcore.bench import doctor
+    from vdcore_bench import doctor
 
     raise typer.Exit(doctor.main(context.args))  # reads its options itself, since it also runs where typer is not
 
@@ -145,9 +145,9 @@ def bench(
     """
     from dataclasses import replace
 
-    from vdcore.bench import block, console, job, jobs, machine, overhead, peers, runner, suite, workloads
-    from vdcore.bench.masks import FEW_ROUNDS
-    from vdcore.bench.profile import SHORT
+    from vdcore_bench import block, console, job, jobs, machine, overhead, peers, runner, suite, workloads
+    from vdcore_bench.masks import FEW_ROUNDS
+    from vdcore_bench.profile import SHORT
 
     if compare is not None:
         _compare(*compare)
@@ -233,7 +233,7 @@ def bench(
 def _bench_models(
     given: list[str], dtypes: tuple[str, ...], rounds: int, threads: int | None, device: str, out: Path
 ) -> None:
-    from vdcore.bench import console, hosts, job
+    from vdcore_bench import console, hosts, job
 
     if device != "cpu":
         raise typer.BadParameter(f"{device}: models of diffusers are measured on the CPU", param_hint="--device")
@@ -266,7 +266,7 @@ def _need_diffusers() -> None:
 
 
 def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",), **settings: Any) -> None:
-    from vdcore.bench import console, job, masks
+    from vdcore_bench import console, job, masks
 
     screen = console.make_console()
     with console.Screen(screen).live() as watch:
@@ -275,7 +275,7 @@ def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",), 
 
 
 def _compare(a: str, b: str) -> None:
-    from vdcore.bench import compare, console, results
+    from vdcore_bench import compare, console, results
 
     try:
         rows = [results.load(source) for source in (a, b)]
@@ -285,7 +285,7 @@ def _compare(a: str, b: str) -> None:
 
 
 def _readme(path: Path) -> None:
-    from vdcore.bench import readme
+    from vdcore_bench import readme
 
     try:
         readme.write(path)
@@ -311,7 +311,7 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
 ) -> None:
     """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
-    from vdcore.bench import job, memory, profile, workloads
+    from vdcore_bench import job, memory, profile, workloads
 
     names = _known("--workload", workload, workloads.load())
     device = _device(device)
@@ -335,7 +335,7 @@ def profile(
 
 
 def _profile_models(given: list[str], device: str, threads: int | None, out: Path, **settings: Any) -> None:
-    from vdcore.bench import console, hosts, profile, vdit
+    from vdcore_bench import console, hosts, profile, vdit
 
     _threads(threads)
     _relaunch(device)  # before diffusers is imported, which takes seconds
@@ -361,7 +361,7 @@ def _profile_models(given: list[str], device: str, threads: int | None, out: Pat
 
 
 def _profile(journal: Journal, device: str, names: tuple[str, ...] = (), **settings: Any) -> None:
-    from vdcore.bench import console, machine, profile
+    from vdcore_bench import console, machine, profile
 
     settings.setdefault("memory_limit", machine.memory_limit(device))
     screen = console.make_console()
@@ -377,8 +377,8 @@ def _write(
     out: Path, measure: Callable[[Journal], None], show: Callable[[Sequence[Row]], None] = lambda rows: None
 ) -> None:
     """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
-    from vdcore.bench import machine, report, summary
-    from vdcore.bench.results import FILE, Journal
+    from vdcore_bench import machine, report, summary
+    from vdcore_bench.results import FILE, Journal
 
     journal, load, interrupted = Journal(out / FILE), machine.Load(), False
     try:

@@ -1,10 +1,10 @@
 // Adaptive layer norm, forward and backward: one pass over memory, one row of channels at a time.
-#include "cpu/adaln.h"
+#include "cpu/adaln/adaln.h"
 
-#include "cpu/arena.h"
-#include "cpu/items.h"
-#include "cpu/kernels.h"
-#include "cpu/token_rows.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/items.h"
+#include "cpu/core/kernels.h"
+#include "cpu/core/token_rows.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

@@ -3,7 +3,7 @@
 // broadcast, in a dtype of its own.
 #pragma once
 
-#include "cpu/arguments.h"
+#include "cpu/core/arguments.h"
 
 namespace vdcore::cpu {
 

@@ -3,8 +3,8 @@
 
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
-#include "cpu/bindings.h"
-#include "cpu/bindings_call.h"
+#include "cpu/core/bindings.h"
+#include "cpu/core/bindings_call.h"
 
 namespace vdcore::cpu {
 namespace {

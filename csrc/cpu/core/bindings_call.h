@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "bindings_common.h"
-#include "cpu/engine.h"
+#include "cpu/core/engine.h"
 
 namespace vdcore::cpu {
 

@@ -1,8 +1,8 @@
 // Norm and rope, adaptive layer norm and patches on the CPU, in Python.
 #include <array>
 
-#include "cpu/bindings.h"
-#include "cpu/bindings_call.h"
+#include "cpu/core/bindings.h"
+#include "cpu/core/bindings_call.h"
 
 namespace vdcore::cpu {
 namespace {

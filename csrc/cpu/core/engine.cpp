@@ -1,4 +1,4 @@
-#include "cpu/engine.h"
+#include "cpu/core/engine.h"
 
 #include <cstdlib>
 #include <stdexcept>

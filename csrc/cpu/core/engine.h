@@ -1,7 +1,7 @@
 // The CPU engine as the bindings see it.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/core/kernels.h"
 
 namespace vdcore::cpu {
 

@@ -2,7 +2,7 @@
 // first product to the last, and whatever is done with them then.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/core/tile.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -2,8 +2,8 @@
 // channels has a partial vector, and sums over channels taken for W heads at once.
 #pragma once
 
-#include "cpu/arguments.h"
-#include "cpu/tile.h"
+#include "cpu/core/arguments.h"
+#include "cpu/core/tile.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/threads.h"
-#include "cpu/vec.h"
+#include "cpu/core/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -1,5 +1,5 @@
 // Compiled once per instruction set, like every file that includes vec.h: its table of operators.
-#include "cpu/kernels.h"
+#include "cpu/core/kernels.h"
 
 #define VDCORE_STRING_(x) #x
 #define VDCORE_STRING(x) VDCORE_STRING_(x)

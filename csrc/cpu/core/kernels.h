@@ -1,11 +1,11 @@
 // The CPU engine's operators, one table per instruction set.
 #pragma once
 
-#include "cpu/adaln.h"
-#include "cpu/frame_attention.h"
-#include "cpu/patchify.h"
-#include "cpu/qk_norm_rope.h"
-#include "cpu/temporal_attention.h"
+#include "cpu/adaln/adaln.h"
+#include "cpu/frame_attention/frame_attention.h"
+#include "cpu/patchify/patchify.h"
+#include "cpu/qk_norm_rope/qk_norm_rope.h"
+#include "cpu/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cpu {
 

@@ -1,5 +1,5 @@
 // The products of tile.h.
-#include "cpu/tile.h"
+#include "cpu/core/tile.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -2,7 +2,7 @@
 // and maximum, sum and exponential over keys are plain vector arithmetic.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/core/tile.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

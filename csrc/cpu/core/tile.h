@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/frame_runs.h"
-#include "cpu/vec.h"
+#include "cpu/core/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -1,8 +1,8 @@
 // Rows of channels, one after another, for operators that read and write every token once.
 #pragma once
 
-#include "cpu/adaln.h"
-#include "cpu/vec.h"
+#include "cpu/adaln/adaln.h"
+#include "cpu/core/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

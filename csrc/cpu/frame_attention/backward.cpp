@@ -11,8 +11,8 @@
 #include <atomic>
 
 #include "common/threads.h"
-#include "cpu/frame_tiles.h"
-#include "cpu/kernels.h"
+#include "cpu/core/kernels.h"
+#include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

@@ -5,8 +5,8 @@
 // Queries go in panels of three vectors: a panel's scores against a key tile stay in L1 from the first product through
 // the softmax to the second, and three vectors are what the register block of a product holds best.
 #include "common/threads.h"
-#include "cpu/frame_tiles.h"
-#include "cpu/kernels.h"
+#include "cpu/core/kernels.h"
+#include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/token_groups.h"
-#include "cpu/arguments.h"
+#include "cpu/core/arguments.h"
 
 namespace vdcore::cpu {
 

@@ -1,9 +1,9 @@
 // Rows of frame attention's tensors, gathered into tiles.
 #pragma once
 
-#include "cpu/arena.h"
-#include "cpu/frame_attention.h"
-#include "cpu/softmax.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/softmax.h"
+#include "cpu/frame_attention/frame_attention.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -1,8 +1,8 @@
 // Patches of a video, gathered into tiles and scattered from them.
 #pragma once
 
-#include "cpu/gemm.h"
-#include "cpu/patchify.h"
+#include "cpu/core/gemm.h"
+#include "cpu/patchify/patchify.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -2,12 +2,12 @@
 // to it, tile by tile. Three kernels serve all: tokens from patches, patches from tokens, and the weight's gradient.
 // Products are unrolled for every height of a block, so what follows a sum is compiled about 150 times: rare ends of it
 // are functions, and products of float32 tiles are compiled once, not per dtype.
-#include "cpu/patchify.h"
+#include "cpu/patchify/patchify.h"
 
-#include "cpu/arena.h"
-#include "cpu/items.h"
-#include "cpu/kernels.h"
-#include "cpu/patches.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/items.h"
+#include "cpu/core/kernels.h"
+#include "cpu/patchify/patches.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

@@ -2,7 +2,7 @@
 // rows and columns, N tokens of a frame, E channels of a token, K = C * pt * ph * pw numbers of a patch.
 #pragma once
 
-#include "cpu/arguments.h"
+#include "cpu/core/arguments.h"
 
 namespace vdcore::cpu {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/frame_runs.h"
-#include "cpu/arguments.h"
-#include "cpu/vec.h"
+#include "cpu/core/arguments.h"
+#include "cpu/core/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -1,12 +1,12 @@
 // QK-norm and rope of q and k, forward and backward: one pass over memory, all heads of a token at a time.
-#include "cpu/qk_norm_rope.h"
+#include "cpu/qk_norm_rope/qk_norm_rope.h"
 
 #include <initializer_list>
 
-#include "cpu/arena.h"
-#include "cpu/head_rows.h"
-#include "cpu/items.h"
-#include "cpu/kernels.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/head_rows.h"
+#include "cpu/core/items.h"
+#include "cpu/core/kernels.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

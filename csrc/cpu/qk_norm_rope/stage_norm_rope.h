@@ -2,9 +2,9 @@
 // over channels are taken for W heads at once.
 #pragma once
 
-#include "cpu/arena.h"
-#include "cpu/head_rows.h"
-#include "cpu/temporal_tiles.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/head_rows.h"
+#include "cpu/temporal_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

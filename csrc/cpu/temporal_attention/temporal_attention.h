@@ -2,7 +2,7 @@
 // heads, G key/value heads, D head channels.
 #pragma once
 
-#include "cpu/arguments.h"
+#include "cpu/core/arguments.h"
 
 namespace vdcore::cpu {
 

@@ -6,10 +6,10 @@
 // and L2. While a step computes, it prefetches the rows of the next one.
 #pragma once
 
-#include "cpu/arena.h"
-#include "cpu/norm_rope.h"
-#include "cpu/softmax.h"
-#include "cpu/temporal_attention.h"
+#include "cpu/core/arena.h"
+#include "cpu/core/softmax.h"
+#include "cpu/qk_norm_rope/norm_rope.h"
+#include "cpu/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

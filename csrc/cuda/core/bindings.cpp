@@ -1,14 +1,15 @@
 // The Python module vdcore._cuda, and vdcore._cuda_emulated, which takes CPU tensors where the other one takes CUDA's.
 // What is checked here is what would corrupt memory.
-#include "cuda/bindings_call.h"
-#include "cuda/bindings_frame_attention.h"
-#include "cuda/gated_attention.h"
-#include "cuda/qk_norm_rope.h"
-#include "cuda/temporal_attention.h"
+#include "cuda/frame_attention/bindings.h"
+
+#include "cuda/core/bindings_call.h"
+#include "cuda/gated_attention/gated_attention.h"
+#include "cuda/qk_norm_rope/qk_norm_rope.h"
+#include "cuda/temporal_attention/temporal_attention.h"
 #ifdef VDCORE_EMULATE
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 #else
-#include "cuda/device.h"
+#include "cuda/core/device.h"
 #endif
 
 namespace vdcore::cuda {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "bindings_common.h"
-#include "cuda/arguments.h"
-#include "cuda/launch.h"
+#include "cuda/core/arguments.h"
+#include "cuda/core/launch.h"
 #ifdef VDCORE_EMULATE
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 #endif
 
 namespace vdcore::cuda {

@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include "cuda/device.h"
+#include "cuda/core/device.h"
 
 namespace vdcore::cuda {
 

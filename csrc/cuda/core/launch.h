@@ -6,7 +6,7 @@
 #include <string>
 
 #ifdef VDCORE_EMULATE
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 #else
 #include <cuda_runtime.h>
 #endif

@@ -38,7 +38,7 @@ struct Float2 {
 #define VDCORE_UNROLL
 #define VDCORE_UNROLL_BY(n)
 #define VDCORE_NO_UNROLL
-#include "cuda/ptx_emulated.h"
+#include "emulator/ptx_emulated.h"
 #else
 #define VDCORE_DEVICE __device__ __forceinline__
 #define VDCORE_KERNEL(threads, blocks_per_sm) static __global__ void __launch_bounds__(threads, blocks_per_sm)
@@ -46,5 +46,5 @@ struct Float2 {
 #define VDCORE_UNROLL _Pragma("unroll")
 #define VDCORE_UNROLL_BY(n) VDCORE_PRAGMA(unroll(n))
 #define VDCORE_NO_UNROLL _Pragma("unroll 1")
-#include "cuda/ptx_device.h"
+#include "cuda/core/ptx_device.h"
 #endif

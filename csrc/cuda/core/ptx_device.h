@@ -1,4 +1,5 @@
-// Bodies of csrc/cuda/ptx.h under nvcc. Instructions of a whole warp are volatile: they must not move into a branch.
+// Bodies of csrc/cuda/core/ptx.h under nvcc. Instructions of a whole warp are volatile: they must not move into a
+// branch.
 #pragma once
 
 namespace vdcore::cuda {

@@ -1,20 +1,20 @@
-// What sm_90a adds to PTX, as csrc/cuda/ptx.h: mbarriers, the tensor memory accelerator (TMA), wgmma, registers that
-// move between warpgroups, named barriers.
+// What sm_90a adds to PTX, as csrc/cuda/core/ptx.h: mbarriers, the tensor memory accelerator (TMA), wgmma, registers
+// that move between warpgroups, named barriers.
 //
 // wgmma multiplies 64 rows by 16 of K. Thread t of the warpgroup holds of the 64 x N result d[i]: row 16 (t / 32) +
 // (t % 32) / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2; and of a 64 x 16 first operand a[i], two values:
 // row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2), columns 8 (i / 2) + 2 (t % 4) and the next.
 #pragma once
 
-#include "cuda/ptx.h"
+#include "cuda/core/ptx.h"
 
 // For a parameter that holds tensor maps: the accelerator reads them where the launch put them.
 #ifdef VDCORE_EMULATE
 #define VDCORE_GRID_CONSTANT
-#include "cuda/ptx_sm90_emulated.h"
+#include "emulator/ptx_sm90_emulated.h"
 #else
 #define VDCORE_GRID_CONSTANT __grid_constant__
-#include "cuda/ptx_sm90_device.h"
+#include "cuda/core/ptx_sm90_device.h"
 #endif
 
 namespace vdcore::cuda {

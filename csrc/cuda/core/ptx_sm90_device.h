@@ -1,4 +1,4 @@
-// Bodies of csrc/cuda/ptx_sm90.h under nvcc. Numbers of sections are those of the PTX ISA 8.
+// Bodies of csrc/cuda/core/ptx_sm90.h under nvcc. Numbers of sections are those of the PTX ISA 8.
 #pragma once
 
 #include <cuda.h>
@@ -114,4 +114,4 @@ VDCORE_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 }  // namespace vdcore::cuda
 
-#include "cuda/wgmma_device.h"
+#include "cuda/core/wgmma_device.h"

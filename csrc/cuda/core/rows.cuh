@@ -8,8 +8,8 @@
 // results lie as inputs do.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/ptx.h"
+#include "cuda/core/arguments.h"
+#include "cuda/core/ptx.h"
 
 namespace vdcore::cuda {
 

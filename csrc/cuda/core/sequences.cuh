@@ -1,8 +1,8 @@
 // Lines: one (position, head) each, all frames of it.
 #pragma once
 
-#include "cuda/rows.cuh"
-#include "cuda/temporal_attention.h"
+#include "cuda/core/rows.cuh"
+#include "cuda/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cuda {
 

@@ -1,6 +1,6 @@
 #include <mutex>
 
-#include "cuda/tensor_map.h"
+#include "cuda/core/tensor_map.h"
 
 namespace vdcore::cuda {
 namespace {

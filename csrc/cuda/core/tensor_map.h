@@ -1,8 +1,8 @@
 // Tensor maps: what the tensor memory accelerator knows of a tensor.
 #pragma once
 
-#include "cuda/launch.h"
-#include "cuda/ptx_sm90.h"
+#include "cuda/core/launch.h"
+#include "cuda/core/ptx_sm90.h"
 
 namespace vdcore::cuda {
 

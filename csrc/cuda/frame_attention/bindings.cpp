@@ -1,8 +1,8 @@
 // Frame attention in Python.
-#include "cuda/bindings_frame_attention.h"
+#include "cuda/frame_attention/bindings.h"
 
-#include "cuda/bindings_call.h"
-#include "cuda/frame_attention_sm90.h"
+#include "cuda/core/bindings_call.h"
+#include "cuda/frame_attention/frame_attention.h"
 
 namespace vdcore::cuda {
 namespace {

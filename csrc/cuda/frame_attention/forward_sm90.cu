@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "cuda/frame_attention_sm90.cuh"
-#include "cuda/frame_attention_sm90.h"
-#include "cuda/tensor_map.h"
+#include "cuda/core/tensor_map.h"
+#include "cuda/frame_attention/forward_sm90.cuh"
+#include "cuda/frame_attention/frame_attention.h"
 
 namespace vdcore::cuda {
 namespace {

@@ -32,7 +32,7 @@
 // is measured yet.
 #pragma once
 
-#include "cuda/frame_plan_sm90.cuh"
+#include "cuda/frame_attention/plan_sm90.cuh"
 
 namespace vdcore::cuda {
 

@@ -5,7 +5,7 @@
 
 #include "common/frame_runs.h"
 #include "common/tensor_view.h"
-#include "cuda/launch.h"
+#include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 

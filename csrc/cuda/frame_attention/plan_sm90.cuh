@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/query_tiles.h"
-#include "cuda/ptx_sm90.h"
+#include "cuda/core/ptx_sm90.h"
 
 namespace vdcore::cuda {
 

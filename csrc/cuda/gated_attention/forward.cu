@@ -1,5 +1,5 @@
-#include "cuda/gated_attention.h"
-#include "cuda/ptx.h"
+#include "cuda/core/ptx.h"
+#include "cuda/gated_attention/gated_attention.h"
 
 namespace vdcore::cuda {
 

@@ -14,8 +14,8 @@
 //   shared memory, KiB  42      50      74     138     2 stages of 64 keys and values
 #pragma once
 
-#include "cuda/gated_attention.h"
-#include "cuda/lines.cuh"
+#include "cuda/core/sequences.cuh"
+#include "cuda/gated_attention/gated_attention.h"
 
 namespace vdcore::cuda {
 

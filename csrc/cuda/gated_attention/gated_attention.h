@@ -1,8 +1,8 @@
 // Gated attention on a GPU: spatial attention whose epilogue mixes in what temporal attention left in `out`.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/launch.h"
+#include "cuda/core/arguments.h"
+#include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 

@@ -1,7 +1,7 @@
 // Norm and rope of rows in registers: see rows.cuh for how they lie.
 #pragma once
 
-#include "cuda/rows.cuh"
+#include "cuda/core/rows.cuh"
 
 namespace vdcore::cuda {
 

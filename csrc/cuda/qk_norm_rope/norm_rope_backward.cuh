@@ -6,7 +6,7 @@
 // workspace a block, which the caller adds up. No atomics: the same bits every time.
 #pragma once
 
-#include "cuda/norm_rope.cuh"
+#include "cuda/qk_norm_rope/norm_rope.cuh"
 
 namespace vdcore::cuda {
 

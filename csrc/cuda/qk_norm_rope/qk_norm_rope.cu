@@ -2,8 +2,8 @@
 //
 // Taken back: 16 rows a warp, as norm_rope_backward.cuh has them; pairs of either style, the other channel of a pair
 // read again, from L1.
-#include "cuda/norm_rope_backward.cuh"
-#include "cuda/qk_norm_rope.h"
+#include "cuda/qk_norm_rope/norm_rope_backward.cuh"
+#include "cuda/qk_norm_rope/qk_norm_rope.h"
 
 namespace vdcore::cuda {
 namespace {

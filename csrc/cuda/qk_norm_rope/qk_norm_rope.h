@@ -1,8 +1,8 @@
 // Norm and rope alone, for kernels that read every key many times.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/launch.h"
+#include "cuda/core/arguments.h"
+#include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 

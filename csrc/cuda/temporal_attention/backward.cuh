@@ -25,9 +25,9 @@
 // many.
 #pragma once
 
-#include "cuda/lines.cuh"
-#include "cuda/norm_rope_backward.cuh"
-#include "cuda/temporal_attention_backward_long.cuh"
+#include "cuda/core/sequences.cuh"
+#include "cuda/qk_norm_rope/norm_rope_backward.cuh"
+#include "cuda/temporal_attention/backward_long.cuh"
 
 namespace vdcore::cuda {
 

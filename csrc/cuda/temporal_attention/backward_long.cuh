@@ -15,8 +15,8 @@
 //   shared memory, KiB, 256 frames     66      98      130       -     one query head a key head
 #pragma once
 
-#include "cuda/lines.cuh"
-#include "cuda/norm_rope_backward.cuh"
+#include "cuda/core/sequences.cuh"
+#include "cuda/qk_norm_rope/norm_rope_backward.cuh"
 
 namespace vdcore::cuda {
 

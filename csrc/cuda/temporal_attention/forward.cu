@@ -1,5 +1,5 @@
-#include "cuda/ptx.h"
-#include "cuda/temporal_attention.h"
+#include "cuda/core/ptx.h"
+#include "cuda/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cuda {
 

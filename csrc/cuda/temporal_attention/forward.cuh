@@ -22,8 +22,8 @@
 // (tests/build/test_cuda_code.py).
 #pragma once
 
-#include "cuda/norm_rope.cuh"
-#include "cuda/temporal_attention_long.cuh"
+#include "cuda/qk_norm_rope/norm_rope.cuh"
+#include "cuda/temporal_attention/forward_long.cuh"
 
 namespace vdcore::cuda {
 

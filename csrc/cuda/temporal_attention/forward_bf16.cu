@@ -1,3 +1,3 @@
-#include "cuda/temporal_attention.cuh"
+#include "cuda/temporal_attention/forward.cuh"
 
 template void vdcore::cuda::temporal_attention_forward_of<vdcore::cuda::bf16>(const Where&, const TemporalAttention&);

@@ -10,7 +10,7 @@
 //   warps an SM                     16     12      8     (__launch_bounds__)
 #pragma once
 
-#include "cuda/lines.cuh"
+#include "cuda/core/sequences.cuh"
 
 namespace vdcore::cuda {
 

@@ -1,8 +1,8 @@
 // Temporal attention on a GPU: every token attends to the same position in the frames that its frame sees.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/launch.h"
+#include "cuda/core/arguments.h"
+#include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 

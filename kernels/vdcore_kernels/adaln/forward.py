@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2
-from vdcore.kernels._tile import (
+
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2
+from vdcore_kernels.core.tile import (
     KINDS,
     Norm,
     Row,

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._launch import Config, launch
 
 from vdcore.mask import FrameMask
+from vdcore_kernels.core.launch import Config, launch
 
 
 def mask_numbers(mask: FrameMask, T: int, T_k: int, q_start: int) -> tuple[tuple[int, int, int, int], bool]:

@@ -150,7 +150,7 @@ def _prepare_interpreter() -> None:
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         module = function.fn.__module__
-        if not module.startswith("vdcore.") and module not in patched_modules:
+        if not module.startswith("vdcore_kernels.") and module not in patched_modules:
             patched_modules.add(module)
             interpreter._patch_lang(function.fn)
         return function.rewrite()(*args, **kwargs)

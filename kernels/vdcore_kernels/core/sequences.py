@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vdcore.kernels._frames import seeing_run, valid_frames, visible_runs
-from vdcore.kernels._tile import (
+
+from vdcore_kernels.core.frames import seeing_run, valid_frames, visible_runs
+from vdcore_kernels.core.tile import (
     affine,
     by_weight,
     center,

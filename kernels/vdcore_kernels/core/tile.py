@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._launch import parts, power_of_2, steps
 
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
+from vdcore_kernels.core.launch import parts, power_of_2, steps
 
 KINDS = {"rms": 1, "layer": 2}
 STYLES = {"interleaved": 1, "half": 2}

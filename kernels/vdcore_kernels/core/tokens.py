@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import load_length, valid_frames, visible_runs
-from vdcore.kernels._tile import Rows, load_rows, store_rows
+
+from vdcore_kernels.core.frames import load_length, valid_frames, visible_runs
+from vdcore_kernels.core.tile import Rows, load_rows, store_rows
 
 
 class Sizes(NamedTuple):

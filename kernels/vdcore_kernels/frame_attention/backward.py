@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames
-from vdcore.kernels._launch import Config, cdiv, launch, power_of_2, step
-from vdcore.kernels._products import power, rows_times, times_rows
-from vdcore.kernels._tile import (
+
+from vdcore.mask import FrameMask
+from vdcore_kernels.core.frames import mask_numbers, seeing_run, valid_frames
+from vdcore_kernels.core.launch import Config, cdiv, launch, power_of_2, step
+from vdcore_kernels.core.products import power, rows_times, times_rows
+from vdcore_kernels.core.tile import (
     Row,
     add,
     column_sum,
@@ -28,7 +30,7 @@ from vdcore.kernels._tile import (
     split_row,
     to,
 )
-from vdcore.kernels._tokens import (
+from vdcore_kernels.core.tokens import (
     NEAR,
     Lengths,
     Mask,
@@ -45,9 +47,7 @@ from vdcore.kernels._tokens import (
     walk,
     whole_tile,
 )
-from vdcore.kernels.frame_attention import FrameConfig, base_2, frame_sizes, pick_for
-
-from vdcore.mask import FrameMask
+from vdcore_kernels.frame_attention.forward import FrameConfig, base_2, frame_sizes, pick_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

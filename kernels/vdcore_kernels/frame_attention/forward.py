@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import mask_numbers
-from vdcore.kernels._launch import Config, arch_of, launch, pick, step
-from vdcore.kernels._products import power, rows_times, times_rows
-from vdcore.kernels._tile import filled, keep, scale, split_row, store_rows
-from vdcore.kernels._tokens import (
+
+from vdcore.mask import FrameMask
+from vdcore_kernels.core.frames import mask_numbers
+from vdcore_kernels.core.launch import Config, arch_of, launch, pick, step
+from vdcore_kernels.core.products import power, rows_times, times_rows
+from vdcore_kernels.core.tile import filled, keep, scale, split_row, store_rows
+from vdcore_kernels.core.tokens import (
     Lengths,
     Mask,
     Sizes,
@@ -30,8 +32,6 @@ from vdcore.kernels._tokens import (
     walk,
     whole_tile,
 )
-
-from vdcore.mask import FrameMask
 
 LN_2 = tl.constexpr(0.6931471805599453)
 

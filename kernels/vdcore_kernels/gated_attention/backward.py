@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._gate import Gate, load_gate
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore.kernels._tile import add, column_sum, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to
+
+from vdcore_kernels.core.gate import Gate, load_gate
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore_kernels.core.tile import add, column_sum, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to
 
 
 @dataclass(frozen=True)

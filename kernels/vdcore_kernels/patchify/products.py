@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick
+
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore.kernels._tile import (
+
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore_kernels.core.tile import (
     KINDS,
     Row,
     add,
@@ -39,9 +42,6 @@ from vdcore.kernels._tile import (
     store_rows,
     to,
 )
-
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
 
 
 class Live(NamedTuple):

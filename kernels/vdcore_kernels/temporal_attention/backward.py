@@ -12,11 +12,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import live_frames, mask_numbers
-from vdcore.kernels._launch import cdiv, launch, power_of_2, step
-from vdcore.kernels._lines import frame_pairs, frame_rows, gradient_back, line_block, normed_turned, store_frames
-from vdcore.kernels._products import inner, transposed, weighted
-from vdcore.kernels._tile import (
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+from vdcore_kernels.core.frames import live_frames, mask_numbers
+from vdcore_kernels.core.launch import cdiv, launch, power_of_2, step
+from vdcore_kernels.core.products import inner, transposed, weighted
+from vdcore_kernels.core.sequences import (
+    frame_pairs,
+    frame_rows,
+    gradient_back,
+    line_block,
+    normed_turned,
+    store_frames,
+)
+from vdcore_kernels.core.tile import (
     Row,
     add,
     column_sum,
@@ -28,13 +39,9 @@ from vdcore.kernels._tile import (
     split_row,
     store_rows,
 )
-from vdcore.kernels.qk_norm_rope import norm_rope_backward, norm_rope_forward
-from vdcore.kernels.temporal_attention import LINE, LOG2_E, TemporalConfig, pick_lines, side, turns_by_line
-from vdcore.kernels.temporal_attention_long import temporal_long_backward
-
-from vdcore.mask import FrameMask
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore_kernels.qk_norm_rope.forward import norm_rope_backward, norm_rope_forward
+from vdcore_kernels.temporal_attention.forward import LINE, LOG2_E, TemporalConfig, pick_lines, side, turns_by_line
+from vdcore_kernels.temporal_attention.long import temporal_long_backward
 
 BACKWARD = (
     TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),

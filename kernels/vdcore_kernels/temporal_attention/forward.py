@@ -12,17 +12,21 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import mask_numbers
-from vdcore.kernels._gate import Gate, load_gate, mix
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore.kernels._lines import (
+
+from vdcore.mask import FrameMask
+from vdcore.norm import QKNorm
+from vdcore.rope import Rope
+from vdcore_kernels.core.frames import mask_numbers
+from vdcore_kernels.core.gate import Gate, load_gate, mix
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore_kernels.core.products import inner, weighted
+from vdcore_kernels.core.sequences import (
     frame_pairs,
     frame_rows,
     line_block,
     normed_turned,
 )
-from vdcore.kernels._products import inner, weighted
-from vdcore.kernels._tile import (
+from vdcore_kernels.core.tile import (
     Row,
     keep,
     load_rows,
@@ -34,12 +38,8 @@ from vdcore.kernels._tile import (
     store_rows,
     to,
 )
-from vdcore.kernels.qk_norm_rope import norm_rope_forward, row_stats
-from vdcore.kernels.temporal_attention_long import temporal_long_forward
-
-from vdcore.mask import FrameMask
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward, row_stats
+from vdcore_kernels.temporal_attention.long import temporal_long_forward
 
 MAX_FRAMES = 128
 LOG2_E = tl.constexpr(1.4426950408889634)

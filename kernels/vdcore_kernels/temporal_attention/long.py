@@ -12,14 +12,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vdcore.kernels._frames import mask_numbers, seeing_run, valid_frames, visible_runs
-from vdcore.kernels._gate import Gate, load_gate, mix
-from vdcore.kernels._launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore.kernels._lines import frame_pairs, frame_rows, store_frames
-from vdcore.kernels._products import inner, transposed, weighted
-from vdcore.kernels._tile import Row, add, keep, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to, zeros
 
 from vdcore.mask import FrameMask
+from vdcore_kernels.core.frames import mask_numbers, seeing_run, valid_frames, visible_runs
+from vdcore_kernels.core.gate import Gate, load_gate, mix
+from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore_kernels.core.products import inner, transposed, weighted
+from vdcore_kernels.core.sequences import frame_pairs, frame_rows, store_frames
+from vdcore_kernels.core.tile import (
+    Row,
+    add,
+    keep,
+    load_rows,
+    mul,
+    row_sum,
+    rows,
+    scale,
+    split_row,
+    store_rows,
+    to,
+    zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

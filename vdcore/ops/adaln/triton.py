@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _why_not_channels(c: ModulateCall | GateResidualCall) -> str | None:
-    from vdcore.kernels.adaln import MAX_CHANNELS
+    from vdcore_kernels.adaln.forward import MAX_CHANNELS
 
     if c.main.shape[-1] > MAX_CHANNELS:
         return f"it has at most {MAX_CHANNELS} channels, got {c.main.shape[-1]}"
@@ -24,20 +24,20 @@ def _why_not_channels(c: ModulateCall | GateResidualCall) -> str | None:
 
 
 def _modulate(c: ModulateCall) -> tuple[Tensor, ...]:
-    from vdcore.kernels.adaln import modulate_forward
+    from vdcore_kernels.adaln.forward import modulate_forward
 
     return (modulate_forward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps),)
 
 
 def _modulate_backward(c: ModulateCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any) -> Gradients:
-    from vdcore.kernels.adaln import modulate_backward
+    from vdcore_kernels.adaln.forward import modulate_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps, dy, wanted)
 
 
 def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
-    from vdcore.kernels.adaln import gate_residual_forward
+    from vdcore_kernels.adaln.forward import gate_residual_forward
 
     return (gate_residual_forward(c.residual, c.x, c.gate),)
 
@@ -45,7 +45,7 @@ def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
 def _gate_residual_backward(
     c: GateResidualCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any
 ) -> Gradients:
-    from vdcore.kernels.adaln import gate_residual_backward
+    from vdcore_kernels.adaln.forward import gate_residual_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return gate_residual_backward(c.x, c.gate, dy, wanted)

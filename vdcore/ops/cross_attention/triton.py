@@ -35,7 +35,7 @@ def _prompts(c: CrossCall) -> tuple[Tensor, Tensor, Tensor | None, FrameMask]:
 
 
 def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[str, Any]:
-    from vdcore.kernels.frame_attention import Lengths
+    from vdcore_kernels.frame_attention.forward import Lengths
 
     return {
         "mask": mask,
@@ -48,7 +48,7 @@ def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[st
 
 
 def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
-    from vdcore.kernels.frame_attention import frame_forward
+    from vdcore_kernels.frame_attention.forward import frame_forward
 
     out, lse = c.empty_outputs()
     k, v, lengths, mask = _prompts(c)
@@ -60,7 +60,7 @@ def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
 def _backward(
     c: CrossCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels.frame_attention_backward import frame_backward
+    from vdcore_kernels.frame_attention.backward import frame_backward
 
     out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])

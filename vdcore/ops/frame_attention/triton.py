@@ -37,7 +37,7 @@ def _seen(c: VideoCall) -> tuple[Tensor, Tensor, Tensor, Triple | None]:
 
 
 def _visibility(c: VideoCall) -> dict[str, Any]:
-    from vdcore.kernels.frame_attention import Lengths
+    from vdcore_kernels.frame_attention.forward import Lengths
 
     return {
         "mask": c.mask,
@@ -50,7 +50,7 @@ def _visibility(c: VideoCall) -> dict[str, Any]:
 
 
 def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
-    from vdcore.kernels.frame_attention import frame_forward
+    from vdcore_kernels.frame_attention.forward import frame_forward
 
     out, lse = c.empty_outputs()
     q, k, v, text = _seen(c)
@@ -61,8 +61,8 @@ def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
 def _frame_backward(
     c: VideoCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels._frames import live_frames
-    from vdcore.kernels.frame_attention_backward import frame_backward
+    from vdcore_kernels.core.frames import live_frames
+    from vdcore_kernels.frame_attention.backward import frame_backward
 
     out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])

@@ -1,4 +1,4 @@
-"""Gated attention, forward: temporal attention, then csrc/cuda/gated_attention.cuh, whose epilogue mixes the two."""
+"""Gated attention, forward: temporal attention, then the kernel of csrc/cuda/gated_attention, which mixes the two."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def _seen(c: GatedCall) -> Triple:
 
 
 def _spatial_arguments(c: GatedCall) -> dict[str, Any]:
-    from vdcore.kernels.frame_attention import Lengths
+    from vdcore_kernels.frame_attention.forward import Lengths
 
     return {
         "mask": FrameMask.same_frame(),
@@ -59,9 +59,9 @@ def _empty_gradients(qkv: Triple) -> Triple:
 
 
 def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
-    from vdcore.kernels._gate import Gate
-    from vdcore.kernels.frame_attention import frame_forward
-    from vdcore.kernels.temporal_attention import temporal_forward
+    from vdcore_kernels.core.gate import Gate
+    from vdcore_kernels.frame_attention.forward import frame_forward
+    from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     out, kept, lse_a, lse_b = c.empty_outputs()
     a = out if kept is None else kept
@@ -75,11 +75,11 @@ def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
 def _backward(
     c: GatedCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels._frames import live_frames
-    from vdcore.kernels.frame_attention_backward import frame_backward
-    from vdcore.kernels.gated_attention import gate_backward
-    from vdcore.kernels.temporal_attention import temporal_forward
-    from vdcore.kernels.temporal_attention_backward import temporal_backward
+    from vdcore_kernels.core.frames import live_frames
+    from vdcore_kernels.frame_attention.backward import frame_backward
+    from vdcore_kernels.gated_attention.backward import gate_backward
+    from vdcore_kernels.temporal_attention.backward import temporal_backward
+    from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     _, a, lse_a, lse_b = outputs
     assert grads[0] is not None

@@ -29,7 +29,7 @@ def _patchify_why_not(c: PatchifyCall) -> str | None:
 
 
 def _patchify(c: PatchifyCall) -> tuple[Tensor, ...]:
-    from vdcore.kernels.patchify import Patch, gather_product
+    from vdcore_kernels.patchify.products import Patch, gather_product
 
     (tokens,) = c.empty_outputs()
     gather_product(c.video, c.weight, _bias(c.bias), tokens, Patch(*c.weight.shape[1:]))
@@ -43,7 +43,7 @@ def _bias(x: Tensor | None) -> Tensor | None:
 def _patchify_backward(
     c: PatchifyCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels.patchify import Patch, scatter_product, weight_product
+    from vdcore_kernels.patchify.products import Patch, scatter_product, weight_product
 
     assert grads[0] is not None
     dy, patch = unit_stride(grads[0]), Patch(*c.weight.shape[1:])
@@ -63,7 +63,7 @@ def _unpatchify_why_not(c: UnpatchifyCall) -> str | None:
 
 
 def _unpatchify(c: UnpatchifyCall) -> tuple[Tensor, ...]:
-    from vdcore.kernels.patchify import Patch, scatter_product
+    from vdcore_kernels.patchify.products import Patch, scatter_product
 
     (video,) = c.empty_outputs()
     scatter_product(c.tokens, c.weight, _bias(c.bias), video, Patch(c.channels, *c.patch), c.order)
@@ -73,7 +73,7 @@ def _unpatchify(c: UnpatchifyCall) -> tuple[Tensor, ...]:
 def _unpatchify_backward(
     c: UnpatchifyCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels.patchify import Patch, gather_product, weight_product
+    from vdcore_kernels.patchify.products import Patch, gather_product, weight_product
 
     assert grads[0] is not None
     dy, patch = unit_stride(grads[0]), Patch(c.channels, *c.patch)

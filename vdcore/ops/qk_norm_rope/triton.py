@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
-    from vdcore.kernels.qk_norm_rope import MAX_TOKEN, fits
+    from vdcore_kernels.qk_norm_rope.forward import MAX_TOKEN, fits
 
     if all(fits(x.shape[-2], x.shape[-1], norm) for x in (q, k)):
         return None
@@ -27,7 +27,7 @@ def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
 
 def seen_by_scores(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None = None, start: int = 0) -> Tensor:
     """Queries (role ``"q"``) or keys as the scores see them: normed and rotated."""
-    from vdcore.kernels.qk_norm_rope import norm_rope_forward
+    from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward
 
     return x if norm is None and rope is None else norm_rope_forward(x, norm, role, rope, start)
 
@@ -47,7 +47,7 @@ def norm_rope_gradients(
     **where: Any,
 ) -> None:
     """Adds what the norm and rope of q or k give their tensors, under the names of the call; x's too with ``keep``."""
-    from vdcore.kernels.qk_norm_rope import norm_rope_backward
+    from vdcore_kernels.qk_norm_rope.forward import norm_rope_backward
 
     names = {"weight": f"{prefix}{role}_weight", "bias": f"{prefix}{role}_bias"}
     names |= {"cos": f"{prefix}cos", "sin": f"{prefix}sin"}
@@ -65,7 +65,7 @@ def _why_not(c: QKNormRopeCall) -> str | None:
 
 
 def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:
-    from vdcore.kernels.qk_norm_rope import norm_rope_forward
+    from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward
 
     return tuple(norm_rope_forward(x, c.norm, role, c.rope, c.frame_start) for role, x in (("q", c.q), ("k", c.k)))
 

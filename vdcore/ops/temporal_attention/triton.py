@@ -25,7 +25,7 @@ def _frames(c: TemporalCall) -> dict[str, Any]:
 
 
 def _temporal(c: TemporalCall) -> tuple[Tensor | None, ...]:
-    from vdcore.kernels.temporal_attention import temporal_forward
+    from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     out, lse = c.empty_outputs()
     temporal_forward(c.q, c.k, c.v, out, lse, norm=c.norm, rope=c.rope, scale=c.scale, **_frames(c))
@@ -35,7 +35,7 @@ def _temporal(c: TemporalCall) -> tuple[Tensor | None, ...]:
 def _temporal_backward(
     c: TemporalCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore.kernels.temporal_attention_backward import temporal_backward
+    from vdcore_kernels.temporal_attention.backward import temporal_backward
 
     out, lse = outputs
     dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])

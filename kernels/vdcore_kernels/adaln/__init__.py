@@ -1,0 +1,1 @@
+"""Adaptive layer norm: modulate and gate_residual."""

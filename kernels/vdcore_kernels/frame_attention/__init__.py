@@ -1,0 +1,1 @@
+"""Spatial and video attention: all tokens of the visible frames."""

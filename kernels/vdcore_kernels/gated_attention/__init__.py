@@ -1,0 +1,1 @@
+"""Gated attention: what it adds to temporal and frame attention."""

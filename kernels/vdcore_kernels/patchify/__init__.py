@@ -1,0 +1,1 @@
+"""Patch embedding and its inverse."""

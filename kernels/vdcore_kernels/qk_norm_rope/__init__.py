@@ -1,0 +1,1 @@
+"""Norm and rotary embedding of queries and keys."""

@@ -1,0 +1,1 @@
+"""Temporal attention: a position's tokens over frames."""
