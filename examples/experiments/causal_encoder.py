@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
 from vdcore.diffusion.training import SCENES
 from vdcore.models.autoencoder import AutoencoderConfig, CausalAutoencoder
 from vdcore.testing import error_ratio

@@ -1,6 +1,6 @@
 """A figure: one claim, the numbers that were measured for it, and what they are compared with.
 
-An experiment is a module of ``vdcore.demo`` with a function ``run(out: Path, ...) -> Figure``: it writes its pictures
+An experiment is a module of ``experiments`` with a function ``run(out: Path, ...) -> Figure``: it writes its pictures
 and tables into ``out`` and saves its figure there as ``NAME.json``.
 """
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import GREY, OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.show import GREY, OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
 from vdcore.diffusion import runs, training
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.measure import measures

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.net import MLP, VideoNet
-from vdcore.demo.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.net import MLP, VideoNet
+from experiments.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
 from vdcore.mask import FrameMask
 from vdcore.video import Background, Layers, Scene, contact_sheet
 from vdcore.video.scenes import uniform
@@ -89,15 +89,8 @@ def make_clips(hidden: Tensor, identity: Tensor, index: Sequence[int] | np.ndarr
 
 def new_net(layers: int, window: int, width: int) -> VideoNet:
     """Blocks of spatial attention, temporal attention to ``window`` past frames, and an MLP."""
-    return VideoNet(
-        3,
-        (FRAMES, *SIZE),
-        PATCH,
-        width=width,
-        blocks=layers,
-        layers=("spatial", "temporal"),
-        mask=FrameMask.window(window),
-    )
+    kinds, mask = ("spatial", "temporal"), FrameMask.window(window)
+    return VideoNet((FRAMES, *SIZE), PATCH, width=width, blocks=layers, layers=kinds, mask=mask)
 
 
 def predict(net: VideoNet, given: Tensor) -> Tensor:

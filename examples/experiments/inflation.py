@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import GREY, OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.show import GREY, OFF, ON, new_plot, progress, save_plot, save_table
 from vdcore.diffusion.process import Process
 from vdcore.diffusion.training import SCENES, draw_timesteps, process_for
 from vdcore.models import VDiT, VDiTConfig

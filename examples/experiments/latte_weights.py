@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
 from vdcore.extras import need
 from vdcore.models.latte import from_latte
 from vdcore.testing import error_ratio

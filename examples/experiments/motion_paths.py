@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.net import Attention, VideoNet
-from vdcore.demo.show import GREY, OFF, ON, Track, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.net import Attention, VideoNet
+from experiments.show import GREY, OFF, ON, Track, new_plot, progress, save_plot, save_table
 from vdcore.video import Background, Layers, Scene, contact_sheet
 from vdcore.video.scenes import uniform
 
@@ -77,7 +77,7 @@ def make_clips(velocity: Tensor, index: Sequence[int] | np.ndarray) -> tuple[Sce
 
 def new_net(kind: str, width: int) -> VideoNet:
     """Two blocks of full 3D attention, or of temporal attention at one position, each with its MLP."""
-    return VideoNet(3, (FRAMES, *SIZE), (PATCH, PATCH), width=width, blocks=2, layers=(kind,))
+    return VideoNet((FRAMES, *SIZE), (PATCH, PATCH), width=width, blocks=2, layers=(kind,))
 
 
 def noisy(video: Tensor, seed: int | torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""A small transformer on video for experiments that need to see inside: vdcore's operators, and no more around them."""
+"""The smallest transformer around vdcore's operators.
+
+:class:`vdcore.models.VDiT` does not return what these experiments measure, the lse of a layer, and a modulation by a
+timestep, which there is none of here, would be one more thing that could explain a result.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdcore import patchify, spatial_attention, temporal_attention, unpatchify, video_attention
 from vdcore.mask import FrameMask
-from vdcore.ops import patchify, spatial_attention, temporal_attention, unpatchify, video_attention
 
 KINDS = ("spatial", "temporal", "full")
 
@@ -31,16 +35,12 @@ class Attention(nn.Module):
         """Packed ``(B, T, S, 3, H, D)``."""
         return self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
 
-    def attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Tensor) -> Any:
         """What the operator returns, and its lse ``(B, T, S, H)``."""
-        result: Any
         if self.kind == "spatial":
-            result = spatial_attention(qkv, return_lse=True)
-        elif self.kind == "temporal":
-            result = temporal_attention(qkv, mask=self.mask, return_lse=True)
-        else:
-            result = video_attention(qkv, mask=self.mask, return_lse=True)
-        return result
+            return spatial_attention(qkv, return_lse=True)
+        operator = temporal_attention if self.kind == "temporal" else video_attention
+        return operator(qkv, mask=self.mask, return_lse=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(self.attend(self.project(x))[0].flatten(-2))
@@ -48,10 +48,10 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, frame: int, token: Tensor) -> Tensor:
         """What a token of each clip attends to, ``(B, H, T, S)``, from q, k and the lse that the operator returned.
 
-        ``exp(scale q . k - lse)`` where the mask lets it look, 0 elsewhere.
+        ``exp(scale q . k - lse)`` where the mask shows the key, 0 elsewhere.
 
         Args:
-            x: ``(B, T, S, C)``, what the layer is given.
+            x: ``(B, T, S, C)``, the layer's input.
             frame: of the token.
             token: ``(B,)``, its index in the frame.
         """
@@ -67,14 +67,23 @@ class Attention(nn.Module):
         return torch.where(seen[:, None], (scores - lse[:, :, None, None]).exp(), 0.0)
 
 
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
 class VideoNet(nn.Module):
     """Patches, layers of attention each, an MLP after every ``len(layers)`` of them, patches.
 
     Args:
-        channels: of the video, in and out.
-        size: ``(T, H, W)`` of the clips.
+        size: ``(T, H, W)`` of the clips, which are RGB.
         patch: ``(ph, pw)``, pixels; patches are one frame deep.
-        width: channels of a token.
+        width: channels per token.
         blocks: how many.
         layers: of a block, from ``KINDS``, in order.
         heads: of attention.
@@ -83,7 +92,6 @@ class VideoNet(nn.Module):
 
     def __init__(
         self,
-        channels: int,
         size: tuple[int, int, int],
         patch: tuple[int, int],
         *,
@@ -96,8 +104,8 @@ class VideoNet(nn.Module):
         super().__init__()
         T, H, W = size
         self.patch, self.grid = (1, *patch), (T, H // patch[0], W // patch[1])
-        rows = channels * patch[0] * patch[1]
-        self.into = nn.Parameter(torch.randn(width, channels, *self.patch) * rows**-0.5)
+        rows = 3 * patch[0] * patch[1]
+        self.into = nn.Parameter(torch.randn(width, 3, *self.patch) * rows**-0.5)
         self.back = nn.Parameter(torch.zeros(rows, width))
         self.place = nn.Parameter(torch.randn(self.grid[1] * self.grid[2], width) * 0.5)
         self.time = nn.Parameter(torch.randn(T, 1, width) * 0.5)
@@ -108,21 +116,11 @@ class VideoNet(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokens(self, video: Tensor) -> Tensor:
-        """``(B, T, S, C)``, with what a learned embedding says of place and time."""
+        """``(B, T, S, C)``, with learned embeddings of place and time."""
         return patchify(video, self.into) + self.place + self.time
 
     def forward(self, video: Tensor) -> Tensor:
         x = self.tokens(video)
         for block in self.blocks:
             x = block(x)
-        return unpatchify(self.norm(x), self.back, channels=video.shape[1], patch=self.patch, grid=self.grid)
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return unpatchify(self.norm(x), self.back, channels=3, patch=self.patch, grid=self.grid)

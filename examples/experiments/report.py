@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdcore.demo.experiments import EXPERIMENTS
-from vdcore.demo.figure import Figure
+from experiments import EXPERIMENTS
+from experiments.figure import Figure
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }
@@ -125,7 +125,7 @@ def _text(value: Any) -> str:
 
 
 def _markdown(text: str) -> str:
-    """The paragraphs and pipe tables that :func:`~vdcore.demo.show.save_table` writes."""
+    """The paragraphs and pipe tables that :func:`~experiments.show.save_table` writes."""
     parts = []
     for block in text.strip().split("\n\n"):
         if not block.startswith("|"):

@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.figure import Figure
+from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
 from vdcore.diffusion import Process, roll, roll_by_recomputing
 from vdcore.diffusion.training import process_for
 from vdcore.mask import FrameMask

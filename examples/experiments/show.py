@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vdcore.diffusion.commands import progress as bars
+from vdcore.cli.terminal import progress as bars
 from vdcore.extras import need
 
 ON, OFF, THIRD, GREY = "#1f6fb2", "#d9822b", "#3a9d5d", "#8a8a8a"

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import OFF, ON, THIRD, new_plot, progress, save_plot, save_table
-from vdcore.demo.train_sample import FOLDER
-from vdcore.diffusion import blended, drawing, runs, sample, splice
+from experiments import train_sample
+from experiments.figure import Figure
+from experiments.show import OFF, ON, THIRD, new_plot, progress, save_plot, save_table
+from vdcore.diffusion import blended, drawing, sample, splice
 from vdcore.diffusion.training import Recipe, Trained, load_trained, process_for
 from vdcore.models import VDiT
 from vdcore.video import contact_sheet, write_video
@@ -149,13 +149,11 @@ def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Te
 
 
 def _trained(out: Path) -> Trained:
-    path = out / FOLDER / runs.CHECKPOINT
+    path = train_sample.checkpoint(out)
     if path.exists():
         trained = load_trained(path)
         if trained.step >= trained.recipe.steps:
             return trained
-    from vdcore.demo import train_sample
-
     train_sample.run(out)
     return load_trained(path)
 

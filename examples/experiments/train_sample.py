@@ -10,17 +10,20 @@ from pathlib import Path
 
 import torch
 
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import progress, save_table
+from experiments.figure import Figure
+from experiments.show import progress, save_table
 from vdcore.diffusion import runs
-from vdcore.diffusion.commands import plot_losses
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, Comparison, against
 from vdcore.diffusion.training import SCENES, Recipe, load_trained
 from vdcore.video import contact_sheet, write_video
 
 NAME = "train_sample"
-FOLDER = "train"  # of the checkpoint, below the demo's folder
+
+
+def checkpoint(out: Path) -> Path:
+    """Of the model that is trained, below the demo's folder."""
+    return out / "train" / runs.CHECKPOINT
 
 
 def run(
@@ -39,7 +42,7 @@ def run(
     """
     recipe = Recipe() if recipe is None else recipe
     source = Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
-    resumed = (out / FOLDER / runs.CHECKPOINT).exists()
+    resumed = checkpoint(out).exists()
     with progress(NAME) as track:
         ticks = iter(track("training", recipe.steps))
 
@@ -47,7 +50,7 @@ def run(
             for _ in range(step if math.isnan(loss) else 1):
                 next(ticks, None)
 
-        trained_run = runs.train(recipe, source, out / FOLDER, on_step=on_step)
+        trained_run = runs.train(recipe, source, checkpoint(out).parent, on_step=on_step)
         if not trained_run.finished:
             raise KeyboardInterrupt
         begin = time.perf_counter()
@@ -67,7 +70,7 @@ def run(
         write_video(out / f"{NAME}.mp4", torch.cat(list(videos[:6]), -1), 8, scale=6).name,
         _table(out, found),
     ]
-    plot_losses(trained_run.losses, out / f"{NAME}_losses.png")
+    runs.plot_losses(trained_run.losses, out / f"{NAME}_losses.png")
     files.append(f"{NAME}_losses.png")
     weights = sum(p.numel() for p in trained.model.parameters())
     figure = Figure(

@@ -7,19 +7,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vdcore import FrameMask
-from vdcore.cli.commands import app
-from vdcore.demo import (
+import experiments
+from experiments import (
     causal_encoder,
-    experiments,
     inflation,
     latte_weights,
     rolling_cache,
     splicing,
     train_sample,
 )
-from vdcore.demo.figure import Figure
-from vdcore.diffusion import runs
+from experiments.figure import Figure
+from vdcore import FrameMask
+from vdcore.cli.commands import app
 from vdcore.diffusion.training import Recipe, load_trained
 from vdcore.models import VDiTConfig
 
@@ -41,7 +40,7 @@ def test_train_sample(tmp_path):
         numbers["samples"]["warping_error"] / numbers["real"]["warping_error"], rel=1e-3
     )
     assert figure.passed == (numbers["error_ratio"] <= 2 and 0.5 <= numbers["motion_ratio"] <= 2)
-    assert load_trained(tmp_path / train_sample.FOLDER / runs.CHECKPOINT).step == 4
+    assert load_trained(train_sample.checkpoint(tmp_path)).step == 4
 
 
 @pytest.mark.slow

@@ -6,18 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore.demo import flicker, horizon, motion_paths
-from vdcore.demo.figure import Figure
-from vdcore.demo.show import save_table
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These nets are too small to be shared out, and threads that wait for others slow a busy machine down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from experiments import flicker, horizon, motion_paths
+from experiments.figure import Figure
+from experiments.show import save_table
 
 
 @pytest.mark.parametrize("hidden", [1, 4, horizon.LONGEST])

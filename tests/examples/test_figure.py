@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vdcore.demo.figure import Figure
+from experiments.figure import Figure
 
 
 def figure(**changes) -> Figure:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vdcore.demo.net import KINDS, Attention, VideoNet
+from experiments.net import KINDS, Attention, VideoNet
 from vdcore.mask import FrameMask
 
 MASKS = (FrameMask.full(), FrameMask.window(2), FrameMask(past=1, future=1, sink=1))
@@ -30,7 +30,7 @@ def test_recomputed_weights_give_the_operators_result(kind, mask):
 def test_reach_is_layers_times_window(layers, window):
     torch.manual_seed(0)
     net = VideoNet(
-        3, (8, 8, 8), (4, 4), width=16, blocks=layers, layers=("spatial", "temporal"), mask=FrameMask.window(window)
+        (8, 8, 8), (4, 4), width=16, blocks=layers, layers=("spatial", "temporal"), mask=FrameMask.window(window)
     )
     torch.nn.init.normal_(net.back)
     video = torch.randn(1, 3, 8, 8, 8, requires_grad=True)
@@ -41,7 +41,7 @@ def test_reach_is_layers_times_window(layers, window):
 
 
 def test_an_untrained_net_predicts_nothing():
-    net = VideoNet(3, (4, 8, 12), (4, 4), width=16, blocks=1, layers=("full",))
+    net = VideoNet((4, 8, 12), (4, 4), width=16, blocks=1, layers=("full",))
     video = torch.randn(2, 3, 4, 8, 12)
     assert net(video).shape == video.shape and (net(video) == 0).all()
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdcore.demo import commands as demonstration
-from vdcore.diffusion import commands as diffusion
+from vdcore.cli.demo import demo
+from vdcore.cli.sample import sample
+from vdcore.cli.terminal import plain_errors
+from vdcore.cli.train import train
 
 if TYPE_CHECKING:
     from vdcore_bench.results import Journal, Row
@@ -260,7 +262,7 @@ def _need_diffusers() -> None:
 
     from vdcore.extras import need
 
-    with diffusion.plain_errors():
+    with plain_errors():
         need("diffusers", "models", "--model")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
@@ -399,6 +401,6 @@ def _write(
 
 # ---- train, sample, demo ----
 
-app.command()(diffusion.train)
-app.command()(diffusion.sample)
-app.command()(demonstration.demo)
+app.command()(train)
+app.command()(sample)
+app.command()(demo)

@@ -1,4 +1,4 @@
-"""``vdcore demo``."""
+"""``vdcore demo``: runs the experiments in ``examples/experiments``, which a checkout has and a wheel does not."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import Annotated
 
 import typer
 
+from vdcore.cli.terminal import THREADS, set_threads
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 def demo(
     names: Annotated[list[str] | None, typer.Argument(help="Experiments, or all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures, pictures, videos and report.html.")] = Path("out/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make again what is there already.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat experiments whose figures are in --out.")] = False,
+    threads: THREADS = None,
 ) -> None:
-    """What this engine is for, measured: experiments of minutes, one figure a claim, and a report that opens offline.
+    """What this engine is for, measured: experiments of minutes, one figure per claim, and a report that opens offline.
 
     Figures that are in --out already are kept, unless --fresh; an interrupt loses only the experiment at hand, and of
     training nothing. Exit code 1 if a claim does not hold.
     """
-    import torch
-
-    from vdcore.demo import report
-    from vdcore.demo.experiments import EXPERIMENTS, load
+    _find_experiments()
+    from experiments import EXPERIMENTS, load, report, train_sample
 
     wanted = list(dict.fromkeys(names or ["all"]))
     unknown = [name for name in wanted if name not in (*EXPERIMENTS, "all")]
@@ -33,8 +35,7 @@ def demo(
         raise typer.BadParameter(f"{', '.join(unknown)}: not known; known are all, {', '.join(EXPERIMENTS)}")
     if "all" in wanted:
         wanted = list(EXPERIMENTS)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for name in wanted:
@@ -43,8 +44,8 @@ def demo(
             print(f"{name}: there already")
             continue
         path.unlink(missing_ok=True)
-        if fresh and name == "train_sample":
-            _forget_training(out)
+        if fresh and name == train_sample.NAME:
+            train_sample.checkpoint(out).unlink(missing_ok=True)
         begin = time.monotonic()
         try:
             figure = load(name)(out)
@@ -64,8 +65,13 @@ def demo(
         raise typer.Exit(1)
 
 
-def _forget_training(out: Path) -> None:
-    from vdcore.demo.train_sample import FOLDER
-    from vdcore.diffusion.runs import CHECKPOINT
-
-    (out / FOLDER / CHECKPOINT).unlink(missing_ok=True)
+def _find_experiments() -> None:
+    """Makes the package ``experiments`` importable, after everything else, so that it hides no other package."""
+    if not (EXAMPLES / "experiments" / "__init__.py").is_file():
+        print(
+            "vdcore demo: the experiments are not in the package: clone the repository, and there run `make demo`",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
