@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.fit import fit
+from experiments.show import draw_curves, new_plot, progress, save_plot, save_table
 from vdcore.diffusion.training import SCENES
 from vdcore.models.autoencoder import AutoencoderConfig, CausalAutoencoder
 from vdcore.testing import error_ratio
 from vdcore.video import contact_sheet
 
 NAME = "causal_encoder"
-SEAM = 100.0  # times the causal form's error that the other form's seam is at least
+SEAM = 100.0  # least ratio of the other form's seam to the causal form's error
 
 
 @dataclass(frozen=True)
@@ -37,48 +39,39 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
     started = time.monotonic()
     causal = CausalAutoencoder(AutoencoderConfig(widths=settings.widths))
     ahead = CausalAutoencoder(AutoencoderConfig(widths=settings.widths, causal=False))
+    models = {"causal": causal, "looking ahead": ahead}
     with progress(NAME) as track:
-        for model, label in ((causal, "causal"), (ahead, "looking ahead")):
-            torch.manual_seed(0)
+        for label, model in models.items():
             _train(model, settings, track(label, settings.steps))
-    clip = (
-        replace(SCENES, frames=settings.frames, speed=(0.3, 0.8)).batch(1, torch.Generator().manual_seed(9)).video * 2
-        - 1
-    )
+    long = replace(SCENES, frames=settings.frames, speed=(0.3, 0.8))
+    clip = long.batch(1, torch.Generator().manual_seed(9)).video * 2 - 1
     with torch.no_grad():
-        results = {name: (m.encode(clip), m.encode(clip, chunk=settings.chunk)) for name, m in _named(causal, ahead)}
+        results = {name: (m.encode(clip), m.encode(clip, chunk=settings.chunk)) for name, m in models.items()}
         double = CausalAutoencoder(causal.config).double()
         double.load_state_dict(causal.state_dict())
         exact = double.encode(clip.double())
         back = causal(clip)
         decoded = causal.decode(results["causal"][1], chunk=1)
-        decoded_exact = double.decode(exact)
-    ratio = max(
-        error_ratio(results["causal"][1], exact, [results["causal"][0]]).worst,
-        error_ratio(decoded, decoded_exact, [back]).worst,
-    )
-    gaps = {name: _gap(*pair) for name, pair in results.items()}
+        ratio = max(
+            error_ratio(results["causal"][1], exact, [results["causal"][0]]).worst,
+            error_ratio(decoded, double.decode(exact), [back]).worst,
+        )
+    # Largest difference per latent frame.
+    gaps = {name: (whole - chunks).abs().amax((0, 1, 3, 4)) for name, (whole, chunks) in results.items()}
     largest = {name: gap.max().item() for name, gap in gaps.items()}
-    psnr = 10 * torch.log10(4 / (back - clip).square().mean()).item()
+    plot, axes = new_plot(7, 3.6)
+    curves = {name: gap.clamp(min=1e-9).tolist() for name, gap in gaps.items()}
+    labels = {"xlabel": "latent frame", "ylabel": "|in chunks - whole|, largest", "yscale": "log"}
+    draw_curves(axes[0][0], range(exact.shape[2]), curves, marker="o", **labels)
     shown = [((x[0] + 1) / 2).clamp(0, 1) for x in (clip, back)]
-    files = [
-        _plot(out, gaps, settings.chunk // 4),
-        contact_sheet(out / f"{NAME}_frames.png", shown, labels=["clip", "coded"]).name,
-        save_table(
-            out / f"{NAME}.md",
-            ("form", "largest difference", "at chunk borders", "elsewhere"),
-            [(name, largest[name], *_at_borders(gap, settings.chunk // 4)) for name, gap in gaps.items()],
-            "Latents coded in chunks against latents coded whole, per latent frame (largest over channels and pixels).",
-        ),
-    ]
-    figure = Figure(
+    return Figure(
         name=NAME,
         claim=f"Coding a clip in chunks of {settings.chunk} frames equals coding it whole within the tolerance rule, "
         f"there and back; the form that looks ahead is off by at least {SEAM:.0f} times as much.",
         numbers={
             "error_ratio": ratio,
             "largest_difference": largest["causal"],
-            "psnr_db": psnr,
+            "psnr_db": 10 * torch.log10(4 / (back - clip).square().mean()).item(),
         },
         compared_with={
             "error_ratio_allowed": 1.0,
@@ -89,37 +82,33 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         size=f"channels {settings.widths}, {settings.steps} steps of {settings.batch} clips of 9 frames of "
         f"{SCENES.size[0]}x{SCENES.size[1]} pixels each; a clip of {settings.frames} frames; "
         f"{time.monotonic() - started:.0f} s",
-        files=files,
-    )
-    figure.save(out)
-    return figure
+        files=[
+            save_plot(plot, out / f"{NAME}.png"),
+            contact_sheet(out / f"{NAME}_frames.png", shown, labels=["clip", "coded"]).name,
+            save_table(
+                out / f"{NAME}.md",
+                ("form", "largest difference", "at chunk borders", "elsewhere"),
+                [(name, largest[name], *_at_borders(gap, settings.chunk // 4)) for name, gap in gaps.items()],
+                "Latents coded in chunks against latents coded whole, per latent frame (largest over channels and "
+                "pixels).",
+            ),
+        ],
+    ).save(out)
 
 
-def _named(causal: CausalAutoencoder, ahead: CausalAutoencoder) -> tuple[tuple[str, CausalAutoencoder], ...]:
-    return ("causal", causal), ("looking ahead", ahead)
-
-
-def _train(model: CausalAutoencoder, settings: Settings, ticks: object) -> None:
+def _train(model: CausalAutoencoder, settings: Settings, ticks: Iterable[int]) -> None:
     """Squared error of the clip that comes back."""
-    random, scenes = torch.Generator().manual_seed(0), replace(SCENES, frames=9)
+    torch.manual_seed(0)
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.kaiming_normal_(p, nonlinearity="linear")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps + 1, pct_start=0.2)
-    for _ in ticks:  # type: ignore[attr-defined]
+    scenes = replace(SCENES, frames=9)
+
+    def loss(step: int, random: torch.Generator) -> Tensor:
         clip = scenes.batch(settings.batch, random).video * 2 - 1
-        loss = (model(clip) - clip).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return (model(clip) - clip).square().mean()
 
-
-def _gap(whole: Tensor, chunks: Tensor) -> Tensor:
-    """Largest difference per latent frame."""
-    return (whole - chunks).abs().amax((0, 1, 3, 4))
+    fit(model, loss, ticks, steps=settings.steps, lr=settings.lr)
 
 
 def _at_borders(gap: Tensor, latents: int) -> tuple[float, float]:
@@ -128,12 +117,3 @@ def _at_borders(gap: Tensor, latents: int) -> tuple[float, float]:
     border = (index % latents == 0) | (index % latents == latents - 1) | (index < 0)
     inside = gap[~border]
     return gap[border].max().item(), inside.max().item() if len(inside) else 0.0
-
-
-def _plot(out: Path, gaps: dict[str, Tensor], latents: int) -> str:
-    figure, axes = new_plot(7, 3.6)
-    for (name, gap), colour in zip(gaps.items(), (ON, OFF)):
-        axes[0][0].plot(gap.clamp(min=1e-9).tolist(), color=colour, marker="o", markersize=4, label=name)
-    axes[0][0].set(xlabel="latent frame", ylabel="|in chunks - whole|, largest", yscale="log")
-    axes[0][0].legend()
-    return save_plot(figure, out / f"{NAME}.png")

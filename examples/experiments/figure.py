@@ -1,7 +1,6 @@
 """A figure: one claim, the numbers that were measured for it, and what they are compared with.
 
-An experiment is a module of ``experiments`` with a function ``run(out: Path, ...) -> Figure``: it writes its pictures
-and tables into ``out`` and saves its figure there as ``NAME.json``.
+An experiment's ``run(out)`` writes its pictures and tables into ``out`` and saves its figure there as ``NAME.json``.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Figure:
     size: str
     files: list[str] = field(default_factory=list)
 
-    def save(self, folder: Path) -> Path:
-        """Writes ``folder/name.json``, whole or not at all.
+    def save(self, folder: Path) -> Figure:
+        """Writes ``folder/name.json``, whole or not at all; returns the figure.
 
         Raises:
             ValueError: if a number is not finite, or a file is not in the folder.
@@ -44,13 +43,9 @@ class Figure:
         missing = [name for name in self.files if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"Figure {self.name}: files must be in {folder}, missing {', '.join(missing)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
         text = json.dumps(_plain(f"Figure {self.name}", asdict(self)), indent=1)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(text + "\n")
-        unfinished.replace(path)
-        return path
+        write_whole(folder / f"{self.name}.json", text + "\n")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> Figure:
@@ -69,19 +64,25 @@ class Figure:
         return cls(**found)
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file whole or not at all; readers see either the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    return unfinished.replace(path)
+
+
 def _plain(where: str, value: Any) -> Any:
     """Numbers of torch and numpy as Python's, with the digits that mean something."""
     if isinstance(value, dict):
         return {str(key): _plain(f"{where}, {key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(where, item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: must be finite, got {value}")
+        return float(f"{value:.6g}")
     if value is None or isinstance(value, (str, bool, int)):
         return value
-    number = value.item() if hasattr(value, "item") else value
-    if isinstance(number, float):
-        if not math.isfinite(number):
-            raise ValueError(f"{where}: must be finite, got {number}")
-        return float(f"{number:.6g}")
-    if isinstance(number, (bool, int)):
-        return number
     raise ValueError(f"{where}: must be a JSON value, got {type(value).__name__}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import EXPERIMENTS
-from experiments.figure import Figure
+from experiments.figure import Figure, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }
@@ -46,12 +46,10 @@ def write(folder: Path, failed: dict[str, str] | None = None) -> tuple[Path, Pat
         "failed": failed,
         "missing": [name for name in EXPERIMENTS if name not in there and name not in failed],
     }
-    paths = folder / "report.html", folder / "summary.json"
-    for path, text in zip(paths, (page(found, folder, failed), json.dumps(summary, indent=1) + "\n")):
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    return paths
+    return (
+        write_whole(folder / "report.html", page(found, folder, failed)),
+        write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n"),
+    )
 
 
 def page(found: Sequence[Figure], folder: Path, failed: dict[str, str]) -> str:

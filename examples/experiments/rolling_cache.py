@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
-from vdcore.diffusion import Process, roll, roll_by_recomputing
+from experiments.show import OFF, ON, draw_curves, new_plot, progress, save_plot, save_table
+from vdcore.diffusion import roll, roll_by_recomputing
 from vdcore.diffusion.training import process_for
 from vdcore.mask import FrameMask
 from vdcore.models import VDiT, VDiTConfig
@@ -25,7 +25,7 @@ CONSTANT = 1.2  # most that the last quarter's time may be over the first full r
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the experiment: frames in all, of ``size`` pixels, the model, and rolls whose times are taken."""
+    """Sizes of the experiment: frames in all, of ``size`` pixels, the model, and the number of timed rolls."""
 
     frames: int = 240
     size: tuple[int, int] = (16, 24)
@@ -70,49 +70,49 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
             ours, taken = _timed(roll(model, process, noises, settings.steps, cache), range(settings.chunks))
             rolls.append(taken)
         seconds = [median(times) for times in zip(*rolls)]
-        whole, theirs = _timed(
-            roll_by_recomputing(model, process, noises, settings.steps), track("recomputing", settings.chunks)
-        )
-        exact = _exact(model, process, noises, settings, track("in float64", settings.chunks))
+        again = roll_by_recomputing(model, process, noises, settings.steps)
+        whole, theirs = _timed(again, track("recomputing", settings.chunks))
+        in_float64 = roll_by_recomputing(model.double(), process, [x.double() for x in noises], settings.steps)
+        exact, _ = _timed(in_float64, track("in float64", settings.chunks))
     ratio = error_ratio(ours, exact, [whole]).worst
-    full = (
-        (settings.mask.past or 0) + 1 + -(-settings.mask.sink // settings.mask.chunk)
-    )  # chunks until the ring is full
-    quarter = max(settings.chunks // 4, 1)
-    growth = median(seconds[-quarter:]) / median(seconds[full : full + quarter])
-    per_frame = settings.mask.chunk
-    figure = Figure(
+    mask, quarter = settings.mask, max(settings.chunks // 4, 1)
+    full = (mask.past or 0) + 1 + -(-mask.sink // mask.chunk)  # chunks until the ring is full
+    growth, growth_recomputing = (median(s[-quarter:]) / median(s[full : full + quarter]) for s in (seconds, theirs))
+    curves = {
+        "recomputing all frames": [1e3 * s / mask.chunk for s in theirs],
+        "rolling cache": [1e3 * s / mask.chunk for s in seconds],
+    }
+    per_frame = {name: median(ms[-quarter:]) for name, ms in curves.items()}
+    return Figure(
         name=NAME,
         claim=f"The time of a new frame is constant over {settings.frames} frames, in constant memory, and what is "
         "drawn equals recomputing all frames under the same mask, within the tolerance rule.",
         numbers={
             "time_growth": growth,
-            "milliseconds_per_frame": 1e3 * median(seconds[-quarter:]) / per_frame,
-            "milliseconds_per_frame_recomputing_at_the_end": 1e3 * median(theirs[-quarter:]) / per_frame,
+            "milliseconds_per_frame": per_frame["rolling cache"],
+            "milliseconds_per_frame_recomputing_at_the_end": per_frame["recomputing all frames"],
             "error_ratio": ratio,
             "largest_difference": (ours - whole).abs().max().item(),
             "cache_bytes": cache.nbytes,
         },
         compared_with={
             "most_time_growth": CONSTANT,
-            "time_growth_of_recomputing": median(theirs[-quarter:]) / median(theirs[full : full + quarter]),
+            "time_growth_of_recomputing": growth_recomputing,
             "error_ratio_allowed": 1.0,
             "largest_value": exact.abs().max().item(),
             "cache_bytes_before_the_first_frame": memory,
         },
         passed=growth <= CONSTANT and ratio <= 1 and cache.nbytes == memory,
         size=f"random weights: width {settings.width}, {settings.depth} blocks, {settings.size[0]}x{settings.size[1]} "
-        f"pixels in patches of 4, {settings.mask}, {settings.steps} steps a chunk, times of {settings.rolls} rolls, "
+        f"pixels in patches of 4, {mask}, {settings.steps} steps per chunk, times of {settings.rolls} rolls, "
         f"{torch.get_num_threads()} threads; time is the processor's, so that other programs do not count; "
         f"{time.monotonic() - started:.0f} s",
-        files=[_plot(out, seconds, theirs, per_frame), _table(out, seconds, theirs, per_frame)],
-    )
-    figure.save(out)
-    return figure
+        files=_files(out, curves, mask.chunk),
+    ).save(out)
 
 
 def _timed(chunks: Iterator[Tensor], ticks: Iterable[int]) -> tuple[Tensor, list[float]]:
-    """The video, and the processor's seconds of every chunk."""
+    """The video, and the processor's seconds per chunk."""
     parts, seconds = [], []
     for _ in ticks:
         begin = time.process_time()
@@ -121,28 +121,16 @@ def _timed(chunks: Iterator[Tensor], ticks: Iterable[int]) -> tuple[Tensor, list
     return torch.cat(parts, 2), seconds
 
 
-def _exact(model: VDiT, process: Process, noises: list[Tensor], settings: Settings, ticks: Iterable[int]) -> Tensor:
-    """Recomputed in float64; of the past only what the mask lets the new chunk depend on would matter, all is run."""
-    double = new_model(settings).double()
-    double.load_state_dict(model.state_dict())
-    chunks = roll_by_recomputing(double, process, [x.double() for x in noises], settings.steps)
-    return torch.cat([next(chunks) for _ in ticks], 2)
-
-
-def _plot(out: Path, ours: list[float], theirs: list[float], chunk: int) -> str:
+def _files(out: Path, curves: dict[str, list[float]], chunk: int) -> list[str]:
+    """A plot and a table of the milliseconds per frame, by chunk."""
     figure, axes = new_plot(7, 3.6)
-    frames = [(i + 1) * chunk for i in range(len(ours))]
-    for seconds, colour, label in ((theirs, OFF, "recomputing all frames"), (ours, ON, "rolling cache")):
-        axes[0][0].plot(frames, [1e3 * s / chunk for s in seconds], color=colour, label=label)
-    axes[0][0].set(xlabel="frame", ylabel="ms for a new frame", ylim=(0, None))
-    axes[0][0].legend()
-    return save_plot(figure, out / f"{NAME}.png")
-
-
-def _table(out: Path, ours: list[float], theirs: list[float], chunk: int) -> str:
+    count = len(curves["rolling cache"])
+    frames = [(i + 1) * chunk for i in range(count)]
+    draw_curves(axes[0][0], frames, curves, (OFF, ON), xlabel="frame", ylabel="ms per new frame", ylim=(0, None))
     rows = []
-    for i in sorted({0, len(ours) // 4, len(ours) // 2, 3 * len(ours) // 4, len(ours) - 1}):
+    for i in sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
         near = slice(max(i - 2, 0), i + 3)
-        rows.append(((i + 1) * chunk, *(1e3 * median(s[near]) / chunk for s in (ours, theirs))))
+        rows.append((frames[i], *(median(curves[name][near]) for name in ("rolling cache", "recomputing all frames"))))
     header = ("frame", "rolling cache, ms", "recomputing, ms")
-    return save_table(out / f"{NAME}.md", header, rows, "Processor time of a new frame, median of five chunks.")
+    text = "Processor time per new frame, median of five chunks."
+    return [save_plot(figure, out / f"{NAME}.png"), save_table(out / f"{NAME}.md", header, rows, text)]

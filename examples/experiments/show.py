@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 from vdcore.cli.terminal import progress as bars
 from vdcore.extras import need
 
-ON, OFF, THIRD, GREY = "#1f6fb2", "#d9822b", "#3a9d5d", "#8a8a8a"
+ON, OFF, THIRD, GRAY = "#1f6fb2", "#d9822b", "#3a9d5d", "#8a8a8a"
 
-Track = Callable[[str, int], Iterable[int]]  # a description and a number of steps, as a range that shows how far it is
+Track = Callable[[str, int], Iterable[int]]  # a description and a number of steps, as a range that shows its progress
 
 
 @contextmanager
@@ -36,6 +36,22 @@ def new_plot(width: float, height: float, columns: int = 1, rows: int = 1) -> tu
     """A figure and its axes ``[row][column]``, outside pyplot: no window system is asked for."""
     figure = need("matplotlib.figure", "bench", "plot").Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_curves(
+    axis: Any,
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    colors: Sequence[str] = (ON, OFF, THIRD),
+    *,
+    marker: str = "",
+    **settings: Any,
+) -> None:
+    """Curves by label over one x, with their legend; ``settings`` are matplotlib's of the axis."""
+    for (label, y), color in zip(curves.items(), colors):
+        axis.plot(x, y, color=color, label=label, marker=marker, markersize=4)
+    axis.set(**settings)
+    axis.legend(fontsize=8)
 
 
 def save_plot(figure: Any, path: Path) -> str:

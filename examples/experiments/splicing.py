@@ -1,4 +1,4 @@
-"""Splicing: 64 frames with memory for 8. Peak memory against the whole clip's, and what is seen of the seams."""
+"""Splicing: 64 frames with memory for 8. Peak memory against the whole clip's, and how visible the seams are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments import train_sample
 from experiments.figure import Figure
-from experiments.show import OFF, ON, THIRD, new_plot, progress, save_plot, save_table
-from vdcore.diffusion import blended, drawing, sample, splice
+from experiments.show import OFF, ON, THIRD, draw_curves, new_plot, progress, save_plot, save_table
+from vdcore.diffusion import blended, make_sampler, sample, splice
 from vdcore.diffusion.training import Recipe, Trained, load_trained, process_for
 from vdcore.models import VDiT
 from vdcore.video import contact_sheet, write_video
@@ -21,6 +21,7 @@ from vdcore.video import contact_sheet, write_video
 NAME = "splicing"
 CHUNK, OVERLAP, FRAMES = 8, 2, 64
 MEMORY_SHARE, SEAM = 0.25, 1.5  # the claim: at most this share of the whole clip's peak, this much change at a seam
+Peaks = dict[str, dict[int, int]]  # whole or spliced -> frames -> bytes
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def peak_memory(frames: int, videos: int, spliced: bool) -> int:
         shape = (videos, recipe.model.in_channels, *recipe.size)
 
         def call(frames: int = frames) -> list[Tensor]:
-            draw = drawing(model, process, shape, 1, generator=torch.Generator().manual_seed(0))
+            sampler = make_sampler(model, process, shape, 1, generator=torch.Generator().manual_seed(0))
             if spliced:
-                return list(splice(draw, frames, CHUNK, OVERLAP))
-            return [draw(torch.arange(frames))]
+                return list(splice(sampler, frames, CHUNK, OVERLAP))
+            return [sampler(torch.arange(frames))]
 
         call(CHUNK)  # starts threads and loads code
         return peak_of(call).bytes
@@ -77,12 +78,12 @@ def seam_ratio(video: Tensor, seams: Sequence[int], patch: int = 1) -> float:
 
 
 def run(out: Path, settings: Settings = Settings()) -> Figure:
-    """Uses the model in ``out/train``, and trains one there if there is none."""
+    """Uses the model of ``train_sample``, and trains it first if it is not there."""
     from vdcore_bench.memory import in_process
 
     started = time.monotonic()
     trained = _trained(out)
-    memory: dict[str, dict[int, int]] = {"whole": {}, "spliced": {}}
+    memory: Peaks = {"whole": {}, "spliced": {}}
     videos, ratios = {}, {}
     with progress(NAME) as track:
         points = [(kind, n) for n in settings.frames for kind in memory]
@@ -95,16 +96,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
             ratios[kinds[i]] = seam_ratio(videos[kinds[i]], seams, trained.recipe.model.patch[0])
     n = settings.frames[-1]
     share = memory["spliced"][n] / memory["whole"][n]
-    files = [
-        _plot(out, memory, videos),
-        _table(out, memory),
-        contact_sheet(
-            out / f"{NAME}_frames.png", [v[0] for v in videos.values()], labels=list(videos), frames=FRAMES // 4
-        ).name,
-        write_video(out / f"{NAME}.gif", torch.cat([v[0] for v in videos.values()], -1), 8, scale=4).name,
-        write_video(out / f"{NAME}.mp4", torch.cat(list(videos["spliced"][:6]), -1), 8, scale=6).name,
-    ]
-    figure = Figure(
+    return Figure(
         name=NAME,
         claim=f"{FRAMES} frames in chunks of {CHUNK} with {OVERLAP} frames of overlap need at most {MEMORY_SHARE:.0%} "
         f"of the whole clip's memory, and change at a chunk's first frame at most {SEAM} times as much as elsewhere.",
@@ -124,10 +116,8 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         size=f"memory: {settings.together} videos of the default model's size at once, untrained, one step, "
         f"every point in a fresh process, beyond the weights; seams: {settings.videos} videos of {FRAMES} frames of "
         f"the model of train_sample ({trained.step} steps); {time.monotonic() - started:.0f} s",
-        files=files,
-    )
-    figure.save(out)
-    return figure
+        files=[_plot(out, memory, videos), _table(out, memory), *_videos(out, videos)],
+    ).save(out)
 
 
 def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Tensor, list[int]]:
@@ -139,13 +129,13 @@ def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Te
         # The whole video in one draw; chunks begin where they are half faded in.
         noise = torch.randn(count, shape[1], FRAMES, *recipe.size, generator=random)
         video = sample(blended(trained.model, CHUNK, CHUNK // 2), process, noise, steps)
-        seams = list(range(CHUNK // 2 + CHUNK // 4, FRAMES, CHUNK // 2))
+        seams = range(CHUNK // 2 + CHUNK // 4, FRAMES, CHUNK // 2)
     else:
         overlap = OVERLAP if kind == "spliced" else 0
-        draw = drawing(trained.model, process, shape, steps, generator=random)
-        video = torch.cat(list(splice(draw, FRAMES, CHUNK, overlap)), 2)
-        seams = list(range(CHUNK, FRAMES, CHUNK - overlap))
-    return ((video + 1) / 2).clamp(0, 1), seams
+        sampler = make_sampler(trained.model, process, shape, steps, generator=random)
+        video = torch.cat(list(splice(sampler, FRAMES, CHUNK, overlap)), 2)
+        seams = range(CHUNK, FRAMES, CHUNK - overlap)
+    return ((video + 1) / 2).clamp(0, 1), list(seams)
 
 
 def _trained(out: Path) -> Trained:
@@ -158,29 +148,32 @@ def _trained(out: Path) -> Trained:
     return load_trained(path)
 
 
-def _plot(out: Path, memory: dict[str, dict[int, int]], videos: dict[str, Tensor]) -> str:
+def _plot(out: Path, memory: Peaks, videos: dict[str, Tensor]) -> str:
     figure, axes = new_plot(11, 3.6, columns=2)
     left, right = axes[0]
-    for (kind, points), colour in zip(memory.items(), (OFF, ON)):
-        left.plot(list(points), [b / 2**20 for b in points.values()], marker="o", color=colour, label=kind)
-    left.set(xlabel="frames", ylabel="peak memory, MiB", ylim=(0, None))
+    peaks = {kind: [size / 2**20 for size in points.values()] for kind, points in memory.items()}
+    labels = {"xlabel": "frames", "ylabel": "peak memory, MiB", "ylim": (0, None)}
+    draw_curves(left, list(memory["whole"]), peaks, (OFF, ON), marker="o", **labels)
     left.set_title("Drawing a video, beyond the weights", fontsize=10, loc="left")
-    left.legend()
-    for (kind, video), colour in zip(videos.items(), (ON, THIRD, OFF)):
-        right.plot(range(1, FRAMES), change(video).tolist(), color=colour, label=kind, linewidth=1)
+    changes = {kind: change(video).tolist() for kind, video in videos.items()}
+    labels = {"xlabel": "frame", "ylabel": "mean |x(t) - x(t-1)|", "ylim": (0, None)}
+    draw_curves(right, range(1, FRAMES), changes, (ON, THIRD, OFF), **labels)
     for seam in range(CHUNK, FRAMES, CHUNK - OVERLAP):
         right.axvline(seam, color="black", linewidth=0.4, linestyle=":")
-    right.set(xlabel="frame", ylabel="mean |x(t) - x(t-1)|", ylim=(0, None))
     right.set_title("Change from frame to frame (dotted: chunks of the spliced)", fontsize=10, loc="left")
-    right.legend(fontsize=8)
     return save_plot(figure, out / f"{NAME}.png")
 
 
-def _table(out: Path, memory: dict[str, dict[int, int]]) -> str:
-    rows = [
-        (n, f"{memory['whole'][n] / 2**20:.1f}", f"{memory['spliced'][n] / 2**20:.1f}",
-         f"{memory['spliced'][n] / memory['whole'][n]:.2f}")
-        for n in memory["whole"]
-    ]  # fmt: skip
+def _table(out: Path, memory: Peaks) -> str:
+    peaks = [(n, whole / 2**20, memory["spliced"][n] / 2**20) for n, whole in memory["whole"].items()]
+    rows = [(n, f"{whole:.1f}", f"{spliced:.1f}", f"{spliced / whole:.2f}") for n, whole, spliced in peaks]
     header = ("frames", "whole, MiB", "spliced, MiB", "spliced / whole")
     return save_table(out / f"{NAME}.md", header, rows, "Peak memory of drawing a video, beyond the model's weights.")
+
+
+def _videos(out: Path, videos: dict[str, Tensor]) -> list[str]:
+    first = [video[0] for video in videos.values()]
+    sheet = contact_sheet(out / f"{NAME}_frames.png", first, labels=list(videos), frames=FRAMES // 4)
+    gif = write_video(out / f"{NAME}.gif", torch.cat(first, -1), 8, scale=4)
+    mp4 = write_video(out / f"{NAME}.mp4", torch.cat(list(videos["spliced"][:6]), -1), 8, scale=6)
+    return [sheet.name, gif.name, mp4.name]

@@ -14,11 +14,16 @@ from experiments.figure import Figure
 from experiments.show import progress, save_table
 from vdcore.diffusion import runs
 from vdcore.diffusion.data import Scenes
-from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, Comparison, against
+from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, against
 from vdcore.diffusion.training import SCENES, Recipe, load_trained
 from vdcore.video import contact_sheet, write_video
 
 NAME = "train_sample"
+TEXT = (
+    "Means over the samples and over clips that training did not show; warping error in squared gray levels of [0, 1], "
+    "flow in pixels per frame. Temporal FID (not calibrated): samples against real clips, and one half of the real "
+    "clips against the other."
+)
 
 
 def checkpoint(out: Path) -> Path:
@@ -40,7 +45,7 @@ def run(
         steps: of the scheduler.
         more_steps: measured beside it.
     """
-    recipe = Recipe() if recipe is None else recipe
+    recipe = recipe or Recipe()
     source = Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
     resumed = checkpoint(out).exists()
     with progress(NAME) as track:
@@ -62,18 +67,13 @@ def run(
     compare = against(real)
     found = compare(videos)
     by_steps = {n: compare(runs.draw_videos(trained, samples, steps=n)) for n in more_steps}
-    files = [
-        contact_sheet(
-            out / f"{NAME}.png", [*real[:4], *videos[:8]], labels=["real"] * 4 + ["sample"] * min(8, len(videos))
-        ).name,
-        write_video(out / f"{NAME}.gif", torch.cat(list(videos[:6]), -1), 8, scale=4).name,
-        write_video(out / f"{NAME}.mp4", torch.cat(list(videos[:6]), -1), 8, scale=6).name,
-        _table(out, found),
-    ]
+    rows = [(name, value, found.real[name]) for name, value in found.samples.items()]
+    rows.append(("temporal_fid", found.temporal_fid, found.temporal_fid_of_real))
+    shown, labels = [*real[:4], *videos[:8]], ["real"] * 4 + ["sample"] * min(8, len(videos))
+    row = torch.cat(list(videos[:6]), -1)
     runs.plot_losses(trained_run.losses, out / f"{NAME}_losses.png")
-    files.append(f"{NAME}_losses.png")
     weights = sum(p.numel() for p in trained.model.parameters())
-    figure = Figure(
+    return Figure(
         name=NAME,
         claim="A model trained in minutes on two cores has learned the motion: its samples hold together as clips that "
         "it was not shown do, and move as much.",
@@ -100,18 +100,11 @@ def run(
         passed=found.moves_as_real,
         size=f"{weights / 1e6:.1f} M weights, clips of {recipe.frames} frames of {recipe.size[0]}x{recipe.size[1]} "
         f"pixels, {recipe.steps} steps of {recipe.batch} clips; {samples} samples of {steps} steps",
-        files=files,
-    )
-    figure.save(out)
-    return figure
-
-
-def _table(out: Path, found: Comparison) -> str:
-    rows: list[tuple[str, float, float]] = [(name, value, found.real[name]) for name, value in found.samples.items()]
-    rows.append(("temporal_fid", found.temporal_fid, found.temporal_fid_of_real))
-    text = (
-        "Means over the samples and over clips that training did not show; warping error in squared grey levels of "
-        "[0, 1], flow in pixels a frame. Temporal FID (not calibrated): samples against real clips, and one half "
-        "of the real clips against the other."
-    )
-    return save_table(out / f"{NAME}.md", ("measure", "samples", "real clips"), rows, text)
+        files=[
+            contact_sheet(out / f"{NAME}.png", shown, labels=labels).name,
+            write_video(out / f"{NAME}.gif", row, 8, scale=4).name,
+            write_video(out / f"{NAME}.mp4", row, 8, scale=6).name,
+            save_table(out / f"{NAME}.md", ("measure", "samples", "real clips"), rows, TEXT),
+            f"{NAME}_losses.png",
+        ],
+    ).save(out)

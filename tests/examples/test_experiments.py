@@ -32,12 +32,12 @@ def test_nothing_but_the_object_tells_its_identity():
 
 
 def test_a_perfect_and_an_ignorant_prediction(monkeypatch):
-    exam = horizon.Exam.of(3, 3 * horizon.KINDS)
-    truth = exam.candidates[exam.identity, torch.arange(len(exam.identity))]
+    clips = horizon.EvalSet.of(3, 3 * horizon.KINDS)
+    truth = clips.candidates[clips.identity, torch.arange(len(clips.identity))]
     monkeypatch.setattr(horizon, "predict", lambda net, given: truth[:, :, None])
-    assert exam.success(None) == 1
+    assert clips.success(None) == 1
     monkeypatch.setattr(horizon, "predict", lambda net, given: given)
-    assert exam.success(None) == pytest.approx(horizon.CHANCE, abs=0.1)
+    assert clips.success(None) == pytest.approx(horizon.CHANCE, abs=0.1)
 
 
 @pytest.mark.parametrize("speed", motion_paths.SPEEDS)
@@ -75,11 +75,11 @@ def test_where_a_net_looks_is_measured_on_the_line():
 
 def small(experiment):
     if experiment is motion_paths:
-        return lambda out: motion_paths.run(out, motion_paths.Budget(steps=2, batch=2, width=16, clips=6))
+        return lambda out: motion_paths.run(out, motion_paths.TrainConfig(steps=2, batch=2, width=16, clips=6))
     if experiment is horizon:
-        budget = horizon.Budget(steps=2, more_steps=1, batch=2, clips=12, width=16)
-        return lambda out: horizon.run(out, budget, nets=((1, 2), (2, 3)))
-    return lambda out: flicker.run(out, flicker.Budget(steps=1, batch=2, width=32, clips=6, sampling_steps=2))
+        config = horizon.TrainConfig(steps=2, more_steps=1, batch=2, clips=12, width=16)
+        return lambda out: horizon.run(out, config, nets=((1, 2), (2, 3)))
+    return lambda out: flicker.run(out, flicker.TrainConfig(steps=1, batch=2, width=32, clips=6, sampling_steps=2))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_each_runs_and_leaves_its_figure(experiment, tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size > 100 for name in figure.files)
     if experiment is horizon:
         assert figure.numbers["largest_derivative_beyond_reach"] == 0
-        assert set(figure.numbers["rounds"].values()) == {horizon.Budget().rounds}  # it has not learned
+        assert set(figure.numbers["rounds"].values()) == {horizon.TrainConfig().rounds}  # it has not learned
 
 
 def test_both_models_of_flicker_have_about_as_many_weights():
-    budget = flicker.Budget()
-    on, off = (flicker.Trainer(flicker.recipe(kind, budget), flicker.Scenes(flicker.SCENES)) for kind in ("on", "off"))
+    config = flicker.TrainConfig()
+    on, off = (flicker.Trainer(flicker.recipe(kind, config), flicker.Scenes(flicker.SCENES)) for kind in ("on", "off"))
     weights = [sum(p.numel() for p in trainer.model.parameters()) for trainer in (on, off)]
     assert weights[0] == pytest.approx(weights[1], rel=0.06)
     ours, theirs = on.recipe, off.recipe

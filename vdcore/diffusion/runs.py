@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vdcore.diffusion.data import Source, source_of
 from vdcore.diffusion.long import splice
-from vdcore.diffusion.sampling import drawing
+from vdcore.diffusion.sampling import make_sampler
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
 from vdcore.extras import need
 
@@ -136,7 +136,7 @@ def draw_videos(
     patch = recipe.model.patch[0]
     if frames > recipe.frames and overlap % patch:
         raise ValueError(f"draw_videos: overlap must be a multiple of the {patch} frames of a token, got {overlap}")
-    draw = drawing(
+    sampler = make_sampler(
         trained.model,
         process_for(recipe.target, recipe.sampling_shift),
         (count, recipe.model.in_channels, *recipe.size),
@@ -145,7 +145,7 @@ def draw_videos(
         device=device,
     )
     parts: list[Tensor] = []
-    for part in splice(draw, frames, recipe.frames, overlap if frames > recipe.frames else 0):
+    for part in splice(sampler, frames, recipe.frames, overlap if frames > recipe.frames else 0):
         parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)

@@ -20,7 +20,7 @@ from vdcore.extras import need
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.video.scenes import MovingShapes
 
-# Smooth shades of few colours: fine textures and all hues take a model this small most of its training, and tell
+# Smooth shades of few colors: fine textures and all hues take a model this small most of its training, and tell
 # nothing of motion.
 SCENES = MovingShapes(
     frames=8,

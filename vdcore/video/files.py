@@ -141,7 +141,7 @@ def _encode_mp4(container: Any, pictures: np.ndarray, rate: Fraction) -> None:
 
 
 def _encode_gif(container: Any, pictures: np.ndarray, rate: Fraction) -> None:
-    """With the 256 colours that suit this clip best, not the codec's fixed ones."""
+    """With the 256 colors that suit this clip best, not the codec's fixed ones."""
     av = need("av", "video", "write_video")
     stream = container.add_stream("gif", rate=rate)
     stream.height, stream.width = pictures.shape[1:3]

@@ -30,7 +30,7 @@ class Layers:
         center: ``(B, K, T, 2)``, pixels, x then y.
         half: ``(B, K, 2)``, half the width and height, pixels.
         corner: ``(B, K)``, radius of the corners, pixels; at most the smaller half.
-        colour: ``(B, K, 2, 3)``, the two RGB colours in [0, 1] that the texture goes between.
+        color: ``(B, K, 2, 3)``, the two RGB colors in [0, 1] that the texture goes between.
         wave, phase: ``(B, K, 2)``, radians a pixel and radians, of the texture ``1/2 + (sin_x + sin_y) / 4``.
         angle: ``(B, K, T)``, radians, from the x axis towards the y axis; None: nothing is ever turned.
     """
@@ -38,7 +38,7 @@ class Layers:
     center: Array
     half: Array
     corner: Array
-    colour: Array
+    color: Array
     wave: Array
     phase: Array
     angle: Array | None = None
@@ -50,7 +50,7 @@ class Layers:
         shapes: dict[str, tuple[int, ...]] = {
             "half": (B, K, 2),
             "corner": (B, K),
-            "colour": (B, K, 2, 3),
+            "color": (B, K, 2, 3),
             "wave": (B, K, 2),
             "phase": (B, K, 2),
             "angle": (B, K, T),
@@ -88,7 +88,7 @@ class Layers:
         return distance
 
     def texture(self, x: Array, y: Array, k: int) -> Array:
-        """Share of the second colour at local points, in [0, 1]."""
+        """Share of the second color at local points, in [0, 1]."""
         wave, phase = self.wave[:, k, :, None, None, None], self.phase[:, k, :, None, None, None]
         quarter = np.float32(0.25)
         return (quarter * np.sin(x * wave[:, 0] + phase[:, 0]) + 0.5) + quarter * np.sin(y * wave[:, 1] + phase[:, 1])
@@ -96,16 +96,16 @@ class Layers:
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """A texture behind all layers, ``1/2 + mean_n sin(wave_n . p + phase_n) / 2`` between two colours, float32.
+    """A texture behind all layers, ``1/2 + mean_n sin(wave_n . p + phase_n) / 2`` between two colors, float32.
 
     Args:
-        colour: ``(B, 2, 3)``.
+        color: ``(B, 2, 3)``.
         wave: ``(B, n, 2)``, radians a pixel.
         phase: ``(B, n)``, radians.
         offset: ``(B, T, 2)``, pixels by which it has moved in a frame; None: it stands still.
     """
 
-    colour: Array
+    color: Array
     wave: Array
     phase: Array
     offset: Array | None = None
@@ -119,7 +119,7 @@ class Background:
         return Background(**part)
 
     def texture(self, x: Array, y: Array, frames: slice = ALL) -> Array:
-        """Share of the second colour at points, ``(B, T or 1, H, W)``."""
+        """Share of the second color at points, ``(B, T or 1, H, W)``."""
         if self.offset is not None:
             x, y = x - self.offset[:, frames, 0, None, None], y - self.offset[:, frames, 1, None, None]
         n = self.wave.shape[1]
@@ -247,7 +247,7 @@ def _draw(background: Background, layers: Layers, x: Array, y: Array, frames: sl
     """Into ``(B, 3, T, H, W)``."""
     share = background.texture(x, y, frames)
     for c in range(3):
-        first, second = background.colour[:, :, c, None, None, None].swapaxes(0, 1)
+        first, second = background.color[:, :, c, None, None, None].swapaxes(0, 1)
         out[:, c] = first + (second - first) * share
     for k in range(layers.count):
         points = layers.local(x, y, k, frames)
@@ -256,9 +256,9 @@ def _draw(background: Background, layers: Layers, x: Array, y: Array, frames: sl
         bare = 1 - cover  # exactly 0 or 1 away from edges: what is covered leaves no trace, not in the last bit
         share = layers.texture(*points, k)
         for c in range(3):
-            first, second = layers.colour[:, k, :, c, None, None, None].swapaxes(0, 1)
-            colour = share * (second - first)
-            colour += first
-            colour *= cover
+            first, second = layers.color[:, k, :, c, None, None, None].swapaxes(0, 1)
+            color = share * (second - first)
+            color += first
+            color *= cover
             out[:, c] *= bare
-            out[:, c] += colour
+            out[:, c] += color

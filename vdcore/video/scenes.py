@@ -39,7 +39,7 @@ class MovingShapes:
         object_wave, background_wave: shortest and longest wave of the textures, pixels; waves much longer than the
             picture leave smooth shades.
         object_hue, background_hue: least and most hue, in turns from red over green and blue; a narrow range leaves
-            shapes and motion to learn, and little of colour.
+            shapes and motion to learn, and little of color.
         seed: another seed is another set.
 
     Raises:
@@ -125,9 +125,9 @@ class MovingShapes:
         if self.spin:
             angle = 2 * math.pi * u[..., 7:8] + (2 * u[..., 8:9] - 1) * self.spin * time
         hue, other = _hues(u[..., 9], 0.12 + 0.2 * u[..., 10], self.object_hue)
-        colour = np.stack((_rgb(hue, 0.9, 0.8), _rgb(other, 0.7, 0.35)), -2)
+        color = np.stack((_rgb(hue, 0.9, 0.8), _rgb(other, 0.7, 0.35)), -2)
         wave = 2 * math.pi / _between(u[..., 11:13], *self.object_wave)
-        return Layers(center, half, corner, colour, wave, 2 * math.pi * u[..., 13:15], angle)
+        return Layers(center, half, corner, color, wave, 2 * math.pi * u[..., 13:15], angle)
 
     def _occluders(self, u: Array) -> Layers:
         B, K, _ = u.shape
@@ -135,7 +135,7 @@ class MovingShapes:
         half = np.stack((_between(u[..., 0], 0.04 * W, 0.1 * W), np.full((B, K), float(H))), -1)
         center = np.stack((u[..., 1] * (W - 1), np.full((B, K), (H - 1) / 2)), -1)
         grey = np.broadcast_to(_between(u[..., 2:3], 0.15, 0.6), (B, K, 3))
-        colour = np.stack((grey, grey + 0.15), -2)
+        color = np.stack((grey, grey + 0.15), -2)
         wave = 2 * math.pi / _between(u[..., 3:5], 5.0, 10.0)
         phase = 2 * math.pi * u[..., 5:7]
         angle = np.zeros((B, K, self.frames)) if self.spin else None
@@ -143,7 +143,7 @@ class MovingShapes:
             np.broadcast_to(center[:, :, None], (B, K, self.frames, 2)),
             half,
             np.zeros((B, K)),
-            colour,
+            color,
             wave,
             phase,
             angle,
@@ -152,13 +152,12 @@ class MovingShapes:
     def _background(self, u: Array) -> Background:
         n = BACKGROUND_WAVES
         hue, other = _hues(u[:, 0], 0.3 * u[:, 1], self.background_hue)
-        colour = np.stack((_rgb(hue, 0.35, 0.25), _rgb(other, 0.35, 0.75)), 1)
-        heading, length = 2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave)
-        wave = np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
+        color = np.stack((_rgb(hue, 0.35, 0.25), _rgb(other, 0.35, 0.75)), 1)
+        wave = waves(2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave))
         offset = None
         if self.pan:
             offset = (2 * u[:, None, 2:4] - 1) * self.pan * np.arange(self.frames)[:, None]
-        return Background(colour, wave, 2 * math.pi * u[:, 8 + 2 * n :], offset)
+        return Background(color, wave, 2 * math.pi * u[:, 8 + 2 * n :], offset)
 
 
 def uniform(seed: int, indices: Array, draws: int) -> Array:
@@ -171,6 +170,11 @@ def uniform(seed: int, indices: Array, draws: int) -> Array:
         counter = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
         bits = _mix(key[:, None] + counter)
     return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def waves(heading: Array, length: Array) -> Array:
+    """Wave vectors ``(..., 2)``, radians per pixel, from directions in radians and lengths in pixels."""
+    return np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
 
 
 def _mix(z: Array | np.uint64) -> Array:
@@ -191,7 +195,7 @@ def _reflect(x: Array, length: Array) -> Array:
 
 
 def _hues(u: Array, apart: Array, hues: tuple[float, float]) -> tuple[Array, Array]:
-    """The hues of a texture's two colours, which in a narrow range lie closer together."""
+    """The hues of a texture's two colors, which in a narrow range lie closer together."""
     hue = _between(u, *hues)
     return hue, hue + apart * (hues[1] - hues[0])
 
