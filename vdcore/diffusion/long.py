@@ -109,7 +109,7 @@ def interleaved(denoise: Denoise, every: int, scale: float = 1.0) -> Denoise:
     """A denoiser of ``every`` times the length: frames ``i, i + every, i + 2 every, ...`` make a clip, for every ``i``.
 
     Every clip spans the whole video, so distant frames see one another at the cost of a clip; alternate with
-    :func:`blended`, which sees neighbours, for instance by timestep.
+    :func:`blended`, which sees neighbors, for instance by timestep.
 
     Args:
         scale: of the positions that the denoiser is told. 1 tells the truth, frames that lie ``every`` apart;

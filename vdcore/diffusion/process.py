@@ -59,7 +59,7 @@ class Process:
         return 0.0 if self._alphas_cumprod is None else -1.0
 
     def model_timestep(self, timestep: Tensor) -> Tensor:
-        """Timesteps as the denoiser is told them: never below 0."""
+        """Timesteps as the model takes them: never below 0."""
         return timestep.clamp(min=0)
 
     def level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ def make_sampler(
         shape: ``(B, C, H, W)``.
         generator: of the noise, on the CPU or the device.
         tell_positions: pass ``positions`` on to the denoiser, counted from the clip's first frame, so that a clip far
-            into a video looks like those of training. Frames need not be neighbours then.
+            into a video looks like those of training. Frames need not be neighbors then.
     """
     B, C, H, W = shape
 
