@@ -15,10 +15,9 @@ import torch
 
 import vdcore
 from vdcore import extras
-from vdcore.ops.choose import BACKENDS
 from vdcore.testing import cases_of
-from vdcore_bench import machine
-from vdcore_bench.jobs import JOBS
+from vdcore_bench.jobs import JOBS, operator_table
+from vdcore_bench.measure import machine
 from vdcore_bench.peers import PEERS
 
 EXTRAS = {
@@ -30,18 +29,6 @@ ALLOCATOR_ADVICE = (
     "glibc gives every tensor over 32 MB fresh pages, and page faults then take longer than a memory-bound kernel: "
     f"start Python with {machine.ADVICE}, or preload tcmalloc or jemalloc"
 )
-
-
-def operator_table() -> dict[str, dict[str, str]]:
-    """Operator -> backend -> ``"fwd + bwd"``, ``"fwd"`` or ``""``: what each backend has, on any machine."""
-
-    def has(op: str, backend: str) -> str:
-        implementation = BACKENDS[backend].operators.get(op)
-        if implementation is None:
-            return ""
-        return "fwd" if implementation.backward is None else "fwd + bwd"
-
-    return {op: {backend: has(op, backend) for backend in BACKENDS} for op in JOBS}
 
 
 def chosen() -> dict[str, dict[str, str]]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from vdcore import FrameMask
-from vdcore_bench.job import Cuts, Job, Tensors, mask_text
+from vdcore.ops.choose import BACKENDS
+from vdcore_bench.jobs.base import Cuts, Job, Tensors, mask_text
 from vdcore_bench.workloads import Budget, Shape, Workload, scaled
 
 
@@ -341,6 +342,18 @@ JOBS: dict[str, type[Job]] = {
     "gate_residual": GateResidualJob,
 }
 TAKES_NORM_ROPE = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
+
+
+def operator_table() -> dict[str, dict[str, str]]:
+    """Operator -> backend -> ``"fwd + bwd"``, ``"fwd"`` or ``""``: what each backend has, on any machine."""
+
+    def has(op: str, backend: str) -> str:
+        implementation = BACKENDS[backend].operators.get(op)
+        if implementation is None:
+            return ""
+        return "fwd" if implementation.backward is None else "fwd + bwd"
+
+    return {op: {backend: has(op, backend) for backend in BACKENDS} for op in JOBS}
 
 
 def make(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdcore_bench.timing import Spread
+    from vdcore_bench.measure.timing import Spread
 
 FILE = "results.jsonl"
 JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race

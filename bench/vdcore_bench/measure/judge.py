@@ -15,9 +15,9 @@ from torch import Tensor
 
 import vdcore
 from vdcore.testing import TORCH_FORMS, error_ratio
-from vdcore_bench import machine
-from vdcore_bench.job import Job, Tensors, cut
-from vdcore_bench.rows import scores
+from vdcore_bench.jobs.base import Job, Tensors, cut
+from vdcore_bench.measure import machine
+from vdcore_bench.peers.adapter import scores
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -23,13 +23,13 @@ import torch
 
 import vdcore
 from vdcore.ops.frame_attention.cpu import dq_buffers
-from vdcore_bench import machine
-from vdcore_bench.job import Job, Tensors
-from vdcore_bench.judge import flat, gradients
+from vdcore_bench.jobs.base import Job, Tensors
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.judge import flat, gradients
+from vdcore_bench.measure.timing import Spread, clock_for
 from vdcore_bench.peers import PEERS
-from vdcore_bench.rows import Function, masked, materialised
-from vdcore_bench.runner import heap, touch_heap
-from vdcore_bench.timing import Spread, clock_for
+from vdcore_bench.peers.adapter import Function, masked, materialised
+from vdcore_bench.suites.runner import heap, touch_heap
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
 LONG = 4.0  # seconds; a call that takes longer is timed once
@@ -315,7 +315,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, timeout: float = 6
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["vdcore_bench.memory"])
+        context.set_forkserver_preload(["vdcore_bench.measure.memory"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(  # type: ignore[attr-defined]
         target=_child, args=(theirs, torch.get_num_threads(), function, *arguments), daemon=True

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdcore import FrameMask
-from vdcore_bench.job import Job
-from vdcore_bench.rows import (
+from vdcore_bench.jobs.base import Job
+from vdcore_bench.peers.adapter import (
     Attend,
     Function,
     Makers,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdcore import FrameMask
-from vdcore_bench.job import Job
+from vdcore_bench.jobs.base import Job
 
 Function = Callable[..., Any]
 Makers = dict[str, Callable[[], Function]]  # variants by name; made only where they run, for masks take memory

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdcore_bench import summary
-from vdcore_bench.machine import bytes_text, seconds_text
-from vdcore_bench.results import Row
-from vdcore_bench.timing import Spread
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.measure.machine import bytes_text, seconds_text
+from vdcore_bench.measure.timing import Spread
+from vdcore_bench.report import summary
 
 
 @dataclass(frozen=True)

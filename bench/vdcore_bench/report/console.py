@@ -12,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from vdcore_bench import compare, curves, masks, summary
-from vdcore_bench.job import Job
-from vdcore_bench.memory import Point
-from vdcore_bench.profile import pattern_of
-from vdcore_bench.results import Row
-from vdcore_bench.runner import DTYPE_NAMES, Watch
+from vdcore_bench.jobs.base import Job
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.measure.memory import Point
+from vdcore_bench.report import compare, curves, summary
+from vdcore_bench.suites import masks
+from vdcore_bench.suites.memory import pattern_of
+from vdcore_bench.suites.runner import DTYPE_NAMES, Watch
 
 WIDTH_OF_FILES = 220  # columns, where the output is not a terminal
 

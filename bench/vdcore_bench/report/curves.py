@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vdcore_bench.machine import bytes_text, seconds_text
-from vdcore_bench.results import Row
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.measure.machine import bytes_text, seconds_text
 
 PROFILE = "profile: "  # how a profile row's case begins
 MASKS = "masks: "  # how a row of the mask sweep begins

@@ -7,8 +7,10 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vdcore_bench import curves, masks, plots, summary
-from vdcore_bench.results import Row
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.report import curves, summary
+from vdcore_bench.report import plot as plots
+from vdcore_bench.suites import masks
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }

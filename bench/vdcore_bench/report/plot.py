@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from vdcore_bench import curves, summary
-from vdcore_bench.results import Row
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.report import curves, summary
 
 OURS, BEST, NAIVE, COPY = "#1f6fb2", "#d9822b", "#a7a7a7", "#444444"
 COLOURS = {"vdcore": OURS, "sdpa": BEST, "naive": "#7a7a7a"}

@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vdcore_bench import block, curves, masks, summary
-from vdcore_bench.doctor import operator_table
-from vdcore_bench.results import Row, newest, parse
+from vdcore_bench.jobs import operator_table
+from vdcore_bench.measure.journal import Row, newest, parse
+from vdcore_bench.report import curves, summary
+from vdcore_bench.suites import masks
+from vdcore_bench.suites.models import block
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"

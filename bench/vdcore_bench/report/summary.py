@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vdcore_bench.curves import MASKS, PROFILE
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.machine import Load, seconds_text
-from vdcore_bench.results import JOINED, Row, newest
+from vdcore_bench.measure.journal import JOINED, Row, newest
+from vdcore_bench.measure.machine import Load, seconds_text
+from vdcore_bench.report.curves import MASKS, PROFILE
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
 

@@ -37,11 +37,13 @@ import torch  # noqa: E402
 
 import vdcore  # noqa: E402
 from vdcore import FrameMask  # noqa: E402
-from vdcore_bench import curves, suite, summary, workloads  # noqa: E402
+from vdcore_bench import workloads  # noqa: E402
 from vdcore_bench.jobs import make  # noqa: E402
-from vdcore_bench.results import FILE, Journal, Row, parse  # noqa: E402
-from vdcore_bench.runner import Settings, blank, first_line, run_jobs  # noqa: E402
-from vdcore_bench.timing import Spread  # noqa: E402
+from vdcore_bench.measure.journal import FILE, Journal, Row, parse  # noqa: E402
+from vdcore_bench.measure.timing import Spread  # noqa: E402
+from vdcore_bench.report import curves, summary  # noqa: E402
+from vdcore_bench.suites import operators as suite  # noqa: E402
+from vdcore_bench.suites.runner import Settings, blank, first_line, run_jobs  # noqa: E402
 
 SECONDS = 520.0  # of the whole run
 SHARDS = 8  # processes of the correctness part: what takes time there is compiling

@@ -19,15 +19,15 @@ from torch import Tensor
 import vdcore
 from vdcore import FrameMask
 from vdcore.testing import TORCH_FORMS, error_ratio
-from vdcore_bench.curves import MASKS
-from vdcore_bench.job import Job, Tensors, mask_text
 from vdcore_bench.jobs import make
-from vdcore_bench.machine import seconds_text
-from vdcore_bench.memory import function_of
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.rows import Function, masked
-from vdcore_bench.runner import LATE, blank
-from vdcore_bench.timing import Contender, clock_for, race
+from vdcore_bench.jobs.base import Job, Tensors, mask_text
+from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.machine import seconds_text
+from vdcore_bench.measure.memory import function_of
+from vdcore_bench.measure.timing import Contender, clock_for, race
+from vdcore_bench.peers.adapter import Function, masked
+from vdcore_bench.report.curves import MASKS
+from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 WORKLOAD = "latte-1-512"

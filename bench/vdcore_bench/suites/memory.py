@@ -12,11 +12,11 @@ from typing import TypeVar
 import torch
 
 from vdcore import FrameMask
-from vdcore_bench import machine
-from vdcore_bench.curves import PROFILE
-from vdcore_bench.job import Job
 from vdcore_bench.jobs import SpatialJob, TemporalJob, VideoJob, make
-from vdcore_bench.memory import (
+from vdcore_bench.jobs.base import Job
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.memory import (
     Peak,
     Point,
     PointError,
@@ -27,9 +27,9 @@ from vdcore_bench.memory import (
     measure_memory,
     measure_time,
 )
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.runner import blank
-from vdcore_bench.timing import Spread
+from vdcore_bench.measure.timing import Spread
+from vdcore_bench.report.curves import PROFILE
+from vdcore_bench.suites.runner import blank
 from vdcore_bench.workloads import Budget, Shape, Workload, load, scaled
 
 FRAMES = (8, 16, 32, 64, 128, 256, 512)

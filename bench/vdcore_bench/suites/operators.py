@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vdcore_bench.job import DTYPES, Job
 from vdcore_bench.jobs import JOBS, make
-from vdcore_bench.results import Row
-from vdcore_bench.runner import blank
+from vdcore_bench.jobs.base import DTYPES, Job
+from vdcore_bench.measure.journal import Row
+from vdcore_bench.suites.runner import blank
 from vdcore_bench.workloads import Budget, load
 
 BOTH = ("float32", "bfloat16")

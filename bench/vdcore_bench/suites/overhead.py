@@ -15,13 +15,13 @@ import torch.nn.functional as F
 import vdcore
 from vdcore.ops.choose import implementation
 from vdcore.ops.operator import capture
-from vdcore_bench.job import Job
 from vdcore_bench.jobs import make
-from vdcore_bench.judge import flat
+from vdcore_bench.jobs.base import Job
+from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.judge import flat
+from vdcore_bench.measure.timing import Contender, CpuClock, Spread, race
 from vdcore_bench.peers import PEERS
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.runner import LATE, blank
-from vdcore_bench.timing import Contender, CpuClock, Spread, race
+from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore_bench import machine
-from vdcore_bench.job import DTYPES, Job, Tensors
-from vdcore_bench.judge import Judge, flat, gradients, incoming
+from vdcore_bench.jobs.base import DTYPES, Job, Tensors
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import JOINED, Journal, Row
+from vdcore_bench.measure.judge import Judge, flat, gradients, incoming
+from vdcore_bench.measure.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
 from vdcore_bench.peers import PEERS, Peer
-from vdcore_bench.results import JOINED, Journal, Row
-from vdcore_bench.rows import Function, masked
-from vdcore_bench.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.peers.adapter import Function, masked
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 REFERENCE_FLOPS = 2e8  # the oracle is timed up to this size, and wherever it is all that vdcore has

@@ -19,14 +19,14 @@ from vdcore.models import VDiTConfig
 from vdcore.models.attention import Context
 from vdcore.models.block import Block
 from vdcore.testing import error_ratio
-from vdcore_bench import machine
-from vdcore_bench.job import DTYPES
 from vdcore_bench.jobs import make
-from vdcore_bench.memory import PointError, in_process, peak_of
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.runner import Watch, blank, first_line, touch_heap
-from vdcore_bench.summary import time_of
-from vdcore_bench.timing import Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.jobs.base import DTYPES
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.memory import PointError, in_process, peak_of
+from vdcore_bench.measure.timing import Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.report.summary import time_of
+from vdcore_bench.suites.runner import Watch, blank, first_line, touch_heap
 from vdcore_bench.workloads import Budget, Shape, load, scaled
 
 OP, WORKLOAD = "vdit_block", "latte-1-512"

@@ -16,12 +16,12 @@ from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.models import attention as layers
 from vdcore.testing import TORCH_FORMS
-from vdcore_bench import machine
-from vdcore_bench.curves import PROFILE
-from vdcore_bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore_bench.profile import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.runner import DTYPE_NAMES
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore_bench.report.curves import PROFILE
+from vdcore_bench.suites.memory import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
+from vdcore_bench.suites.runner import DTYPE_NAMES
 
 WINDOW = 8  # frames of the past that the windowed variants see
 
