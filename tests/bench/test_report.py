@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from small import row
 
 from vdcore_bench.report import curves
-from vdcore_bench.report import html as report
+from vdcore_bench.report import results as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

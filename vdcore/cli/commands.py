@@ -398,7 +398,7 @@ def _write(
     """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
     from vdcore_bench.measure import machine
     from vdcore_bench.measure.journal import FILE, Journal
-    from vdcore_bench.report import html as report
+    from vdcore_bench.report import results as report
     from vdcore_bench.report import summary
 
     journal, load, interrupted = Journal(out / FILE), machine.Load(), False

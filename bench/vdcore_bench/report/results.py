@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vdcore_bench.measure.journal import Row
 from vdcore_bench.report import curves, summary
-from vdcore_bench.report import plot as plots
+from vdcore_bench.report import pictures as plots
 from vdcore_bench.suites import masks
 
 STYLE = """
