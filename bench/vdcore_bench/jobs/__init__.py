@@ -53,7 +53,7 @@ class _SelfAttention(Job):
 class TemporalJob(_SelfAttention):
     @classmethod
     def mask_of(cls, workload: Workload) -> FrameMask:
-        return FrameMask.full() if workload.factorised else workload.mask
+        return FrameMask.full() if workload.factorized else workload.mask
 
     def arguments(self, t: Tensors) -> dict[str, Any]:
         return {**super().arguments(t), "mask": self.mask}
@@ -219,7 +219,7 @@ class NormRopeJob(Job):
         return {"q": q, "k": k, "norm": self.norm(t), "rope": self.rope(t)}
 
     def rope_dims(self) -> tuple[int, int, int]:
-        return (self.shape.D // 2 * 2, 0, 0) if self.workload.factorised else super().rope_dims()
+        return (self.shape.D // 2 * 2, 0, 0) if self.workload.factorized else super().rope_dims()
 
     def output_sizes(self) -> tuple[tuple[int, ...], ...]:
         s = self.shape

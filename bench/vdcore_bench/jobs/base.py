@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -167,9 +167,9 @@ class Job:
     # ---- norm and rope ----
 
     @property
-    def norm_kind(self) -> tuple[str, str]:
-        kind, over = (self.workload.qk_norm or "rms/head").split("/")
-        return ("layer" if kind.startswith("layer") else "rms"), over
+    def norm_kind(self) -> tuple[Literal["rms", "layer"], Literal["head", "all"]]:
+        """Kind and reach, as QKNorm has them."""
+        return self.workload.qk_norm or ("rms", "head")
 
     def norm_sizes(self) -> dict[str, tuple[int, ...]]:
         if not self.norm_rope:
@@ -185,18 +185,13 @@ class Job:
         if not self.norm_rope:
             return None
         kind, over = self.norm_kind
-        weights = (t["q_weight"], t["k_weight"])
-        return QKNorm(*weights, kind, over, 1e-6, t.get("q_bias"), t.get("k_bias"))  # type: ignore[arg-type]
+        return QKNorm(t["q_weight"], t["k_weight"], kind, over, 1e-6, t.get("q_bias"), t.get("k_bias"))
 
     def rope_dims(self) -> tuple[int, int, int]:
         """Rotated channels along frames, rows and columns."""
-        D = self.shape.D
-        try:
-            dims = [int(x) for x in (self.workload.rope or "").split(",")[0].split()[0].split("/")]
-        except (ValueError, IndexError):
-            dims = []
-        if len(dims) == 3 and sum(dims) <= D:
-            return (dims[0], dims[1], dims[2])
+        D, known = self.shape.D, self.workload.rope_dims
+        if known is not None and sum(known) <= D:
+            return known
         space = D // 6 * 2
         return (D - D % 2 - 2 * space, space, space)
 
