@@ -28,7 +28,7 @@ from vdcore_bench.measure import machine
 from vdcore_bench.measure.judge import flat, gradients
 from vdcore_bench.measure.timing import Spread, clock_for
 from vdcore_bench.peers import PEERS
-from vdcore_bench.peers.adapter import Function, masked, materialised
+from vdcore_bench.peers.adapter import Function, masked, materialized
 from vdcore_bench.suites.runner import heap, touch_heap
 
 ATTENTIONS = ("naive", "sdpa", "vdcore")
@@ -96,7 +96,7 @@ def _count_one(job: Job, point: Point) -> tuple[int, str]:
     back_text = " + 2 gradients of q, k, v" if job.has_backward else ""
     if point.attention == "naive":
         n = "3" if job.has_backward else "2"
-        return materialised(job) + 2 * out + back, f"{n} H N N e + 2 outputs{back_text}" + " + N N" * masked(job)
+        return materialized(job) + 2 * out + back, f"{n} H N N e + 2 outputs{back_text}" + " + N N" * masked(job)
     if "mask" in point.variant:
         n_squared = (s.T * s.S) ** 2
         return n_squared * (1 + e) + 2 * out + lse + back, "N N (1 + e) of mask + 2 outputs + lse" + back_text

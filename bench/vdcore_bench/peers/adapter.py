@@ -44,6 +44,22 @@ def norm_rope(q: Tensor, k: Tensor, norm: Any, rope: Any) -> tuple[Tensor, Tenso
     return q.to(dtype), k.to(dtype)
 
 
+def narrow(job: Job) -> bool:
+    """In half precision on a CPU, where computing in float32 is often faster, casts included."""
+    return job.device == "cpu" and job.dtype != torch.float32
+
+
+def in_float32(attend: Attend) -> Attend:
+    def widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q.float(), k.float(), v.float(), scale).to(q.dtype)
+
+    return widened
+
+
+def compiled(function: Function) -> Function:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 def whole_job(op: str, attend: Attend, norm_rope: Function = norm_rope) -> Function:
     """Everything around a library's attention: norm, rope, layout, text, and a contiguous result."""
 
@@ -152,7 +168,7 @@ def scores(job: Job) -> int:
     }.get(job.op, s.B * s.H * (s.T * s.S + text) ** 2)
 
 
-def materialised(job: Job) -> int:
+def materialized(job: Job) -> int:
     """Scores and probabilities of all pairs live at once; backward holds the probabilities and two gradients."""
     mask = scores(job) // (job.shape.B * job.shape.H) if masked(job) else 0
     return (3 if job.has_backward else 2) * scores(job) * job.dtype.itemsize + mask
