@@ -43,8 +43,8 @@ class Settings:
 
 def peak_memory(frames: int, videos: int, spliced: bool) -> int:
     """Peak bytes of drawing videos of the default model's, beyond its weights. To be called in a fresh process."""
-    from vdcore_bench.machine import returning_memory
-    from vdcore_bench.memory import peak_of
+    from vdcore_bench.measure.machine import returning_memory
+    from vdcore_bench.measure.memory import peak_of
 
     recipe = Recipe()
     with returning_memory():
@@ -79,7 +79,7 @@ def seam_ratio(video: Tensor, seams: Sequence[int], patch: int = 1) -> float:
 
 def run(out: Path, settings: Settings = Settings()) -> Figure:
     """Uses the model of ``train_sample``, and trains it first if it is not there."""
-    from vdcore_bench.memory import in_process
+    from vdcore_bench.measure.memory import in_process
 
     started = time.monotonic()
     trained = _trained(out)

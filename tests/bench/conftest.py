@@ -4,7 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vdcore.cli.commands import app
-from vdcore_bench import block, machine, memory, profile
+from vdcore_bench.measure import machine, memory
+from vdcore_bench.suites import memory as profile
+from vdcore_bench.suites.models import block
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import torch
 
 from vdcore.cli import commands
 from vdcore.cli.commands import parse_bytes
-from vdcore_bench import runner, suite
-from vdcore_bench.results import load
+from vdcore_bench.measure.journal import load
+from vdcore_bench.suites import operators as suite
+from vdcore_bench.suites import runner
 from vdcore_bench.workloads import Budget
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vdcore_bench import masks
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.measure.journal import FILE, Journal, parse
+from vdcore_bench.suites import masks
 
 
 @pytest.fixture

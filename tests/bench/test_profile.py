@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore_bench import profile
-from vdcore_bench.memory import Point, PointError, count, in_process, measure_memory
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.measure.journal import FILE, Journal, parse
+from vdcore_bench.measure.memory import Point, PointError, count, in_process, measure_memory
+from vdcore_bench.suites import memory as profile
 from vdcore_bench.workloads import load
 
 SETTINGS = profile.Settings(frames=(24,), time_limit=60.0)

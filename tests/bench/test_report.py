@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 from small import row
 
-from vdcore_bench import curves, report
+from vdcore_bench.report import curves
+from vdcore_bench.report import results as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

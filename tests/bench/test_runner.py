@@ -8,10 +8,11 @@ import pytest
 import torch
 from small import tiny_job
 
-from vdcore_bench import runner, summary
+from vdcore_bench.measure.journal import FILE, Journal, parse
+from vdcore_bench.measure.timing import Contender, Sample
 from vdcore_bench.peers import Peer
-from vdcore_bench.results import FILE, Journal, parse
-from vdcore_bench.timing import Contender, Sample
+from vdcore_bench.report import summary
+from vdcore_bench.suites import runner
 
 
 class FakeClock:

@@ -3,7 +3,7 @@
 import pytest
 from small import row
 
-from vdcore_bench import summary
+from vdcore_bench.report import summary
 
 TIMES = [
     row(p50=2.0),

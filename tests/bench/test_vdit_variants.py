@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import vdcore
-from vdcore_bench import vdit
-from vdcore_bench.memory import ATTENTIONS
-from vdcore_bench.profile import Settings
-from vdcore_bench.results import Journal
+from vdcore_bench.measure.journal import Journal
+from vdcore_bench.measure.memory import ATTENTIONS
+from vdcore_bench.suites.memory import Settings
+from vdcore_bench.suites.models import vdit
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from vdcore.cli.terminal import plain_errors
 from vdcore.cli.train import train
 
 if TYPE_CHECKING:
-    from vdcore_bench.results import Journal, Row
+    from vdcore_bench.measure.journal import Journal, Row
 
 # Nothing new begins after so many seconds of the default set, and of its profile. Beside busy processes on 2 cores the
 # last job, plots and the report took 20 s more: the whole ends within eight minutes.
@@ -95,7 +95,7 @@ def _threads(number: int | None) -> None:
 
 def _relaunch(device: str) -> None:
     """On the CPU goes on in a child whose allocator keeps its memory, if this one's does not; does not return then."""
-    from vdcore_bench import machine
+    from vdcore_bench.measure import machine
 
     if device == "cpu" and machine.needs_relaunch():
         raise typer.Exit(machine.relaunch(sys.argv[1:]))
@@ -107,7 +107,7 @@ def _relaunch(device: str) -> None:
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def doctor(context: typer.Context) -> None:
     """What can run on this machine, and why the rest cannot."""
-    from vdcore_bench import doctor
+    from vdcore.cli import doctor
 
     raise typer.Exit(doctor.main(context.args))  # reads its options itself, since it also runs where typer is not
 
@@ -147,9 +147,15 @@ def bench(
     """
     from dataclasses import replace
 
-    from vdcore_bench import block, console, job, jobs, machine, overhead, peers, runner, suite, workloads
-    from vdcore_bench.masks import FEW_ROUNDS
-    from vdcore_bench.profile import SHORT
+    from vdcore_bench import jobs, peers, workloads
+    from vdcore_bench.jobs import base as job
+    from vdcore_bench.measure import machine
+    from vdcore_bench.report import console
+    from vdcore_bench.suites import operators as suite
+    from vdcore_bench.suites import overhead, runner
+    from vdcore_bench.suites.masks import FEW_ROUNDS
+    from vdcore_bench.suites.memory import SHORT
+    from vdcore_bench.suites.models import block
 
     if compare is not None:
         _compare(*compare)
@@ -235,7 +241,9 @@ def bench(
 def _bench_models(
     given: list[str], dtypes: tuple[str, ...], rounds: int, threads: int | None, device: str, out: Path
 ) -> None:
-    from vdcore_bench import console, hosts, job
+    from vdcore_bench import hosts
+    from vdcore_bench.jobs import base as job
+    from vdcore_bench.report import console
 
     if device != "cpu":
         raise typer.BadParameter(f"{device}: models of diffusers are measured on the CPU", param_hint="--device")
@@ -268,7 +276,9 @@ def _need_diffusers() -> None:
 
 
 def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",), **settings: Any) -> None:
-    from vdcore_bench import console, job, masks
+    from vdcore_bench.jobs import base as job
+    from vdcore_bench.report import console
+    from vdcore_bench.suites import masks
 
     screen = console.make_console()
     with console.Screen(screen).live() as watch:
@@ -277,7 +287,8 @@ def _masks(journal: Journal, device: str, dtypes: Iterable[str] = ("float32",), 
 
 
 def _compare(a: str, b: str) -> None:
-    from vdcore_bench import compare, console, results
+    from vdcore_bench.measure import journal as results
+    from vdcore_bench.report import compare, console
 
     try:
         rows = [results.load(source) for source in (a, b)]
@@ -287,7 +298,7 @@ def _compare(a: str, b: str) -> None:
 
 
 def _readme(path: Path) -> None:
-    from vdcore_bench import readme
+    from vdcore_bench.report import readme
 
     try:
         readme.write(path)
@@ -313,7 +324,10 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
 ) -> None:
     """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
-    from vdcore_bench import job, memory, profile, workloads
+    from vdcore_bench import workloads
+    from vdcore_bench.jobs import base as job
+    from vdcore_bench.measure import memory
+    from vdcore_bench.suites import memory as profile
 
     names = _known("--workload", workload, workloads.load())
     device = _device(device)
@@ -337,7 +351,10 @@ def profile(
 
 
 def _profile_models(given: list[str], device: str, threads: int | None, out: Path, **settings: Any) -> None:
-    from vdcore_bench import console, hosts, profile, vdit
+    from vdcore_bench import hosts
+    from vdcore_bench.report import console
+    from vdcore_bench.suites import memory as profile
+    from vdcore_bench.suites.models import vdit
 
     _threads(threads)
     _relaunch(device)  # before diffusers is imported, which takes seconds
@@ -363,7 +380,9 @@ def _profile_models(given: list[str], device: str, threads: int | None, out: Pat
 
 
 def _profile(journal: Journal, device: str, names: tuple[str, ...] = (), **settings: Any) -> None:
-    from vdcore_bench import console, machine, profile
+    from vdcore_bench.measure import machine
+    from vdcore_bench.report import console
+    from vdcore_bench.suites import memory as profile
 
     settings.setdefault("memory_limit", machine.memory_limit(device))
     screen = console.make_console()
@@ -379,8 +398,10 @@ def _write(
     out: Path, measure: Callable[[Journal], None], show: Callable[[Sequence[Row]], None] = lambda rows: None
 ) -> None:
     """Runs a measurement into a folder; an interrupt loses nothing that was measured. Ends with plots and report."""
-    from vdcore_bench import machine, report, summary
-    from vdcore_bench.results import FILE, Journal
+    from vdcore_bench.measure import machine
+    from vdcore_bench.measure.journal import FILE, Journal
+    from vdcore_bench.report import results as report
+    from vdcore_bench.report import summary
 
     journal, load, interrupted = Journal(out / FILE), machine.Load(), False
     try:

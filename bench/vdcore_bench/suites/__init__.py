@@ -1,0 +1,1 @@
+"""What ``vdcore bench SUITE`` runs: a module per suite."""
