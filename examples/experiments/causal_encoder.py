@@ -12,11 +12,12 @@ from torch import Tensor
 
 from experiments.figure import Figure
 from experiments.fit import fit
-from experiments.show import draw_curves, new_plot, progress, save_plot, save_table
+from experiments.show import draw_curves, new_plot, progress, save_plot
 from vdcore.diffusion.training import SCENES
 from vdcore.models.autoencoder import AutoencoderConfig, CausalAutoencoder
 from vdcore.testing import error_ratio
 from vdcore.video import contact_sheet
+from vdcore_bench.report.table import Table
 
 NAME = "causal_encoder"
 SEAM = 100.0  # least ratio of the other form's seam to the causal form's error
@@ -85,14 +86,13 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         files=[
             save_plot(plot, out / f"{NAME}.png"),
             contact_sheet(out / f"{NAME}_frames.png", shown, labels=["clip", "coded"]).name,
-            save_table(
-                out / f"{NAME}.md",
-                ("form", "largest difference", "at chunk borders", "elsewhere"),
-                [(name, largest[name], *_at_borders(gap, settings.chunk // 4)) for name, gap in gaps.items()],
-                "Latents coded in chunks against latents coded whole, per latent frame (largest over channels and "
-                "pixels).",
-            ),
         ],
+        table=Table.of(
+            ("form", "largest difference", "at chunk borders", "elsewhere"),
+            [(name, largest[name], *_at_borders(gap, settings.chunk // 4)) for name, gap in gaps.items()],
+            note="Latents coded in chunks against latents coded whole, per latent frame (largest over channels and "
+            "pixels).",
+        ),
     ).save(out)
 
 

@@ -1,15 +1,19 @@
 """A figure: one claim, the numbers that were measured for it, and what they are compared with.
 
-An experiment's ``run(out)`` writes its pictures and tables into ``out`` and saves its figure there as ``NAME.json``.
+An experiment's ``run(out)`` writes its pictures into ``out`` and saves its figure there as ``NAME.json``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from vdcore_bench.report.page import write_whole
+from vdcore_bench.report.table import Table
+from vdcore_bench.report.terminal import print_table
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Figure:
         passed: whether the claim holds.
         size: how small the experiment is: model, data, steps, time.
         files: names of pictures, tables and videos beside the JSON file.
+        table: the measurements in full; a file ``name.md`` too.
     """
 
     name: str
@@ -33,19 +38,28 @@ class Figure:
     passed: bool
     size: str
     files: list[str] = field(default_factory=list)
+    table: Table | None = None
 
     def save(self, folder: Path) -> Figure:
-        """Writes ``folder/name.json``, whole or not at all; returns the figure.
+        """Writes ``folder/name.json``, whole or not at all, and prints and writes the table; returns the figure.
 
         Raises:
             ValueError: if a number is not finite, or a file is not in the folder.
         """
-        missing = [name for name in self.files if not (folder / name).is_file()]
+        values: dict[str, Any] = dict(vars(self))
+        if self.table is not None:
+            values["table"] = {name: getattr(self.table, name) for name in ("header", "rows", "note")}
+            values["files"] = list(dict.fromkeys([*self.files, f"{self.name}.md"]))
+        text = json.dumps(_plain(f"Figure {self.name}", values), indent=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.table is not None:
+            print_table(self.table)
+            write_whole(folder / f"{self.name}.md", f"{self.table.note}\n\n{self.table.markdown()}")
+        missing = [name for name in values["files"] if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"Figure {self.name}: files must be in {folder}, missing {', '.join(missing)}")
-        text = json.dumps(_plain(f"Figure {self.name}", asdict(self)), indent=1)
         write_whole(folder / f"{self.name}.json", text + "\n")
-        return self
+        return self.load(folder / f"{self.name}.json")
 
     @classmethod
     def load(cls, path: Path) -> Figure:
@@ -59,17 +73,10 @@ class Figure:
         except json.JSONDecodeError as error:
             raise ValueError(f"Figure.load: {path}: not JSON: {error}") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        if not isinstance(found, dict) or set(found) | {"table"} != names:
             raise ValueError(f"Figure.load: {path}: must hold {', '.join(sorted(names))}")
-        return cls(**found)
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a file whole or not at all; readers see either the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
+        table = found.pop("table", None)
+        return cls(**found, table=None if table is None else Table.of(**table))
 
 
 def _plain(where: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The training loop of the experiments' own nets; a VDiT trains by :class:`vdcore.diffusion.training.Trainer`."""
+"""The training loop of the experiments' small nets, and a model that needs no training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from vdcore.models import VDiT, VDiTConfig
 
 Loss = Callable[[int, torch.Generator], Tensor]  # of a step, on a batch drawn from the generator
 
@@ -30,3 +32,13 @@ def fit(net: nn.Module, loss_of: Loss, ticks: Iterable[int], *, steps: int, lr: 
         schedule.step()
         losses.append(loss.item())
     return losses
+
+
+@torch.no_grad()
+def random_model(config: VDiTConfig) -> VDiT:
+    """Random weights in every layer, those included that begin at 0, such as the gates of AdaLN-Zero."""
+    torch.manual_seed(0)
+    model = VDiT(config).eval()
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn(p.shape))
+    return model

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.show import GRAY, OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
+from experiments.show import GRAY, OFF, ON, THIRD, Track, new_plot, progress, save_plot
 from vdcore.diffusion import runs, training
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.measure import measures
 from vdcore.diffusion.training import SMALL, Recipe, Trained, Trainer
 from vdcore.metrics import temporal_fid
 from vdcore.video import contact_sheet, real_windows, write_video
+from vdcore_bench.report.table import Table
 
 NAME = "flicker"
 SCENES = replace(training.SCENES, size=(18, 18), radius=(3.0, 5.0))
@@ -111,7 +112,8 @@ def run(out: Path, config: TrainConfig = TrainConfig()) -> Figure:
         f"{weights['off'] / 1e6:.2f} M without, {SCENES.frames} frames of {SCENES.size[0]}x{SCENES.size[1]} pixels of "
         f"synthetic scenes, {config.steps} steps of {config.batch} clips each; {config.clips} clips of each set; "
         f"{time.monotonic() - started:.0f} s in all",
-        files=[_plot(out, found), _table(out, found), *_videos(out, sets)],
+        files=[_plot(out, found), *_videos(out, sets)],
+        table=_table(found),
     ).save(out)
 
 
@@ -130,7 +132,7 @@ def _plot(out: Path, found: dict[str, dict[str, float]]) -> str:
     return save_plot(figure, out / f"{NAME}.png")
 
 
-def _table(out: Path, found: dict[str, dict[str, float]]) -> str:
+def _table(found: dict[str, dict[str, float]]) -> Table:
     text = (
         "Means over clips. flicker: VBench's score, higher is steadier; warping error: mean square of values in "
         "[0, 1]; residual and acceleration of the flow, and mean flow: pixels. A still video wins all but the last "
@@ -140,7 +142,7 @@ def _table(out: Path, found: dict[str, dict[str, float]]) -> str:
         [SETS[kind][0], *(f"{values[name]:.4g}" if name in values else "-" for name in MEASURES)]
         for kind, values in found.items()
     ]
-    return save_table(out / f"{NAME}.md", ["", *MEASURES], rows, text)
+    return Table.of(("", *MEASURES), rows, note=text)
 
 
 def _videos(out: Path, sets: dict[str, Tensor]) -> list[str]:

@@ -22,10 +22,11 @@ from torch import Tensor
 from experiments.figure import Figure
 from experiments.fit import fit
 from experiments.net import MLP, VideoNet
-from experiments.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot, save_table
+from experiments.show import OFF, ON, THIRD, Track, new_plot, progress, save_plot
 from vdcore.mask import FrameMask
 from vdcore.video import Background, Layers, Scene, contact_sheet
 from vdcore.video.scenes import uniform, waves
+from vdcore_bench.report.table import Table
 
 NAME = "horizon"
 NETS = ((1, 2), (1, 4), (1, 6), (2, 3), (3, 2))  # temporal layers, window in past frames
@@ -236,28 +237,33 @@ def run(out: Path, config: TrainConfig = TrainConfig(), nets: Sequence[tuple[int
         f"{config.steps} steps of {config.batch} clips and {config.more_steps} more for every layer but the first, "
         f"again, in {config.rounds} rounds at most, until it remembers {ENOUGH:.0%} of other clips; "
         f"{config.clips} clips for every n; {time.monotonic() - started:.0f} s in all",
-        files=_files(out, results, config.clips),
+        files=[_plot(out, results), _sheet(out, results)],
+        table=_table(results, config.clips),
     ).save(out)
 
 
-def _files(out: Path, results: Sequence[Result], clips: int) -> list[str]:
-    """Curves, a table, and a clip per net."""
-    figure, axes = new_plot(10, 3.8, columns=2)
-    reach = max(r.layers * r.window for r in results)
-    _curves(axes[0][0], "One temporal layer: the window is the reach", (r for r in results if r.layers == 1))
-    _curves(axes[0][1], f"Layers x window = {reach}", (r for r in results if reach == r.layers * r.window))
-    axes[0][0].set_ylabel("returns in its own color and row")
+def _table(results: Sequence[Result], clips: int) -> Table:
     text = (
         "Share of clips in which the object returns in its own color and row, by the number n of frames that it was"
         f" out of sight ({clips} clips each; chance {CHANCE:.3f}; from {SUCCESS} on a net is said to remember)."
     )
     header = ["temporal layers", "window", "reach", "rounds", *(f"n={n}" for n in range(1, LONGEST + 1))]
     rows = [(r.layers, r.window, r.layers * r.window, r.rounds, *(f"{p:.2f}" for p in r.success)) for r in results]
-    labels = [f"{r.label}, n={r.reach}" for r in results]
-    sheet = contact_sheet(
-        out / f"{NAME}_frames.png", [r.clip for r in results], labels=labels, frames=FRAMES + 1, scale=3
-    )
-    return [save_plot(figure, out / f"{NAME}.png"), save_table(out / f"{NAME}.md", header, rows, text), sheet.name]
+    return Table.of(header, rows, note=text)
+
+
+def _sheet(out: Path, results: Sequence[Result]) -> str:
+    labels, clips = [f"{r.label}, n={r.reach}" for r in results], [r.clip for r in results]
+    return contact_sheet(out / f"{NAME}_frames.png", clips, labels=labels, frames=FRAMES + 1, scale=3).name
+
+
+def _plot(out: Path, results: Sequence[Result]) -> str:
+    figure, axes = new_plot(10, 3.8, columns=2)
+    reach = max(r.layers * r.window for r in results)
+    _curves(axes[0][0], "One temporal layer: the window is the reach", (r for r in results if r.layers == 1))
+    _curves(axes[0][1], f"Layers x window = {reach}", (r for r in results if reach == r.layers * r.window))
+    axes[0][0].set_ylabel("returns in its own color and row")
+    return save_plot(figure, out / f"{NAME}.png")
 
 
 def _curves(axis: Any, title: str, results: Iterable[Result]) -> None:

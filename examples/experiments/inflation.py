@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.fit import fit
-from experiments.show import GRAY, OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.fit import fit, random_model
+from experiments.show import GRAY, OFF, ON, new_plot, progress, save_plot
 from vdcore.diffusion.training import SCENES, draw_timesteps, process_for
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.models.inflate import inflate
+from vdcore_bench.report.table import Table
 
 NAME = "inflation"
 FORMS = ("factorized", "alternating")
@@ -49,7 +50,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         train = partial(_train, settings=settings)
         before = train(image, ticks=track("image model", before_steps), steps=before_steps, seed=0)
         for modulation in ("zero", "single"):
-            model = image if modulation == "zero" else _opened(replace(config, modulation="single"))
+            model = image if modulation == "zero" else random_model(replace(config, modulation="single"))
             for form in FORMS:
                 inflated = inflate(model, attention=form)
                 rows.append((form, modulation, *_difference(model, inflated), _learning(inflated)))
@@ -63,7 +64,6 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
     tail = max(after_steps // 4, 1)
     last = {name: sum(losses[-tail:]) / tail for name, losses in after.items()}
     header = ("attention", "modulation", "largest difference", "largest value", "temporal weights that learn at once")
-    text = "An image model and the video model made of it, on the same clips."
     return Figure(
         name=NAME,
         claim="An image model inflated by zero-initialized temporal layers gives the image model's output, bit for "
@@ -83,7 +83,8 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         size=f"width {settings.width}, {settings.depth} blocks; {settings.image_steps} steps on frames of "
         f"{CLIPS.size[0]}x{CLIPS.size[1]} pixels, then {settings.video_steps} of clips of {CLIPS.frames}, "
         f"{settings.batch} clips per step; losses are means of the last {tail}; {time.monotonic() - started:.0f} s",
-        files=[_plot(out, before, after), save_table(out / f"{NAME}.md", header, rows, text)],
+        files=[_plot(out, before, after)],
+        table=Table.of(header, rows, note="An image model and the video model made of it, on the same clips."),
     ).save(out)
 
 
@@ -96,16 +97,6 @@ def _train(model: VDiT, ticks: Iterable[int], steps: int, seed: int, settings: S
         return PROCESS.loss(model, clean, noise, draw_timesteps(PROCESS, (settings.batch,), random, shift=3.0))
 
     return fit(model, loss, ticks, steps=steps, lr=settings.lr, seed=seed)
-
-
-def _opened(config: VDiTConfig) -> VDiT:
-    """Random weights in every layer, those included that begin at 0."""
-    torch.manual_seed(0)
-    model = VDiT(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape))
-    return model
 
 
 def _clips() -> tuple[Tensor, Tensor, Tensor]:

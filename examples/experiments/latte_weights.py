@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.show import OFF, ON, new_plot, progress, save_plot, save_table
+from experiments.show import OFF, ON, new_plot, progress, save_plot
 from vdcore.extras import need
 from vdcore.models.latte import from_latte
 from vdcore.testing import error_ratio
+from vdcore_bench.report.table import Table
 
 NAME = "latte_weights"
 
@@ -74,10 +75,8 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         size=f"random weights at Latte-1's width ({settings.heads} heads of {settings.head_dim}), {settings.layers} of "
         f"28 pairs of blocks, {settings.frames} frames of {settings.latent}x{settings.latent} latents, {settings.text} "
         f"text tokens; float32, against float64; {time.monotonic() - started:.0f} s",
-        files=[
-            _plot(out, settings.timesteps, our_errors, host_errors),
-            save_table(out / f"{NAME}.md", header, rows, "Largest errors against the host's model in float64."),
-        ],
+        files=[_plot(out, settings.timesteps, our_errors, host_errors)],
+        table=Table.of(header, rows, note="Largest errors against the host's model in float64."),
     ).save(out)
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from experiments.figure import Figure
 from experiments.fit import fit
 from experiments.net import Attention, VideoNet
-from experiments.show import GRAY, OFF, ON, Track, new_plot, progress, save_plot, save_table
+from experiments.show import GRAY, OFF, ON, Track, new_plot, progress, save_plot
 from vdcore.video import Background, Layers, Scene, contact_sheet
 from vdcore.video.scenes import uniform, waves
+from vdcore_bench.report.table import Table
 
 NAME = "motion_paths"
 FRAMES, SIZE, PATCH = 9, (12, 32), 4  # frames; pixels; a patch is PATCH x PATCH of one frame
@@ -202,7 +203,8 @@ def run(out: Path, config: TrainConfig = TrainConfig()) -> Figure:
         size=f"toy world: {SIZE[0]}x{SIZE[1]} pixels, {FRAMES} frames, patches of {PATCH}x{PATCH}, a square of one, "
         f"noise of {NOISE:g}; nets of two layers of width {config.width}, {config.steps} steps of {config.batch} "
         f"clips; {config.clips} clips of each speed; {time.monotonic() - started:.0f} s in all",
-        files=[_plot(out, full, temporal), _table(out, full, temporal), _sheet(out)],
+        files=[_plot(out, full, temporal), _sheet(out)],
+        table=_table(full, temporal),
     ).save(out)
 
 
@@ -234,7 +236,7 @@ def _plot(out: Path, full: dict[float, Look], temporal: dict[float, Look]) -> st
     return save_plot(figure, out / f"{NAME}.png")
 
 
-def _table(out: Path, full: dict[float, Look], temporal: dict[float, Look]) -> str:
+def _table(full: dict[float, Look], temporal: dict[float, Look]) -> Table:
     text = (
         "Of the weight that the object's token in the middle frame puts on frames with |dt| > patch / 2v, the share of "
         "the token within half a patch of the line x + v dt, of the token at its own position, and of any token if all "
@@ -245,7 +247,7 @@ def _table(out: Path, full: dict[float, Look], temporal: dict[float, Look]) -> s
     for v in full:
         shares = (limit(v), *full[v].far_shares(v), ALIKE) if v else ("-",) * 4
         rows.append((f"{v:g}", *shares, f"{full[v].error:.4f}", f"{temporal[v].error:.4f}"))
-    return save_table(out / f"{NAME}.md", header, rows, text)
+    return Table.of(header, rows, note=text)
 
 
 def _sheet(out: Path) -> str:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from experiments.figure import Figure
-from experiments.show import OFF, ON, draw_curves, new_plot, progress, save_plot, save_table
+from experiments.fit import random_model
+from experiments.show import OFF, ON, draw_curves, new_plot, progress, save_plot
 from vdcore.diffusion import roll, roll_by_recomputing
 from vdcore.diffusion.training import process_for
 from vdcore.mask import FrameMask
-from vdcore.models import VDiT, VDiTConfig
+from vdcore.models import VDiTConfig
 from vdcore.testing import error_ratio
+from vdcore_bench.report.table import Table
 
 NAME = "rolling_cache"
 CONSTANT = 1.2  # most that the last quarter's time may be over the first full ring's
@@ -40,24 +42,15 @@ class Settings:
         return self.frames // self.mask.chunk
 
 
-def new_model(settings: Settings) -> VDiT:
-    """Random weights, all gates of AdaLN-Zero open: equality and time do not depend on training."""
-    torch.manual_seed(0)
-    config = VDiTConfig(
-        in_channels=3, patch=(1, 4, 4), width=settings.width, depth=settings.depth, heads=4,
-        mask=settings.mask, position="rope", qk_norm=True,
-    )  # fmt: skip
-    model = VDiT(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape))
-    return model
-
-
 def run(out: Path, settings: Settings = Settings()) -> Figure:
     """Rolls, recomputes in float32 and in float64, and writes curves, a table and the figure into ``out``."""
     started = time.monotonic()
-    model, process = new_model(settings), process_for("sample")
+    # Equality and time do not depend on training.
+    model = random_model(VDiTConfig(
+        in_channels=3, patch=(1, 4, 4), width=settings.width, depth=settings.depth, heads=4,
+        mask=settings.mask, position="rope", qk_norm=True,
+    ))  # fmt: skip
+    process = process_for("sample")
     random = torch.Generator().manual_seed(1)
     shape = (1, 3, settings.mask.chunk, *settings.size)
     noises = [torch.randn(shape, generator=random) for _ in range(settings.chunks)]
@@ -107,7 +100,8 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         f"pixels in patches of 4, {mask}, {settings.steps} steps per chunk, times of {settings.rolls} rolls, "
         f"{torch.get_num_threads()} threads; time is the processor's, so that other programs do not count; "
         f"{time.monotonic() - started:.0f} s",
-        files=_files(out, curves, mask.chunk),
+        files=[_plot(out, curves, mask.chunk)],
+        table=_table(curves, mask.chunk),
     ).save(out)
 
 
@@ -121,16 +115,18 @@ def _timed(chunks: Iterator[Tensor], ticks: Iterable[int]) -> tuple[Tensor, list
     return torch.cat(parts, 2), seconds
 
 
-def _files(out: Path, curves: dict[str, list[float]], chunk: int) -> list[str]:
-    """A plot and a table of the milliseconds per frame, by chunk."""
+def _plot(out: Path, curves: dict[str, list[float]], chunk: int) -> str:
     figure, axes = new_plot(7, 3.6)
-    count = len(curves["rolling cache"])
-    frames = [(i + 1) * chunk for i in range(count)]
+    frames = [(i + 1) * chunk for i in range(len(curves["rolling cache"]))]
     draw_curves(axes[0][0], frames, curves, (OFF, ON), xlabel="frame", ylabel="ms per new frame", ylim=(0, None))
-    rows = []
+    return save_plot(figure, out / f"{NAME}.png")
+
+
+def _table(curves: dict[str, list[float]], chunk: int) -> Table:
+    theirs, ours = curves.values()
+    count, rows = len(ours), []
     for i in sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
         near = slice(max(i - 2, 0), i + 3)
-        rows.append((frames[i], *(median(curves[name][near]) for name in ("rolling cache", "recomputing all frames"))))
+        rows.append(((i + 1) * chunk, median(ours[near]), median(theirs[near])))
     header = ("frame", "rolling cache, ms", "recomputing, ms")
-    text = "Processor time per new frame, median of five chunks."
-    return [save_plot(figure, out / f"{NAME}.png"), save_table(out / f"{NAME}.md", header, rows, text)]
+    return Table.of(header, rows, note="Processor time per new frame, median of five chunks.")

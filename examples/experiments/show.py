@@ -1,16 +1,17 @@
-"""What experiments share: progress on the terminal, plots, and tables."""
+"""What experiments show while they run, and how they draw: bars of progress, and curves in one style."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from vdcore.cli.terminal import progress as bars
-from vdcore.extras import need
+from vdcore_bench.report.plot import BEST, NAIVE, OURS, THIRD, new_plot, save_plot
+from vdcore_bench.report.terminal import progress as bars
 
-ON, OFF, THIRD, GRAY = "#1f6fb2", "#d9822b", "#3a9d5d", "#8a8a8a"
+__all__ = ["GRAY", "OFF", "ON", "THIRD", "Track", "draw_curves", "new_plot", "progress", "save_plot"]
+
+ON, OFF, GRAY = OURS, BEST, NAIVE
 
 Track = Callable[[str, int], Iterable[int]]  # a description and a number of steps, as a range that shows its progress
 
@@ -32,12 +33,6 @@ def progress(title: str) -> Iterator[Track]:
         yield track
 
 
-def new_plot(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes ``[row][column]``, outside pyplot: no window system is asked for."""
-    figure = need("matplotlib.figure", "bench", "plot").Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def draw_curves(
     axis: Any,
     x: Sequence[float],
@@ -52,33 +47,3 @@ def draw_curves(
         axis.plot(x, y, color=color, label=label, marker=marker, markersize=4)
     axis.set(**settings)
     axis.legend(fontsize=8)
-
-
-def save_plot(figure: Any, path: Path) -> str:
-    """Writes a PNG; returns its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-    return path.name
-
-
-def save_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], text: str = "") -> str:
-    """Writes a Markdown table below its explanation, and prints it; returns the file's name."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    path.write_text(f"{text}\n\n{body}\n" if text else body + "\n")
-    rich = need("rich.table", "bench", "table")
-    shown = rich.Table(header_style="dim", box=need("rich.box", "bench", "table").SIMPLE_HEAD, show_edge=False)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left")
-    for row in cells:
-        shown.add_row(*row)
-    need("rich.console", "bench", "table").Console(highlight=False, markup=False).print(shown)
-    return path.name
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value)

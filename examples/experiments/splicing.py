@@ -12,11 +12,12 @@ from torch import Tensor
 
 from experiments import train_sample
 from experiments.figure import Figure
-from experiments.show import OFF, ON, THIRD, draw_curves, new_plot, progress, save_plot, save_table
+from experiments.show import OFF, ON, THIRD, draw_curves, new_plot, progress, save_plot
 from vdcore.diffusion import blended, make_sampler, sample, splice
 from vdcore.diffusion.training import Recipe, Trained, load_trained, process_for
 from vdcore.models import VDiT
 from vdcore.video import contact_sheet, write_video
+from vdcore_bench.report.table import Table
 
 NAME = "splicing"
 CHUNK, OVERLAP, FRAMES = 8, 2, 64
@@ -116,7 +117,8 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         size=f"memory: {settings.together} videos of the default model's size at once, untrained, one step, "
         f"every point in a fresh process, beyond the weights; seams: {settings.videos} videos of {FRAMES} frames of "
         f"the model of train_sample ({trained.step} steps); {time.monotonic() - started:.0f} s",
-        files=[_plot(out, memory, videos), _table(out, memory), *_videos(out, videos)],
+        files=[_plot(out, memory, videos), *_videos(out, videos)],
+        table=_table(memory),
     ).save(out)
 
 
@@ -164,11 +166,11 @@ def _plot(out: Path, memory: Peaks, videos: dict[str, Tensor]) -> str:
     return save_plot(figure, out / f"{NAME}.png")
 
 
-def _table(out: Path, memory: Peaks) -> str:
+def _table(memory: Peaks) -> Table:
     peaks = [(n, whole / 2**20, memory["spliced"][n] / 2**20) for n, whole in memory["whole"].items()]
     rows = [(n, f"{whole:.1f}", f"{spliced:.1f}", f"{spliced / whole:.2f}") for n, whole, spliced in peaks]
     header = ("frames", "whole, MiB", "spliced, MiB", "spliced / whole")
-    return save_table(out / f"{NAME}.md", header, rows, "Peak memory of drawing a video, beyond the model's weights.")
+    return Table.of(header, rows, note="Peak memory of drawing a video, beyond the model's weights.")
 
 
 def _videos(out: Path, videos: dict[str, Tensor]) -> list[str]:

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from experiments.figure import Figure
-from experiments.show import progress, save_table
+from experiments.show import progress
 from vdcore.diffusion import runs
 from vdcore.diffusion.data import Scenes
 from vdcore.diffusion.measure import LEAST_MOTION, MOST_ERROR, MOST_MOTION, REAL_CLIPS, against
 from vdcore.diffusion.training import SCENES, Recipe, load_trained
 from vdcore.video import contact_sheet, write_video
+from vdcore_bench.report.table import Table
 
 NAME = "train_sample"
-TEXT = (
+NOTE = (
     "Means over the samples and over clips that training did not show; warping error in squared gray levels of [0, 1], "
     "flow in pixels per frame. Temporal FID (not calibrated): samples against real clips, and one half of the real "
     "clips against the other."
@@ -104,7 +105,7 @@ def run(
             contact_sheet(out / f"{NAME}.png", shown, labels=labels).name,
             write_video(out / f"{NAME}.gif", row, 8, scale=4).name,
             write_video(out / f"{NAME}.mp4", row, 8, scale=6).name,
-            save_table(out / f"{NAME}.md", ("measure", "samples", "real clips"), rows, TEXT),
             f"{NAME}_losses.png",
         ],
+        table=Table.of(("measure", "samples", "real clips"), rows, note=NOTE),
     ).save(out)

@@ -21,6 +21,7 @@ from vdcore import FrameMask
 from vdcore.cli.commands import app
 from vdcore.diffusion.training import Recipe, load_trained
 from vdcore.models import VDiTConfig
+from vdcore_bench.report.table import Table
 
 MODEL = VDiTConfig(in_channels=3, patch=(1, 8, 8), width=16, depth=1, heads=2, position="sincos+rope", qk_norm=True)
 RECIPE = Recipe(model=MODEL, frames=8, size=(16, 16), batch=2, steps=4, warmup=2, hold=0.5)
@@ -96,11 +97,10 @@ def experiment(name, passed=True):
     def run(out):
         (out / f"{name}.png").write_bytes(b"picture")
         (out / f"{name}.mp4").write_bytes(b"film")
-        (out / f"{name}.md").write_text("A table of <things>.\n\n| a | b |\n| --- | ---: |\n| x | 1 |\n")
-        files = [f"{name}.{ending}" for ending in ("png", "mp4", "md")]
-        figure = Figure(name, f"claim of {name}", {"n": {"deep": 1.5}}, {"limit": 2}, passed, "small", files)
-        figure.save(out)
-        return figure
+        table = Table.of(("a", "b"), [("x", 1)], note="A table of <things>.")
+        files = [f"{name}.png", f"{name}.mp4"]
+        numbers, limits = {"n": {"deep": 1.5}}, {"limit": 2}
+        return Figure(name, f"claim of {name}", numbers, limits, passed, "small", files, table).save(out)
 
     return run
 
@@ -133,7 +133,7 @@ def test_all_of_it(stubs, tmp_path):
     assert summary["figures"]["horizon"]["numbers"] == {"n": {"deep": 1.5}}
     page = (tmp_path / "report.html").read_text()
     assert all(f"claim of {name}" in page for name in calls)
-    assert "n: deep" in page and "A table of &lt;things&gt;." in page and "<td class=number>1</td>" in page
+    assert "n: deep" in page and "A table of &lt;things&gt;." in page and "<td>1</td>" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # opens offline, wherever it is moved
 
 

@@ -8,7 +8,6 @@ import torch
 
 from experiments import flicker, horizon, motion_paths
 from experiments.figure import Figure
-from experiments.show import save_table
 
 
 @pytest.mark.parametrize("hidden", [1, 4, horizon.LONGEST])
@@ -107,9 +106,3 @@ def test_both_models_of_flicker_have_about_as_many_weights():
     ours, theirs = on.recipe, off.recipe
     same = replace(theirs, model=replace(theirs.model, attention=ours.model.attention, depth=ours.model.depth))
     assert same == ours
-
-
-def test_tables(tmp_path):
-    assert save_table(tmp_path / "a.md", ["net", "share"], [["on", 0.12345], ["off", "-"]], "Shares.") == "a.md"
-    expected = "Shares.\n\n| net | share |\n| --- | ---: |\n| on | 0.123 |\n| off | - |\n"
-    assert (tmp_path / "a.md").read_text() == expected

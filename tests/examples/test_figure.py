@@ -1,10 +1,13 @@
 """Figures: what is saved is what is loaded, and nothing that is no result can be saved."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from experiments.figure import Figure
+from vdcore_bench.report.table import Table
 
 
 def figure(**changes) -> Figure:
@@ -22,7 +25,7 @@ def figure(**changes) -> Figure:
 def test_saved_and_loaded(tmp_path):
     (tmp_path / "plot.png").touch()
     saved = figure(files=["plot.png"])
-    assert saved.save(tmp_path) is saved and Figure.load(tmp_path / "answer.json") == saved
+    assert saved.save(tmp_path) == saved == Figure.load(tmp_path / "answer.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.json", "plot.png"]
 
 
@@ -59,3 +62,21 @@ def test_other_files_are_no_figures(tmp_path):
     path.write_text('{"name": "a"}')
     with pytest.raises(ValueError, match="must hold claim, compared_with"):
         Figure.load(path)
+
+
+def test_a_table_is_kept_and_written_as_markdown(tmp_path, capsys):
+    table = Table.of(["net", "share"], [["on", 0.12345], ["off", "-"]], note="Shares.")
+    saved = figure(table=table).save(tmp_path)
+    assert saved.table == table and saved.files == ["answer.md"]
+    expected = "Shares.\n\n| net | share |\n| --- | ---: |\n| on | 0.123 |\n| off | - |\n"
+    assert (tmp_path / "answer.md").read_text() == expected
+    assert "0.123" in capsys.readouterr().out
+
+
+def test_figures_from_before_there_were_tables(tmp_path):
+    path = tmp_path / "answer.json"
+    figure().save(tmp_path)
+    values = json.loads(path.read_text())
+    del values["table"]
+    path.write_text(json.dumps(values))
+    assert Figure.load(path) == figure()

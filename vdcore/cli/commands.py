@@ -14,7 +14,7 @@ import typer
 
 from vdcore.cli.demo import demo
 from vdcore.cli.sample import sample
-from vdcore.cli.terminal import plain_errors
+from vdcore.cli.shared import plain_errors
 from vdcore.cli.train import train
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vdcore.cli.terminal import THREADS, set_threads
+from vdcore.cli.shared import THREADS, set_threads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vdcore.cli.terminal import DEVICE, THREADS, TRAIN_OUT, plain_errors, progress, set_threads
+from vdcore.cli.shared import DEVICE, THREADS, TRAIN_OUT, plain_errors, set_threads
 
 if TYPE_CHECKING:
     from vdcore.diffusion.measure import Comparison
@@ -38,6 +38,7 @@ def sample(
     from vdcore.diffusion.measure import REAL_CLIPS, against
     from vdcore.diffusion.training import load_trained
     from vdcore.video.files import contact_sheet, write_video
+    from vdcore_bench.report.terminal import progress
 
     if kind not in ("mp4", "gif"):
         raise typer.BadParameter(f"{kind}: not known; known are mp4, gif", param_hint="--format")

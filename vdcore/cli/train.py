@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdcore.cli.terminal import DEVICE, THREADS, TRAIN_OUT, plain_errors, progress, set_threads
+from vdcore.cli.shared import DEVICE, THREADS, TRAIN_OUT, plain_errors, set_threads
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,6 +51,7 @@ def train(
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
     from vdcore.diffusion.training import SCENES, Recipe
+    from vdcore_bench.report.terminal import progress
 
     set_threads(threads)
     with plain_errors():

@@ -1,4 +1,4 @@
-"""What commands share: progress on the terminal, errors in one line, and common options."""
+"""What train, sample and demo share: errors in one line, and options."""
 
 from __future__ import annotations
 
@@ -6,30 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
 THREADS = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")]
 TRAIN_OUT = Path("out/train")  # where train leaves its checkpoint, and sample looks for it
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """Progress bars on a terminal. Elsewhere they are disabled, and the caller prints a line now and then instead."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = Console(stderr=True, highlight=False, markup=False)
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar
 
 
 @contextmanager
