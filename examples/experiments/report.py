@@ -32,7 +32,9 @@ def write(folder: Path, failed: dict[str, str] | None = None) -> tuple[Path, Pat
         "failed": failed,
         "missing": [name for name in EXPERIMENTS if name not in there and name not in failed],
     }
-    rows = [(Markup(f'<a href="#{f.name}">{f.name}</a>'), f.claim, _verdict(f.passed)) for f in found]
+    rows: list[tuple[str, ...]] = [
+        (Markup(f'<a href="#{f.name}">{f.name}</a>'), f.claim, _verdict(f.passed)) for f in found
+    ]
     rows += [(name, why, Markup('<span class="no">failed</span>')) for name, why in failed.items()]
     claims = Table.of(("experiment", "claim", "holds here"), rows, text=True)
     sections = [claims.html(), *(part for figure in found for part in _section(figure, folder))]

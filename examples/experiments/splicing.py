@@ -154,12 +154,12 @@ def _plot(out: Path, memory: Peaks, videos: dict[str, Tensor]) -> str:
     figure, axes = new_plot(11, 3.6, columns=2)
     left, right = axes[0]
     peaks = {kind: [size / 2**20 for size in points.values()] for kind, points in memory.items()}
-    labels = {"xlabel": "frames", "ylabel": "peak memory, MiB", "ylim": (0, None)}
-    draw_curves(left, list(memory["whole"]), peaks, (OFF, ON), marker="o", **labels)
+    draw_curves(left, list(memory["whole"]), peaks, (OFF, ON), marker="o", xlabel="frames", ylabel="peak memory, MiB")
+    left.set_ylim(0, None)
     left.set_title("Drawing a video, beyond the weights", fontsize=10, loc="left")
     changes = {kind: change(video).tolist() for kind, video in videos.items()}
-    labels = {"xlabel": "frame", "ylabel": "mean |x(t) - x(t-1)|", "ylim": (0, None)}
-    draw_curves(right, range(1, FRAMES), changes, (ON, THIRD, OFF), **labels)
+    draw_curves(right, range(1, FRAMES), changes, (ON, THIRD, OFF), xlabel="frame", ylabel="mean |x(t) - x(t-1)|")
+    right.set_ylim(0, None)
     for seam in range(CHUNK, FRAMES, CHUNK - OVERLAP):
         right.axvline(seam, color="black", linewidth=0.4, linestyle=":")
     right.set_title("Change from frame to frame (dotted: chunks of the spliced)", fontsize=10, loc="left")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -191,3 +192,10 @@ def test_unknown_names(tmp_path):
     assert code == 2 and "known are all, train_sample, flicker" in re.sub(r"\s+", " ", output)
     with pytest.raises(ValueError, match="demo: flickr must be one of"):
         experiments.load("flickr")
+
+
+def test_without_a_checkout_one_line_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["vdcore.cli.demo"], "EXAMPLES", tmp_path / "examples")
+    code, output = demo("horizon", "--out", tmp_path / "out")
+    assert code == 2 and output.count("\n") == 1 and "clone the repository" in output
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,4 +198,5 @@ def _rgb(hue: Array, saturation: float, value: float) -> Array:
 
 def _stack(first: Layers, second: Layers) -> Layers:
     both = {name: (a, getattr(second, name)) for name, a in vars(first).items()}
-    return Layers(**{name: None if a is None else np.concatenate((a, b), 1) for name, (a, b) in both.items()})
+    joined: dict[str, Any] = {name: None if a is None else np.concatenate((a, b), 1) for name, (a, b) in both.items()}
+    return Layers(**joined)
