@@ -1,4 +1,4 @@
-"""Rows as one line a job: vdcore beside the best peer. Tables, report and README are made of these."""
+"""Rows as one line per job: vdcore beside the best peer. Tables, report and README are made of these."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.measure.journal import JOINED, Row, newest
-from vdcore_bench.measure.machine import Load, seconds_text
-from vdcore_bench.report.curves import MASKS, PROFILE
+from vdcore_bench.measure.journal import JOINED, MASKS, PROFILE, Row, newest
+from vdcore_bench.measure.machine import Load, seconds_text, seconds_unit
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
 
@@ -22,7 +22,7 @@ class Line:
 
     Args:
         ours: the backend that vdcore chooses by itself.
-        peers: measured rows of everybody else, fastest first.
+        peers: measured rows of the baselines, fastest first.
         others: rows that were not measured, each with its reason.
     """
 
@@ -45,9 +45,7 @@ class Line:
 
     @property
     def speedup(self) -> float | None:
-        if self.ours is None or self.best is None or not self.ours.p50 or not self.best.p50:
-            return None
-        return self.best.p50 / self.ours.p50
+        return _ratio(self.best, self.ours)
 
     @property
     def noise(self) -> bool:
@@ -56,21 +54,24 @@ class Line:
 
     @property
     def over_copy(self) -> float | None:
-        if self.ours is None or self.copy is None or not self.ours.p50 or not self.copy.p50:
-            return None
-        return self.ours.p50 / self.copy.p50
+        return _ratio(self.ours, self.copy)
+
+
+def _ratio(a: Row | None, b: Row | None) -> float | None:
+    """The time of a over that of b."""
+    return a.p50 / b.p50 if a is not None and b is not None and a.p50 and b.p50 else None
 
 
 def overlap(a: Row, b: Row) -> bool:
     """Whether the intervals p20 to p80 share a point."""
-    if None in (a.p20, a.p80, b.p20, b.p80):
+    if a.p20 is None or a.p80 is None or b.p20 is None or b.p80 is None:
         return True
-    return a.p20 <= b.p80 and b.p20 <= a.p80  # type: ignore[operator]
+    return a.p20 <= b.p80 and b.p20 <= a.p80
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
     """One line per job of the ``time`` rows, in the order in which they were measured; of two races the later."""
-    found: dict[tuple, Line] = {}
+    found: dict[tuple[Any, ...], Line] = {}
     for row in newest(rows):
         elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
         if row.metric not in ("time", "memory") or elsewhere:
@@ -111,12 +112,11 @@ def rate(row: Row) -> str:
 def time_of(row: Row | None, spread: bool = False) -> str:
     if row is None or row.p50 is None:
         return "-"
-    text = seconds_text(row.p50)
     if not spread or row.p20 is None or row.p80 is None or row.samples < 2:
-        return text
-    number, unit = text.split()
-    factor = float(number) / row.p50 if row.p50 else 0
-    return f"{number} {unit} ({row.p20 * factor:.3g}..{row.p80 * factor:.3g})"
+        return seconds_text(row.p50)
+    factor, _ = seconds_unit(row.p50)
+    scale = float(f"{row.p50 * factor:.3g}") / row.p50  # the median that is shown, over the one that was measured
+    return f"{seconds_text(row.p50)} ({row.p20 * scale:.3g}..{row.p80 * scale:.3g})"
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -225,8 +225,12 @@ UNSTEADY = 0.5  # (p80 - p20) / p50 of the copy's times, median over jobs; 0.25 
 
 def copies_spread(rows: Iterable[Row]) -> float | None:
     """How far the copy's times lie apart, (p80 - p20) / p50, the median over all jobs; None without copies."""
-    copies = [r for r in newest(rows) if r.provider == "copy" and r.p20 and r.p50 and r.p80 and r.samples > 2]
-    return statistics.median((r.p80 - r.p20) / r.p50 for r in copies) if copies else None  # type: ignore[operator]
+    spreads = [
+        (r.p80 - r.p20) / r.p50
+        for r in newest(rows)
+        if r.provider == "copy" and r.p20 and r.p50 and r.p80 and r.samples > 2
+    ]
+    return statistics.median(spreads) if spreads else None
 
 
 def noise(rows: Iterable[Row], load: Load | None = None) -> str:
@@ -254,8 +258,8 @@ class Bar:
     """One operator over several workloads, in one mode, dtype and case.
 
     Args:
-        speedups: the fastest peer's time over vdcore's, one a workload.
-        over_copy: vdcore's time over that of copying the same bytes, one a workload.
+        speedups: the fastest peer's time over vdcore's, one per workload.
+        over_copy: vdcore's time over that of copying the same bytes, one per workload.
     """
 
     op: str
@@ -285,19 +289,21 @@ def bars(found: Sequence[Line], ops: Sequence[str] = ("temporal_attention",)) ->
             groups.setdefault((job.op, job.case, job.mode, job.dtype, job.device), []).append(line)
     return [
         Bar(
-            *key,
+            op,
+            case,
+            mode,
+            dtype,
+            device,
             workloads=tuple(line.job.workload for line in group),
             speedups=tuple(line.speedup for line in group if line.speedup is not None),
             over_copy=tuple(line.over_copy for line in group if line.over_copy is not None),
         )
-        for key, group in groups.items()
+        for (op, case, mode, dtype, device), group in groups.items()
     ]
 
 
-BAR_HEADER = (
-    *("operator", "mode", "dtype", "workloads"),
-    *("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean", "maximum"),
-)
+BAR_HEADER: tuple[str, ...] = ("operator", "mode", "dtype", "workloads")
+BAR_HEADER += ("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean", "maximum")
 
 
 def bar_cells(bar: Bar) -> tuple[str, ...]:
@@ -305,10 +311,7 @@ def bar_cells(bar: Bar) -> tuple[str, ...]:
     worst = bar.workloads[bar.speedups.index(min(bar.speedups))]
     copies = (f"{geomean(bar.over_copy):.2f}", f"{max(bar.over_copy):.2f}") if bar.over_copy else ("-", "-")
     minimum = f"{min(bar.speedups):.2f}x ({worst})"
-    return (
-        *(bar.op, bar.what, bar.dtype, str(len(bar.workloads))),
-        *(f"{geomean(bar.speedups):.2f}x", minimum, *copies),
-    )
+    return bar.op, bar.what, bar.dtype, str(len(bar.workloads)), f"{geomean(bar.speedups):.2f}x", minimum, *copies
 
 
 def bar_text(bar: Bar) -> str:
