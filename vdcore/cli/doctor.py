@@ -97,10 +97,7 @@ def facts() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "cores": cores()},
         "memory": memory(),
         "gpus": gpus(),
-        "allocator": {
-            "name": machine.allocator(),
-            "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None,
-        },
+        "allocator": {"name": machine.allocator(), "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None},
         "extras": {extra: extras.missing(extra) for extra in extras.EXTRAS},
         "backends": vdcore.backends(),
         "operators": operator_table(),

@@ -159,12 +159,7 @@ def rounds_for(
     return {name: counts.get(name, max(FEWEST, min(rounds, affordable))) for name in estimates}
 
 
-def race(
-    contenders: dict[str, Contender],
-    rounds: dict[str, int],
-    clock: Clock,
-    until: float = math.inf,
-) -> None:
+def race(contenders: dict[str, Contender], rounds: dict[str, int], clock: Clock, until: float = math.inf) -> None:
     """Runs every contender once per round, each round starting with another one, so that drift hits all alike.
 
     Samples stand in the contenders from the first round on: an interrupt loses at most the call that was running.
