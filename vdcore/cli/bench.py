@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vdcore.cli.options import (
-    DEVICE,
-    THREADS,
-    WORKLOAD,
-    device_named,
-    known,
-    models_named,
-    parse_bytes,
-    prepare,
-    record,
-    several,
-    split,
-)
+from vdcore.cli import options
+from vdcore.cli.options import several
 
 if TYPE_CHECKING:
     from vdcore_bench.peers import Peer
@@ -35,7 +24,7 @@ def bench(
         str | None, typer.Argument(help="operators, masks, memory, models, overhead or gpu.", show_default=False)
     ] = None,
     op: Annotated[list[str] | None, several("Operators.")] = None,
-    workload: WORKLOAD = None,
+    workload: options.WORKLOAD = None,
     peer: Annotated[
         list[str] | None, several("Which baselines to run; default: all. module:function: one of your own beside them.")
     ] = None,
@@ -43,8 +32,8 @@ def bench(
     dtype: Annotated[list[str] | None, several("float32, bfloat16, float16.")] = None,
     norm_rope: Annotated[bool, typer.Option("--norm-rope", help="With norm and rotary embedding of q and k.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Videos in a batch.")] = 1,
-    device: DEVICE = None,
-    threads: THREADS = None,
+    device: options.DEVICE = None,
+    threads: options.THREADS = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time for the rounds of one job.")] = 2.0,
     rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
     memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
@@ -77,53 +66,53 @@ def bench(
     from vdcore_bench.suites.gpu import PARTS
 
     if suite is not None:
-        known("SUITE", [suite], suites.SUITES)
-    device = device_named(device)
+        options.known("SUITE", [suite], suites.SUITES)
+    device = options.device_named(device)
     baselines, own = _peers(peer)
-    options = suites.Options(
-        ops=known("--op", op, [*jobs.JOBS, models.block.OP]),
-        workloads=known("--workload", workload, workloads.load()),
+    given = suites.Options(
+        ops=options.known("--op", op, [*jobs.JOBS, models.block.OP]),
+        workloads=options.known("--workload", workload, workloads.load()),
         peers=baselines,
         own=own,
-        modes=known("--mode", mode, MODES),
-        dtypes=known("--dtype", dtype, DTYPES),
-        models=models_named(model, device),
-        parts=known("--only", only, PARTS),
+        modes=options.known("--mode", mode, MODES),
+        dtypes=options.known("--dtype", dtype, DTYPES),
+        models=options.models_named(model, device),
+        parts=options.known("--only", only, PARTS),
         norm_rope=norm_rope,
         batch=batch,
         seconds=seconds,
         rounds=rounds,
-        memory_limit=None if memory_limit is None else parse_bytes("--memory-limit", memory_limit),
+        memory_limit=None if memory_limit is None else options.parse_bytes("--memory-limit", memory_limit),
         full_size=full_size,
         device=device,
     )
-    name = suite or ("models" if options.models else "gpu" if options.parts else "operators")
+    name = suite or ("models" if given.models else "gpu" if given.parts else "operators")
     chosen = suites.find(name)
-    others = [f"--{NAMES.get(field, field).replace('_', '-')}" for field in sorted(options.named() - chosen.takes)]
+    others = [f"--{NAMES.get(field, field).replace('_', '-')}" for field in sorted(given.named() - chosen.TAKES)]
     if others:
         raise typer.BadParameter(f"the suite {name} does not take it", param_hint=" ".join(dict.fromkeys(others)))
-    reason = chosen.why_not(options)
+    reason = chosen.why_not(given) if hasattr(chosen, "why_not") else None
     if reason is not None:
         print(f"vdcore bench {name}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
-    prepare(device, threads)
-    run = chosen.run if suite or options.choose else everything.run
+    options.prepare(device, threads)
+    run = chosen.run if suite or given.choose else everything.run
     folder = Path("out/gpu" if name == "gpu" else "out/bench")
-    record(out or folder, lambda journal, watch: run(options, journal, watch))
+    options.record(out or folder, lambda journal, watch: run(given, journal, watch))
 
 
-def _peers(given: list[str] | None) -> tuple[frozenset[str], tuple[Peer, ...]]:
+def _peers(specs: list[str] | None) -> tuple[frozenset[str], tuple[Peer, ...]]:
     """Names of baselines, and those of the user's own."""
     from vdcore_bench import peers
     from vdcore_bench.suites.models import block
 
-    specs = [spec for spec in split(given) if ":" in spec]
+    own = [spec for spec in options.split(specs) if ":" in spec]
     try:
-        own = tuple(map(peers.from_user, specs))
+        found = tuple(map(peers.from_user, own))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--peer") from None
-    names = [name for name in split(given) if name not in specs]
-    return frozenset(known("--peer", names, dict.fromkeys([*peers.names(), *block.PEERS]))), own
+    names = [name for name in options.split(specs) if name not in own]
+    return frozenset(options.known("--peer", names, dict.fromkeys([*peers.names(), *block.PEERS]))), found
 
 
 def _compare(a: str, b: str) -> None:

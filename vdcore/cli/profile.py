@@ -7,30 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vdcore.cli.options import (
-    DEVICE,
-    THREADS,
-    WORKLOAD,
-    device_named,
-    known,
-    models_named,
-    parse_bytes,
-    prepare,
-    record,
-    several,
-    split,
-)
+from vdcore.cli import options
+from vdcore.cli.options import several, split
 
 
 def profile(
-    workload: WORKLOAD = None,
+    workload: options.WORKLOAD = None,
     model: Annotated[list[str] | None, several("Instead: VDiT variants, or blocks of diffusers.")] = None,
     frames: Annotated[str | None, typer.Option(help="Numbers of frames, such as 8,16,32.")] = None,
     attention: Annotated[list[str] | None, several("naive, sdpa, vdcore.")] = None,
     mode: Annotated[str, typer.Option(help="fwd, bwd or fwd+bwd.")] = "fwd",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: DEVICE = None,
-    threads: THREADS = None,
+    device: options.DEVICE = None,
+    threads: options.THREADS = None,
     memory_limit: Annotated[str | None, typer.Option(help="Such as 8GiB; default: what is available.")] = None,
     time_limit: Annotated[float, typer.Option(min=0, help="Seconds of one call; what takes longer is predicted.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
@@ -40,28 +29,28 @@ def profile(
     from vdcore_bench.jobs.base import DTYPES, MODES
     from vdcore_bench.suites import Options, memory, models, sweep
 
-    names = known("--workload", workload, workloads.load())
-    device = device_named(device)
-    (mode,) = known("--mode", [mode], MODES)
-    (dtype,) = known("--dtype", [dtype], DTYPES)
-    limit = None if memory_limit is None else parse_bytes("--memory-limit", memory_limit)
+    names = options.known("--workload", workload, workloads.load())
+    device = options.device_named(device)
+    (mode,) = options.known("--mode", [mode], MODES)
+    (dtype,) = options.known("--dtype", [dtype], DTYPES)
+    limit = None if memory_limit is None else options.parse_bytes("--memory-limit", memory_limit)
     settings: dict[str, Any] = {
         "frames": _parse_frames(frames) or sweep.FRAMES,
-        "attentions": known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
+        "attentions": options.known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
         "mode": mode,
         "dtype": DTYPES[dtype],
         "time_limit": time_limit,
     }
-    whole = models_named(model, device, blocks_alone=True)
+    whole = options.models_named(model, device, blocks_alone=True)
     if set(whole) - set(models.PROFILED) and mode != "fwd":
         raise typer.BadParameter("blocks of diffusers are profiled forward", param_hint="--mode")
-    options = Options(device=device, memory_limit=limit)
-    prepare(device, threads)
+    given = Options(device=device, memory_limit=limit)
+    options.prepare(device, threads)
     if whole:
-        limits = sweep.Settings(device=device, memory_limit=options.limit, **settings)
-        record(out, lambda journal, watch: models.profile(whole, limits, journal, watch))
+        limits = sweep.Settings(device=device, memory_limit=given.limit, **settings)
+        options.record(out, lambda journal, watch: models.profile(whole, limits, journal, watch))
     else:
-        record(out, lambda journal, watch: memory.profile(names, options, journal, watch, **settings))
+        options.record(out, lambda journal, watch: memory.profile(names, given, journal, watch, **settings))
 
 
 def _parse_frames(text: str | None) -> tuple[int, ...] | None:

@@ -255,25 +255,28 @@ def noise(rows: Iterable[Row], load: Load | None = None) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One operator over several workloads, in one mode, dtype and case.
+    """The jobs of one operator over several workloads, in one mode, dtype and case; each has a peer."""
 
-    Args:
-        speedups: the fastest peer's time over vdcore's, one per workload.
-        over_copy: vdcore's time over that of copying the same bytes, one per workload.
-    """
+    lines: list[Line]
 
-    op: str
-    case: str
-    mode: str
-    dtype: str
-    device: str
-    workloads: tuple[str, ...]
-    speedups: tuple[float, ...]
-    over_copy: tuple[float, ...]
+    @property
+    def job(self) -> Row:
+        """One of them."""
+        return self.lines[0].job
 
     @property
     def what(self) -> str:
-        return self.mode + ("" if self.case == "plain" else f", {self.case}")
+        return self.job.mode + ("" if self.job.case == "plain" else f", {self.job.case}")
+
+    @property
+    def speedups(self) -> list[float]:
+        """The fastest peer's time over vdcore's, one per workload."""
+        return [line.speedup for line in self.lines if line.speedup is not None]
+
+    @property
+    def over_copy(self) -> list[float]:
+        """vdcore's time over that of copying the same bytes, one per workload."""
+        return [line.over_copy for line in self.lines if line.over_copy is not None]
 
 
 def geomean(values: Sequence[float]) -> float:
@@ -282,24 +285,12 @@ def geomean(values: Sequence[float]) -> float:
 
 def bars(found: Sequence[Line], ops: Sequence[str] = ("temporal_attention",)) -> list[Bar]:
     """Every mode, dtype and case of these operators, in the order of measurement; jobs without a peer are left out."""
-    groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in found:
         job = line.job
         if job.op in ops and line.speedup is not None:
             groups.setdefault((job.op, job.case, job.mode, job.dtype, job.device), []).append(line)
-    return [
-        Bar(
-            op,
-            case,
-            mode,
-            dtype,
-            device,
-            workloads=tuple(line.job.workload for line in group),
-            speedups=tuple(line.speedup for line in group if line.speedup is not None),
-            over_copy=tuple(line.over_copy for line in group if line.over_copy is not None),
-        )
-        for (op, case, mode, dtype, device), group in groups.items()
-    ]
+    return list(map(Bar, groups.values()))
 
 
 BAR_HEADER: tuple[str, ...] = ("operator", "mode", "dtype", "workloads")
@@ -308,16 +299,16 @@ BAR_HEADER += ("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean
 
 def bar_cells(bar: Bar) -> tuple[str, ...]:
     """One table row, as :data:`BAR_HEADER` names it."""
-    worst = bar.workloads[bar.speedups.index(min(bar.speedups))]
+    job, worst = bar.job, min(bar.lines, key=lambda line: line.speedup or 0.0).job.workload
     copies = (f"{geomean(bar.over_copy):.2f}", f"{max(bar.over_copy):.2f}") if bar.over_copy else ("-", "-")
     minimum = f"{min(bar.speedups):.2f}x ({worst})"
-    return bar.op, bar.what, bar.dtype, str(len(bar.workloads)), f"{geomean(bar.speedups):.2f}x", minimum, *copies
+    return job.op, bar.what, job.dtype, str(len(bar.lines)), f"{geomean(bar.speedups):.2f}x", minimum, *copies
 
 
 def bar_text(bar: Bar) -> str:
     """``"temporal_attention on cpu, float32, fwd, 4 workloads: 1.8x the best peer (minimum 1.7x), 2.7x copy time"``."""
-    copies = f", {geomean(bar.over_copy):.2f}x the time of a copy" if bar.over_copy else ""
+    job, copies = bar.job, f", {geomean(bar.over_copy):.2f}x the time of a copy" if bar.over_copy else ""
     return (
-        f"{bar.op} on {bar.device}, {bar.dtype}, {bar.what}, {len(bar.workloads)} workloads: "
+        f"{job.op} on {job.device}, {job.dtype}, {bar.what}, {len(bar.lines)} workloads: "
         f"{geomean(bar.speedups):.2f}x as fast as the best peer (minimum {min(bar.speedups):.2f}x){copies}"
     )

@@ -1,17 +1,20 @@
-"""The suites of ``vdcore bench SUITE``: a module each, with ``TAKES``, the options it reads, and ``run``."""
+"""The suites of ``vdcore bench SUITE``, a module each.
+
+Its ``TAKES`` names the options that it reads, ``run(options, journal, watch)`` measures, and ``why_not(options)`` gives
+the reason why it cannot run here, if it may not be able to.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from vdcore_bench.measure import machine
-from vdcore_bench.measure.journal import Journal, Watch
 from vdcore_bench.measure.timing import ROUNDS
 from vdcore_bench.peers.registry import Peer
 from vdcore_bench.workloads import Budget
@@ -76,20 +79,6 @@ class Options:
         return Budget.of(self.device, torch.get_num_threads(), machine.memory_limit(self.device))
 
 
-@dataclass(frozen=True)
-class Suite:
-    """
-    Args:
-        takes: the options that it reads.
-        why_not: the reason why it cannot run here.
-    """
-
-    takes: frozenset[str]
-    run: Callable[[Options, Journal, Watch], None]
-    why_not: Callable[[Options], str | None]
-
-
-def find(name: str) -> Suite:
-    """One of :data:`SUITES`, which is imported here."""
-    module = import_module(f"{__name__}.{name}")
-    return Suite(module.TAKES, module.run, getattr(module, "why_not", lambda options: None))
+def find(name: str) -> Any:
+    """The module of one of :data:`SUITES`."""
+    return import_module(f"{__name__}.{name}")
