@@ -123,8 +123,9 @@ def load() -> dict[str, Workload]:
     """Every workload by name, in the order of the file."""
     found = {}
     for row in json.loads(resources.files("vdcore_bench").joinpath("workloads.json").read_text())["workloads"]:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        found[row["name"]] = Workload(**{**fields, "mask": FrameMask(**(row["mask"] or {}))})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        fields["mask"] = FrameMask(**(row["mask"] or {}))
+        found[row["name"]] = Workload(**fields)
     return found
 
 

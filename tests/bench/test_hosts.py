@@ -7,8 +7,8 @@ pytest.importorskip("diffusers")
 
 from vdcore_bench import hosts
 from vdcore_bench.measure.journal import FILE, Journal, parse
-from vdcore_bench.suites.memory import Settings
 from vdcore_bench.suites.models import vdit
+from vdcore_bench.suites.sweep import Settings
 
 
 def test_a_model_is_measured_with_its_peers(tmp_path):

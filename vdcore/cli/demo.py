@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from vdcore.cli.shared import THREADS, set_threads
+from vdcore.cli.options import THREADS
+from vdcore.cli.shared import set_threads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -19,6 +19,7 @@ from vdcore.testing import cases_of
 from vdcore_bench.jobs import JOBS, operator_table
 from vdcore_bench.measure import machine
 from vdcore_bench.peers import PEERS
+from vdcore_bench.report.table import Table
 
 EXTRAS = {
     "bench": "the other commands of vdcore",
@@ -97,10 +98,7 @@ def facts() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "cores": cores()},
         "memory": memory(),
         "gpus": gpus(),
-        "allocator": {
-            "name": machine.allocator(),
-            "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None,
-        },
+        "allocator": {"name": machine.allocator(), "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None},
         "extras": {extra: extras.missing(extra) for extra in extras.EXTRAS},
         "backends": vdcore.backends(),
         "operators": operator_table(),
@@ -112,13 +110,8 @@ def facts() -> dict[str, Any]:
 # ---- The same as text ----
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A title and aligned columns."""
-    lines = [tuple(header), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-    return "\n".join([title, "", *aligned, ""])
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    return Table.of(header, rows, title).plain()
 
 
 def text(facts: dict[str, Any]) -> str:
@@ -126,12 +119,12 @@ def text(facts: dict[str, Any]) -> str:
     advice = facts["allocator"]["advice"]
     return "\n".join(
         [
-            table("Machine", ("what", "is"), _machine(facts)),
+            _table("Machine", ("what", "is"), _machine(facts)),
             *([f"Advice: {advice}\n"] if advice else []),
-            table("Extras", ("extra", "for", "here"), _extras(facts)),
-            table("Backends", ("backend", "here"), ((n, why or "usable") for n, why in facts["backends"].items())),
-            table("Operators", *_operators(facts)),
-            table("Peers", ("library", "version"), ((n, v or "not installed") for n, v in facts["peers"].items())),
+            _table("Extras", ("extra", "for", "here"), _extras(facts)),
+            _table("Backends", ("backend", "here"), ((n, why or "usable") for n, why in facts["backends"].items())),
+            _table("Operators", *_operators(facts)),
+            _table("Peers", ("library", "version"), ((n, v or "not installed") for n, v in facts["peers"].items())),
         ]
     )
 
@@ -209,4 +202,4 @@ def _compiled(archs: Sequence[str]) -> list[dict[str, Any]]:
 def _records(records: Sequence[dict[str, Any]]) -> str:
     header = tuple(records[0]) if records else ("nothing",)
     rows = (["-" if value is None else str(value) for value in record.values()] for record in records)
-    return table("Kernels compiled ahead of time", header, rows)
+    return _table("Kernels compiled ahead of time", header, rows)

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
-THREADS = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")]
 TRAIN_OUT = Path("out/train")  # where train leaves its checkpoint, and sample looks for it
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdcore.cli.shared import DEVICE, THREADS, TRAIN_OUT, plain_errors, set_threads
+from vdcore.cli.options import THREADS
+from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors, set_threads
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -303,10 +303,7 @@ class _TokenJob(Job):
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         s = self.shape
-        return {
-            **dict.fromkeys(self.TOKENS, (s.B, s.T, s.S, s.C)),
-            **dict.fromkeys(self.VECTORS, (s.B, s.C)),
-        }
+        return {**dict.fromkeys(self.TOKENS, (s.B, s.T, s.S, s.C)), **dict.fromkeys(self.VECTORS, (s.B, s.C))}
 
     def arguments(self, t: Tensors) -> dict[str, Any]:
         return dict(t)

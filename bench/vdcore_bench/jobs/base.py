@@ -20,6 +20,7 @@ from vdcore_bench.workloads import Shape, Workload
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Tensors = dict[str, Tensor]
 Cut = dict[int, list[int]]  # axis -> indices that stay
@@ -114,6 +115,11 @@ class Job:
     @property
     def case(self) -> str:
         return "norm + rope" if self.norm_rope else "plain"
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        return f"{self.op}, {self.case}, {self.workload.name}, {self.mode}, {DTYPE_NAMES[self.dtype]}"
 
     @property
     def has_backward(self) -> bool:

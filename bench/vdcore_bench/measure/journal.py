@@ -1,20 +1,24 @@
-"""One row a measurement, one line a row: results.jsonl."""
+"""One row per measurement, one line per row: results.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
 import subprocess
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vdcore_bench.measure.timing import Spread
+import torch
+
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.timing import Spread
 
 FILE = "results.jsonl"
+PROFILE, MASKS = "profile: ", "masks: "  # how the case of a row against frames, and of one of the masks, begins
 JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
 STATUSES = ("ok", "skipped", "predicted", "failed")
 
@@ -107,6 +111,22 @@ class Row:
         return Row(**values)
 
 
+def row_here(device: str, dtype: torch.dtype, **values: Any) -> Row:
+    """A row with what this machine says: threads, allocator, versions, commit."""
+    here: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "allocator": "torch" if device.startswith("cuda") else machine.heap(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    return Row(device=device, dtype=str(dtype).removeprefix("torch."), **{**here, **values})
+
+
+def text_of(*parts: str) -> str:
+    """The parts that say something, as one reason."""
+    return "; ".join(filter(None, parts))
+
+
 class Journal:
     """Appends every row to a file the moment it exists, and remembers it."""
 
@@ -129,6 +149,23 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Watch:
+    """Is told how a run goes; this one keeps silent."""
+
+    def part(self, title: str) -> AbstractContextManager[Any]:
+        """Inside, a part of the run with a title is under way."""
+        return nullcontext()
+
+    def step(self, what: str, number: int, total: int) -> None:
+        """The step of this number begins."""
+
+    def doing(self, what: str) -> None:
+        """Within a step."""
+
+    def done(self, rows: Sequence[Row]) -> None:
+        """All rows of what a step measured, also those of an earlier race."""
 
 
 def parse(text: str) -> list[Row]:

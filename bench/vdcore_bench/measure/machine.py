@@ -29,6 +29,7 @@ NO_GPU = 2**50  # bytes: jobs for a GPU that is not there are only described, at
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD = 32 * 2**20  # where glibc moves it by itself
+DEFAULT_THRESHOLDS = "glibc, default thresholds"
 _PRELOADED = ("tcmalloc", "jemalloc", "mimalloc")
 
 
@@ -41,12 +42,12 @@ def allocator() -> str:
     if libc != "glibc":
         return libc
     raised = all(os.environ.get(name) == value for name, value in RAISED.items())
-    return "glibc, thresholds raised" if raised else "glibc, default thresholds"
+    return "glibc, thresholds raised" if raised else DEFAULT_THRESHOLDS
 
 
 def needs_relaunch() -> bool:
     """Freed memory would go back to the system, and an environment variable can prevent that."""
-    return allocator() == "glibc, default thresholds"
+    return allocator() == DEFAULT_THRESHOLDS
 
 
 def command(arguments: Iterable[str]) -> list[str]:
@@ -86,6 +87,26 @@ def returning_memory() -> Iterator[None]:
         yield
     finally:
         set_thresholds(_MOST_MMAP_THRESHOLD if needs_relaunch() else 2**31 - 1)
+
+
+_heap = 0
+
+
+def touch_heap(size: int) -> None:
+    """Touches memory and frees it, for the outputs of all calls to come.
+
+    Raised thresholds alone are not enough: outputs of one size do not fit into one another's place once a small
+    allocation has taken the beginning, and then every call grows the heap by fresh pages.
+    """
+    global _heap
+    if allocator().endswith("thresholds raised") and size > _heap:
+        torch.empty(size, dtype=torch.uint8).fill_(0)
+        _heap = size
+
+
+def heap() -> str:
+    """The allocator and what was done for it, as rows say it."""
+    return allocator() + (f", {bytes_text(_heap)} touched" if _heap else "")
 
 
 def version_of(package: str) -> str | None:
@@ -168,13 +189,13 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def memory_limit(device: str = "cpu") -> int:
-    """What a benchmark may take: the available memory without a tenth of it, at least 1 GiB, for everybody else."""
+    """What a benchmark may take: the available memory without a tenth of it, at least 1 GiB, for all else."""
     free = available_memory(device)
     return max(free - max(free // 10, 2**30), 0)
 
 
 class Load:
-    """How busy others keep the processors, from its making on.
+    """How busy other processes keep the processors, from its making on.
 
     Attributes:
         average: the load average of the minute before, which nothing of ours is in; None where the system has none.
@@ -213,9 +234,13 @@ def bytes_text(n: float) -> str:
     return f"{n:,.3g} GiB" if n < 1000 else f"{n:,.0f} GiB"
 
 
+def seconds_unit(s: float) -> tuple[float, str]:
+    """The unit that fits, and how many of it are a second."""
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
+    return next(((factor, unit) for factor, unit in units if s * factor >= 1), (1e9, "ns"))
+
+
 def seconds_text(s: float) -> str:
     """Three digits in the unit that fits: ``0.0123 -> '12.3 ms'``."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
-        if s * factor >= 1:
-            return f"{s * factor:.3g} {unit}"
-    return f"{s * 1e9:.3g} ns"
+    factor, unit = seconds_unit(s)
+    return f"{s * factor:.3g} {unit}"

@@ -83,12 +83,14 @@ class Contender:
     Args:
         call: what is timed; takes what ``prepare`` returned.
         prepare: runs before every call, not timed: the forward whose backward is measured.
-        samples: grows by one a round.
+        samples: grows by one per round.
+        estimate: seconds of a call, before the race.
     """
 
     call: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     samples: list[Sample] = field(default_factory=list)
+    estimate: float = 0.0
 
     def run(self, clock: Clock) -> Sample:
         state = self.prepare()
@@ -144,7 +146,7 @@ def rounds_for(
     runs in the fewest rounds, or, if a call takes an eighth of the budget, not again: its estimate is its sample.
 
     Args:
-        estimates: seconds a call.
+        estimates: seconds per call.
         budget: seconds for all rounds together.
         ours: run in all rounds, however slow.
     """
@@ -157,12 +159,7 @@ def rounds_for(
     return {name: counts.get(name, max(FEWEST, min(rounds, affordable))) for name in estimates}
 
 
-def race(
-    contenders: dict[str, Contender],
-    rounds: dict[str, int],
-    clock: Clock,
-    until: float = math.inf,
-) -> None:
+def race(contenders: dict[str, Contender], rounds: dict[str, int], clock: Clock, until: float = math.inf) -> None:
     """Runs every contender once per round, each round starting with another one, so that drift hits all alike.
 
     Samples stand in the contenders from the first round on: an interrupt loses at most the call that was running.
@@ -178,6 +175,30 @@ def race(
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 if i < rounds[name]:
                     contenders[name].samples.append(contenders[name].run(clock))
+
+
+def race_within(
+    contenders: dict[str, Contender],
+    seconds: float,
+    rounds: int,
+    clock: Clock,
+    *,
+    ours: frozenset[str] = frozenset(),
+    apart: frozenset[str] = frozenset(),
+    until: float = math.inf,
+) -> None:
+    """A race of as many rounds as :func:`rounds_for` gives, by the estimates; with none, the estimate is the sample.
+
+    Args:
+        apart: run in the most rounds and count for nothing: the memcpy baseline.
+    """
+    counts = rounds_for({n: c.estimate for n, c in contenders.items() if n not in apart}, seconds, rounds, ours)
+    most = max(counts.values(), default=rounds)
+    counts |= dict.fromkeys(apart, most)
+    for name, count in counts.items():
+        if count == 0:
+            contenders[name].samples.append(Sample(contenders[name].estimate))
+    race(contenders, counts, clock, until)
 
 
 def race_calls(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Spread]:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vdcore_bench.measure.journal import Row
+from vdcore_bench.measure.journal import PROFILE, Row
 from vdcore_bench.measure.machine import bytes_text, seconds_text
 
-PROFILE = "profile: "  # how a profile row's case begins
-MASKS = "masks: "  # how a row of the mask sweep begins
+
+def value_text(row: Row | None, text: Callable[[float], str]) -> str:
+    """The number, or why there is none; with ``~`` where it is predicted."""
+    if row is None or row.p50 is None:
+        return "-" if row is None else row.status
+    return ("~" if row.status == "predicted" else "") + text(row.p50)
+
+
+def _ratio(a: Row | None, b: Row | None) -> str:
+    if a is None or b is None or not a.p50 or not b.p50:
+        return "-"
+    return ("~" if "predicted" in (a.status, b.status) else "") + f"{a.p50 / b.p50:.2f}x"
 
 
 @dataclass
@@ -22,16 +32,12 @@ class Curve:
 
     def cell(self, frames: float) -> str:
         """``"1.5 GiB, 22 ms"``; with ``~`` where it is predicted."""
-        memory, time = self.memory.get(frames), self.time.get(frames)
-        parts = []
-        for row, text in ((memory, bytes_text), (time, seconds_text)):
-            if row is None:
-                continue
-            if row.p50 is None:
-                parts.append(row.status)
-            else:
-                parts.append(("~" if row.status == "predicted" else "") + text(row.p50))
-        return ", ".join(dict.fromkeys(parts))
+        rows = ((self.memory.get(frames), bytes_text), (self.time.get(frames), seconds_text))
+        return ", ".join(dict.fromkeys(value_text(row, text) for row, text in rows if row is not None))
+
+    def add(self, row: Row) -> None:
+        assert row.x is not None
+        (self.memory if row.metric == "memory" else self.time)[row.x] = row
 
 
 @dataclass
@@ -82,7 +88,7 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
             found[key] = Grid(f"{row.workload}, {row.mode}, {row.dtype}, {row.device}", pattern, shape)
         name = f"{row.provider}, {row.variant}" if row.variant else row.provider
         curve = found[key].curves.setdefault(name, Curve(name))
-        (curve.memory if row.metric == "memory" else curve.time)[row.x] = row
+        curve.add(row)
     return list(found.values())
 
 
@@ -92,10 +98,8 @@ LEGEND = "Peak memory beyond the inputs, and time of a call; ~: predicted, for t
 # ---- Whole models, whose curves share a table ----
 
 MODELS = ("vdit", "block")  # op of rows that profile a model or a block of one
-MODEL_HEADER = (
-    *("model", "mode", "dtype", "frames", "vdcore"),
-    *("other", "its memory", "its time", "over vdcore: memory", "time"),
-)
+MODEL_HEADER: tuple[str, ...] = ("model", "mode", "dtype", "frames", "vdcore")
+MODEL_HEADER += ("other", "its memory", "its time", "over vdcore: memory", "time")
 
 
 def is_model(row: Row) -> bool:
@@ -109,26 +113,14 @@ def model_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         if is_model(row) and row.x is not None:
             curves = found.setdefault((row.workload, row.mode, row.dtype, row.device), {})
             curve = curves.setdefault(row.provider, Curve(row.provider))
-            (curve.memory if row.metric == "memory" else curve.time)[row.x] = row
+            curve.add(row)
     lines: list[tuple[str, ...]] = []
     for (model, mode, dtype, _), curves in found.items():
         ours = curves.pop("vdcore", Curve("vdcore"))
         for frames in sorted(ours.memory):
             for name, theirs in curves.items():
                 memory, time = theirs.memory.get(frames), theirs.time.get(frames)
-                cells = _value(memory, bytes_text), _value(time, seconds_text)
+                cells = value_text(memory, bytes_text), value_text(time, seconds_text)
                 ratios = _ratio(memory, ours.memory.get(frames)), _ratio(time, ours.time.get(frames))
                 lines.append((model, mode, dtype, f"{frames:g}", ours.cell(frames), name, *cells, *ratios))
     return lines
-
-
-def _value(row: Row | None, text: Callable[[float], str]) -> str:
-    if row is None or row.p50 is None:
-        return "-" if row is None else row.status
-    return "~" * (row.status == "predicted") + text(row.p50)
-
-
-def _ratio(a: Row | None, b: Row | None) -> str:
-    if a is None or b is None or not a.p50 or not b.p50:
-        return "-"
-    return "~" * ("predicted" in (a.status, b.status)) + f"{a.p50 / b.p50:.2f}x"

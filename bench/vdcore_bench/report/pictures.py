@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from vdcore_bench.measure.journal import Row
 from vdcore_bench.report import curves, summary
+from vdcore_bench.report.plot import BEST, COPY, NAIVE, OURS, new_plot, png
 
-OURS, BEST, NAIVE, COPY = "#1f6fb2", "#d9822b", "#a7a7a7", "#444444"
-COLOURS = {"vdcore": OURS, "sdpa": BEST, "naive": "#7a7a7a"}
+COLORS = {"vdcore": OURS, "sdpa": BEST, "naive": NAIVE}
 Pictures = dict[str, tuple[str, bytes]]  # file stem -> title, PNG
 
 
@@ -34,20 +33,6 @@ def draw(rows: Sequence[Row]) -> Pictures:
     return pictures
 
 
-def _figure(width: float, height: float, columns: int = 1, lines: int = 1) -> tuple[Any, Any]:
-    """A figure outside pyplot: no window system is asked for, and none is left open."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
 # ---- Bars: vdcore, the best peer, naive and the copy of every job ----
 
 
@@ -58,25 +43,25 @@ def _label(line: summary.Line) -> str:
 
 
 def _bars(title: str, found: Sequence[summary.Line]) -> bytes:
-    figure, axes = _figure(10.5, 1.6 + 0.52 * len(found))
+    figure, axes = new_plot(10.5, 1.6 + 0.52 * len(found))
     axis = axes[0][0]
     for y, line in enumerate(found):
         ours, best, naive, copy = line.ours, line.best, line.naive, line.copy
-        for row, colour, at, height in ((best, BEST, y + 0.2, 0.36), (ours, OURS, y - 0.2, 0.36)):
+        for row, color, at, height in ((best, BEST, y + 0.2, 0.36), (ours, OURS, y - 0.2, 0.36)):
             if row is not None and row.p50:
-                axis.barh(at, row.p50 * 1e3, height=height, color=colour)
+                axis.barh(at, row.p50 * 1e3, height=height, color=color)
                 low, high = (row.p20 or row.p50) * 1e3, (row.p80 or row.p50) * 1e3
                 axis.plot([low, high], [at, at], color="black", linewidth=1)
-        for row, marker, colour in ((naive, "o", NAIVE), (copy, "|", COPY)):
+        for row, marker, color in ((naive, "o", NAIVE), (copy, "|", COPY)):
             if row is not None and row.p50:
-                axis.plot(row.p50 * 1e3, y, marker=marker, color=colour, markersize=6 if marker == "o" else 20)
+                axis.plot(row.p50 * 1e3, y, marker=marker, color=color, markersize=6 if marker == "o" else 20)
         if line.speedup is not None:
             text = f"{line.speedup:.2f}x" + (" ~" if line.noise else "")
             axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.set_xscale("log")
     axis.set_yticks(range(len(found)), [_label(line) for line in found], fontsize=7.5)
     axis.set_ylim(len(found) - 0.4, -0.6)
-    axis.set_xlabel("milliseconds a call, median; black: p20 to p80. Right: fastest peer over vdcore; ~: noise")
+    axis.set_xlabel("milliseconds per call, median; black: p20 to p80. Right: fastest peer over vdcore; ~: noise")
     axis.set_title(f"{title}: vdcore beside the fastest peer", loc="left", fontsize=11)
     axis.grid(axis="x", which="both", alpha=0.2)
     axis.set_axisbelow(True)
@@ -90,7 +75,7 @@ def _bars(title: str, found: Sequence[summary.Line]) -> bytes:
         Line2D([], [], color=COPY, marker="|", markersize=12, linestyle="", label="copy of the same bytes"),
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 # ---- The profile ----
@@ -106,15 +91,15 @@ def _by_workload(grids: Sequence[curves.Grid]) -> list[list[curves.Grid]]:
 def _style(name: str) -> dict[str, Any]:
     provider = name.partition(",")[0]
     marker = {"vdcore": "o", "sdpa": "s", "naive": "^"}.get(provider, "D")
-    return {"color": COLOURS.get(provider, "black"), "marker": "v" if "mask" in name else marker}
+    return {"color": COLORS.get(provider, "black"), "marker": "v" if "mask" in name else marker}
 
 
 def _profile(title: str, grids: Sequence[curves.Grid]) -> bytes:
-    figure, axes = _figure(4.4 * len(grids), 7.6, columns=len(grids), lines=2)
+    figure, axes = new_plot(4.4 * len(grids), 7.6, columns=len(grids), rows=2)
     for column, grid in enumerate(grids):
         for axis, metric, scale, unit in (
             (axes[0][column], "memory", 2.0**20, "peak MiB beyond the inputs"),
-            (axes[1][column], "time", 1.0, "seconds a call"),
+            (axes[1][column], "time", 1.0, "seconds per call"),
         ):
             for name, curve in grid.curves.items():
                 _curve(axis, name, getattr(curve, metric), scale)
@@ -128,7 +113,7 @@ def _profile(title: str, grids: Sequence[curves.Grid]) -> bytes:
         axes[1][column].set_xlabel("frames")
         axes[0][column].legend(fontsize=7.5, framealpha=0.8)
     figure.suptitle(f"{title} (hollow, dashed: predicted, would not fit the limits)", fontsize=11)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(axis: Any, name: str, points: dict[float, Row], scale: float) -> None:

@@ -7,14 +7,14 @@ file and in the pages of docs/ beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vdcore_bench.jobs import operator_table
 from vdcore_bench.measure.journal import Row, newest, parse
-from vdcore_bench.report import curves, summary
-from vdcore_bench.suites import masks
-from vdcore_bench.suites.models import block
+from vdcore_bench.report import curves, results, summary
+from vdcore_bench.report.table import Table
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"
@@ -31,16 +31,6 @@ HEADLINE_HEADER = ("operator", "workload", "dtype, mode", "vdcore", "best peer",
 MOST_LOSSES = 6  # that the README names
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
-    """A Markdown table; numbers to the right, ``text`` to the left."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    ruler = ["---"] + ["---" if text else "---:"] * (len(header) - 1)
-    return "\n".join([line(header), line(ruler), *map(line, rows)]) + "\n"
-
-
 def committed(root: Path) -> list[Row]:
     """The newest row of every measurement in ``bench/results`` of the repository."""
     rows = [row for file in sorted((root / RESULTS).rglob("*.jsonl")) for row in parse(file.read_text())]
@@ -53,7 +43,7 @@ def operators(root: Path) -> str:
     table = operator_table()
     names = list(next(iter(table.values())))
     rows = ((f"`{op}`", *(has[name] or "-" for name in names)) for op, has in table.items())
-    return markdown(("operator", *(f"`{name}`" for name in names)), rows, text=True)
+    return Table.of(("operator", *(f"`{name}`" for name in names)), rows, text=True).markdown()
 
 
 def _measured(root: Path, device: str) -> list[Row]:
@@ -75,7 +65,7 @@ def headline(root: Path) -> str:
     return "\n".join(
         [
             *_noise(rows),
-            markdown(HEADLINE_HEADER, map(_headline_cells, shown)),
+            Table.of(HEADLINE_HEADER, map(_headline_cells, shown)).markdown(),
             f"{_machine([line.job for line in shown])[:-2]}; `vdcore bench --op {ops}` measures them again.\n",
         ]
     )
@@ -116,11 +106,8 @@ def _results(device: str) -> Callable[[Path], str]:
             return "No results of such a machine are committed.\n"
         found = [line for line in summary.lines(rows) if line.ours is not None]
         parts = [*_noise(rows), _machine(rows)]
-        bars = summary.bars(found)
-        if bars:
-            parts.append(markdown(summary.BAR_HEADER, map(summary.bar_cells, bars)))
-        header = ("operator", *summary.HEADER)
-        parts.append(markdown(header, ((_operator(line), *summary.cells(line)) for line in found)))
+        tables = (results.bar_table(found), results.job_table(found, code="`"))
+        parts += [table.markdown() for table in tables if table.rows]
         parts.append(f"{summary.LEGEND}\n")
         return "\n".join(parts)
 
@@ -128,7 +115,7 @@ def _results(device: str) -> Callable[[Path], str]:
 
 
 def _operator(line: summary.Line) -> str:
-    return f"`{line.job.op}`" + summary.case_of(line)
+    return f"`{line.job.op}`{summary.case_of(line)}"
 
 
 def _noise(rows: Sequence[Row]) -> list[str]:
@@ -145,31 +132,34 @@ def _machine(rows: Sequence[Row]) -> str:
     return f"{where}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
 
 
+def _all(tables: Sequence[Table], otherwise: str) -> str:
+    """The tables below their titles, and what the last one says of them."""
+    if not any(table.rows for table in tables):
+        return f"{otherwise}\n"
+    parts = [f"{table.title}\n\n{table.markdown()}" if table.title else table.markdown() for table in tables]
+    return "\n".join([*parts, f"{tables[-1].note}\n"]) if tables[-1].note else "\n".join(parts)
+
+
 def memory(root: Path) -> str:
     """The profiles: peak memory and time against frames."""
     rows = [row for row in committed(root) if not curves.is_model(row)]
-    parts = [f"{grid.title}\n\n{markdown(('frames', *grid.columns), grid.rows)}" for grid in curves.grids(rows)]
-    return "\n".join([*parts, f"{curves.LEGEND}\n"]) if parts else "No profile is committed.\n"
+    return _all(results.profile_tables(rows), "No profile is committed.")
 
 
 def models(root: Path) -> str:
     """Whole models and blocks of them against frames: ``vdcore profile --model``."""
-    made = curves.model_cells(committed(root))
-    none = "No profile of a model is committed.\n"
-    return f"{markdown(curves.MODEL_HEADER, made)}\n{curves.LEGEND}\n" if made else none
+    table = Table.of(curves.MODEL_HEADER, curves.model_cells(committed(root)), note=curves.LEGEND)
+    return _all([table], "No profile of a model is committed.")
 
 
 def mask_tables(root: Path) -> str:
     """Time per visible pair of frame masks."""
-    made = masks.tables(committed(root))
-    parts = [f"{title}\n\n{markdown(masks.HEADER, cells)}" for title, cells in made.items()]
-    return "\n".join([*parts, f"{masks.LEGEND}\n"]) if parts else "No sweep over masks is committed.\n"
+    return _all(results.mask_tables(committed(root)), "No sweep over masks is committed.")
 
 
 def blocks(root: Path) -> str:
     """A whole V-DiT block."""
-    made = block.cells(committed(root))
-    return markdown(block.HEADER, made) if made else "No results of a block are committed.\n"
+    return _all([replace(results.block_table(committed(root)), title="")], "No results of a block are committed.")
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

@@ -1,4 +1,4 @@
-"""Rows as one line a job: vdcore beside the best peer. Tables, report and README are made of these."""
+"""Rows as one line per job: vdcore beside the best peer. Tables, report and README are made of these."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.measure.journal import JOINED, Row, newest
-from vdcore_bench.measure.machine import Load, seconds_text
-from vdcore_bench.report.curves import MASKS, PROFILE
+from vdcore_bench.measure.journal import JOINED, MASKS, PROFILE, Row, newest
+from vdcore_bench.measure.machine import Load, seconds_text, seconds_unit
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
 
@@ -22,7 +22,7 @@ class Line:
 
     Args:
         ours: the backend that vdcore chooses by itself.
-        peers: measured rows of everybody else, fastest first.
+        peers: measured rows of the baselines, fastest first.
         others: rows that were not measured, each with its reason.
     """
 
@@ -45,9 +45,7 @@ class Line:
 
     @property
     def speedup(self) -> float | None:
-        if self.ours is None or self.best is None or not self.ours.p50 or not self.best.p50:
-            return None
-        return self.best.p50 / self.ours.p50
+        return _ratio(self.best, self.ours)
 
     @property
     def noise(self) -> bool:
@@ -56,21 +54,24 @@ class Line:
 
     @property
     def over_copy(self) -> float | None:
-        if self.ours is None or self.copy is None or not self.ours.p50 or not self.copy.p50:
-            return None
-        return self.ours.p50 / self.copy.p50
+        return _ratio(self.ours, self.copy)
+
+
+def _ratio(a: Row | None, b: Row | None) -> float | None:
+    """The time of a over that of b."""
+    return a.p50 / b.p50 if a is not None and b is not None and a.p50 and b.p50 else None
 
 
 def overlap(a: Row, b: Row) -> bool:
     """Whether the intervals p20 to p80 share a point."""
-    if None in (a.p20, a.p80, b.p20, b.p80):
+    if a.p20 is None or a.p80 is None or b.p20 is None or b.p80 is None:
         return True
-    return a.p20 <= b.p80 and b.p20 <= a.p80  # type: ignore[operator]
+    return a.p20 <= b.p80 and b.p20 <= a.p80
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
     """One line per job of the ``time`` rows, in the order in which they were measured; of two races the later."""
-    found: dict[tuple, Line] = {}
+    found: dict[tuple[Any, ...], Line] = {}
     for row in newest(rows):
         elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
         if row.metric not in ("time", "memory") or elsewhere:
@@ -111,12 +112,11 @@ def rate(row: Row) -> str:
 def time_of(row: Row | None, spread: bool = False) -> str:
     if row is None or row.p50 is None:
         return "-"
-    text = seconds_text(row.p50)
     if not spread or row.p20 is None or row.p80 is None or row.samples < 2:
-        return text
-    number, unit = text.split()
-    factor = float(number) / row.p50 if row.p50 else 0
-    return f"{number} {unit} ({row.p20 * factor:.3g}..{row.p80 * factor:.3g})"
+        return seconds_text(row.p50)
+    factor, _ = seconds_unit(row.p50)
+    scale = float(f"{row.p50 * factor:.3g}") / row.p50  # the median that is shown, over the one that was measured
+    return f"{seconds_text(row.p50)} ({row.p20 * scale:.3g}..{row.p80 * scale:.3g})"
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -225,8 +225,12 @@ UNSTEADY = 0.5  # (p80 - p20) / p50 of the copy's times, median over jobs; 0.25 
 
 def copies_spread(rows: Iterable[Row]) -> float | None:
     """How far the copy's times lie apart, (p80 - p20) / p50, the median over all jobs; None without copies."""
-    copies = [r for r in newest(rows) if r.provider == "copy" and r.p20 and r.p50 and r.p80 and r.samples > 2]
-    return statistics.median((r.p80 - r.p20) / r.p50 for r in copies) if copies else None  # type: ignore[operator]
+    spreads = [
+        (r.p80 - r.p20) / r.p50
+        for r in newest(rows)
+        if r.provider == "copy" and r.p20 and r.p50 and r.p80 and r.samples > 2
+    ]
+    return statistics.median(spreads) if spreads else None
 
 
 def noise(rows: Iterable[Row], load: Load | None = None) -> str:
@@ -251,25 +255,28 @@ def noise(rows: Iterable[Row], load: Load | None = None) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One operator over several workloads, in one mode, dtype and case.
+    """The jobs of one operator over several workloads, in one mode, dtype and case; each has a peer."""
 
-    Args:
-        speedups: the fastest peer's time over vdcore's, one a workload.
-        over_copy: vdcore's time over that of copying the same bytes, one a workload.
-    """
+    lines: list[Line]
 
-    op: str
-    case: str
-    mode: str
-    dtype: str
-    device: str
-    workloads: tuple[str, ...]
-    speedups: tuple[float, ...]
-    over_copy: tuple[float, ...]
+    @property
+    def job(self) -> Row:
+        """One of them."""
+        return self.lines[0].job
 
     @property
     def what(self) -> str:
-        return self.mode + ("" if self.case == "plain" else f", {self.case}")
+        return self.job.mode + ("" if self.job.case == "plain" else f", {self.job.case}")
+
+    @property
+    def speedups(self) -> list[float]:
+        """The fastest peer's time over vdcore's, one per workload."""
+        return [line.speedup for line in self.lines if line.speedup is not None]
+
+    @property
+    def over_copy(self) -> list[float]:
+        """vdcore's time over that of copying the same bytes, one per workload."""
+        return [line.over_copy for line in self.lines if line.over_copy is not None]
 
 
 def geomean(values: Sequence[float]) -> float:
@@ -278,43 +285,30 @@ def geomean(values: Sequence[float]) -> float:
 
 def bars(found: Sequence[Line], ops: Sequence[str] = ("temporal_attention",)) -> list[Bar]:
     """Every mode, dtype and case of these operators, in the order of measurement; jobs without a peer are left out."""
-    groups: dict[tuple[str, str, str, str, str], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in found:
         job = line.job
         if job.op in ops and line.speedup is not None:
             groups.setdefault((job.op, job.case, job.mode, job.dtype, job.device), []).append(line)
-    return [
-        Bar(
-            *key,
-            workloads=tuple(line.job.workload for line in group),
-            speedups=tuple(line.speedup for line in group if line.speedup is not None),
-            over_copy=tuple(line.over_copy for line in group if line.over_copy is not None),
-        )
-        for key, group in groups.items()
-    ]
+    return list(map(Bar, groups.values()))
 
 
-BAR_HEADER = (
-    *("operator", "mode", "dtype", "workloads"),
-    *("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean", "maximum"),
-)
+BAR_HEADER: tuple[str, ...] = ("operator", "mode", "dtype", "workloads")
+BAR_HEADER += ("best peer / vdcore: geomean", "minimum", "vdcore / copy: geomean", "maximum")
 
 
 def bar_cells(bar: Bar) -> tuple[str, ...]:
     """One table row, as :data:`BAR_HEADER` names it."""
-    worst = bar.workloads[bar.speedups.index(min(bar.speedups))]
+    job, worst = bar.job, min(bar.lines, key=lambda line: line.speedup or 0.0).job.workload
     copies = (f"{geomean(bar.over_copy):.2f}", f"{max(bar.over_copy):.2f}") if bar.over_copy else ("-", "-")
     minimum = f"{min(bar.speedups):.2f}x ({worst})"
-    return (
-        *(bar.op, bar.what, bar.dtype, str(len(bar.workloads))),
-        *(f"{geomean(bar.speedups):.2f}x", minimum, *copies),
-    )
+    return job.op, bar.what, job.dtype, str(len(bar.lines)), f"{geomean(bar.speedups):.2f}x", minimum, *copies
 
 
 def bar_text(bar: Bar) -> str:
     """``"temporal_attention on cpu, float32, fwd, 4 workloads: 1.8x the best peer (minimum 1.7x), 2.7x copy time"``."""
-    copies = f", {geomean(bar.over_copy):.2f}x the time of a copy" if bar.over_copy else ""
+    job, copies = bar.job, f", {geomean(bar.over_copy):.2f}x the time of a copy" if bar.over_copy else ""
     return (
-        f"{bar.op} on {bar.device}, {bar.dtype}, {bar.what}, {len(bar.workloads)} workloads: "
+        f"{job.op} on {job.device}, {job.dtype}, {bar.what}, {len(bar.lines)} workloads: "
         f"{geomean(bar.speedups):.2f}x as fast as the best peer (minimum {min(bar.speedups):.2f}x){copies}"
     )

@@ -20,16 +20,18 @@ import vdcore
 from vdcore import FrameMask
 from vdcore.testing import TORCH_FORMS, error_ratio
 from vdcore_bench.jobs import make
-from vdcore_bench.jobs.base import Job, Tensors, mask_text
-from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job, Tensors, mask_text
+from vdcore_bench.measure.journal import MASKS, Journal, Row, Watch
 from vdcore_bench.measure.machine import seconds_text
-from vdcore_bench.measure.memory import function_of
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.report.curves import MASKS
+from vdcore_bench.suites import Options
+from vdcore_bench.suites.memory import function_of
+from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
+TAKES = frozenset({"dtypes", "until"})
 WORKLOAD = "latte-1-512"
 TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
 FRAMES = (16, 32, 64, 128)
@@ -58,11 +60,15 @@ class _Entry:
     error_ratio: float | None = None
 
 
-def run(
+def run(options: Options, journal: Journal, watch: Watch) -> None:
+    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+
+
+def sweep(
     journal: Journal,
+    watch: Watch,
     device: str = "cpu",
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    doing: Callable[[str], None] = lambda what: None,
     *,
     frames: Sequence[int] = FRAMES,
     tokens: tuple[int, int] | None = None,
@@ -78,27 +84,45 @@ def run(
     whole = load()[WORKLOAD].shape()
     rows, columns = tokens or TOKENS[kind]
     heads = 2 if kind == "cpu" else whole.H
+    shapes = [Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D) for T in frames]
     for dtype in dtypes:
-        what, entries = f"masks, {str(dtype).removeprefix('torch.')}", list[_Entry]()
-        for T in frames:
-            shape = Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D)
-            if time.monotonic() > until:
-                row = blank(make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape))
-                row = replace(row, case=f"{MASKS}all", provider="all", status="skipped")
-                journal.add([replace(row, reason=f"{LATE}: measure it with --masks")])
-                continue
-            doing(f"{what}: warming up {T} frames")
-            entries += _entries(device, dtype, shape)
-        doing(f"{what}: {rounds} rounds of {len(entries)} calls")
-        contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
-        try:
-            race(contenders, dict.fromkeys(contenders, rounds), clock_for(device), until)
-        finally:
-            journal.add(_row(entry) for entry in entries if entry.contender.samples)
+        with watch.part("What a mask costs"):
+            begin = len(journal.rows)
+            try:
+                _sweep_one(journal, watch, device, dtype, shapes, rounds=rounds, until=until)
+            finally:
+                watch.done(journal.rows[begin:])
+
+
+def _sweep_one(
+    journal: Journal,
+    watch: Watch,
+    device: str,
+    dtype: torch.dtype,
+    shapes: Sequence[Shape],
+    *,
+    rounds: int,
+    until: float,
+) -> None:
+    what, entries = f"masks, {DTYPE_NAMES[dtype]}", list[_Entry]()
+    for shape in shapes:
+        if time.monotonic() > until:
+            row = blank(make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape))
+            row = replace(row, case=f"{MASKS}all", provider="all", status="skipped")
+            journal.add([replace(row, reason=f"{LATE}: measure it with `vdcore bench masks`")])
+            continue
+        watch.doing(f"{what}: warming up {shape.T} frames")
+        entries += _entries(device, dtype, shape)
+    watch.doing(f"{what}: {rounds} rounds of {len(entries)} calls")
+    contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
+    try:
+        race(contenders, dict.fromkeys(contenders, rounds), clock_for(device), until)
+    finally:
+        journal.add(_row(entry) for entry in entries if entry.contender.samples)
 
 
 def _entries(device: str, dtype: torch.dtype, shape: Shape) -> list[_Entry]:
-    """Every mask by everybody who can take it; warm and judged."""
+    """Every mask on every provider that supports it, after warm-up, checked against the reference."""
     kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
     threads = torch.get_num_threads() if kind == "cpu" else 1
     for name, mask in SWEEP.items():
@@ -153,17 +177,8 @@ def _row(entry: _Entry) -> Row:
 
 # ---- Tables ----
 
-HEADER = (
-    "mask",
-    "frames",
-    "visible",
-    "vdcore",
-    "time per visible pair",
-    "relative to dense",
-    "SDPA, dense mask",
-    "speed-up",
-    "error",
-)
+HEADER: tuple[str, ...] = ("mask", "frames", "visible", "vdcore", "time per visible pair", "relative to dense")
+HEADER += ("SDPA, dense mask", "speed-up", "error")
 LEGEND = (
     "Forward. Time per visible pair: the time over the number of (query, key) pairs of all heads that the mask leaves "
     "visible. Relative to dense: that, over the same of dense attention at the greatest length measured, in one race."

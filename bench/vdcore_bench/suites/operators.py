@@ -1,17 +1,23 @@
-"""Which jobs are run: the default set, or what the command line names."""
+"""Every operator against its baselines: the default set, or what the command line names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vdcore_bench.jobs import JOBS, make
 from vdcore_bench.jobs.base import DTYPES, Job
-from vdcore_bench.measure.journal import Row
-from vdcore_bench.suites.runner import blank
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import Journal, Row, Watch
+from vdcore_bench.suites import Options
+from vdcore_bench.suites.models import block
+from vdcore_bench.suites.runner import Settings, blank, heap_for, run_jobs
 from vdcore_bench.workloads import Budget, load
 
 BOTH = ("float32", "bfloat16")
+TAKES = frozenset({"ops", "workloads", "peers", "own", "modes", "dtypes", "norm_rope", "batch"})
+TAKES |= {"seconds", "rounds", "memory_limit", "full_size", "until"}
 
 
 @dataclass(frozen=True)
@@ -91,32 +97,19 @@ THEN = (
 )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the command line names; an empty tuple: nothing named."""
-
-    ops: tuple[str, ...] = ()
-    workloads: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    norm_rope: bool = False
-    batch: int = 1
-
-
-def items(choice: Choice) -> list[Item]:
+def items(options: Options) -> list[Item]:
     """The default set, filtered; with workloads named, every operator of theirs, or those named."""
-    if choice.workloads:
+    ops = [op for op in options.ops if op != block.OP]
+    if options.workloads:
         found = [
-            Item(op, name, norm_rope=choice.norm_rope)
-            for name in choice.workloads
-            for op in choice.ops or load()[name].ops
+            Item(op, name, norm_rope=options.norm_rope) for name in options.workloads for op in ops or load()[name].ops
         ]
     else:
         default = (*EVERY_OPERATOR, *(item for step in THEN for item in step.items))
-        found = [item for item in default if not choice.ops or item.op in choice.ops]
-        if choice.norm_rope:
+        found = [item for item in default if not ops or item.op in ops]
+        if options.norm_rope:
             found = [replace(item, norm_rope=True) for item in found if not item.norm_rope]
-    return [replace(i, modes=choice.modes or i.modes, dtypes=choice.dtypes or i.dtypes) for i in found]
+    return [replace(i, modes=options.modes or i.modes, dtypes=options.dtypes or i.dtypes) for i in found]
 
 
 def jobs(found: Sequence[Item], device: str, budget: Budget, batch: int = 1) -> tuple[list[Job], list[Row]]:
@@ -148,3 +141,36 @@ def jobs(found: Sequence[Item], device: str, budget: Budget, batch: int = 1) -> 
                 if job not in made:
                     made.append(job)
     return made, impossible
+
+
+def run(options: Options, journal: Journal, watch: Watch) -> None:
+    """What the options name; the default set step by step, if they name nothing."""
+    if options.ops != (block.OP,):
+        chosen = Step("Operators", tuple(items(options)), each=math.inf)
+        for step in (chosen,) if options.choose else (*FIRST, *THEN):
+            run_step(step, options, journal, watch)
+    if block.OP in options.ops:
+        block.run_suite(options, journal, watch)
+
+
+def run_step(step: Step, options: Options, journal: Journal, watch: Watch) -> None:
+    """The jobs of one step, in a part of their own."""
+    wanted, impossible = jobs(step.items, options.device, options.budget, options.batch)
+    journal.add(impossible)
+    only = options.peers | {"vdcore", "copy"} | {peer.name for peer in options.own} if options.peers else None
+    settings = Settings(
+        seconds=options.seconds,
+        rounds=options.rounds,
+        memory=options.limit,
+        peers=only,
+        own=options.own,
+        compiled=step.compiled,
+        slow_start=options.choose,
+        until=options.until if step.compiled else math.inf,  # the clock cuts off no operator
+        each=step.each,
+    )
+    with watch.part(step.title):
+        if options.device == "cpu":
+            watch.doing("touching memory")
+            machine.touch_heap(min(heap_for(wanted, settings.memory), settings.memory // 2))
+        run_jobs(wanted, settings, journal, watch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,13 +16,15 @@ from vdcore.ops.choose import implementation
 from vdcore.ops.operator import capture
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import Job
-from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.journal import Journal, Row, Watch
 from vdcore_bench.measure.judge import flat
 from vdcore_bench.measure.timing import Contender, CpuClock, Spread, race
 from vdcore_bench.peers import PEERS
+from vdcore_bench.suites import Options
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
+TAKES = frozenset({"ops", "modes", "until"})
 TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)
 OPS = ("temporal_attention", "spatial_attention", "qk_norm_rope", "modulate", "gate_residual")
 ROUNDS = 31
@@ -83,7 +84,7 @@ def ways(job: Job) -> Iterator[Way]:
 
 
 def measure(job: Job, rounds: int = ROUNDS) -> Iterator[Row]:
-    """One row a way: seconds of a call, from interleaved rounds of many calls. On a GPU the calls are only queued."""
+    """One row per way: seconds of a call, from interleaved rounds of many calls. On a GPU the calls are only queued."""
     base, clock = replace(blank(job), metric="overhead", scaling="", original={}), CpuClock()
     racing: dict[Way, tuple[Contender, int]] = {}
     with torch.set_grad_enabled(job.has_backward):
@@ -105,26 +106,26 @@ def _repeat(call: Callable[[], Any], count: int) -> None:
         call()
 
 
-def run(
-    journal: Journal,
-    device: str = "cpu",
-    doing: Callable[[str], None] = lambda what: None,
-    until: float = math.inf,
-) -> None:
-    """Every operator of :data:`OPS` forward, and the first also with backward; on one thread.
+def run(options: Options, journal: Journal, watch: Watch) -> None:
+    """Every operator of :data:`OPS`, or those named, forward, and the first also with backward; on one thread.
 
     With more, some providers start and join all of them for a few tokens, and that would be what is measured.
     """
-    threads = torch.get_num_threads()
+    ops, threads = options.ops or OPS, torch.get_num_threads()
+    wanted = [(op, mode) for op in ops for mode in options.modes or ("fwd",)]
+    if not options.modes:
+        wanted.append((ops[0], "fwd+bwd"))
     torch.set_num_threads(1)
     try:
-        for op, mode in (*((op, "fwd") for op in OPS), (OPS[0], "fwd+bwd")):
-            job = tiny_job(op, mode, device)
-            if time.monotonic() > until:
-                row = replace(blank(job), metric="overhead", provider="all", status="skipped", reason=LATE)
-                journal.add([row])
-                continue
-            doing(f"call overhead of {op}, {mode}")
-            journal.add(measure(job))
+        with watch.part("Time of a call on 16 tokens, one thread"):
+            for number, (op, mode) in enumerate(wanted):
+                job, begin = tiny_job(op, mode, options.device), len(journal.rows)
+                watch.step(f"call overhead of {op}, {mode}", number, len(wanted))
+                if time.monotonic() > options.until:
+                    row = replace(blank(job), metric="overhead", provider="all", status="skipped", reason=LATE)
+                    journal.add([row])
+                else:
+                    journal.add(measure(job))
+                watch.done(journal.rows[begin:])
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore_bench.jobs.base import DTYPES, Job, Tensors
+from vdcore_bench.jobs.base import Job, Tensors
 from vdcore_bench.measure import machine
-from vdcore_bench.measure.journal import JOINED, Journal, Row
+from vdcore_bench.measure.journal import JOINED, Journal, Row, Watch, row_here, text_of
 from vdcore_bench.measure.judge import Judge, flat, gradients, incoming
-from vdcore_bench.measure.timing import ROUNDS, Clock, Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.measure.timing import ROUNDS, Clock, Contender, Spread, clock_for, race_within
 from vdcore_bench.peers import PEERS, Peer
 from vdcore_bench.peers.adapter import Function, masked
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-REFERENCE_FLOPS = 2e8  # the oracle is timed up to this size, and wherever it is all that vdcore has
+REFERENCE_FLOPS = 2e8  # largest problem on which the reference backend is timed if another backend exists
 LATE = "not begun: the time of the run was over"
-NEAR = 2.0  # who took longer than so many times the fastest peer is not raced again
+NEAR = 2.0  # peers slower than this many times the fastest one are not raced again
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Settings:
         seconds: for the rounds of one job, without compiling and judging.
         memory: bytes a provider may need.
         peers: names to measure, ``"sdpa"`` for all ``"sdpa[...]"``; None: all.
+        own: baselines beside those of :data:`~vdcore_bench.peers.PEERS`.
         until: of time.monotonic(); jobs and peers that have not begun by then are rows that say so.
         each: seconds for the first calls of one job; peers that have not begun by then are rows that say so.
         compiled: also what torch.compile makes.
@@ -49,6 +49,7 @@ class Settings:
     rounds: int = ROUNDS
     memory: int = 2**62
     peers: frozenset[str] | None = None
+    own: tuple[Peer, ...] = ()
     compiled: bool = True
     slow_start: bool = True
     until: float = math.inf
@@ -56,17 +57,6 @@ class Settings:
 
     def wants(self, provider: str) -> bool:
         return self.peers is None or bool(self.peers & {provider, provider.partition("[")[0]})
-
-
-class Watch:
-    """Is told how a run goes; this one keeps silent."""
-
-    def begin(self, job: Job, number: int, total: int) -> None: ...
-
-    def doing(self, what: str) -> None: ...
-
-    def finish(self, job: Job, rows: list[Row]) -> None:
-        """All rows of the job, also those of an earlier race."""
 
 
 @dataclass
@@ -81,8 +71,6 @@ class Candidate:
     need: int | None = None  # bytes, with status "predicted"
     contender: Contender | None = None
     error_ratio: float | None = None
-    estimate: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -91,7 +79,9 @@ class Candidate:
 
 def blank(job: Job) -> Row:
     """A row with everything that the job and the machine say."""
-    return Row(
+    return row_here(
+        job.device,
+        job.dtype,
         op=job.op,
         workload=job.workload.name,
         provider="",
@@ -100,20 +90,14 @@ def blank(job: Job) -> Row:
         x=job.shape.T,
         flops=job.flops() or None,
         bytes=job.traffic(),
-        device=job.device,
-        dtype=DTYPE_NAMES[job.dtype],
-        threads=torch.get_num_threads(),
-        allocator="torch" if job.device.startswith("cuda") else heap(),
         original=job.original.sizes(),
         shape=job.shape.sizes(),
         scaling=job.shape.describe(job.original),
-        versions=machine.versions(),
-        commit=machine.commit(),
     )
 
 
 def row_of(base: Row, c: Candidate) -> Row:
-    row = replace(base, provider=c.provider, variant=c.variant, status=c.status, reason=c.reason, **c.extra)
+    row = replace(base, provider=c.provider, variant=c.variant, status=c.status, reason=c.reason)
     if c.need is not None:
         return replace(row, metric="memory", unit="bytes", p50=float(c.need))
     if c.contender is None or not c.contender.samples:
@@ -126,46 +110,24 @@ def row_of(base: Row, c: Candidate) -> Row:
     )
 
 
-# ---- The allocator's memory ----
-
-_heap = 0
-
-
-def touch_heap(size: int) -> None:
-    """Touches memory and frees it, for the outputs of all calls to come.
-
-    Raised thresholds alone are not enough: outputs of one size do not fit into one another's place once a small
-    allocation has taken the beginning, and then every call grows the heap by fresh pages.
-    """
-    global _heap
-    if machine.allocator().endswith("thresholds raised") and size > _heap:
-        torch.empty(size, dtype=torch.uint8).fill_(0)
-        _heap = size
-
-
 def heap_for(jobs: Iterable[Job], limit: int) -> int:
     """Bytes that cover the results of the largest job and what its providers need beside them."""
     return max((3 * job.memory() for job in jobs if job.memory() <= limit), default=0)
 
 
-def heap() -> str:
-    """The allocator and what was done for it, as rows say it."""
-    return machine.allocator() + (f", {machine.bytes_text(_heap)} touched" if _heap else "")
-
-
-# ---- Who takes part ----
+# ---- The providers of a job ----
 
 
 def candidates(job: Job, tensors: Tensors, settings: Settings, before: Sequence[Row] = ()) -> list[Candidate]:
     """vdcore on every backend, the copy where memory is the limit, and every peer; each usable or with its reason.
 
     Args:
-        before: rows of the job's earlier race: who has no row yet comes first, then who is raced again beside them.
+        before: rows of the job's earlier race: those without a row come first, then what is raced again beside them.
     """
     found = _ours(job, tensors) if settings.wants("vdcore") else []
     if job.MEMORY_BOUND and settings.wants("copy"):
         found += _copies(job)
-    for peer in PEERS:
+    for peer in (*PEERS, *settings.own):
         if job.op not in peer.ops or not settings.wants(peer.name):
             continue
         reason = peer.why_not(job)
@@ -189,7 +151,7 @@ def names(rows: Iterable[Row]) -> set[str]:
 
 
 def _near(before: Sequence[Row]) -> set[str]:
-    """Names of who is raced again: ours, the copy, and whoever is near the fastest peer."""
+    """Names of what is raced again: ours, the copy, and whoever is near the fastest peer."""
     timed = [row for row in before if row.status == "ok" and row.metric == "time" and row.p50]
     peers = [row.p50 or 0.0 for row in timed if not row.provider.startswith(("vdcore", "copy"))]
     limit = NEAR * min(peers, default=math.inf)
@@ -219,7 +181,7 @@ def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
     for i, (backend, reason) in enumerate(reasons):
         name = f"vdcore[{backend}]"
         if reason is None and backend == "reference" and i and job.flops() > REFERENCE_FLOPS:
-            reason = "the oracle, too slow to be timed at this size"
+            reason = "the reference, too slow to be timed at this size"
         if reason is None and backend == "triton" and not job.device.startswith("cuda"):
             reason = "Triton's interpreter is for tests"
         if reason is None and backend == "cuda" and not job.device.startswith("cuda"):
@@ -338,24 +300,24 @@ def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock:
     if before and certain.issuperset(ready):
         return journal.rows[begin:]
     contenders = {name: c.contender for name, c in ready.items() if c.contender is not None}
-    # The copy is no contender: it would make everybody slow.
-    estimates = {name: c.estimate for name, c in ready.items() if c.provider != "copy"}
-    ours = frozenset(name for name, c in ready.items() if c.variant == "auto")
-    rounds = rounds_for(estimates, settings.seconds, settings.rounds, ours)
-    most = max(rounds.values(), default=settings.rounds)
-    rounds = {name: rounds.get(name, most) for name in ready}
-    for name in (name for name, n in rounds.items() if n == 0):
-        contenders[name].samples.append(Sample(ready[name].estimate))
-    watch.doing(f"{most} rounds")
+    watch.doing("rounds")
     whole = False
     try:
-        race(contenders, rounds, clock, until=max(deadline, time.monotonic()) + 2 * settings.seconds)
+        race_within(
+            contenders,
+            settings.seconds,
+            settings.rounds,
+            clock,
+            ours=frozenset(name for name, c in ready.items() if c.variant == "auto"),
+            apart=frozenset(name for name, c in ready.items() if c.provider == "copy"),
+            until=max(deadline, time.monotonic()) + 2 * settings.seconds,
+        )
         whole = True
     finally:
         if whole or not before:  # what was interrupted replaces nothing
             rows = [row_of(base, c) for c in ready.values() if c.contender and c.contender.samples]
             note = JOINED if before else ""
-            journal.add(replace(row, reason="; ".join(filter(None, (note, row.reason)))) for row in rows)
+            journal.add(replace(row, reason=text_of(note, row.reason)) for row in rows)
     return journal.rows[begin:]
 
 
@@ -375,12 +337,12 @@ def _warm_up(c: Candidate, calls: _Calls, judge: Judge, clock: Clock, seconds: f
             c.reason = judge.note
             del outputs, found
             if first > seconds / 2 and "compiled" not in c.variant and calls.job.mode != "bwd":
-                c.estimate, c.reason = first, "one cold call"
+                c.contender.estimate, c.reason = first, "one cold call"
                 return
         assert c.contender is not None
-        c.estimate = c.contender.run(clock).seconds
-        if c.estimate < seconds / 10:
-            c.estimate = c.contender.run(clock).seconds
+        c.contender.estimate = c.contender.run(clock).seconds
+        if c.contender.estimate < seconds / 10:
+            c.contender.estimate = c.contender.run(clock).seconds
     except Exception as error:
         c.status, c.reason, c.contender = "failed", first_line(error), None
 
@@ -391,7 +353,7 @@ def run_jobs(
     """Measures jobs one after another. ``KeyboardInterrupt`` passes through, after its job's rows were written."""
     watch, jobs = watch or Watch(), list(jobs)
     for number, job in enumerate(jobs):
-        watch.begin(job, number, len(jobs))
+        watch.step(job.title, number, len(jobs))
         base = blank(job)
         before = journal.of(base)
         try:
@@ -406,4 +368,4 @@ def run_jobs(
                 if settings.compiled:
                     torch.compiler.reset()  # a compiled function of the next job is another one
         finally:
-            watch.finish(job, journal.of(base))
+            watch.done(journal.of(base))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from vdcore.testing import error_ratio
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import DTYPES
 from vdcore_bench.measure import machine
-from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.journal import Journal, Row, Watch
+from vdcore_bench.measure.machine import touch_heap
 from vdcore_bench.measure.memory import PointError, in_process, peak_of
-from vdcore_bench.measure.timing import Contender, Sample, Spread, clock_for, race, rounds_for
+from vdcore_bench.measure.timing import Contender, Spread, clock_for, race_within
 from vdcore_bench.report.summary import time_of
-from vdcore_bench.suites.runner import Watch, blank, first_line, touch_heap
+from vdcore_bench.suites import Options
+from vdcore_bench.suites.runner import blank, first_line
 from vdcore_bench.workloads import Budget, Shape, load, scaled
 
 OP, WORKLOAD = "vdit_block", "latte-1-512"
@@ -57,7 +60,8 @@ class BlockJob:
         """Of all products; backward takes twice the projections' and 2.5 times the attentions'."""
         s, C = self.shape, self.shape.H * self.shape.D
         tokens = s.B * s.T * s.S
-        projections = 2.0 * tokens * C * C * (3 + 1 + 3 + 1 + 1 + 1 + 8) + 4.0 * s.B * s.L * C * C
+        # spatial and temporal 4 each, the text's 2, the MLP 8
+        projections = 2.0 * tokens * C * C * 18 + 4.0 * s.B * s.L * C * C
         attention = 4.0 * tokens * C * (s.S + s.T + s.L)
         return projections * (3 if self.trains else 1) + attention * (3.5 if self.trains else 1)
 
@@ -153,8 +157,8 @@ def eager(given: Inputs, permuted: bool = False) -> Tensor:
     """The block on SDPA, with views where SDPA takes them.
 
     Args:
-        permuted: tokens are brought to ``(B, S, T, C)`` for temporal attention and back, as hosts do; else its queries,
-            keys and values are strided views.
+        permuted: tokens are brought to ``(B, S, T, C)`` for temporal attention and back, as models do; else its
+            queries, keys and values are strided views.
     """
     block, x, text = given.block, given.x, given.text
     B, T, S, C = x.shape
@@ -192,19 +196,11 @@ def eager(given: Inputs, permuted: bool = False) -> Tensor:
     return torch.addcmul(x, rows[8], y)
 
 
-def ours(given: Inputs) -> Tensor:
-    return given.block(given.x, given.context())
-
-
-def eager_permuted(given: Inputs) -> Tensor:
-    return eager(given, permuted=True)
-
-
 # (provider, variant) -> the function; compiled when it is measured.
 PROVIDERS: dict[tuple[str, str], Callable[[Inputs], Tensor]] = {
-    ("vdcore", "auto"): ours,
+    ("vdcore", "auto"): lambda given: given.block(given.x, given.context()),
     ("eager[sdpa]", "views"): eager,
-    ("eager[sdpa]", "permuted"): eager_permuted,
+    ("eager[sdpa]", "permuted"): lambda given: eager(given, permuted=True),
     ("eager[compiled]", "views"): eager,
 }
 PEERS = ("eager", "eager[sdpa]", "eager[compiled]")
@@ -234,7 +230,7 @@ def step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor]) -> 
 
 
 def judge(job: BlockJob) -> dict[tuple[str, str], float]:
-    """Every provider's worst error ratio over outputs and gradients, on few tokens a frame, against float64."""
+    """Every provider's worst error ratio over outputs and gradients, on few tokens per frame, against float64."""
     given = inputs(job, JUDGED_ROWS)
     exact = step(job, given.to(torch.float64), eager)
     plain = [step(job, given, PROVIDERS[name]) for name in PLAIN if name[0] != "vdcore"]
@@ -260,6 +256,15 @@ def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
     return peak_of(lambda: step(job, given, function), job.device).bytes
 
 
+def run_suite(options: Options, journal: Journal, watch: Watch) -> None:
+    """The block in every mode and dtype that the options name."""
+    modes, dtypes = options.modes or MODES, options.dtypes or ("float32",)
+    wanted = jobs(modes, dtypes, options.device, options.budget, options.batch)
+    limits: dict[str, Any] = {"seconds": options.seconds, "rounds": options.rounds, "memory": options.limit}
+    with watch.part("A V-DiT block"):
+        run(wanted, journal, watch, peers=options.peers.intersection(PEERS), **limits)
+
+
 def run(
     wanted: Sequence[BlockJob],
     journal: Journal,
@@ -278,8 +283,9 @@ def run(
         peers: names among :data:`PEERS`; none: all of them.
     """
     providers = chosen(peers)
-    for job in wanted:
-        base = job.row()
+    for number, job in enumerate(wanted):
+        base, begin = job.row(), len(journal.rows)
+        watch.step(f"{OP} {job.mode}", number, len(wanted))
         if job.device.startswith("cuda") and not torch.cuda.is_available():
             journal.add([replace(base, provider="all", status="skipped", reason="no GPU is visible to torch")])
             continue
@@ -290,59 +296,53 @@ def run(
             continue
         journal.add(_memory_rows(job, base, providers, watch))
         journal.add(_time_rows(job, base, providers, watch, seconds, rounds))
+        watch.done(journal.rows[begin:])
 
 
 def _memory_rows(job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch) -> list[Row]:
     rows = []
     for provider, variant in providers:
-        watch.doing(f"{OP} {job.mode}: memory of {provider} {variant}")
+        watch.doing(f"memory of {provider} {variant}")
         row = replace(base, provider=provider, variant=variant, metric="memory", unit="bytes")
         try:
             peak = float(in_process(measure_memory, job, provider, variant))
-            rows.append(row.measured(Spread.of([peak]), allocator="glibc, default thresholds"))
+            rows.append(row.measured(Spread.of([peak]), allocator=machine.DEFAULT_THRESHOLDS))
         except PointError as error:
             rows.append(replace(row, status="failed", reason=str(error)[:300]))
     return rows
 
 
-def _contender(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor]) -> Contender:
-    return Contender(lambda _: step(job, given, function))
+def _step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor], _: Any) -> list[Tensor]:
+    return step(job, given, function)
 
 
 def _time_rows(
     job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch, seconds: float, rounds: int
 ) -> list[Row]:
-    watch.doing(f"{OP} {job.mode}: errors")
+    watch.doing("errors")
     ratios = judge(job)
     if job.device == "cpu":
         touch_heap(2 * job.need())
         base = job.row()  # it names the heap
     given, clock = inputs(job), clock_for(job.device)
-    contenders: dict[tuple[str, str], Contender] = {}
-    estimates, rows = {}, []
+    racing: dict[tuple[str, str], Contender] = {}
+    rows = []
     for name in providers:
-        watch.doing(f"{OP} {job.mode}: {' '.join(name)}")
+        watch.doing(" ".join(name))
         try:
-            function = function_of(*name)
-            contender = _contender(job, given, function)
+            contender = Contender(partial(_step, job, given, function_of(*name)))
             begin = time.perf_counter()
             contender.run(clock)
             first = time.perf_counter() - begin
-            estimates[name] = first if first > seconds and name in PLAIN else contender.run(clock).seconds
-            contenders[name] = contender
+            contender.estimate = first if first > seconds and name in PLAIN else contender.run(clock).seconds
+            racing[name] = contender
         except Exception as error:
-            reason = first_line(error)
-            rows.append(replace(base, provider=name[0], variant=name[1], status="failed", reason=reason))
-    known = {" ".join(name): t for name, t in estimates.items()}
-    counts = rounds_for(known, seconds, rounds, frozenset(n for n in known if n.startswith("vdcore")))
-    named = {" ".join(name): c for name, c in contenders.items()}
-    for label, n in counts.items():
-        if n == 0:
-            named[label].samples.append(Sample(known[label]))
-    watch.doing(f"{OP} {job.mode}: {max(counts.values())} rounds")
-    race(named, counts, clock)
-    for name, contender in contenders.items():
-        note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens a frame" if name in ratios else ""
+            rows.append(replace(base, provider=name[0], variant=name[1], status="failed", reason=first_line(error)))
+    watch.doing("rounds")
+    ours = frozenset(" ".join(name) for name in racing if name[0] == "vdcore")
+    race_within({" ".join(name): c for name, c in racing.items()}, seconds, rounds, clock, ours=ours)
+    for name, contender in racing.items():
+        note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens per frame" if name in ratios else ""
         row = replace(base, provider=name[0], variant=name[1], error_ratio=ratios.get(name), reason=note)
         rows.append(row.measured(contender.spread))
     return rows
@@ -380,6 +380,6 @@ def cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             c, d = best["memory"]
             line += [machine.bytes_text(c.p50 or 0.0), machine.bytes_text(d.p50 or 0.0), _over(d, c)]
         else:
-            line += ["", "", ""]
+            line += [""] * 3
         lines.append((*line, "" if a.error_ratio is None else f"{a.error_ratio:.2f}"))
     return lines

@@ -17,11 +17,9 @@ from vdcore.models import VDiT, VDiTConfig
 from vdcore.models import attention as layers
 from vdcore.testing import TORCH_FORMS
 from vdcore_bench.measure import machine
-from vdcore_bench.measure.journal import Journal, Row
+from vdcore_bench.measure.journal import PROFILE, Journal, Row, Watch, row_here
 from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore_bench.report.curves import PROFILE
-from vdcore_bench.suites.memory import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
-from vdcore_bench.suites.runner import DTYPE_NAMES
+from vdcore_bench.suites.sweep import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
 
 WINDOW = 8  # frames of the past that the windowed variants see
 
@@ -37,7 +35,7 @@ VARIANTS: dict[str, VDiTConfig] = {
     "vdit-full": _variant("full"),
     "vdit-windowed": _variant("full", mask=FrameMask.window(WINDOW)),
 }
-SIZE = 4, 32, 32  # channels, height and width of the latent video: 256 tokens a frame
+SIZE = 4, 32, 32  # channels, height and width of the latent video: 256 tokens per frame
 NAIVE_OPS = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
 
 
@@ -72,7 +70,7 @@ class ModelPoint:
 
     @property
     def tokens(self) -> int:
-        """In a frame."""
+        """Per frame."""
         return SIZE[1] * SIZE[2] // math.prod(self.config.patch)
 
     def flops(self) -> float:
@@ -91,7 +89,10 @@ class ModelPoint:
         """Everything but the numbers."""
         config = self.config
         shape = {"B": 1, "T": self.frames, "S": self.tokens, "H": config.heads, "G": config.heads, "D": config.head_dim}
-        return Row(
+        allocator = "torch" if self.device.startswith("cuda") else machine.DEFAULT_THRESHOLDS
+        return row_here(
+            self.device,
+            self.dtype,
             op="vdit",
             workload=self.variant,
             provider=self.provider,
@@ -99,14 +100,9 @@ class ModelPoint:
             case=f"{PROFILE}{config.depth} blocks",
             x=self.frames,
             flops=self.flops(),
-            device=self.device,
-            dtype=DTYPE_NAMES[self.dtype],
-            threads=torch.get_num_threads(),
-            allocator="torch" if self.device.startswith("cuda") else "glibc, default thresholds",
+            allocator=allocator,
             original=shape,
             shape=shape,
-            versions=machine.versions(),
-            commit=machine.commit(),
         )
 
 
@@ -163,7 +159,7 @@ def predict_memory(point: ModelPoint) -> int:
 
 
 def points(variants: Sequence[str], settings: Settings) -> list[list[ModelPoint]]:
-    """One list a curve, in the order of frames. A backward pass is timed with its forward."""
+    """One list per curve, in the order of frames. A backward pass is timed with its forward."""
     mode = "fwd+bwd" if "bwd" in settings.mode else "fwd"
     return [
         [ModelPoint(variant, provider, n, mode, settings.dtype, settings.device) for n in sorted(set(settings.frames))]
@@ -172,23 +168,15 @@ def points(variants: Sequence[str], settings: Settings) -> list[list[ModelPoint]
     ]
 
 
-def run(
-    variants: Sequence[str],
-    settings: Settings,
-    journal: Journal,
-    watch: Callable[[str, int, int], None] = lambda what, number, total: None,
-) -> None:
-    """Measures or predicts every point; rows stand in the journal as soon as they exist.
-
-    Args:
-        watch: is told what is measured, its number, and how many there are.
-    """
+def run(variants: Sequence[str], settings: Settings, journal: Journal, watch: Watch) -> None:
+    """Measures or predicts every point; rows stand in the journal as soon as they exist."""
     follow(
         points(variants, settings),
         lambda point, rate: measure(point, settings, rate),
         ModelPoint.flops,
         journal,
-        lambda p, number, total: watch(f"{p.variant}, {p.provider}, {p.frames} frames", number, total),
+        lambda p, number, total: watch.step(f"{p.variant}, {p.provider}, {p.frames} frames", number, total),
+        lambda point, rows: watch.done(rows),
     )
 
 
