@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdcore.testing import error_ratio
-from vdcore_bench import machine
-from vdcore_bench.curves import PROFILE
-from vdcore_bench.memory import Peak, Timed, peak_of, predicted_peak, time_warm
-from vdcore_bench.profile import Estimate, Settings, cannot, follow, rows_of
-from vdcore_bench.results import Journal, Row
-from vdcore_bench.runner import DTYPE_NAMES, heap
-from vdcore_bench.timing import Spread, race_calls
+from vdcore_bench.jobs.base import DTYPE_NAMES
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.journal import PROFILE, Journal, Row
+from vdcore_bench.measure.machine import heap
+from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore_bench.measure.timing import Spread, race_calls
+from vdcore_bench.suites.sweep import Estimate, Settings, cannot, follow, rows_of
 
 if TYPE_CHECKING:
     from vdcore.integrations.diffusers import Report

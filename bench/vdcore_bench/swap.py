@@ -22,10 +22,10 @@ from vdcore.integrations.diffusers.zoo import MODELS
 from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
 from vdcore_bench.hosts import HostPoint, exact
-from vdcore_bench.inside import AttentionCalls, breakdown
-from vdcore_bench.memory import peak_of
-from vdcore_bench.runner import heap, touch_heap
-from vdcore_bench.timing import race_calls
+from vdcore_bench.measure.inside import AttentionCalls, breakdown
+from vdcore_bench.measure.machine import heap, touch_heap
+from vdcore_bench.measure.memory import peak_of
+from vdcore_bench.measure.timing import race_calls
 
 MIB = 2**20
 

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from vdcore_bench import hosts, vdit
-from vdcore_bench.profile import Settings
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench import hosts
+from vdcore_bench.measure.journal import FILE, Journal, parse
+from vdcore_bench.suites.models import vdit
+from vdcore_bench.suites.sweep import Settings
 
 
 def test_a_model_is_measured_with_its_peers(tmp_path):

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from vdcore.integrations.diffusers.exact import Float64
 from vdcore.integrations.diffusers.zoo import MODELS, L, T, output
-from vdcore_bench.inside import AttentionCalls
+from vdcore_bench.measure.inside import AttentionCalls
 
 
 def run(model, name, dtype=torch.float32):

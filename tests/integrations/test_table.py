@@ -11,8 +11,8 @@ from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
 from vdcore_bench import swap as table
 from vdcore_bench.hosts import HostPoint, exact
-from vdcore_bench.inside import breakdown
-from vdcore_bench.memory import peak_of, predicted_peak
+from vdcore_bench.measure.inside import breakdown
+from vdcore_bench.measure.memory import peak_of, predicted_peak
 
 
 def test_rows(capsys):
