@@ -1,4 +1,4 @@
-"""The table of every video model of diffusers before and after the swap: ``python -m vdcore_bench.swap``.
+"""The table of every video model of diffusers before and after the swap: ``python tests/integrations/table.py``.
 
 Tiny models with random weights, at least three frames, rows and columns of different numbers; and with ``--blocks``
 blocks of real width, with a breakdown of their time.
@@ -16,11 +16,12 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor, nn
+from zoo import MODELS, output
 
 from vdcore.integrations.diffusers import Report
-from vdcore.integrations.diffusers.zoo import MODELS
-from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
+from vdcore_bench.host_blocks import BLOCKS
 from vdcore_bench.hosts import HostPoint, exact
 from vdcore_bench.inside import AttentionCalls, breakdown
 from vdcore_bench.memory import peak_of
@@ -30,11 +31,20 @@ from vdcore_bench.timing import race_calls
 MIB = 2**20
 
 
+class TinyPoint(HostPoint):
+    """A tiny model in place of a block."""
+
+    def build(self, wide: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
+        tiny, dtype = MODELS[self.name], torch.float64 if wide else self.dtype
+        model, given = tiny.model(dtype), tiny.arguments(dtype)
+        return model, lambda: output(model(**given))
+
+
 def model_row(name: str, rounds: int) -> dict[str, str]:
     """One row: calls, errors, time and memory of a model."""
     row = {"model": name}
     for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        host, ours = (HostPoint(name, provider, dtype=dtype).make() for provider in ("diffusers", "vdcore"))
+        host, ours = (TinyPoint(name, provider, dtype=dtype).make() for provider in ("diffusers", "vdcore"))
         before, after = host.call, ours.call
         if dtype == torch.float32:
             assert ours.report is not None
@@ -42,7 +52,7 @@ def model_row(name: str, rounds: int) -> dict[str, str]:
             times = race_calls({"host": before, "vdcore": after}, rounds)
             row["ms"] = f"{1e3 * times['host'].p50:.1f} / {1e3 * times['vdcore'].p50:.1f}"
             row["peak MiB"] = f"{peak_of(before).bytes / MIB:.1f} / {peak_of(after).bytes / MIB:.1f}"
-        ratio = error_ratio(after(), exact(HostPoint(name, dtype=dtype)), [before()])
+        ratio = error_ratio(after(), exact(TinyPoint(name, dtype=dtype)), [before()])
         row[f"error {label}"] = f"{ratio.worst:.2f}"
     return row
 
@@ -85,7 +95,7 @@ def block_row(name: str, dtype: torch.dtype, rounds: int, small: bool) -> tuple[
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 if a name is unknown."""
-    parser = argparse.ArgumentParser(prog="python -m vdcore_bench.swap", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tests/integrations/table.py", description=__doc__)
     parser.add_argument("names", nargs="*", help="models, or blocks with --blocks; none: all")
     parser.add_argument("--blocks", action="store_true", help="blocks of real width instead of tiny models")
     parser.add_argument("--small", action="store_true", help="blocks at a size for small machines")

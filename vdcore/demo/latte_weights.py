@@ -104,7 +104,7 @@ def _call(host: Any, video: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
 
 
 def _exact(host: Any, inputs: list[tuple[Tensor, Tensor, Tensor]], ticks: Any) -> list[Tensor]:
-    from vdcore.integrations.diffusers.exact import Float64
+    from vdcore_bench.float64 import Float64
 
     double, found = host.double(), []
     with Float64():

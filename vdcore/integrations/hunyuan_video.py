@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations import _rebind
+from vdcore.integrations.report import Report
+from vdcore.integrations.swap import Renamed, restore_model, swap_model
 
 
 def attention(
@@ -62,14 +63,18 @@ def attention(
     return served.squeeze(1).flatten(2)
 
 
-_rebind.TABLES[__name__] = {"attention": attention}
+NAMES = Renamed((("attention", attention),), "cross_attention")
 
 
-def swap_in(model: nn.Module) -> list[str]:
-    """Puts a HunyuanVideo model on vdcore; returns the paths of the modules that changed."""
-    return _rebind.swap_names(model, __name__)
+def swap_in(model: nn.Module) -> Report:
+    """Puts a HunyuanVideo model on vdcore: modules whose forward calls the host's attention.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    return swap_model(model, NAMES.find)
 
 
 def swap_out(model: nn.Module) -> None:
     """Undoes :func:`swap_in`, bit for bit."""
-    _rebind.restore_names(model)
+    restore_model(model)

@@ -1,95 +1,185 @@
-"""How a module of the host comes to run vdcore, and how it is put back.
+"""How a module of a host comes to run vdcore, and how it is put back: one mechanism for every host.
 
-Two kinds of change, each of which holds all that undoing it needs, so that copies and pickles of a swapped model can be
-swapped out as well: an attention module gets another processor, which keeps the one it replaced; any other module gets
-another class, derived from its own, which remembers it. Parameters, buffers, hooks and child modules are never touched.
+A host's adapter finds the :class:`Change` of each module, or the reason why there is none; :func:`swap` makes all
+changes or none, and reports them. An attention module gets another processor, which keeps the one it replaced; any
+other module gets another class, derived from its own, which remembers it. Each holds all that undoing it needs, so that
+copies and pickles of a swapped model can be swapped out as well. Parameters, buffers, hooks and child modules are never
+touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
+from types import FunctionType
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
-from vdcore.integrations.diffusers._clip import Clip
+from vdcore.integrations.report import Report, note_left
 
-# Why calls of a module or processor went to the host after all.
-_left_at_run_time: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-
-
-def note_left(who: Any, reason: str) -> None:
-    """Remembers why a call was left to the host, for the report."""
-    if not torch.compiler.is_compiling():
-        _left_at_run_time.setdefault(who, set()).add(reason)
+# ---- Classes that are made at run time ----
 
 
-def reasons_left(who: Any) -> set[str]:
-    return _left_at_run_time.get(who, set())
+class MadeAtRunTime:
+    """Base of classes that only a call makes: their copies and pickles name the function and its arguments instead."""
+
+    MADE_BY: ClassVar[tuple[Callable[..., type], tuple[Any, ...]]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, type(self).MADE_BY, self.state()
+
+    def state(self) -> dict[str, Any]:
+        return self.__dict__.copy()
 
 
-# ---- Processors ----
+def _rebuild(make: Callable[..., type], arguments: tuple[Any, ...]) -> Any:
+    cls: Any = make(*arguments)
+    return cls.__new__(cls)
 
 
-class Processor:
-    """Takes the place of an attention processor. ``__call__`` has the signature of the one it replaces.
+class ServedModule(MadeAtRunTime):
+    """Base of the classes that replace a host's."""
 
-    Args:
-        host: the processor that it replaced.
-        clip: what the attention of the model shares.
-    """
+    host: ClassVar[type[nn.Module]]
+    SERVES: ClassVar[str]
 
-    SERVES: ClassVar[str]  # which operator, for the report
 
-    # The host's attention backends and context parallelism are set here when someone asks for them after the swap.
-    _attention_backend: Any = None
-    _parallel_config: Any = None
+class ServedProcessor:
+    """Base of the processors that replace a host's, which they keep as ``host``."""
 
-    def __init__(self, host: Any, clip: Clip) -> None:
-        self.host = host
-        self.clip = clip
+    host: Any
+    SERVES: ClassVar[str]  # which operators, for the report
 
-    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+
+class ServingHook:
+    """Base of forward pre-hooks that belong to the swap."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def why_not_now(self) -> str | None:
-        """Why this processor may not serve calls at present."""
-        if self._parallel_config is not None:
-            return "context parallelism was turned on after the swap"
-        if self._attention_backend is not None:
-            return f"set_attention_backend({str(self._attention_backend)!r}) was called after the swap"
-        return None
 
-    def leave_unmasked(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`leave`, for attention that the mask is for: leaving it would be a wrong result, not a slow one."""
-        if self.clip.mask is not None:
-            raise RuntimeError(f"swap_in: a call cannot run under {self.clip.mask}: {reason}")
-        return self.leave(reason, attn, *args, **kwargs)
+@lru_cache(maxsize=256)
+def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
+    """The host's class with another forward. It keeps the name, by which hosts save and load.
 
-    def leave(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Hands one call to the host's own processor."""
-        note_left(self, reason)
-        host = self.host
-        if self._attention_backend is not None or self._parallel_config is not None:
-            host = copy(host)
-            host._attention_backend, host._parallel_config = self._attention_backend, self._parallel_config
-        return host(attn, *args, **kwargs)
+    Args:
+        forward: takes the arguments of the host's forward, and returns its result, or the reason, a ``str``, why the
+            host's own forward has to run; or :class:`Renamed`.
+    """
+    run = forward.of(host) if isinstance(forward, Renamed) else forward
+
+    @wraps(host.forward)
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = run(self, *args, **kwargs)
+        if isinstance(out, str):
+            note_left(self, out)
+            return host.forward(self, *args, **kwargs)
+        return out
+
+    names = {
+        "forward": replaced,
+        "host": host,
+        "SERVES": serves,
+        "MADE_BY": (served_class, (host, forward, serves)),
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+    }
+    return type(host.__name__, (ServedModule, host), names)
 
 
-def why_not_processor(attn: nn.Module) -> str | None:
-    """What, outside of its own mathematics, keeps an attention module from being served."""
-    processor = attn.processor
-    if getattr(processor, "_parallel_config", None) is not None:
-        return "context parallelism is on"
-    return changed_forward(attn)
+# ---- A host's function in which names mean something else ----
 
 
-# ---- Classes ----
+def rebind(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
+    """A copy of a Python function in which these global names mean these values. Nothing outside of it sees them."""
+    plain: Any = inspect.unwrap(function)
+    scope = {**plain.__globals__, **names}
+    # Without a name of its module torch.compile takes these globals, and not the module's.
+    scope.pop("__name__", None)
+    copied = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return copied
+
+
+def names_used(function: Callable[..., Any]) -> set[str]:
+    """Global names and attributes that a Python function uses; none of other functions."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The host's own forward, in which the names of its functions mean vdcore's.
+
+    Args:
+        functions: by the names that the host's modules have for them.
+        serves: which operators, for the report.
+    """
+
+    functions: tuple[tuple[str, Callable[..., Any]], ...]
+    serves: str
+
+    def of(self, host: Any) -> Callable[..., Any]:
+        return rebind(host.forward, dict(self.functions))
+
+    def find(self, name: str, module: nn.Module) -> list[Change] | str | None:
+        if not names_used(type(module).forward) & set(dict(self.functions)):
+            return None
+        return changed_forward(module) or [Change.of_forward(module, self, self.serves)]
+
+
+# ---- Changes ----
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module, or other object of the host, and how it comes to be served and is put back."""
+
+    module: Any
+    do: Callable[[Any], None]
+    undo: Callable[[Any], None]
+
+    @staticmethod
+    def of_processor(attn: nn.Module, make: Callable[..., ServedProcessor], *args: Any) -> Change:
+        """
+        Args:
+            make: makes the processor from the one it replaces and ``args``.
+        """
+        return Change(attn, lambda attn: setattr(attn, "processor", make(attn.processor, *args)), restore)
+
+    @staticmethod
+    def of_forward(module: nn.Module, forward: Any, serves: str) -> Change:
+        """As :func:`served_class` has them."""
+        return Change(module, partial(_serve_with, forward=forward, serves=serves), restore)
+
+    @staticmethod
+    def of_hook(module: nn.Module, hook: ServingHook) -> Change:
+        return Change(module, lambda module: module.register_forward_pre_hook(hook, with_kwargs=True), restore)
+
+    def make(self) -> None:
+        self.do(self.module)
+
+
+def _serve_with(module: Any, forward: Any, serves: str) -> None:
+    host: Any = type(module)
+    module.__class__ = served_class(host, forward, serves)
+
+
+def make_all(changes: Sequence[Change]) -> None:
+    """All of them, or none if one fails."""
+    done: list[Change] = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.make()
+    except BaseException:
+        for change in reversed(done):
+            change.undo(change.module)
+        raise
 
 
 def changed_forward(module: nn.Module) -> str | None:
@@ -99,105 +189,75 @@ def changed_forward(module: nn.Module) -> str | None:
     return None
 
 
-class ServedModule:
-    """Base of the classes that replace a host's."""
-
-    host: ClassVar[type[nn.Module]]
-    serves: ClassVar[str]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: a pickle names the host's class and forward instead.
-        state = self.__dict__.copy()
-        return _rebuild, (type(self).host, type(self)._forward, type(self).serves), state  # type: ignore[attr-defined]
-
-
-def _rebuild(host: Any, forward: Callable[..., Any], serves: str) -> nn.Module:
-    cls = served_class(host, forward, serves)
-    return cls.__new__(cls)
-
-
-@lru_cache(maxsize=256)
-def served_class(host: Any, forward: Callable[..., Any], serves: str) -> type[nn.Module]:
-    """The host's class with another forward. It keeps the name, by which hosts save and load."""
-
-    @wraps(host.forward)
-    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    names = {
-        "forward": replaced,
-        "host": host,
-        "serves": serves,
-        "_forward": staticmethod(forward),
-        "__module__": host.__module__,
-        "__qualname__": host.__qualname__,
-        "__doc__": host.__doc__,
-    }
-    return type(host.__name__, (ServedModule, host), names)
-
-
-def host_forward(module: nn.Module, reason: str, *args: Any, **kwargs: Any) -> Any:
-    """Hands one call of a served module to the host's own forward."""
-    note_left(module, reason)
-    return type(module).host.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-# ---- Changes ----
-
-
-@dataclass
-class Change:
-    """One module, what serves it, and why not if nothing does.
-
-    Args:
-        module: of the host.
-        processor: makes the processor that replaces the module's.
-        forward: replaces the module's forward.
-        serves: which operators, for the report.
-    """
-
-    module: nn.Module
-    serves: str
-    processor: Callable[[Any], Processor] | None = None
-    forward: Callable[..., Any] | None = None
-
-    @staticmethod
-    def of_processor(attn: nn.Module, processor: type[Processor], clip: Clip) -> Change:
-        return Change(attn, processor.SERVES, processor=partial(processor, clip=clip))
-
-    def make(self) -> None:
-        if self.processor is not None:
-            self.module.processor = self.processor(self.module.processor)  # type: ignore[assignment]
-        if self.forward is not None:
-            host: Any = type(self.module)
-            self.module.__class__ = served_class(host, self.forward, self.serves)
-
-
 def is_served(module: nn.Module) -> bool:
-    return isinstance(module, ServedModule) or isinstance(getattr(module, "processor", None), Processor)
+    return isinstance(module, ServedModule) or isinstance(getattr(module, "processor", None), ServedProcessor)
 
 
-def restore(module: nn.Module) -> None:
+def restore(module: Any) -> None:
     """Undoes the changes of one module. Restoring what was never changed does nothing."""
     if isinstance(module, ServedModule):
         module.__class__ = type(module).host  # type: ignore[assignment]
     processor = module.__dict__.get("processor")
-    if isinstance(processor, Processor):
+    if isinstance(processor, ServedProcessor):
         module.processor = processor.host
-    Clip.unwatch(module)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, ServingHook):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def make_all(changes: list[Change]) -> None:
-    """All of them, or none if one fails."""
-    done: list[nn.Module] = []
-    try:
-        for change in changes:
-            done.append(change.module)
-            change.make()
-    except BaseException:
-        for module in done:
-            restore(module)
-        raise
+# ---- Swapping models ----
+
+# The changes that serve a module of this name, children included where they go together; or the reason why it is left;
+# or None if it is none of the host's that vdcore could serve.
+Find = Callable[[str, nn.Module], "list[Change] | str | None"]
+
+
+def swap(
+    models: Iterable[tuple[str, nn.Module, Find]], report: Report | None = None, hooks: Sequence[Change] = ()
+) -> Report:
+    """Changes all modules for which changes are found, or none of any model if one fails.
+
+    Args:
+        models: each with the prefix of its modules' names in the report.
+        hooks: changes that come with the swap, and are not reported.
+    """
+    report = Report() if report is None else report
+    changes: list[Change] = []
+    served: list[tuple[str, Any]] = []
+    for prefix, model, find in models:
+        planned: set[nn.Module] = set()
+        for name, module in named_modules(model):
+            found = None if module in planned or is_served(module) else find(name, module)
+            if isinstance(found, str):
+                report.add_left(prefix + name, type(module).__name__, found)
+            elif found:
+                changes += found
+                planned |= {change.module for change in found}
+            if module in planned or is_served(module):
+                served.append((prefix + name, module))
+    make_all([*changes, *hooks])
+    for name, module in served:
+        serving = [module, *(x for x in (getattr(module, "processor", None),) if isinstance(x, ServedProcessor))]
+        report.add_served(name, type(module).__name__, serving[-1].SERVES, *serving)
+    return report
+
+
+def swap_model(model: Any, find: Find) -> Report:
+    """Swaps one module and its children in."""
+    return swap([("", _module(model, "swap_in"), find)])
+
+
+def restore_model(model: Any) -> None:
+    """Undoes a swap of a module and its children, bit for bit. What was never swapped stays as it is."""
+    for module in list(_module(model, "swap_out").modules()):
+        restore(module)
+
+
+def _module(model: Any, verb: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

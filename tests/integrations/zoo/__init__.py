@@ -3,11 +3,11 @@
 Clips have at least three frames and are wider than high, so that no axis can be taken for another.
 """
 
-from vdcore.integrations.diffusers.zoo._factorised import FACTORISED
-from vdcore.integrations.diffusers.zoo._full import FULL
-from vdcore.integrations.diffusers.zoo._joint import JOINT
-from vdcore.integrations.diffusers.zoo._tiny import L, T, Tiny, output
+from zoo.factorized import FACTORIZED
+from zoo.full import FULL
+from zoo.joint import JOINT
+from zoo.tiny import L, T, Tiny, output
 
-MODELS: dict[str, Tiny] = {**FACTORISED, **FULL, **JOINT}
+MODELS: dict[str, Tiny] = {**FACTORIZED, **FULL, **JOINT}
 
 __all__ = ["MODELS", "L", "T", "Tiny", "output"]

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from vdcore.integrations.diffusers.zoo._tiny import TEXT, B, H, T, Tiny, W, plain_inputs, text, video
+from zoo.tiny import TEXT, B, H, T, Tiny, W, plain_inputs, text, video
 
 
 def _latte() -> Any:
@@ -114,10 +114,10 @@ def _animatediff_inputs() -> dict[str, Any]:
     return {**_unet_inputs(), "encoder_hidden_states": text(batch=B * T)}
 
 
-FACTORISED: dict[str, Tiny] = {
-    "Latte": Tiny(_latte, plain_inputs, factorised=True),
-    "AnimateDiff": Tiny(_animatediff, _animatediff_inputs, factorised=True),
-    "SVD": Tiny(_svd, _svd_inputs, factorised=True),
-    "UNet3D": Tiny(_unet3d, _unet_inputs, factorised=True),
-    "I2VGenXL": Tiny(_i2vgen, _i2vgen_inputs, factorised=True),
+FACTORIZED: dict[str, Tiny] = {
+    "Latte": Tiny(_latte, plain_inputs, factorized=True),
+    "AnimateDiff": Tiny(_animatediff, _animatediff_inputs, factorized=True),
+    "SVD": Tiny(_svd, _svd_inputs, factorized=True),
+    "UNet3D": Tiny(_unet3d, _unet_inputs, factorized=True),
+    "I2VGenXL": Tiny(_i2vgen, _i2vgen_inputs, factorized=True),
 }

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from vdcore.integrations.diffusers.zoo._tiny import (
+from zoo.tiny import (
     TEXT,
     B,
     H,

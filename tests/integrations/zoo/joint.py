@@ -8,7 +8,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from vdcore.integrations.diffusers.zoo._tiny import (
+from vdcore.rope import axial_rope
+from zoo.tiny import (
     TEXT,
     B,
     H,
@@ -22,7 +23,6 @@ from vdcore.integrations.diffusers.zoo._tiny import (
     text_mask,
     timestep,
 )
-from vdcore.rope import axial_rope
 
 
 def _duplicated_rope(dims: tuple[int, int, int], rows: int, columns: int) -> tuple[Tensor, Tensor]:

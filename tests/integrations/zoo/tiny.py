@@ -20,12 +20,12 @@ class Tiny:
     Args:
         build: makes the model, its weights as the host draws them.
         inputs: the arguments of its forward, floating ones in float32.
-        factorised: attention is spatial and temporal by turns; else over all frames at once.
+        factorized: attention is spatial and temporal by turns; else over all frames at once.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    factorised: bool = False
+    factorized: bool = False
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The model in evaluation mode; weights that the host starts at one number are drawn as well.

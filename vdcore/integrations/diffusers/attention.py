@@ -9,7 +9,7 @@ from diffusers.models import normalization
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers._clip import Clip
+from vdcore.integrations.diffusers.clip import Clip
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope, Style
 
@@ -43,8 +43,8 @@ def project_added(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def leave_projection(attn: Any, x: Tensor) -> Tensor:
-    """Heads ``(..., H, D)`` merged, projected, dropped out: what follows attention in every host."""
+def output_projection(attn: Any, x: Tensor) -> Tensor:
+    """Merges heads ``(..., H, D)``, projects and drops out, as attention modules end."""
     x = x.flatten(-2)
     if getattr(attn, "to_out", None) is None:
         return x
@@ -69,8 +69,8 @@ def qk_norm(
 ) -> tuple[Tensor, Tensor, QKNorm | None]:
     """q and k ``(..., H, D)`` with the norm that is still to be applied to them.
 
-    A norm that vdcore has is handed on, any other is applied here by the host's own modules. A norm over H*D channels
-    is one across heads.
+    Norms that vdcore supports are passed to the operator; others run here, in the host's own modules. A norm over H*D
+    channels is one across heads.
 
     Args:
         default_eps: of a norm that has none.

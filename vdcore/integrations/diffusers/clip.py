@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from vdcore.integrations.swap import ServingHook
 from vdcore.mask import FrameMask
 
 Grid = tuple[int, int, int]
@@ -59,17 +60,6 @@ class Clip:
 
     # ---- frames, from the model's forward ----
 
-    def watch(self, model: nn.Module, grid: Callable[..., Grid]) -> None:
-        """Learns the grid of tokens from every call of the model."""
-        model.register_forward_pre_hook(_Announce(self, grid), with_kwargs=True)
-
-    @staticmethod
-    def unwatch(model: nn.Module) -> None:
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, _Announce):
-                del model._forward_pre_hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
-
     def announce(self, grid: Grid) -> None:
         T, H, W = grid
         self._frames[T * H * W] = T
@@ -83,16 +73,9 @@ class Clip:
         """
         return _once(self._seen, look, x)
 
-    def key_lengths(self, mask: Tensor) -> Tensor | None:
-        """As :func:`padding_lengths`.
-
-        Raises:
-            ValueError: with the reason, if the mask is of another kind.
-        """
-        found = self.once(padding_lengths, mask)
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+    def key_lengths(self, mask: Tensor) -> Tensor | str | None:
+        """As :func:`padding_lengths`."""
+        return self.once(padding_lengths, mask)
 
 
 @torch.compiler.disable
@@ -107,8 +90,8 @@ def _once(seen: dict[str, tuple[Any, int, Any]], look: Callable[[Tensor], Any], 
     return found
 
 
-class _Announce:
-    """Forward pre-hook of a model: hands the grid of its video to the clip."""
+class Watch(ServingHook):
+    """Learns the grid of tokens from every call of a model, and announces it to the clip."""
 
     def __init__(self, clip: Clip, grid: Callable[..., Grid]) -> None:
         self.clip = clip

@@ -1,4 +1,4 @@
-"""Attention modules of factorised models: spatial, temporal and cross attention on ``(B, T, S, C)``.
+"""Factorized models: their spatial, temporal and cross attention on ``(B, T, S, C)``, and how their blocks are served.
 
 diffusers gives its default processor sequences ``(N, n, C)``; a sequence is then a frame on its own. Blocks that are
 served as a whole hand over ``(B, T, S, C)``, which that processor never gets, and say by the processor's class along
@@ -7,7 +7,7 @@ which axis self-attention runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from torch import Tensor
 
 import vdcore
-from vdcore.integrations.diffusers._attention import heads, is_plain, leave_projection, project, qk_norm
-from vdcore.integrations.diffusers._clip import TextPairs, text_pairs
-from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.integrations.diffusers._swap import Processor, why_not_processor
+from vdcore.integrations.diffusers.attention import heads, is_plain, output_projection, project, qk_norm
+from vdcore.integrations.diffusers.clip import Clip, TextPairs, text_pairs
+from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.processor import Processor, why_not_processor
+from vdcore.integrations.swap import Change, changed_forward
 
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
@@ -67,7 +68,8 @@ class SpatialAttention(Processor):
             pairs = self.clip.once(text_pairs, attention_mask)
             reason = pairs if isinstance(pairs, str) else None
         elif reason is None and attention_mask is not None:
-            lengths, reason = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
+            found = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
+            lengths, reason = (None, found) if isinstance(found, str) else (found, None)
         if reason is not None:
             if not as_sequences:
                 return self._leave_video(reason, attn, hidden_states, encoder_hidden_states)
@@ -75,11 +77,11 @@ class SpatialAttention(Processor):
             return self.leave(reason, attn, *given, **kwargs)
         x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
         if pairs is not None:
-            out = leave_projection(attn, self.attended_pairs(attn, x, pairs))
+            out = output_projection(attn, self.attended_pairs(attn, x, pairs))
         elif encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
             out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
         else:
-            out = leave_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
+            out = output_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
         return out.squeeze(1) if as_sequences else out
 
     def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -88,8 +90,7 @@ class SpatialAttention(Processor):
         if context is None:
             return self.attend_normed(attn, q, k, v)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        out = vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
-        return out
+        return vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
 
     def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
         """Self-attention of padded texts ``(B, 1, n, C)`` before its last projection: ``(B, 1, n, H, D)``."""
@@ -108,15 +109,12 @@ class SpatialAttention(Processor):
         """Self-attention of ``(B, T, S, H, D)``."""
         return vdcore.spatial_attention(q, k, v, norm=norm)
 
-    def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> tuple[Tensor | None, str | None]:
+    def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> Tensor | str | None:
         if context is None:
-            return None, "self-attention of a clip with an attention mask"
+            return "self-attention of a clip with an attention mask"
         if mask.shape[0] != x.shape[0] or mask.shape[-1] != context.shape[1]:
-            return None, "an attention mask that the host repeats or pads"
-        try:
-            return self.clip.key_lengths(mask), None
-        except ValueError as error:
-            return None, str(error)
+            return "an attention mask that the host repeats or pads"
+        return self.clip.key_lengths(mask)
 
     def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
         return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, context, self.TEMPORAL)
@@ -163,10 +161,53 @@ def one_key_attention(attn: Any, context: Tensor) -> Tensor:
     """What every query gets from a context ``(B, 1, C)``: ``(B, 1, 1, C)``. The key stands in for the queries."""
     k, v = (heads(projection(context), attn.heads) for projection in (attn.to_k, attn.to_v))
     out = vdcore.cross_attention(k.unsqueeze(1), k, v)
-    return leave_projection(attn, out)
+    return output_projection(attn, out)
 
 
 # ---- Blocks in (B, T, S, C) ----
+
+HOSTS_LAYOUT = "called by a module in the host's layout"  # a reason to leave the call of a block
+
+
+def changes_of_block(
+    block: Any,
+    kind: Any,
+    forward: Callable[..., Any],
+    serves: str,
+    attention: type[SpatialAttention],
+    clip: Clip,
+    why_not_block: Callable[[Any], str | None] = lambda block: None,
+) -> list[Change] | str:
+    """The changes that serve a block of this class with both of its attention modules, or why not."""
+    if type(block) is not kind:
+        return f"its block is a {type(block).__name__}"
+    reason = unknown_source(kind.forward) or changed_forward(block) or why_not_block(block)
+    attentions = [attn for attn in (block.attn1, block.attn2) if attn is not None]
+    for attn in attentions:
+        reason = reason or why_not(attn)
+    changes = [attention.change(attn, clip) for attn in attentions]
+    return reason or [Change.of_forward(block, forward, serves), *changes]
+
+
+def changes_of_module(
+    module: Any, forward: Callable[..., Any], serves: str, blocks: Iterable[list[Change] | str]
+) -> list[Change] | str:
+    """Those of a module and of all its blocks, or why not one of them."""
+    changes = [Change.of_forward(module, forward, serves)]
+    for found in blocks:
+        if isinstance(found, str):
+            return found
+        changes += found
+    return changes
+
+
+def feed_forward(block: Any, ff: Any, x: Tensor) -> Tensor:
+    """The feed-forward layer on ``(B, T, S, C)``, in chunks as large as the host's of ``(B*S, T, C)``."""
+    if block._chunk_size is None:
+        return ff(x)
+    B, T, S, _ = x.shape
+    tokens = block._chunk_size * (B * S if block._chunk_dim == 1 else T)
+    return torch.cat([ff(chunk) for chunk in x.flatten(0, 2).split(tokens)]).view(B, T, S, -1)
 
 
 def attend(attn: Any, x: Tensor, context: Tensor | None = None, *, temporal: bool) -> Tensor:

@@ -8,9 +8,10 @@ Backward needs all these rows, and a GPU all tokens at once: there blocks run as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 import vdcore
-from vdcore.integrations.diffusers._attention import is_plain
-from vdcore.integrations.diffusers._frames import TemporalAttention
-from vdcore.integrations.diffusers._host import unknown_source
+from vdcore.integrations.diffusers.attention import is_plain
+from vdcore.integrations.diffusers.factorized import TemporalAttention
+from vdcore.integrations.diffusers.fingerprints import unknown_source
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.
@@ -39,11 +40,6 @@ class Piece(NamedTuple):
     b: int
     first: int
     last: int
-
-
-# Takes the piece, its tokens of the block's input, of its output, and of the attention before, if there was one:
-# ``(n, C)`` each. It fills the output, and returns the rows to project for the attention after it, if there is one.
-Stage = Callable[[Piece, Tensor, Tensor, "Tensor | None"], "Tensor | None"]
 
 
 def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -> int | None:
@@ -65,6 +61,43 @@ def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -
     return None if hooks and not isinstance(x, FakeTensor) else count
 
 
+@dataclass
+class Stage:
+    """What a block does between one attention and the next, each part once per sample or once for all of them.
+
+    Args:
+        leave: adds the attention before to the block's stream.
+        feed: a feed-forward layer that adds to the stream, after ``norm``.
+        enter: the norm whose rows are projected for the attention after.
+    """
+
+    leave: Sequence[Residual] = ()
+    norm: Sequence[Norm] = ()
+    feed: Sequence[FeedForwardResidual] = ()
+    enter: Sequence[Norm] = ()
+
+    def __call__(self, piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
+        """The stream ``x (n, C)`` goes on in ``out``, where it may be already; returns the rows to project."""
+        if self.leave:
+            _of(self.leave, piece).write(x, attended, out)
+            x = out
+        if self.feed:
+            _of(self.feed, piece).write(x, _of(self.norm, piece)(x, piece), out)
+            x = out
+        return _of(self.enter, piece)(x, piece) if self.enter else x
+
+    @property
+    def writes(self) -> bool:
+        return bool(self.leave or self.feed)
+
+
+Step = TypeVar("Step")
+
+
+def _of(steps: Sequence[Step], piece: Piece) -> Step:
+    return steps[piece.b if len(steps) > 1 else 0]
+
+
 def run(x: Tensor, count: int, attentions: Sequence[Any], stages: Sequence[Stage]) -> Tensor:
     """A block of stages with attention between them: ``(B, T, S, C)`` in and out."""
     places, sizes = pieces(x, count)
@@ -74,21 +107,23 @@ def run(x: Tensor, count: int, attentions: Sequence[Any], stages: Sequence[Stage
 
     x = x.contiguous()
     out = torch.empty_like(x)
-    inputs, outputs, attended = split(x), split(out), None
+    stream, outputs = split(x), split(out)
+    attended: Sequence[Tensor | None] = [None] * len(places)
     for stage, attn in zip(stages, (*attentions, None)):
         projections = [] if attn is None else [Projection(linear) for linear in (attn.to_q, attn.to_k, attn.to_v)]
         projected = [x.new_empty(*x.shape[:-1], projection.width) for projection in projections]
         targets = [split(y) for y in projected]
-        before = [None] * len(places) if attended is None else split(attended)
-        for i, (place, given, result, heads) in enumerate(zip(places, inputs, outputs, before)):
-            rows = stage(place, given, result, heads)
+        for i, place in enumerate(places):
+            rows = stage(place, stream[i], outputs[i], attended[i])
             for projection, target in zip(projections, targets):
                 projection.write(rows, target[i])
+        stream = outputs if stage.writes else stream
+        attended = [None] * len(places)  # its memory is free before there is more
         if attn is not None:
-            attended = before = None
             q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in projected)
-            attended = attn.processor.attend_normed(attn, q, k, v).flatten(-2)
-            del q, k, v, projected, targets, target
+            attended = split(attn.processor.attend_normed(attn, q, k, v).flatten(-2))
+            del q, k, v, target
+        del projected, targets
     return out
 
 
@@ -152,7 +187,8 @@ class Residual:
         self.ones = False
         if type(linear) is not nn.Linear:
             return
-        weight, bias = linear.weight, linear.bias
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
         if gate is not None:
             if tokens < 2 * linear.in_features or weight.dtype != torch.float32:
                 return
@@ -160,7 +196,7 @@ class Residual:
         self.row = bias if row is None else row if bias is None else bias + row
         self.ones = ones and self.row is not None and tokens >= linear.in_features
         if self.ones:
-            both = _aligned(*weight.shape, weight)[:, LEAD - 1 :]
+            both = _aligned(len(weight), weight.shape[1], weight)[:, LEAD - 1 :]
             both[:, 0], self.row = self.row, None
             if gate is None:
                 both[:, 1:].copy_(weight)

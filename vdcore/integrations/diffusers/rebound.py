@@ -10,15 +10,16 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from types import FunctionType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdcore.integrations._rebind import rebind
-from vdcore.integrations.diffusers._attention import cross, video
-from vdcore.integrations.diffusers._clip import Clip
-from vdcore.integrations.diffusers._swap import Processor, note_left, why_not_processor
+from vdcore.integrations.diffusers.attention import cross, video
+from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.processor import Processor, why_not_processor
+from vdcore.integrations.report import note_left
+from vdcore.integrations.swap import MadeAtRunTime, names_used, rebind
 
 DISPATCH, TORCH = "dispatch_attention_fn", "scaled_dot_product_attention"
 
@@ -29,16 +30,12 @@ def why_not(attn: nn.Module) -> str | None:
     name = type(processor).__name__
     if isinstance(processor, nn.Module):
         return f"its processor {name} has parameters of its own"
-    call = inspect.unwrap(type(processor).__call__)
-    if not isinstance(call, FunctionType):
+    call = type(processor).__call__
+    if not isinstance(inspect.unwrap(call), FunctionType):
         return f"its processor {name} is not Python code"
-    if not {DISPATCH, TORCH} & _names(call):
+    if not {DISPATCH, TORCH} & names_used(call):
         return f"its processor {name} calls no softmax attention of torch or diffusers"
     return why_not_processor(attn)
-
-
-def _names(function: FunctionType) -> set[str]:
-    return set(function.__code__.co_names)
 
 
 @lru_cache(maxsize=256)
@@ -49,29 +46,36 @@ def rebound_class(host: Any, base: Any) -> type[Rebound]:
     def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self.serve(attn, *args, **kwargs)
 
-    return type(base.__name__, (base,), {"__call__": call, "HOST": host, "BASE": base})
+    return type(base.__name__, (base,), {"__call__": call, "HOST": host, "MADE_BY": (rebound_class, (host, base))})
 
 
-def _rebuild(host: Any, base: Any) -> Rebound:
-    cls = rebound_class(host, base)
-    return cls.__new__(cls)
+class Options(NamedTuple):
+    """What follows query, key and value in calls of torch's attention and of diffusers' dispatcher."""
+
+    attn_mask: Any = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    attention_kwargs: Any = None
+    backend: Any = None
+    parallel_config: Any = None
 
 
-class Rebound(Processor):
+class Rebound(MadeAtRunTime, Processor):
     """The host's processor with its attention calls served."""
 
     SERVES = "video_attention, cross_attention"
     HOST: ClassVar[type]
-    BASE: ClassVar[type]
 
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)
         self._call = self._rebind()
         self._to_context = False
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def state(self) -> dict[str, Any]:
         # The copied function belongs to this object: a copy makes its own.
-        return _rebuild, (self.HOST, self.BASE), {**self.__dict__, "_call": None}
+        return {**self.__dict__, "_call": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -96,103 +100,59 @@ class Rebound(Processor):
 
     # ---- the two functions, with the arguments of those that they stand for ----
 
-    def dispatch(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
-    ) -> Tensor:
+    def dispatch(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """diffusers' dispatcher: ``(B, N, H, D)``."""
-        reason = None
-        if parallel_config is not None or attention_kwargs:
-            reason = "arguments of the dispatcher that vdcore does not know"
-        served, reason = self._serve(query, key, value, attn_mask, dropout_p, is_causal, scale, reason)
-        if served is not None:
+        served = self._served(query, key, value, Options(*args, **kwargs))
+        if not isinstance(served, str):
             return served
-        self._note(reason, query, key)
-        host = inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH]
-        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
-        return host(*given, backend=backend, parallel_config=parallel_config)
+        self._leave(served, query, key)
+        return inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH](query, key, value, *args, **kwargs)
 
-    def torch_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def torch_attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """torch's attention: ``(B, H, N, D)``."""
-        if query.ndim != 4:
-            served: Tensor | None = None
-            reason: str | None = "attention of other than four dimensions"
-        else:
+        served: Tensor | str = "attention of other than four dimensions"
+        if query.ndim == 4:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            served, reason = self._serve(q, k, v, attn_mask, dropout_p, is_causal, scale, None)
-        if served is not None:
+            served = self._served(q, k, v, Options(*args, **kwargs))
+        if not isinstance(served, str):
             return served.transpose(1, 2)
-        self._note(reason, query.transpose(1, -2), key.transpose(1, -2))
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        self._leave(served, query.transpose(1, -2), key.transpose(1, -2))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
-    def _note(self, reason: str | None, q: Tensor, k: Tensor) -> None:
+    def _leave(self, reason: str, q: Tensor, k: Tensor) -> None:
         if self.clip.mask is not None and not self._is_cross(q, k):
             raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
-        note_left(self, str(reason))
+        note_left(self, reason)
 
-    def _serve(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Any,
-        dropout: float,
-        causal: bool,
-        scale: float | None,
-        reason: str | None,
-    ) -> tuple[Tensor | None, str | None]:
-        """The result, or the reason why there is none."""
-        if dropout or causal:
-            reason = "dropout of probabilities" if dropout else "a causal mask of tokens"
-        if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
-            reason = "queries, keys and values of shapes that do not fit"
+    def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | str:
+        """Attention of ``(B, N, H, D)``, or the reason why it is the host's."""
         if not q.dtype == k.dtype == v.dtype:
-            reason = "queries, keys and values of several dtypes"
-        lengths = None
-        if mask is not None and reason is None:
-            lengths, reason = self._lengths(mask, q, k)
-        if reason is not None:
-            return None, reason
+            return "queries, keys and values of several dtypes"
+        if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
+            return "queries, keys and values of shapes that do not fit"
+        if options.dropout_p or options.is_causal:
+            return "dropout of probabilities" if options.dropout_p else "a causal mask of tokens"
+        if options.parallel_config is not None or options.attention_kwargs:
+            return "arguments of the dispatcher that vdcore does not know"
+        lengths, scale = self._lengths(options.attn_mask, q, k), options.scale
+        if isinstance(lengths, str):
+            return lengths
         if self._is_cross(q, k) or (self.clip.mask is None and not (lengths is None and scale is None)):
-            return cross(q, k, v, lengths=lengths, scale=scale), None
+            return cross(q, k, v, lengths=lengths, scale=scale)
         if lengths is not None or scale is not None:
-            return None, "padding of video tokens, or a scale of its own"
-        return video(self.clip, q, k, v, None, None), None
+            return "padding of video tokens, or a scale of its own"
+        return video(self.clip, q, k, v, None, None)
 
     def _is_cross(self, q: Tensor, k: Tensor) -> bool:
         """Attention to other tokens than the clip's own, which no mask is for, also where there are as many."""
         return q.shape[1] != k.shape[1] or (self._to_context and self.clip.has(q.shape[1]))
 
-    def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, str | None]:
+    def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> Tensor | str | None:
+        if mask is None:
+            return None
         if not isinstance(mask, Tensor):
-            return None, f"an attention mask of type {type(mask).__name__}"
+            return f"an attention mask of type {type(mask).__name__}"
         if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
-            return None, "an attention mask of another shape"
-        try:
-            lengths = self.clip.key_lengths(mask)
-        except ValueError as error:
-            return None, str(error)
-        return (None if lengths is None else lengths.expand(q.shape[0])), None
+            return "an attention mask of another shape"
+        lengths = self.clip.key_lengths(mask)
+        return lengths.expand(q.shape[0]) if isinstance(lengths, Tensor) else lengths

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers._attention import is_plain
+from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.norm import compute_dtype
 
 

@@ -1,4 +1,7 @@
-"""The host's adaptive norms and gated residuals on ``(B, T, S, C)``, in one pass where their form is vdcore's."""
+"""The host's adaptive norms and gated residuals in one pass where their form is vdcore's.
+
+On ``(B, T, S, C)``, or on rows ``(B, N, C)``; shifts, scales and gates are by sample or by token.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,18 @@ from diffusers.models import normalization
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers._attention import is_plain
+from vdcore.integrations.diffusers.attention import is_plain
 
 _LAYER = (nn.LayerNorm, normalization.FP32LayerNorm)
 _RMS = (normalization.RMSNorm,)
+
+GATED = "modulate, gate_residual"  # what serves a block that does both
+# Reasons to leave a call to the host.
+NEITHER = "modulation that is by neither sample nor token"
+RANK = "rows of another rank"
+
+# Parts of a table of modulations: (B, C) by sample, or (B, 1, N, C) by token.
+Parts = tuple[Tensor, ...]
 
 
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -29,6 +40,27 @@ def gated(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     if x.dtype != residual.dtype or not _fits(gate, residual):  # under autocast
         return residual + _spread(gate) * x
     return vdcore.gate_residual(residual, x, gate)
+
+
+def modulated_rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """As :func:`modulated`, of rows ``(B, N, C)``."""
+    return modulated(norm, x.unsqueeze(1), shift, scale).squeeze(1)
+
+
+def gated_rows(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """As :func:`gated`, of rows ``(B, N, C)``."""
+    return gated(residual.unsqueeze(1), x.unsqueeze(1), gate).squeeze(1)
+
+
+def parts_of(table: Tensor, temb: Tensor) -> Parts:
+    """``table (n, C)`` plus ``temb (B, 1 or N, n C)``, row by row."""
+    both = table.to(temb.device) + temb.unflatten(-1, (len(table), -1))  # (B, 1 or N, n, C)
+    return (both[:, 0] if temb.shape[1] == 1 else both.unsqueeze(1)).unbind(-2)
+
+
+def by_sample_or_token(x: Tensor, *tembs: Tensor) -> bool:
+    """Every ``temb`` is ``(B, 1 or N, ...)`` for rows ``(B, N, C)``."""
+    return x.ndim == 3 and all(temb.ndim == 3 and temb.shape[1] in (1, x.shape[1]) for temb in tembs)
 
 
 def _fits(y: Tensor | None, x: Tensor) -> bool:

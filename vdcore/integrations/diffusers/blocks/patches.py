@@ -17,8 +17,7 @@ from diffusers.models.transformers import (
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers._clip import Clip
-from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
+from vdcore.integrations.swap import Change, changed_forward
 
 # The name of the convolution in each module that has one, and uses its result by flattening it only.
 HOSTS: dict[type[nn.Module], str] = {
@@ -54,15 +53,15 @@ def why_not(conv: Any) -> str | None:
     return changed_forward(conv)
 
 
-def plan(conv: nn.Module, clip: Clip) -> list[Change]:
-    return [Change(conv, "patchify", forward=forward)]
+def change(conv: nn.Module) -> Change:
+    return Change.of_forward(conv, forward, "patchify")
 
 
-def forward(self: Any, video: Tensor) -> Tensor:
+def forward(self: Any, video: Tensor) -> Tensor | str:
     """The convolution; its result is a view of token rows."""
     dims = len(self.kernel_size)
     if video.ndim != dims + 2 or any(n % p for n, p in zip(video.shape[2:], self.kernel_size)):
-        return host_forward(self, "a size that its patch does not divide", video)
+        return "a size that its patch does not divide"
     weight = self.weight
     if dims == 2:  # a batch of frames
         video, weight = video.unsqueeze(2), weight.unsqueeze(2)

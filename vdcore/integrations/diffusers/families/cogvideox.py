@@ -1,16 +1,24 @@
-"""CogVideoX, ConsisID and EasyAnimate: joint attention over a text and the clip, text first."""
+"""CogVideoX, ConsisID and EasyAnimate: joint attention over a text and the clip, text first.
+
+ConsisID's perceivers, attention to the tokens of a face, are written into the forward of a module.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import diffusers.models.embeddings as embeddings
+import torch
+from diffusers.models import transformers
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.transformers import consisid_transformer_3d as consisid
+from diffusers.models.transformers.transformer_easyanimate import EasyAnimateAttnProcessor2_0
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope
-from vdcore.integrations.diffusers._clip import pairs_agree
-from vdcore.integrations.diffusers._fused import Fused
-from vdcore.rope import Rope
+from vdcore.integrations.diffusers.attention import cross, heads
+from vdcore.integrations.diffusers.clip import pairs_agree
+from vdcore.integrations.diffusers.family import Family, Forward, channels_first, frames_first
+from vdcore.integrations.diffusers.fused import Fused
 
 
 class TextFirstAttention(Fused):
@@ -19,7 +27,7 @@ class TextFirstAttention(Fused):
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb,)
     SERVES = "video_attention"
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -27,15 +35,46 @@ class TextFirstAttention(Fused):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        known = self.why_not_now() is None and attention_mask is None and not attn.is_cross_attention
-        turns = image_rotary_emb is None or all(self.clip.once(pairs_agree, x) for x in image_rotary_emb)
-        if not known or not turns or encoder_hidden_states is None:
-            return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None or attn.is_cross_attention or encoder_hidden_states is None:
+            return None
+        if image_rotary_emb is not None and not all(self.clip.once(pairs_agree, x) for x in image_rotary_emb):
+            return None
+        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_first=True)
 
-        def rope(q: Tensor) -> Rope | None:
-            if image_rotary_emb is None:
-                return None
-            cos, sin = image_rotary_emb  # (N, D), every angle twice
-            return as_rope(cos[:, 0::2], sin[:, 0::2], q, self.clip.split(q.shape[1]))
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``(N, D)``, every angle twice."""
+        cos, sin = rotary
+        return cos[:, 0::2], sin[:, 0::2]
 
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, rope, text_first=True)
+
+def perceiver(self: Any, image_embeds: Tensor, latents: Tensor) -> Tensor:
+    """Latents ``(B, L, C)`` attend to the image's tokens ``(B, M, C)`` and to one another."""
+    latents = self.norm2(latents)
+    return _attend(self, latents, torch.cat((self.norm1(image_embeds), latents), -2))
+
+
+def perceiver_cross(self: Any, image_embeds: Tensor, hidden_states: Tensor) -> Tensor:
+    """Tokens of the clip ``(B, N, C)`` attend to those of the face ``(B, M, E)``."""
+    return _attend(self, self.norm2(hidden_states), self.norm1(image_embeds))
+
+
+def _attend(module: Any, x: Tensor, context: Tensor) -> Tensor:
+    q, k, v = (heads(y, module.heads) for y in (module.to_q(x), *module.to_kv(context).chunk(2, -1)))
+    return module.to_out(cross(q, k, v).flatten(-2))
+
+
+FAMILY = Family(
+    processors={
+        CogVideoXAttnProcessor2_0: TextFirstAttention,
+        EasyAnimateAttnProcessor2_0: TextFirstAttention,
+    },
+    forwards={
+        consisid.PerceiverAttention: Forward(perceiver, "cross_attention"),
+        consisid.PerceiverCrossAttention: Forward(perceiver_cross, "cross_attention"),
+    },
+    grids={
+        transformers.CogVideoXTransformer3DModel: frames_first,
+        transformers.ConsisIDTransformer3DModel: frames_first,
+        transformers.EasyAnimateTransformer3DModel: channels_first,
+    },
+)

@@ -15,9 +15,8 @@ from diffusers.models.transformers import transformer_hunyuan_video15 as hunyuan
 from diffusers.models.transformers import transformer_motif_video as motif
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope
-from vdcore.integrations.diffusers._fused import Fused
-from vdcore.rope import Rope
+from vdcore.integrations.diffusers.family import Family, channels_first
+from vdcore.integrations.diffusers.fused import Fused
 
 
 class JointAttention(Fused):
@@ -26,7 +25,7 @@ class JointAttention(Fused):
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan.HunyuanVideoRotaryPosEmbed.forward)
     SERVES = "video_attention"
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -34,25 +33,20 @@ class JointAttention(Fused):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if encoder_hidden_states is None or self.why_not_now() is not None:
-            return self.as_host(*given)
-        tokens, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
-        try:
-            lengths = self.padding(attention_mask, tokens, text)
-        except ValueError:
-            return self.as_host(*given)
+        if encoder_hidden_states is None:
+            return None
+        lengths = self.padding(attention_mask, hidden_states.shape[1], encoder_hidden_states.shape[1])
+        if isinstance(lengths, str):
+            return None
+        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_lengths=lengths)
 
-        def rope(q: Tensor) -> Rope | None:
-            if image_rotary_emb is None:
-                return None
-            cos, sin = image_rotary_emb  # (N, D), every angle twice
-            return as_rope(cos[:, 0::2], sin[:, 0::2], q, self.clip.split(tokens))
-
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, rope, text_lengths=lengths)
-
-    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | None:
+    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | str | None:
         return self.text_lengths(mask, tokens, text)
+
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``(N, D)``, every angle twice."""
+        cos, sin = rotary
+        return cos[:, 0::2], sin[:, 0::2]
 
 
 class HunyuanVideo15Attention(JointAttention):
@@ -60,11 +54,25 @@ class HunyuanVideo15Attention(JointAttention):
 
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan15.HunyuanVideo15RotaryPosEmbed.forward)
 
-    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | None:
+    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | str | None:
         if mask is None or mask.dtype != torch.bool or mask.shape[-1] != text:
-            raise ValueError("the attention mask is not one of the text")
+            return "the attention mask is not one of the text"
         return self.clip.key_lengths(mask)
 
 
 class MotifVideoAttention(JointAttention):
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, motif.MotifVideoRotaryPosEmbed.forward)
+
+
+FAMILY = Family(
+    processors={
+        hunyuan.HunyuanVideoAttnProcessor2_0: JointAttention,
+        hunyuan15.HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Attention,
+        motif.MotifVideoAttnProcessor2_0: MotifVideoAttention,
+    },
+    grids={
+        hunyuan.HunyuanVideoTransformer3DModel: channels_first,
+        hunyuan15.HunyuanVideo15Transformer3DModel: channels_first,
+        motif.MotifVideoTransformer3DModel: channels_first,
+    },
+)

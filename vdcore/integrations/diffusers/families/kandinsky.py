@@ -8,9 +8,10 @@ import torch
 from diffusers.models.transformers import transformer_kandinsky as kandinsky
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope, cross, heads, qk_norm, video
-from vdcore.integrations.diffusers._fused import Fused
-from vdcore.rope import Rope
+from vdcore.integrations.diffusers.attention import cross, heads, qk_norm, video
+from vdcore.integrations.diffusers.blocks.modulation import GATED, NEITHER, gated_rows, modulated, modulated_rows
+from vdcore.integrations.diffusers.family import Family, Forward, channels_last
+from vdcore.integrations.diffusers.fused import Fused
 
 
 class KandinskyAttention(Fused):
@@ -20,18 +21,18 @@ class KandinskyAttention(Fused):
     def is_video(cls, name: str) -> bool:
         return "text_transformer_blocks" not in name
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         rotary_emb: Tensor | None = None,
         sparse_params: Any = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         # The host rounds what it rotates to bfloat16: in a wider model that is its result, and it does it itself.
         rounds = rotary_emb is not None and hidden_states.dtype != torch.bfloat16
-        if self.why_not_now() is not None or sparse_params is not None or rounds or hidden_states.ndim != 3:
-            return self.as_host(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params)
+        if sparse_params is not None or rounds or hidden_states.ndim != 3:
+            return None
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q = heads(attn.to_query(hidden_states), attn.num_heads)
         k, v = (heads(projection(source), attn.num_heads) for projection in (attn.to_key, attn.to_value))
@@ -43,9 +44,58 @@ class KandinskyAttention(Fused):
             out = cross(q, k, v, norm=norm)
         return attn.out_layer(out.flatten(-2))
 
-    def rope(self, rotations: Tensor | None, q: Tensor) -> Rope | None:
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         """From rotations ``(B or 1, N, 1, D/2, 2, 2)``, the same for all samples: ``[[cos, -sin], [sin, cos]]``."""
-        if rotations is None:
-            return None
-        columns = rotations[0, :, 0, :, :, 0]  # (N, D/2, 2)
-        return as_rope(columns[..., 0], columns[..., 1], q, self.clip.split(q.shape[1]))
+        cos, sin = rotary[0, :, 0, :, :, 0].unbind(-1)  # (N, D/2)
+        return cos, sin
+
+
+def text_block(self: Any, x: Tensor, time_embed: Tensor, rope: Any) -> Tensor | str:
+    """Modulated by ``(B, C)`` in float32, as the host does."""
+    if x.ndim != 3 or time_embed.ndim != 2:
+        return NEITHER
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.text_modulation(time_embed).chunk(6, -1)
+    attended = self.self_attention(modulated_rows(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
+    x = gated_rows(x, attended, gate)
+    return gated_rows(x, self.feed_forward(modulated_rows(self.feed_forward_norm, x, shift_mlp, scale_mlp)), gate_mlp)
+
+
+def video_block(
+    self: Any, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor, rope: Any, sparse_params: Any
+) -> Tensor | str:
+    """As the block of the text, with attention to it."""
+    x = visual_embed
+    if x.ndim != 3 or time_embed.ndim != 2:
+        return NEITHER
+    parts = self.visual_modulation(time_embed).chunk(9, -1)
+    shift, scale, gate = parts[:3]
+    rows = modulated_rows(self.self_attention_norm, x, shift, scale)
+    x = gated_rows(x, self.self_attention(rows, rotary_emb=rope, sparse_params=sparse_params), gate)
+    shift, scale, gate = parts[3:6]
+    rows = modulated_rows(self.cross_attention_norm, x, shift, scale)
+    x = gated_rows(x, self.cross_attention(rows, encoder_hidden_states=text_embed), gate)
+    shift, scale, gate = parts[6:]
+    return gated_rows(x, self.feed_forward(modulated_rows(self.feed_forward_norm, x, shift, scale)), gate)
+
+
+def out_layer(self: Any, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor) -> Tensor | str:
+    """The last norm, projection and patches ``(B, T, H, W, p*p*p*C)`` as video, channels last."""
+    if visual_embed.ndim != 5 or time_embed.ndim != 2:
+        return "modulation that is not one of a clip by sample"
+    shift, scale = self.modulation(time_embed).chunk(2, -1)
+    x = modulated(self.norm, visual_embed.flatten(2, 3), shift, scale).view(visual_embed.shape)
+    B, T, H, W, _ = x.shape
+    p, q, r = self.patch_size
+    patches = self.out_layer(x).view(B, T, H, W, -1, p, q, r)
+    return patches.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * p, H * q, W * r, -1)
+
+
+FAMILY = Family(
+    processors={kandinsky.Kandinsky5AttnProcessor: KandinskyAttention},
+    forwards={
+        kandinsky.Kandinsky5TransformerDecoderBlock: Forward(video_block, GATED),
+        kandinsky.Kandinsky5TransformerEncoderBlock: Forward(text_block, GATED),
+        kandinsky.Kandinsky5OutLayer: Forward(out_layer, "modulate"),
+    },
+    grids={kandinsky.Kandinsky5Transformer3DModel: channels_last},
+)

@@ -1,18 +1,23 @@
-"""LTX-Video and LTX-2: full attention with one norm across heads, and a rotation of its own for every head."""
+"""LTX-Video: full attention with one norm across heads, and a rotation of its own for every head."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers.models.transformers import transformer_ltx as ltx
-from diffusers.models.transformers import transformer_ltx2 as ltx2
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope, leave_projection
-from vdcore.integrations.diffusers._clip import pairs_agree, samples_agree
-from vdcore.integrations.diffusers._fused import Fused
-from vdcore.rope import Rope
+from vdcore.integrations.diffusers.blocks.modulation import (
+    GATED,
+    NEITHER,
+    by_sample_or_token,
+    gated_rows,
+    modulated_rows,
+    parts_of,
+)
+from vdcore.integrations.diffusers.clip import pairs_agree, samples_agree
+from vdcore.integrations.diffusers.family import Family, Forward, packed
+from vdcore.integrations.diffusers.fused import Fused
 
 
 class LTXAttention(Fused):
@@ -20,78 +25,62 @@ class LTXAttention(Fused):
 
     RELIES: ClassVar[tuple[Any, ...]] = (ltx.apply_rotary_emb,)
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if self.why_not_now() is None:
-            served = None
-            if encoder_hidden_states is not None and image_rotary_emb is None:
-                served = self.cross_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-            elif encoder_hidden_states is None and attention_mask is None and self.knows(image_rotary_emb):
-                out = self.self_attention(attn, hidden_states, lambda q: self.interleaved(image_rotary_emb, q))
-                served = leave_projection(attn, out)
-            if served is not None:
-                return served
-        return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    ) -> Tensor | None:
+        if encoder_hidden_states is None and not self.knows(image_rotary_emb):
+            return None
+        return self.self_or_cross_attention(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
 
     def knows(self, tables: tuple[Tensor, Tensor] | None) -> bool:
         return tables is None or all(self.clip.once(interleaved_agree, x) for x in tables)
 
-    def interleaved(self, tables: tuple[Tensor, Tensor] | None, q: Tensor) -> Rope | None:
-        """From tables ``(B, N, H*D)`` with every angle twice."""
-        if tables is None:
-            return None
-        cos, sin = (x[0, :, 0::2].unflatten(-1, (q.shape[2], -1)) for x in tables)  # (N, H, D/2)
-        return as_rope(cos, sin, q, self.clip.split(q.shape[1]))
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``(B, N, H*D)`` with every angle twice."""
+        cos, sin = (x[0, :, 0::2].unflatten(-1, (q.shape[2], -1)) for x in rotary)
+        return cos, sin
 
 
 def interleaved_agree(table: Tensor) -> bool:
     return pairs_agree(table) and samples_agree(table)
 
 
-class LTX2Attention(LTXAttention):
-    """As LTX, also with halves rotated and outputs gated. Attention between video and audio runs as rebound."""
+def block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor | str:
+    """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
+    if not by_sample_or_token(hidden_states, temb) or len(self.scale_shift_table) != 6:
+        return NEITHER
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts_of(self.scale_shift_table, temb)
+    attended = self.attn1(
+        hidden_states=modulated_rows(self.norm1, hidden_states, shift, scale),
+        encoder_hidden_states=None,
+        image_rotary_emb=image_rotary_emb,
+    )
+    x = gated_rows(hidden_states, attended, gate)
+    x = x + self.attn2(
+        x,
+        encoder_hidden_states=encoder_hidden_states,
+        image_rotary_emb=None,
+        attention_mask=encoder_attention_mask,
+    )
+    return gated_rows(x, self.ff(modulated_rows(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
 
-    RELIES: ClassVar[tuple[Any, ...]] = (ltx2.apply_interleaved_rotary_emb, ltx2.apply_split_rotary_emb)
 
-    @classmethod
-    def is_video(cls, name: str) -> bool:
-        return "audio" not in name
-
-    def serve(  # type: ignore[override]
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **perturbation: Any,
-    ) -> Tensor:
-        alone = encoder_hidden_states is None and attention_mask is None and key_rotary_emb is None
-        usual = self.why_not_now() is None and not any(x is not None and x is not False for x in perturbation.values())
-        if not (usual and alone and attn.rope_type in ("interleaved", "split") and self.knows(query_rotary_emb)):
-            given = (encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb)
-            return self.as_host(attn, hidden_states, *given, **perturbation)
-        table = self.split if attn.rope_type == "split" else self.interleaved
-        out = self.self_attention(attn, hidden_states, lambda q: table(query_rotary_emb, q))
-        if attn.to_gate_logits is not None:
-            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
-        return leave_projection(attn, out)
-
-    def knows(self, tables: tuple[Tensor, Tensor] | None) -> bool:
-        if tables is not None and tables[0].ndim == 4:
-            return all(self.clip.once(samples_agree, x) for x in tables)
-        return super().knows(tables)
-
-    def split(self, tables: tuple[Tensor, Tensor] | None, q: Tensor) -> Rope | None:
-        """From tables ``(B, H, N, D/2)``."""
-        if tables is None:
-            return None
-        cos, sin = (x[0].transpose(0, 1) for x in tables)
-        return as_rope(cos, sin, q, self.clip.split(q.shape[1]), style="half")
+FAMILY = Family(
+    processors={ltx.LTXVideoAttnProcessor: LTXAttention},
+    forwards={ltx.LTXVideoTransformerBlock: Forward(block, GATED)},
+    grids={ltx.LTXVideoTransformer3DModel: packed},
+)

@@ -1,82 +1,95 @@
-"""Blocks of full-3D models that modulate and gate without a module for it, on ``modulate`` and ``gate_residual``."""
+"""LTX-2: video and audio, each with attention to itself, to its text, and to one another."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from diffusers.models.transformers import (
-    transformer_allegro,
-    transformer_kandinsky,
-    transformer_ltx,
-    transformer_ltx2,
-    transformer_sana_video,
-    transformer_skyreels_v2,
-    transformer_wan,
+import torch
+from diffusers.models.transformers import transformer_ltx2 as ltx2
+from torch import Tensor
+
+from vdcore.integrations.diffusers.attention import as_rope, output_projection
+from vdcore.integrations.diffusers.blocks.modulation import (
+    GATED,
+    NEITHER,
+    Parts,
+    by_sample_or_token,
+    gated_rows,
+    modulated_rows,
+    parts_of,
 )
-from torch import Tensor, nn
-
-from vdcore.integrations.diffusers._modulation import gated, modulated
-from vdcore.integrations.diffusers._swap import host_forward
-
-# Parts of a table of modulations: (B, C) by sample, or (B, 1, N, C) by token.
-Parts = tuple[Tensor, ...]
+from vdcore.integrations.diffusers.clip import Clip, samples_agree
+from vdcore.integrations.diffusers.families.ltx import LTXAttention
+from vdcore.integrations.diffusers.family import Family, Forward, packed
+from vdcore.rope import Rope
 
 
-def _parts(table: Tensor, temb: Tensor) -> Parts:
-    """``table (n, C)`` plus ``temb (B, 1 or N, n C)``, row by row."""
-    both = table.to(temb.device) + temb.unflatten(-1, (len(table), -1))  # (B, 1 or N, n, C)
-    return (both[:, 0] if temb.shape[1] == 1 else both.unsqueeze(1)).unbind(-2)
+class LTX2Attention(LTXAttention):
+    """As LTX, also with halves rotated and outputs gated. Attention between video and audio runs as rebound."""
+
+    RELIES: ClassVar[tuple[Any, ...]] = (ltx2.apply_interleaved_rotary_emb, ltx2.apply_split_rotary_emb)
+
+    @classmethod
+    def is_video(cls, name: str) -> bool:
+        return "audio" not in name
+
+    def fused(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **perturbation: Any,
+    ) -> Tensor | None:
+        alone = encoder_hidden_states is None and attention_mask is None and key_rotary_emb is None
+        perturbed = any(x is not None and x is not False for x in perturbation.values())
+        if not alone or perturbed or not self.knows(query_rotary_emb):
+            return None
+        kind = "split" if query_rotary_emb is not None and has_halves(query_rotary_emb) else "interleaved"
+        if query_rotary_emb is not None and attn.rope_type != kind:
+            return None
+        out = self.self_attention(attn, hidden_states, query_rotary_emb)
+        if attn.to_gate_logits is not None:
+            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+        return output_projection(attn, out)
+
+    def knows(self, tables: tuple[Tensor, Tensor] | None) -> bool:
+        if tables is not None and has_halves(tables):
+            return all(self.clip.once(samples_agree, x) for x in tables)
+        return super().knows(tables)
+
+    def rope(self, rotary: Any, q: Tensor, clip: Clip | None = None) -> Rope | None:
+        if rotary is None or not has_halves(rotary):
+            return super().rope(rotary, q, clip)
+        cos, sin = (x[0].transpose(0, 1) for x in rotary)  # (N, H, D/2)
+        return as_rope(cos, sin, q, (clip or self.clip).split(q.shape[1]), style="half")
 
 
-def _by_sample_or_token(x: Tensor, *tembs: Tensor) -> bool:
-    return x.ndim == 3 and all(temb.ndim == 3 and temb.shape[1] in (1, x.shape[1]) for temb in tembs)
+def has_halves(tables: tuple[Tensor, Tensor]) -> bool:
+    """Tables are ``(B, H, N, D/2)``, for halves of a head, and not ``(B, N, H*D)``."""
+    return tables[0].ndim == 4
 
 
-NOT_BY_THESE = "modulation that is by neither sample nor token"
+class Side(NamedTuple):
+    """Video or audio where they attend to one another.
+
+    Args:
+        parts: scale and shift where audio goes to video, then where video goes to audio.
+    """
+
+    x: Tensor
+    norm: Any
+    parts: Parts
+    rotary: Any
+
+    def rows(self, to_video: bool) -> Tensor:
+        scale, shift = self.parts[:2] if to_video else self.parts[2:]
+        return modulated_rows(self.norm, self.x, shift, scale)
 
 
-def _modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """As :func:`modulated`, of rows ``(B, N, C)``."""
-    return modulated(norm, x.unsqueeze(1), shift, scale).squeeze(1)
-
-
-def _gated(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """As :func:`gated`, of rows ``(B, N, C)``."""
-    return gated(residual.unsqueeze(1), x.unsqueeze(1), gate).squeeze(1)
-
-
-# ---- LTX, LTX-2 ----
-
-
-def ltx_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Any = None,
-    encoder_attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
-    if not _by_sample_or_token(hidden_states, temb) or len(self.scale_shift_table) != 6:
-        given = hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask
-        return host_forward(self, NOT_BY_THESE, *given)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _parts(self.scale_shift_table, temb)
-    attended = self.attn1(
-        hidden_states=_modulated(self.norm1, hidden_states, shift, scale),
-        encoder_hidden_states=None,
-        image_rotary_emb=image_rotary_emb,
-    )
-    x = _gated(hidden_states, attended, gate)
-    x = x + self.attn2(
-        x,
-        encoder_hidden_states=encoder_hidden_states,
-        image_rotary_emb=None,
-        attention_mask=encoder_attention_mask,
-    )
-    return _gated(x, self.ff(_modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
-
-
-def ltx2_block(
+def block(
     self: Any,
     hidden_states: Tensor,
     audio_hidden_states: Tensor,
@@ -104,75 +117,72 @@ def ltx2_block(
     use_v2a_cross_attention: bool = True,
     perturbation_mask: Tensor | None = None,
     all_perturbed: bool | None = None,
-) -> Any:
+) -> tuple[Tensor, Tensor] | str:
     """Video and audio: each attends to itself and to its text, then to one another."""
-    known = _by_sample_or_token(hidden_states, temb, temb_ca_scale_shift, temb_ca_gate)
-    if not known or not _by_sample_or_token(
-        audio_hidden_states, temb_audio, temb_ca_audio_scale_shift, temb_ca_audio_gate
-    ):
-        given = {name: value for name, value in locals().items() if name not in ("self", "known")}
-        return host_forward(self, NOT_BY_THESE, **given)
-    perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
-    parts = _parts(self.scale_shift_table, temb)
-    audio_parts = _parts(self.audio_scale_shift_table, temb_audio)
     video, audio = hidden_states, audio_hidden_states
-
-    shift, scale, gate = parts[:3]
-    rows = _modulated(self.norm1, video, shift, scale)
-    given = {"encoder_hidden_states": None, "query_rotary_emb": video_rotary_emb, "attention_mask": self_attention_mask}
-    video = _gated(video, self.attn1(hidden_states=rows, **given, **perturbed), gate)
-    shift, scale, gate = audio_parts[:3]
-    rows = _modulated(self.audio_norm1, audio, shift, scale)
-    given |= {"query_rotary_emb": audio_rotary_emb, "attention_mask": audio_self_attention_mask}
-    audio = _gated(audio, self.audio_attn1(hidden_states=rows, **given, **perturbed), gate)
-
     text, audio_text = encoder_hidden_states, audio_encoder_hidden_states
+    if not by_sample_or_token(video, temb, temb_ca_scale_shift, temb_ca_gate):
+        return NEITHER
+    if not by_sample_or_token(audio, temb_audio, temb_ca_audio_scale_shift, temb_ca_audio_gate):
+        return NEITHER
+    perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
+    parts, audio_parts = parts_of(self.scale_shift_table, temb), parts_of(self.audio_scale_shift_table, temb_audio)
+
+    given = {**perturbed, "query_rotary_emb": video_rotary_emb, "attention_mask": self_attention_mask}
+    video = _attend_to_itself(self.norm1, self.attn1, video, parts, given)
+    given = {**perturbed, "query_rotary_emb": audio_rotary_emb, "attention_mask": audio_self_attention_mask}
+    audio = _attend_to_itself(self.audio_norm1, self.audio_attn1, audio, audio_parts, given)
+
     if self.cross_attn_adaln:
         text = _modulated_text(self, text, self.prompt_scale_shift_table, temb_prompt)
         audio_text = _modulated_text(self, audio_text, self.audio_prompt_scale_shift_table, temb_prompt_audio)
     of_text = parts[6:9] if self.video_cross_attn_adaln else None
-    video = _ltx2_text(self.norm2, self.attn2, video, text, encoder_attention_mask, of_text)
+    video = _attend_to_text(self.norm2, self.attn2, video, text, encoder_attention_mask, of_text)
     of_text = audio_parts[6:9] if self.audio_cross_attn_adaln else None
-    audio = _ltx2_text(self.audio_norm2, self.audio_attn2, audio, audio_text, audio_encoder_attention_mask, of_text)
+    mask = audio_encoder_attention_mask
+    audio = _attend_to_text(self.audio_norm2, self.audio_attn2, audio, audio_text, mask, of_text)
 
     # Both directions read what video and audio were before either.
     table, audio_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
-    scale, shift, scale_out, shift_out = _parts(table[:4], temb_ca_scale_shift)
-    audio_scale, audio_shift, audio_scale_in, audio_shift_in = _parts(audio_table[:4], temb_ca_audio_scale_shift)
-    from_video, from_audio = video, audio
+    of_video, of_audio = parts_of(table[:4], temb_ca_scale_shift), parts_of(audio_table[:4], temb_ca_audio_scale_shift)
+    sides = (
+        Side(video, self.audio_to_video_norm, of_video, ca_video_rotary_emb),
+        Side(audio, self.video_to_audio_norm, of_audio, ca_audio_rotary_emb),
+    )
     if use_a2v_cross_attention:
-        attended = self.audio_to_video_attn(
-            _modulated(self.audio_to_video_norm, from_video, shift, scale),
-            encoder_hidden_states=_modulated(self.video_to_audio_norm, from_audio, audio_shift, audio_scale),
-            query_rotary_emb=ca_video_rotary_emb,
-            key_rotary_emb=ca_audio_rotary_emb,
-            attention_mask=a2v_cross_attention_mask,
-        )
-        (gate,) = _parts(table[4:], temb_ca_gate)
-        video = _gated(video, attended, gate)
+        attended = _attend_to_other(self.audio_to_video_attn, *sides, a2v_cross_attention_mask, to_video=True)
+        video = gated_rows(video, attended, *parts_of(table[4:], temb_ca_gate))
     if use_v2a_cross_attention:
-        attended = self.video_to_audio_attn(
-            _modulated(self.video_to_audio_norm, from_audio, audio_shift_in, audio_scale_in),
-            encoder_hidden_states=_modulated(self.audio_to_video_norm, from_video, shift_out, scale_out),
-            query_rotary_emb=ca_audio_rotary_emb,
-            key_rotary_emb=ca_video_rotary_emb,
-            attention_mask=v2a_cross_attention_mask,
-        )
-        (gate,) = _parts(audio_table[4:], temb_ca_audio_gate)
-        audio = _gated(audio, attended, gate)
-
-    shift, scale, gate = parts[3:6]
-    video = _gated(video, self.ff(_modulated(self.norm3, video, shift, scale)), gate)
-    shift, scale, gate = audio_parts[3:6]
-    audio = _gated(audio, self.audio_ff(_modulated(self.audio_norm3, audio, shift, scale)), gate)
-    return video, audio
+        attended = _attend_to_other(self.video_to_audio_attn, *sides[::-1], v2a_cross_attention_mask, to_video=False)
+        audio = gated_rows(audio, attended, *parts_of(audio_table[4:], temb_ca_audio_gate))
+    video = _feed_forward(self.norm3, self.ff, video, parts)
+    return video, _feed_forward(self.audio_norm3, self.audio_ff, audio, audio_parts)
 
 
-def _ltx2_text(norm: Any, attn: Any, x: Tensor, text: Tensor, mask: Tensor | None, parts: Parts | None) -> Tensor:
+def _attend_to_itself(norm: Any, attn: Any, x: Tensor, parts: Parts, given: dict[str, Any]) -> Tensor:
+    rows = modulated_rows(norm, x, parts[0], parts[1])
+    return gated_rows(x, attn(hidden_states=rows, encoder_hidden_states=None, **given), parts[2])
+
+
+def _attend_to_text(norm: Any, attn: Any, x: Tensor, text: Tensor, mask: Tensor | None, parts: Parts | None) -> Tensor:
     """Attention of video or audio to its text, modulated and gated where there are parts."""
-    rows = norm(x) if parts is None else _modulated(norm, x, parts[0], parts[1])
+    rows = norm(x) if parts is None else modulated_rows(norm, x, parts[0], parts[1])
     attended = attn(rows, encoder_hidden_states=text, query_rotary_emb=None, attention_mask=mask)
-    return x + attended if parts is None else _gated(x, attended, parts[2])
+    return x + attended if parts is None else gated_rows(x, attended, parts[2])
+
+
+def _attend_to_other(attn: Any, side: Side, other: Side, mask: Tensor | None, *, to_video: bool) -> Tensor:
+    return attn(
+        side.rows(to_video),
+        encoder_hidden_states=other.rows(to_video),
+        query_rotary_emb=side.rotary,
+        key_rotary_emb=other.rotary,
+        attention_mask=mask,
+    )
+
+
+def _feed_forward(norm: Any, ff: Any, x: Tensor, parts: Parts) -> Tensor:
+    return gated_rows(x, ff(modulated_rows(norm, x, parts[3], parts[4])), parts[5])
 
 
 def _modulated_text(block: Any, text: Tensor, table: Tensor, temb: Tensor | None) -> Tensor:
@@ -184,154 +194,12 @@ def _modulated_text(block: Any, text: Tensor, table: Tensor, temb: Tensor | None
     return text * (1 + scale) + shift
 
 
-# ---- Allegro ----
-
-
-def allegro_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    temb: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    image_rotary_emb: Any = None,
-) -> Tensor:
-    """Modulated by ``(B, 6 C)``."""
-    assert temb is not None  # the host needs it as well
-    x = hidden_states
-    if x.ndim != 3:
-        given = (encoder_hidden_states, temb, attention_mask, encoder_attention_mask, image_rotary_emb)
-        return host_forward(self, "rows of another rank", x, *given)
-    parts = self.scale_shift_table + temb.reshape(x.shape[0], 6, -1)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(1)  # (B, C)
-    attended = self.attn1(
-        _modulated(self.norm1, x, shift, scale),
-        encoder_hidden_states=None,
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
-    )
-    x = _gated(x, attended, gate)
-    if self.attn2 is not None:
-        attended = self.attn2(
-            x,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=encoder_attention_mask,
-            image_rotary_emb=None,
-        )
-        x = attended + x
-    return _gated(x, self.ff(_modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
-
-
-# ---- Kandinsky 5 ----
-
-
-def kandinsky_text_block(self: Any, x: Tensor, time_embed: Tensor, rope: Any) -> Tensor:
-    """Modulated by ``(B, C)`` in float32, as the host does."""
-    if x.ndim != 3 or time_embed.ndim != 2:
-        return host_forward(self, NOT_BY_THESE, x, time_embed, rope)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.text_modulation(time_embed).chunk(6, -1)
-    attended = self.self_attention(_modulated(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
-    x = _gated(x, attended, gate)
-    return _gated(x, self.feed_forward(_modulated(self.feed_forward_norm, x, shift_mlp, scale_mlp)), gate_mlp)
-
-
-def kandinsky_block(
-    self: Any, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor, rope: Any, sparse_params: Any
-) -> Tensor:
-    """As the block of the text, with attention to it."""
-    x = visual_embed
-    if x.ndim != 3 or time_embed.ndim != 2:
-        return host_forward(self, NOT_BY_THESE, x, text_embed, time_embed, rope, sparse_params)
-    parts = self.visual_modulation(time_embed).chunk(9, -1)
-    shift, scale, gate = parts[:3]
-    rows = _modulated(self.self_attention_norm, x, shift, scale)
-    x = _gated(x, self.self_attention(rows, rotary_emb=rope, sparse_params=sparse_params), gate)
-    shift, scale, gate = parts[3:6]
-    rows = _modulated(self.cross_attention_norm, x, shift, scale)
-    x = _gated(x, self.cross_attention(rows, encoder_hidden_states=text_embed), gate)
-    shift, scale, gate = parts[6:]
-    return _gated(x, self.feed_forward(_modulated(self.feed_forward_norm, x, shift, scale)), gate)
-
-
-# ---- SanaVideo ----
-
-
-def sana_block(
-    self: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
-    frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    rotary_emb: Any = None,
-) -> Tensor:
-    """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
-    assert timestep is not None and frames is not None and height is not None and width is not None
-    x = hidden_states
-    if not _by_sample_or_token(x, timestep):
-        given = (attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, frames, height, width)
-        return host_forward(self, NOT_BY_THESE, x, *given, rotary_emb)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _parts(self.scale_shift_table, timestep)
-    x = _gated(x, self.attn1(_modulated(self.norm1, x, shift, scale), rotary_emb=rotary_emb), gate)
-    if self.attn2 is not None:
-        attended = self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-        x = attended + x
-    rows = _modulated(self.norm2, x, shift_mlp, scale_mlp).unflatten(1, (frames, height, width))
-    return _gated(x, self.ff(rows).flatten(1, 3), gate_mlp)
-
-
-# ---- Wan, SkyReels V2 ----
-
-
-def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    if temb.ndim == 4:  # (B, N, 6, C)
-        parts = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(2)
-    else:  # (B, 6, C)
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _wan_block(self, hidden_states, encoder_hidden_states, None, rotary_emb, parts)
-
-
-def skyreels_block(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    rotary_emb: Any,
-    attention_mask: Tensor | None,
-) -> Tensor:
-    if temb.ndim == 4:  # (B, 6, N, C)
-        parts = (self.scale_shift_table.unsqueeze(2) + temb.float()).unbind(1)
-    else:
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _wan_block(self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, parts)
-
-
-def _wan_block(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, rotary_emb: Any, parts: Parts) -> Tensor:
-    """The block on rows ``(B, N, C)``, modulated by ``(B, C)`` or ``(B, N, C)``; the host does so in float32."""
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (y if y.ndim == 2 else y.unsqueeze(1) for y in parts)
-    attended = block.attn1(_modulated(block.norm1, x, shift, scale), None, mask, rotary_emb)
-    x = _gated(x, attended, gate)
-    normed = block.norm2(x.float()).type_as(x)
-    x = x + block.attn2(normed, text, None, None)
-    return _gated(x, block.ffn(_modulated(block.norm3, x, shift_mlp, scale_mlp)), gate_mlp)
-
-
-# What serves each class, with which operators, and what else of the host it relies on.
-BOTH = "modulate, gate_residual"
-HOSTS: dict[type[nn.Module], tuple[Any, ...]] = {
-    transformer_allegro.AllegroTransformerBlock: (allegro_block, BOTH),
-    transformer_kandinsky.Kandinsky5TransformerDecoderBlock: (kandinsky_block, BOTH),
-    transformer_kandinsky.Kandinsky5TransformerEncoderBlock: (kandinsky_text_block, BOTH),
-    transformer_ltx.LTXVideoTransformerBlock: (ltx_block, BOTH),
-    transformer_ltx2.LTX2VideoTransformerBlock: (
-        ltx2_block,
-        BOTH,
-        transformer_ltx2.LTX2VideoTransformerBlock.get_mod_params,
-    ),
-    transformer_sana_video.SanaVideoTransformerBlock: (sana_block, BOTH),
-    transformer_skyreels_v2.SkyReelsV2TransformerBlock: (skyreels_block, BOTH),
-    transformer_wan.WanTransformerBlock: (wan_block, BOTH),
-}
+Block = ltx2.LTX2VideoTransformerBlock
+FAMILY = Family(
+    processors={
+        ltx2.LTX2AudioVideoAttnProcessor: LTX2Attention,
+        ltx2.LTX2PerturbedAttnProcessor: LTX2Attention,
+    },
+    forwards={Block: Forward(block, GATED, (Block.get_mod_params,))},
+    grids={ltx2.LTX2VideoTransformer3DModel: packed},
+)

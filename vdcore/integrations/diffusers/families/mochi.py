@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from diffusers.models.embeddings import MochiAttentionPool
-from torch import Tensor, nn
+from diffusers.models.transformers import transformer_mochi as mochi
+from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope, cross, heads
-from vdcore.integrations.diffusers._clip import padding_lengths
-from vdcore.integrations.diffusers._fused import Fused
-from vdcore.integrations.diffusers._swap import host_forward
-from vdcore.rope import Rope
+from vdcore.integrations.diffusers.attention import cross, heads, is_plain
+from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
+from vdcore.integrations.diffusers.clip import padding_lengths
+from vdcore.integrations.diffusers.family import Family, Forward, channels_first
+from vdcore.integrations.diffusers.fused import Fused
 
 
 class MochiAttention(Fused):
@@ -23,7 +25,7 @@ class MochiAttention(Fused):
 
     SERVES = "video_attention"
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -32,28 +34,24 @@ class MochiAttention(Fused):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         lengths = self.clip.once(marked_lengths, attention_mask)
-        if isinstance(lengths, str) or self.why_not_now() is not None:
-            return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if isinstance(lengths, str):
+            return None
+        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_lengths=lengths)
 
-        def rope(q: Tensor) -> Rope | None:
-            if image_rotary_emb is None:
-                return None
-            cos, sin = image_rotary_emb  # (N, H, D/2)
-            return as_rope(cos, sin, q, self.clip.split(q.shape[1]))
-
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, rope, text_lengths=lengths)
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary  # (N, H, D/2)
 
 
-def marked_lengths(mask: Tensor) -> Any:
+def marked_lengths(mask: Tensor) -> Tensor | str | None:
     """As :func:`padding_lengths`, of a mask whose valid tokens are those that are not 0."""
     return padding_lengths(mask != 0)
 
 
-def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
     """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
     lengths = marked_lengths(mask)
     if isinstance(lengths, str):
-        return host_forward(self, lengths, x, mask)
+        return lengths
     mean = self.pool_tokens(x, mask, keepdim=True)
     k, v = self.to_kv(torch.cat((mean, x), 1)).chunk(2, -1)
     q, k, v = (heads(y, self.num_attention_heads) for y in (self.to_q(mean), k, v))
@@ -61,7 +59,25 @@ def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor:
     return self.to_out(pooled.flatten(1))
 
 
-# What serves each class, with which operator, and what else of the host it relies on.
-HOSTS: dict[type[nn.Module], tuple[Any, ...]] = {
-    MochiAttentionPool: (pool, "cross_attention", MochiAttentionPool.pool_tokens),
-}
+def norm_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> Any:
+    scale, gate, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(4, 1)
+    normed = modulated_rows(self.norm, hidden_states, torch.zeros_like(scale), scale)
+    return normed, gate, scale_mlp, gate_mlp
+
+
+def norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor | str:
+    if not is_plain(self.norm):
+        return "its norm has hooks"
+    scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
+    return modulated_rows(self.norm.norm, x, torch.zeros_like(scale), scale)
+
+
+FAMILY = Family(
+    processors={MochiAttnProcessor2_0: MochiAttention},
+    forwards={
+        MochiAttentionPool: Forward(pool, "cross_attention", (MochiAttentionPool.pool_tokens,)),
+        mochi.MochiLayerNormContinuous: Forward(norm_continuous, "modulate"),
+        mochi.MochiRMSNormZero: Forward(norm_zero, "modulate"),
+    },
+    grids={mochi.MochiTransformer3DModel: channels_first},
+)

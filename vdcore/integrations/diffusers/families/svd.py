@@ -17,14 +17,13 @@ from diffusers.models.transformers.transformer_temporal import (
 )
 from torch import Tensor
 
-from vdcore.integrations.diffusers import _frames, _inference
-from vdcore.integrations.diffusers._attention import is_plain
-from vdcore.integrations.diffusers._clip import Clip
-from vdcore.integrations.diffusers._host import unknown_source
-from vdcore.integrations.diffusers._inference import Piece
-from vdcore.integrations.diffusers._rows import add_images_of, rows_of
-from vdcore.integrations.diffusers._swap import Change, changed_forward, host_forward
-from vdcore.integrations.diffusers.motion import feed_forward
+from vdcore.integrations.diffusers import factorized, inference
+from vdcore.integrations.diffusers.attention import is_plain
+from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
+from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.family import Family
+from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.swap import Change, changed_forward
 
 
 def plan(module: Any, clip: Clip) -> list[Change] | str:
@@ -37,25 +36,12 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
     reason = unknown_source(AlphaBlender.forward) or changed_forward(module.time_mixer)
     if reason is not None:
         return reason
-    changes = [Change(module, "blocks in (B, T, S, C)", forward=forward)]
-    for block in module.temporal_transformer_blocks:
-        reason = why_not_block(block)
-        if reason is not None:
-            return reason
-        changes.append(Change(block, "block in (B, T, S, C)", forward=block_forward))
-        for attn in (block.attn1, block.attn2):
-            if attn is not None:
-                changes.append(Change.of_processor(attn, _frames.TemporalAttention, clip))
-    return changes
-
-
-def why_not_block(block: Any) -> str | None:
-    if type(block) is not TemporalBasicTransformerBlock:
-        return f"its temporal block is a {type(block).__name__}"
-    reason = unknown_source(TemporalBasicTransformerBlock.forward) or changed_forward(block)
-    for attn in (block.attn1, block.attn2):
-        reason = reason or (None if attn is None else _frames.why_not(attn))
-    return reason
+    kind, attention = TemporalBasicTransformerBlock, factorized.TemporalAttention
+    changes = (
+        factorized.changes_of_block(block, kind, block_forward, "block in (B, T, S, C)", attention, clip)
+        for block in module.temporal_transformer_blocks
+    )
+    return factorized.changes_of_module(module, forward, "blocks in (B, T, S, C)", changes)
 
 
 def forward(
@@ -96,42 +82,36 @@ def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> 
 
 def block_forward(
     self: Any, hidden_states: Tensor, num_frames: int, encoder_hidden_states: Tensor | None = None
-) -> Tensor:
+) -> Tensor | str:
     """The temporal block on ``(B, T, S, C)`` with a text ``(B, L, C)``; rows ``(B*T, S, C)`` are the host's."""
     if hidden_states.ndim != 4:
-        reason = "called by a module in the host's layout"
-        return host_forward(self, reason, hidden_states, num_frames, encoder_hidden_states)
+        return factorized.HOSTS_LAYOUT
     x = hidden_states
     if self.is_res and self._chunk_size is None:
-        count = _inference.tokens_at_once(self, x, encoder_hidden_states)
+        count = inference.tokens_at_once(self, x, encoder_hidden_states)
         if count is not None:
-            return _without_gradients(self, x, encoder_hidden_states, count)
-    entered = feed_forward(self, self.ff_in, self.norm_in(x))
+            return _some_at_a_time(self, x, encoder_hidden_states, count)
+    entered = factorized.feed_forward(self, self.ff_in, self.norm_in(x))
     x = entered + x if self.is_res else entered
-    x = _frames.attend(self.attn1, self.norm1(x), temporal=True) + x
+    x = factorized.attend(self.attn1, self.norm1(x), temporal=True) + x
     if self.attn2 is not None:
-        x = _frames.attend(self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
-    out = feed_forward(self, self.ff, self.norm3(x))
+        x = factorized.attend(self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
+    out = factorized.feed_forward(self, self.ff, self.norm3(x))
     return out + x if self.is_res else out
 
 
-def _without_gradients(block: Any, x: Tensor, text: Tensor | None, count: int) -> Tensor:
-    from_text = [None] * x.shape[0]
+def _some_at_a_time(block: Any, x: Tensor, text: Tensor | None, count: int) -> Tensor:
+    from_text: list[Tensor | None] = [None]
     if block.attn2 is not None:
         assert text is not None
-        from_text = list(_frames.one_key_attention(block.attn2, text).flatten(0, 2))  # B times (C,)
+        from_text = list(factorized.one_key_attention(block.attn2, text).flatten(0, 2))  # B times (C,)
     tokens = x.shape[1] * x.shape[2]
-    hidden = _inference.Hidden()
-    feed_in, feed = (_inference.FeedForwardResidual(ff, tokens, hidden) for ff in (block.ff_in, block.ff))
-    norm_in, norm1, norm3 = (_inference.Norm(norm) for norm in (block.norm_in, block.norm1, block.norm3))
-    leave = [_inference.Residual(block.attn1.to_out[0], tokens, row=row) for row in from_text]
+    hidden = inference.Hidden()
+    feed_in, feed = ([inference.FeedForwardResidual(ff, tokens, hidden)] for ff in (block.ff_in, block.ff))
+    norm_in, norm1, norm3 = ([inference.Norm(norm)] for norm in (block.norm_in, block.norm1, block.norm3))
+    leave = [inference.Residual(block.attn1.to_out[0], tokens, row=row) for row in from_text]
+    stages = [inference.Stage(norm=norm_in, feed=feed_in, enter=norm1), inference.Stage(leave, norm3, feed)]
+    return inference.run(x, count, [block.attn1], stages)
 
-    def first(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> Tensor:
-        feed_in.write(x, norm_in(x, piece), out)
-        return norm1(out, piece)
 
-    def second(piece: Piece, x: Tensor, out: Tensor, attended: Tensor | None) -> None:
-        leave[piece.b].write(out, attended, out)
-        feed.write(out, norm3(out, piece), out)
-
-    return _inference.run(x, count, [block.attn1], [first, second])
+FAMILY = Family(factorized={TransformerSpatioTemporalModel: plan})

@@ -1,4 +1,4 @@
-"""Wan and SkyReels V2, which share their attention; Helios, which rotates in another layout."""
+"""Wan and SkyReels V2, which share their attention and blocks; Helios, which rotates in another layout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from diffusers.models.transformers import transformer_skyreels_v2 as skyreels
 from diffusers.models.transformers import transformer_wan as wan
 from torch import Tensor
 
-from vdcore.integrations.diffusers._attention import as_rope, leave_projection, project, qk_norm, video
-from vdcore.integrations.diffusers._clip import Clip, causal_block, samples_agree
-from vdcore.integrations.diffusers._fused import Fused
+from vdcore.integrations.diffusers.attention import output_projection
+from vdcore.integrations.diffusers.blocks.modulation import GATED, Parts, gated_rows, modulated_rows
+from vdcore.integrations.diffusers.clip import Clip, causal_block, samples_agree
+from vdcore.integrations.diffusers.family import Family, Forward, channels_first
+from vdcore.integrations.diffusers.fused import Fused
 from vdcore.mask import FrameMask
-from vdcore.rope import Rope
 
 
 class WanAttention(Fused):
@@ -21,30 +22,22 @@ class WanAttention(Fused):
 
     RELIES: ClassVar[tuple[Any, ...]] = (wan._get_qkv_projections, wan.WanRotaryPosEmbed.forward)
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if self.why_not_now() is None and attention_mask is None:
-            if encoder_hidden_states is None:
-                out = self.self_attention(attn, hidden_states, lambda q: self.rope(rotary_emb, q))
-                return leave_projection(attn, out)
-            if rotary_emb is None and attn.add_k_proj is None:
-                served = self.cross_attention(attn, hidden_states, encoder_hidden_states, None)
-                assert served is not None
-                return served
-        return self.as_host(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-
-    def rope(self, tables: tuple[Tensor, Tensor] | None, q: Tensor) -> Rope | None:
-        """From tables ``(1, N, 1, D)`` with every angle twice: the host reads one cosine and the other sine."""
-        if tables is None:
+    ) -> Tensor | None:
+        if attention_mask is not None or (encoder_hidden_states is not None and attn.add_k_proj is not None):
             return None
-        cos, sin = tables
-        return as_rope(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2], q, self.clip.split(q.shape[1]))
+        return self.self_or_cross_attention(attn, hidden_states, encoder_hidden_states, None, rotary_emb)
+
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``(1, N, 1, D)`` with every angle twice: the host reads one cosine and the other sine."""
+        cos, sin = rotary
+        return cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]
 
 
 class SkyReelsAttention(WanAttention):
@@ -52,28 +45,22 @@ class SkyReelsAttention(WanAttention):
 
     RELIES: ClassVar[tuple[Any, ...]] = (skyreels._get_qkv_projections, skyreels.SkyReelsV2RotaryPosEmbed.forward)
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        block = None
-        if attention_mask is not None and encoder_hidden_states is None and self.clip.mask is None:
-            block = self.clip.once(causal_block, attention_mask)
-        if block is None or self.why_not_now() is not None:
-            return super().serve(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+    ) -> Tensor | None:
+        if attention_mask is None or encoder_hidden_states is not None or self.clip.mask is not None:
+            return super().fused(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        block = self.clip.once(causal_block, attention_mask)
+        if block is None:
+            return None
         blocks = Clip(FrameMask.causal())
         blocks.announce((hidden_states.shape[1] // block, block, 1))
-        q, k, v = project(attn, hidden_states)
-        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        rope = None
-        if rotary_emb is not None:
-            cos, sin = rotary_emb
-            rope = as_rope(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2], q, blocks.split(q.shape[1]))
-        return leave_projection(attn, video(blocks, q, k, v, norm, rope))
+        return output_projection(attn, self.self_attention(attn, hidden_states, rotary_emb, blocks))
 
 
 class HeliosAttention(Fused):
@@ -81,7 +68,7 @@ class HeliosAttention(Fused):
 
     RELIES: ClassVar[tuple[Any, ...]] = (helios._get_qkv_projections, helios.apply_rotary_emb_transposed)
 
-    def serve(
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -89,22 +76,65 @@ class HeliosAttention(Fused):
         attention_mask: Tensor | None = None,
         rotary_emb: Tensor | None = None,
         original_context_length: int | None = None,
-    ) -> Tensor:
-        known = self.why_not_now() is None and attention_mask is None
-        if known and encoder_hidden_states is None and not attn.is_amplify_history:
-            if rotary_emb is None or self.clip.once(samples_agree, rotary_emb):
-                out = self.self_attention(attn, hidden_states, lambda q: self.rope(rotary_emb, q))
-                return leave_projection(attn, out)
-        elif known and encoder_hidden_states is not None and rotary_emb is None:
-            served = self.cross_attention(attn, hidden_states, encoder_hidden_states, None)
-            assert served is not None
-            return served
-        given = (encoder_hidden_states, attention_mask, rotary_emb, original_context_length)
-        return self.as_host(attn, hidden_states, *given)
-
-    def rope(self, table: Tensor | None, q: Tensor) -> Rope | None:
-        """From a table ``(B, N, 2 D)``: cosines, then sines, every angle twice."""
-        if table is None:
+    ) -> Tensor | None:
+        to_itself = encoder_hidden_states is None
+        if attention_mask is not None or (to_itself and attn.is_amplify_history):
             return None
-        cos, sin = table[0].chunk(2, -1)
-        return as_rope(cos[..., 0::2], sin[..., 1::2], q, self.clip.split(q.shape[1]))
+        if to_itself and rotary_emb is not None and not self.clip.once(samples_agree, rotary_emb):
+            return None
+        return self.self_or_cross_attention(attn, hidden_states, encoder_hidden_states, None, rotary_emb)
+
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        """From a table ``(B, N, 2 D)``: cosines, then sines, every angle twice."""
+        cos, sin = rotary[0].chunk(2, -1)
+        return cos[..., 0::2], sin[..., 1::2]
+
+
+def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    if temb.ndim == 4:  # (B, N, 6, C)
+        parts = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(2)
+    else:  # (B, 6, C)
+        parts = (self.scale_shift_table + temb.float()).unbind(1)
+    return _block(self, hidden_states, encoder_hidden_states, None, rotary_emb, parts)
+
+
+def skyreels_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    if temb.ndim == 4:  # (B, 6, N, C)
+        parts = (self.scale_shift_table.unsqueeze(2) + temb.float()).unbind(1)
+    else:
+        parts = (self.scale_shift_table + temb.float()).unbind(1)
+    return _block(self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, parts)
+
+
+def _block(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, rotary_emb: Any, parts: Parts) -> Tensor:
+    """The block on rows ``(B, N, C)``, modulated by ``(B, C)`` or ``(B, N, C)``; the host does so in float32."""
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (y if y.ndim == 2 else y.unsqueeze(1) for y in parts)
+    attended = block.attn1(modulated_rows(block.norm1, x, shift, scale), None, mask, rotary_emb)
+    x = gated_rows(x, attended, gate)
+    normed = block.norm2(x.float()).type_as(x)
+    x = x + block.attn2(normed, text, None, None)
+    return gated_rows(x, block.ffn(modulated_rows(block.norm3, x, shift_mlp, scale_mlp)), gate_mlp)
+
+
+FAMILY = Family(
+    processors={
+        helios.HeliosAttnProcessor: HeliosAttention,
+        skyreels.SkyReelsV2AttnProcessor: SkyReelsAttention,
+        wan.WanAttnProcessor: WanAttention,
+    },
+    forwards={
+        skyreels.SkyReelsV2TransformerBlock: Forward(skyreels_block, GATED),
+        wan.WanTransformerBlock: Forward(wan_block, GATED),
+    },
+    grids={
+        skyreels.SkyReelsV2Transformer3DModel: channels_first,
+        wan.WanTransformer3DModel: channels_first,
+    },
+)
