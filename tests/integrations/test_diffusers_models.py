@@ -20,7 +20,7 @@ from host_runs import (
 
 from vdcore import FrameMask
 from vdcore.integrations.diffusers import swap_in, swap_out
-from vdcore.integrations.diffusers.families import GRIDS
+from vdcore.integrations.diffusers.registry import GRIDS
 from vdcore.testing import error_ratio
 
 FACTORIZED = [name for name, tiny in MODELS.items() if tiny.factorized]

@@ -12,15 +12,17 @@ Tested with the versions in :data:`TESTED`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vdcore.integrations.diffusers import families
+from vdcore.integrations.diffusers import families, registry
 from vdcore.integrations.diffusers.blocks import patches
 from vdcore.integrations.diffusers.clip import Clip, Watch
 from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.processor import Processor
+from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
 from vdcore.integrations.swap import Change, Find, is_served, names_used, restore_model, swap
 from vdcore.mask import FrameMask
@@ -57,9 +59,9 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         clip = Clip(mask)
         models.append((path, model, _finder(model, path, clip)))
         if mask is not None and before is None:
-            if type(model) in families.GRIDS:
-                hooks.append(Change.of_hook(model, Watch(clip, families.GRIDS[type(model)])))
-            elif not any(type(module) in families.FACTORIZED for module in model.modules()):
+            if type(model) in registry.GRIDS:
+                hooks.append(Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)]))))
+            elif not any(type(module) in registry.FACTORIZED for module in model.modules()):
                 raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
     return swap(models, report, hooks)
 
@@ -101,11 +103,11 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:
         found: list[Change] | Change | str | None = None
-        if type(module) in families.FACTORIZED:
-            found = families.FACTORIZED[type(module)](module, clip)
+        if type(module) in registry.FACTORIZED:
+            found = registry.FACTORIZED[type(module)](module, clip)
             if isinstance(found, str) and clip.mask is not None:
                 raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
-        elif type(module) in families.FORWARDS:
+        elif type(module) in registry.FORWARDS:
             found = families.change_of_forward(module)
         elif module in embeddings:
             found = embeddings[module] or patches.change(module)

@@ -143,35 +143,3 @@ def cross(
     """Attention of tokens ``(B, N, H, D)`` to others ``(B, L, G, D)``."""
     out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths, norm=norm, scale=scale)
     return out.squeeze(1)
-
-
-def joint(
-    clip: Clip,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text: tuple[Tensor, Tensor, Tensor],
-    *,
-    norm: QKNorm | None,
-    text_norm: QKNorm | None,
-    rope: Rope | None,
-    text_lengths: Tensor | None = None,
-    text_first: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Attention over a clip and a text, neither concatenated to the other: ``(B, N, H, D)`` and ``(B, L, H, D)``."""
-    split = clip.split(q.shape[1])
-    q, k, v = (x.unflatten(1, split) for x in (q, k, v))
-    out, out_text = vdcore.video_attention(
-        q,
-        k,
-        v,
-        mask=clip.frame_mask,
-        text=text,
-        text_lengths=text_lengths,
-        text_norm=text_norm,
-        text_first=text_first,
-        text_sees=clip.text_sees,
-        norm=norm,
-        rope=rope,
-    )
-    return out.flatten(1, 2), out_text

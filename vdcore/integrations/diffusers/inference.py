@@ -197,7 +197,8 @@ class Residual:
         self.ones = ones and self.row is not None and tokens >= linear.in_features
         if self.ones:
             both = _aligned(len(weight), weight.shape[1], weight)[:, LEAD - 1 :]
-            both[:, 0], self.row = self.row, None
+            assert self.row is not None
+            both[:, 0], self.row = self.row.detach(), None
             if gate is None:
                 both[:, 1:].copy_(weight)
             else:

@@ -46,7 +46,9 @@ def rebound_class(host: Any, base: Any) -> type[Rebound]:
     def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self.serve(attn, *args, **kwargs)
 
-    return type(base.__name__, (base,), {"__call__": call, "HOST": host, "MADE_BY": (rebound_class, (host, base))})
+    names = tuple(inspect.signature(host.__call__).parameters)[2:]
+    made = {"__call__": call, "HOST": host, "NAMES": names, "MADE_BY": (rebound_class, (host, base))}
+    return type(base.__name__, (base,), made)
 
 
 class Options(NamedTuple):
@@ -67,6 +69,7 @@ class Rebound(MadeAtRunTime, Processor):
 
     SERVES = "video_attention, cross_attention"
     HOST: ClassVar[type]
+    NAMES: ClassVar[tuple[str, ...]]  # of the arguments of the host's processor, after the attention module
 
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)

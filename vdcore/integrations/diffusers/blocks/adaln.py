@@ -8,10 +8,11 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_cosmos, transformer_easyanimate
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.blocks.modulation import NEITHER, RANK, modulated_rows
-from vdcore.integrations.diffusers.family import Family, Forward
 
 
+@registry.forward(normalization.AdaLayerNormZero, serves="modulate")
 def zero(
     self: Any,
     x: Tensor,
@@ -28,6 +29,7 @@ def zero(
     return modulated_rows(self.norm, x, shift, scale), gate, shift_mlp, scale_mlp, gate_mlp
 
 
+@registry.forward(normalization.AdaLayerNormZeroSingle, serves="modulate")
 def zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> Any:
     if x.ndim != 3:
         return RANK
@@ -35,6 +37,7 @@ def zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> Any:
     return modulated_rows(self.norm, x, shift, scale), gate
 
 
+@registry.forward(normalization.AdaLayerNormContinuous, serves="modulate")
 def continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor | str:
     if x.ndim != 3:
         return RANK
@@ -42,6 +45,7 @@ def continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor |
     return modulated_rows(self.norm, x, shift, scale)
 
 
+@registry.forward(normalization.AdaLayerNorm, serves="modulate")
 def by_timestep(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor | str:
     if x.ndim != 3 or self.chunk_dim != 1:
         return "modulation that is not one of rows by sample"
@@ -51,6 +55,9 @@ def by_timestep(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tens
     return modulated_rows(self.norm, x, shift, scale)
 
 
+@registry.forward(
+    normalization.CogVideoXLayerNormZero, transformer_easyanimate.EasyAnimateLayerNormZero, serves="modulate"
+)
 def joint_zero(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> Any:
     """CogVideoX's and EasyAnimate's: the clip and the text by one norm; only the shape of the gates differs."""
     shift, scale, gate, text_shift, text_scale, text_gate = self.linear(self.silu(temb)).chunk(6, 1)
@@ -61,6 +68,7 @@ def joint_zero(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, 
     return video, text, gate, text_gate
 
 
+@registry.forward(transformer_cosmos.CosmosAdaLayerNorm, transformer_cosmos.CosmosAdaLayerNormZero, serves="modulate")
 def cosmos(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb: Tensor | None = None) -> Any:
     """Cosmos' norm, and the one that returns a gate as well; modulated by sample or by token."""
     rows = embedded_timestep.shape[1:-1]
@@ -77,17 +85,3 @@ def cosmos(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb: Te
     if not zero:
         return out
     return out, gates[0] if rows else gates[0].unsqueeze(1)
-
-
-FAMILY = Family(
-    forwards={
-        normalization.AdaLayerNorm: Forward(by_timestep, "modulate"),
-        normalization.AdaLayerNormContinuous: Forward(continuous, "modulate"),
-        normalization.AdaLayerNormZero: Forward(zero, "modulate"),
-        normalization.AdaLayerNormZeroSingle: Forward(zero_single, "modulate"),
-        normalization.CogVideoXLayerNormZero: Forward(joint_zero, "modulate"),
-        transformer_cosmos.CosmosAdaLayerNorm: Forward(cosmos, "modulate"),
-        transformer_cosmos.CosmosAdaLayerNormZero: Forward(cosmos, "modulate"),
-        transformer_easyanimate.EasyAnimateLayerNormZero: Forward(joint_zero, "modulate"),
-    }
-)

@@ -5,6 +5,7 @@ On ``(B, T, S, C)``, or on rows ``(B, N, C)``; shifts, scales and gates are by s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ RANK = "rows of another rank"
 
 # Parts of a table of modulations: (B, C) by sample, or (B, 1, N, C) by token.
 Parts = tuple[Tensor, ...]
+Layer = Callable[[Tensor], Tensor]
 
 
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -50,6 +52,22 @@ def modulated_rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
 def gated_rows(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """As :func:`gated`, of rows ``(B, N, C)``."""
     return gated(residual.unsqueeze(1), x.unsqueeze(1), gate).squeeze(1)
+
+
+def transformer_block(
+    x: Tensor, parts: Parts, norms: tuple[Any, Any], attend: Layer, cross: Layer | None, feed: Layer
+) -> Tensor:
+    """Attention, cross attention without modulation, and a feed-forward layer, on rows ``(B, N, C)``.
+
+    Args:
+        parts: shift, scale and gate of attention, then of the feed-forward layer.
+        norms: before either.
+    """
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
+    x = gated_rows(x, attend(modulated_rows(norms[0], x, shift, scale)), gate)
+    if cross is not None:
+        x = x + cross(x)
+    return gated_rows(x, feed(modulated_rows(norms[1], x, shift_mlp, scale_mlp)), gate_mlp)
 
 
 def parts_of(table: Tensor, temb: Tensor) -> Parts:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from vdcore.integrations.diffusers import factorized, rebound
-from vdcore.integrations.diffusers.blocks import adaln
+from vdcore.integrations.diffusers.blocks import adaln  # noqa: F401, enters itself
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.diffusers.families import (
+from vdcore.integrations.diffusers.families import (  # noqa: F401, each enters itself
     allegro,
     cogvideox,
     cosmos,
@@ -26,28 +26,8 @@ from vdcore.integrations.diffusers.families import (
 )
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.processor import why_not_processor
+from vdcore.integrations.diffusers.registry import FORWARDS, PROCESSORS
 from vdcore.integrations.swap import Change, changed_forward
-
-MODULES = (
-    adaln,
-    allegro,
-    cogvideox,
-    cosmos,
-    hunyuan_video,
-    kandinsky,
-    latte,
-    ltx,
-    ltx2,
-    mochi,
-    motion,
-    sana,
-    svd,
-    wan,
-)
-FACTORIZED = {host: plan for module in MODULES for host, plan in module.FAMILY.factorized.items()}
-PROCESSORS = {host: fused for module in MODULES for host, fused in module.FAMILY.processors.items()}
-FORWARDS = {host: forward for module in MODULES for host, forward in module.FAMILY.forwards.items()}
-GRIDS = {host: grid for module in MODULES for host, grid in module.FAMILY.grids.items()}
 
 
 def change_of_forward(module: nn.Module) -> Change | str:

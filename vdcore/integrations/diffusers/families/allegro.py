@@ -11,38 +11,33 @@ from diffusers.models.transformers import AllegroTransformer3DModel
 from diffusers.models.transformers.transformer_allegro import AllegroTransformerBlock
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import output_projection, project, video
-from vdcore.integrations.diffusers.blocks.modulation import GATED, RANK, gated_rows, modulated_rows
-from vdcore.integrations.diffusers.family import Family, Forward, channels_first
-from vdcore.integrations.diffusers.fused import Fused
+from vdcore.integrations.diffusers.blocks.modulation import GATED, RANK, transformer_block
+from vdcore.integrations.diffusers.fused import Call, Fused
 from vdcore.rope import Style
 
+registry.grid(AllegroTransformer3DModel, axes=(2, 3, 4))
 
+
+@registry.processor(AllegroAttnProcessor2_0)
 class AllegroAttention(Fused):
     """Self-attention with rotation; cross attention to text."""
 
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb_allegro,)
     STYLE: ClassVar[Style] = "half"
 
-    def fused(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Tensor | None:
+    def fused(self, attn: Any, call: Call) -> Tensor | None:
         plain = attn.spatial_norm is None and attn.group_norm is None and not attn.norm_cross
         alone = not attn.residual_connection and attn.rescale_output_factor == 1
-        if not (plain and alone and hidden_states.ndim == 3):
+        if not (plain and alone and call.x.ndim == 3):
             return None
-        if encoder_hidden_states is not None:
-            return self.cross_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if attention_mask is not None and self.clip.key_lengths(attention_mask) is not None:
+        if call.text is not None:
+            return self.cross_attention(attn, call.x, call.text, call.mask)
+        if call.mask is not None and self.clip.key_lengths(call.mask) is not None:
             return None
-        q, k, v = project(attn, hidden_states)
-        rope = self.rope(image_rotary_emb, q)
+        q, k, v = project(attn, call.x)
+        rope = self.rope(call.rotary, q)
         if rope is not None:
             q, k = halves_together(q), halves_together(k)
         return output_projection(attn, video(self.clip, q, k, v, None, rope))
@@ -59,6 +54,7 @@ def halves_together(x: Tensor) -> Tensor:
     return x.unflatten(-1, (3, 2, -1)).transpose(-3, -2).flatten(-3)
 
 
+@registry.forward(AllegroTransformerBlock, serves=GATED)
 def block(
     self: Any,
     hidden_states: Tensor,
@@ -73,28 +69,14 @@ def block(
     x = hidden_states
     if x.ndim != 3:
         return RANK
-    parts = self.scale_shift_table + temb.reshape(x.shape[0], 6, -1)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(1)  # (B, C)
-    attended = self.attn1(
-        modulated_rows(self.norm1, x, shift, scale),
-        encoder_hidden_states=None,
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
-    )
-    x = gated_rows(x, attended, gate)
-    if self.attn2 is not None:
-        attended = self.attn2(
-            x,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=encoder_attention_mask,
-            image_rotary_emb=None,
-        )
-        x = attended + x
-    return gated_rows(x, self.ff(modulated_rows(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
+    parts = (self.scale_shift_table + temb.reshape(x.shape[0], 6, -1)).unbind(1)  # (B, C)
 
+    def attend(rows: Tensor) -> Tensor:
+        given = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
+        return self.attn1(rows, encoder_hidden_states=None, **given)
 
-FAMILY = Family(
-    processors={AllegroAttnProcessor2_0: AllegroAttention},
-    forwards={AllegroTransformerBlock: Forward(block, GATED)},
-    grids={AllegroTransformer3DModel: channels_first},
-)
+    def cross(x: Tensor) -> Tensor:
+        given = {"attention_mask": encoder_attention_mask, "image_rotary_emb": None}
+        return self.attn2(x, encoder_hidden_states=encoder_hidden_states, **given)
+
+    return transformer_block(x, parts, (self.norm1, self.norm2), attend, None if self.attn2 is None else cross, self.ff)

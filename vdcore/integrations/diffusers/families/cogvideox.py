@@ -15,31 +15,28 @@ from diffusers.models.transformers import consisid_transformer_3d as consisid
 from diffusers.models.transformers.transformer_easyanimate import EasyAnimateAttnProcessor2_0
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import cross, heads
 from vdcore.integrations.diffusers.clip import pairs_agree
-from vdcore.integrations.diffusers.family import Family, Forward, channels_first, frames_first
-from vdcore.integrations.diffusers.fused import Fused
+from vdcore.integrations.diffusers.fused import Call, Fused
+
+registry.grid(transformers.CogVideoXTransformer3DModel, transformers.ConsisIDTransformer3DModel, axes=(1, 3, 4))
+registry.grid(transformers.EasyAnimateTransformer3DModel, axes=(2, 3, 4))
 
 
+@registry.processor(CogVideoXAttnProcessor2_0, EasyAnimateAttnProcessor2_0)
 class TextFirstAttention(Fused):
     """Joint attention with a norm per head and interleaved rotation of the clip, by a table of the caller's."""
 
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb,)
     SERVES = "video_attention"
 
-    def fused(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        if attention_mask is not None or attn.is_cross_attention or encoder_hidden_states is None:
+    def fused(self, attn: Any, call: Call) -> Any:
+        if call.mask is not None or attn.is_cross_attention or call.text is None:
             return None
-        if image_rotary_emb is not None and not all(self.clip.once(pairs_agree, x) for x in image_rotary_emb):
+        if call.rotary is not None and not all(self.clip.once(pairs_agree, x) for x in call.rotary):
             return None
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_first=True)
+        return self.joint_attention(attn, call, text_first=True)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(N, D)``, every angle twice."""
@@ -47,12 +44,14 @@ class TextFirstAttention(Fused):
         return cos[:, 0::2], sin[:, 0::2]
 
 
+@registry.forward(consisid.PerceiverAttention, serves="cross_attention")
 def perceiver(self: Any, image_embeds: Tensor, latents: Tensor) -> Tensor:
     """Latents ``(B, L, C)`` attend to the image's tokens ``(B, M, C)`` and to one another."""
     latents = self.norm2(latents)
     return _attend(self, latents, torch.cat((self.norm1(image_embeds), latents), -2))
 
 
+@registry.forward(consisid.PerceiverCrossAttention, serves="cross_attention")
 def perceiver_cross(self: Any, image_embeds: Tensor, hidden_states: Tensor) -> Tensor:
     """Tokens of the clip ``(B, N, C)`` attend to those of the face ``(B, M, E)``."""
     return _attend(self, self.norm2(hidden_states), self.norm1(image_embeds))
@@ -61,20 +60,3 @@ def perceiver_cross(self: Any, image_embeds: Tensor, hidden_states: Tensor) -> T
 def _attend(module: Any, x: Tensor, context: Tensor) -> Tensor:
     q, k, v = (heads(y, module.heads) for y in (module.to_q(x), *module.to_kv(context).chunk(2, -1)))
     return module.to_out(cross(q, k, v).flatten(-2))
-
-
-FAMILY = Family(
-    processors={
-        CogVideoXAttnProcessor2_0: TextFirstAttention,
-        EasyAnimateAttnProcessor2_0: TextFirstAttention,
-    },
-    forwards={
-        consisid.PerceiverAttention: Forward(perceiver, "cross_attention"),
-        consisid.PerceiverCrossAttention: Forward(perceiver_cross, "cross_attention"),
-    },
-    grids={
-        transformers.CogVideoXTransformer3DModel: frames_first,
-        transformers.ConsisIDTransformer3DModel: frames_first,
-        transformers.EasyAnimateTransformer3DModel: channels_first,
-    },
-)

@@ -15,33 +15,38 @@ from diffusers.models.transformers import transformer_hunyuan_video15 as hunyuan
 from diffusers.models.transformers import transformer_motif_video as motif
 from torch import Tensor
 
-from vdcore.integrations.diffusers.family import Family, channels_first
-from vdcore.integrations.diffusers.fused import Fused
+from vdcore.integrations.diffusers import registry
+from vdcore.integrations.diffusers.fused import Call, Fused
+
+registry.grid(
+    hunyuan.HunyuanVideoTransformer3DModel,
+    hunyuan15.HunyuanVideo15Transformer3DModel,
+    motif.MotifVideoTransformer3DModel,
+    axes=(2, 3, 4),
+)
 
 
+@registry.processor(hunyuan.HunyuanVideoAttnProcessor2_0)
 class JointAttention(Fused):
     """Joint attention with a norm per head and interleaved rotation of the clip."""
 
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan.HunyuanVideoRotaryPosEmbed.forward)
     SERVES = "video_attention"
 
-    def fused(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        if encoder_hidden_states is None:
+    def fused(self, attn: Any, call: Call) -> Any:
+        if call.text is None:
             return None
-        lengths = self.padding(attention_mask, hidden_states.shape[1], encoder_hidden_states.shape[1])
-        if isinstance(lengths, str):
-            return None
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_lengths=lengths)
+        lengths = self.padding(call.mask, call.x.shape[1], call.text.shape[1])
+        return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
 
     def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | str | None:
-        return self.text_lengths(mask, tokens, text)
+        """Valid text tokens of a mask over clip and text; the reason if the mask is of another kind."""
+        if mask is None:
+            return None
+        if mask.shape[-1] != tokens + text:
+            return "the attention mask is not one of the clip and the text"
+        lengths = self.clip.key_lengths(mask)
+        return lengths - tokens if isinstance(lengths, Tensor) else lengths
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(N, D)``, every angle twice."""
@@ -49,6 +54,7 @@ class JointAttention(Fused):
         return cos[:, 0::2], sin[:, 0::2]
 
 
+@registry.processor(hunyuan15.HunyuanVideo15AttnProcessor2_0)
 class HunyuanVideo15Attention(JointAttention):
     """The mask ``(B, L)`` is of the text; the host makes one of all pairs from it in every call."""
 
@@ -60,19 +66,6 @@ class HunyuanVideo15Attention(JointAttention):
         return self.clip.key_lengths(mask)
 
 
+@registry.processor(motif.MotifVideoAttnProcessor2_0)
 class MotifVideoAttention(JointAttention):
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, motif.MotifVideoRotaryPosEmbed.forward)
-
-
-FAMILY = Family(
-    processors={
-        hunyuan.HunyuanVideoAttnProcessor2_0: JointAttention,
-        hunyuan15.HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Attention,
-        motif.MotifVideoAttnProcessor2_0: MotifVideoAttention,
-    },
-    grids={
-        hunyuan.HunyuanVideoTransformer3DModel: channels_first,
-        hunyuan15.HunyuanVideo15Transformer3DModel: channels_first,
-        motif.MotifVideoTransformer3DModel: channels_first,
-    },
-)

@@ -15,15 +15,15 @@ from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers import factorized, inference
+from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.modulation import GATED, gated, modulated
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.diffusers.family import Family
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.swap import Change, changed_forward
 
 
+@registry.factorized(LatteTransformer3DModel)
 def plan(model: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve the model, or why not."""
     reason = unknown_source(LatteTransformer3DModel.forward) or changed_forward(model)
@@ -148,6 +148,3 @@ def _stages(block: Any, tokens: int, parts: tuple[Tensor, ...]) -> list[inferenc
             feed=[inference.FeedForwardResidual(block.ff, tokens, hidden, row) for row in gate_mlp],
         ),
     ]
-
-
-FAMILY = Family(factorized={LatteTransformer3DModel: plan})

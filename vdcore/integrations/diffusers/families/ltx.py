@@ -7,37 +7,30 @@ from typing import Any, ClassVar
 from diffusers.models.transformers import transformer_ltx as ltx
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.blocks.modulation import (
     GATED,
     NEITHER,
     by_sample_or_token,
-    gated_rows,
-    modulated_rows,
     parts_of,
+    transformer_block,
 )
 from vdcore.integrations.diffusers.clip import pairs_agree, samples_agree
-from vdcore.integrations.diffusers.family import Family, Forward, packed
-from vdcore.integrations.diffusers.fused import Fused
+from vdcore.integrations.diffusers.fused import Call, Fused
+
+registry.grid(ltx.LTXVideoTransformer3DModel, axes=None)
 
 
+@registry.processor(ltx.LTXVideoAttnProcessor)
 class LTXAttention(Fused):
     """Self-attention and cross attention to text."""
 
     RELIES: ClassVar[tuple[Any, ...]] = (ltx.apply_rotary_emb,)
 
-    def fused(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | None:
-        if encoder_hidden_states is None and not self.knows(image_rotary_emb):
+    def fused(self, attn: Any, call: Call) -> Tensor | None:
+        if call.text is None and not self.knows(call.rotary):
             return None
-        return self.self_or_cross_attention(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-        )
+        return self.self_or_cross_attention(attn, call)
 
     def knows(self, tables: tuple[Tensor, Tensor] | None) -> bool:
         return tables is None or all(self.clip.once(interleaved_agree, x) for x in tables)
@@ -52,6 +45,7 @@ def interleaved_agree(table: Tensor) -> bool:
     return pairs_agree(table) and samples_agree(table)
 
 
+@registry.forward(ltx.LTXVideoTransformerBlock, serves=GATED)
 def block(
     self: Any,
     hidden_states: Tensor,
@@ -63,24 +57,13 @@ def block(
     """Modulated by ``(B, 1, 6 C)`` or ``(B, N, 6 C)``."""
     if not by_sample_or_token(hidden_states, temb) or len(self.scale_shift_table) != 6:
         return NEITHER
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts_of(self.scale_shift_table, temb)
-    attended = self.attn1(
-        hidden_states=modulated_rows(self.norm1, hidden_states, shift, scale),
-        encoder_hidden_states=None,
-        image_rotary_emb=image_rotary_emb,
-    )
-    x = gated_rows(hidden_states, attended, gate)
-    x = x + self.attn2(
-        x,
-        encoder_hidden_states=encoder_hidden_states,
-        image_rotary_emb=None,
-        attention_mask=encoder_attention_mask,
-    )
-    return gated_rows(x, self.ff(modulated_rows(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
 
+    def attend(rows: Tensor) -> Tensor:
+        return self.attn1(hidden_states=rows, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
 
-FAMILY = Family(
-    processors={ltx.LTXVideoAttnProcessor: LTXAttention},
-    forwards={ltx.LTXVideoTransformerBlock: Forward(block, GATED)},
-    grids={ltx.LTXVideoTransformer3DModel: packed},
-)
+    def cross(x: Tensor) -> Tensor:
+        given = {"image_rotary_emb": None, "attention_mask": encoder_attention_mask}
+        return self.attn2(x, encoder_hidden_states=encoder_hidden_states, **given)
+
+    parts = parts_of(self.scale_shift_table, temb)
+    return transformer_block(hidden_states, parts, (self.norm1, self.norm2), attend, cross, self.ff)

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers import transformer_ltx2 as ltx2
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import as_rope, output_projection
 from vdcore.integrations.diffusers.blocks.modulation import (
     GATED,
@@ -20,10 +21,13 @@ from vdcore.integrations.diffusers.blocks.modulation import (
 )
 from vdcore.integrations.diffusers.clip import Clip, samples_agree
 from vdcore.integrations.diffusers.families.ltx import LTXAttention
-from vdcore.integrations.diffusers.family import Family, Forward, packed
+from vdcore.integrations.diffusers.fused import Call
 from vdcore.rope import Rope
 
+registry.grid(ltx2.LTX2VideoTransformer3DModel, axes=None)
 
+
+@registry.processor(ltx2.LTX2AudioVideoAttnProcessor, ltx2.LTX2PerturbedAttnProcessor)
 class LTX2Attention(LTXAttention):
     """As LTX, also with halves rotated and outputs gated. Attention between video and audio runs as rebound."""
 
@@ -33,26 +37,15 @@ class LTX2Attention(LTXAttention):
     def is_video(cls, name: str) -> bool:
         return "audio" not in name
 
-    def fused(  # type: ignore[override]
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **perturbation: Any,
-    ) -> Tensor | None:
-        alone = encoder_hidden_states is None and attention_mask is None and key_rotary_emb is None
-        perturbed = any(x is not None and x is not False for x in perturbation.values())
-        if not alone or perturbed or not self.knows(query_rotary_emb):
+    def fused(self, attn: Any, call: Call) -> Tensor | None:
+        others = any(x is not False for x in call.others.values())  # keys' own rotation, or perturbation
+        if call.text is not None or call.mask is not None or others or not self.knows(call.rotary):
             return None
-        kind = "split" if query_rotary_emb is not None and has_halves(query_rotary_emb) else "interleaved"
-        if query_rotary_emb is not None and attn.rope_type != kind:
+        if call.rotary is not None and attn.rope_type != ("split" if has_halves(call.rotary) else "interleaved"):
             return None
-        out = self.self_attention(attn, hidden_states, query_rotary_emb)
+        out = self.self_attention(attn, call.x, call.rotary)
         if attn.to_gate_logits is not None:
-            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(call.x))).unsqueeze(-1)
         return output_projection(attn, out)
 
     def knows(self, tables: tuple[Tensor, Tensor] | None) -> bool:
@@ -89,6 +82,7 @@ class Side(NamedTuple):
         return modulated_rows(self.norm, self.x, shift, scale)
 
 
+@registry.forward(ltx2.LTX2VideoTransformerBlock, serves=GATED, relies=(ltx2.LTX2VideoTransformerBlock.get_mod_params,))
 def block(
     self: Any,
     hidden_states: Tensor,
@@ -192,14 +186,3 @@ def _modulated_text(block: Any, text: Tensor, table: Tensor, temb: Tensor | None
     else:
         shift, scale = block.get_mod_params(table, temb, text.shape[0])
     return text * (1 + scale) + shift
-
-
-Block = ltx2.LTX2VideoTransformerBlock
-FAMILY = Family(
-    processors={
-        ltx2.LTX2AudioVideoAttnProcessor: LTX2Attention,
-        ltx2.LTX2PerturbedAttnProcessor: LTX2Attention,
-    },
-    forwards={Block: Forward(block, GATED, (Block.get_mod_params,))},
-    grids={ltx2.LTX2VideoTransformer3DModel: packed},
-)

@@ -13,30 +13,24 @@ from diffusers.models.embeddings import MochiAttentionPool
 from diffusers.models.transformers import transformer_mochi as mochi
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import cross, heads, is_plain
 from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
 from vdcore.integrations.diffusers.clip import padding_lengths
-from vdcore.integrations.diffusers.family import Family, Forward, channels_first
-from vdcore.integrations.diffusers.fused import Fused
+from vdcore.integrations.diffusers.fused import Call, Fused
+
+registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
 
 
+@registry.processor(MochiAttnProcessor2_0)
 class MochiAttention(Fused):
     """Joint attention with a norm per head and a learned interleaved rotation of every head."""
 
     SERVES = "video_attention"
 
-    def fused(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        lengths = self.clip.once(marked_lengths, attention_mask)
-        if isinstance(lengths, str):
-            return None
-        return self.joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, text_lengths=lengths)
+    def fused(self, attn: Any, call: Call) -> Any:
+        lengths = self.clip.once(marked_lengths, call.mask)
+        return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         return rotary  # (N, H, D/2)
@@ -47,6 +41,7 @@ def marked_lengths(mask: Tensor) -> Tensor | str | None:
     return padding_lengths(mask != 0)
 
 
+@registry.forward(MochiAttentionPool, serves="cross_attention", relies=(MochiAttentionPool.pool_tokens,))
 def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
     """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
     lengths = marked_lengths(mask)
@@ -59,25 +54,16 @@ def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
     return self.to_out(pooled.flatten(1))
 
 
+@registry.forward(mochi.MochiRMSNormZero, serves="modulate")
 def norm_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> Any:
     scale, gate, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(4, 1)
     normed = modulated_rows(self.norm, hidden_states, torch.zeros_like(scale), scale)
     return normed, gate, scale_mlp, gate_mlp
 
 
+@registry.forward(mochi.MochiLayerNormContinuous, serves="modulate")
 def norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor | str:
     if not is_plain(self.norm):
         return "its norm has hooks"
     scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
     return modulated_rows(self.norm.norm, x, torch.zeros_like(scale), scale)
-
-
-FAMILY = Family(
-    processors={MochiAttnProcessor2_0: MochiAttention},
-    forwards={
-        MochiAttentionPool: Forward(pool, "cross_attention", (MochiAttentionPool.pool_tokens,)),
-        mochi.MochiLayerNormContinuous: Forward(norm_continuous, "modulate"),
-        mochi.MochiRMSNormZero: Forward(norm_zero, "modulate"),
-    },
-    grids={mochi.MochiTransformer3DModel: channels_first},
-)

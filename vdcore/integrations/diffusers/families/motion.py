@@ -18,17 +18,17 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers import factorized, inference
+from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.diffusers.family import Family
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.swap import Change, changed_forward
 
 SERVES = "blocks in (B, T, S, C)"
 
 
+@registry.factorized(AnimateDiffTransformer3D, TransformerTemporalModel)
 def plan(module: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve a motion module, or why not."""
     reason = unknown_source(type(module).forward) or changed_forward(module)
@@ -44,6 +44,7 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
     return factorized.changes_of_module(module, forward, SERVES, changes)
 
 
+@registry.factorized(I2VGenXLTransformerTemporalEncoder)
 def plan_encoder(module: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve the encoder of I2VGen-XL's image latents, which gets rows ``(B*H*W, T, C)``."""
     reason = unknown_source(I2VGenXLTransformerTemporalEncoder.forward) or changed_forward(module)
@@ -121,12 +122,3 @@ def _embedded_norm(norm: Any, embedding: Any, x: Tensor) -> Tensor:
     shift = frames.expand(x.shape[0], -1, -1)
     scale = torch.zeros_like(shift[:, 0])
     return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-
-
-FAMILY = Family(
-    factorized={
-        AnimateDiffTransformer3D: plan,
-        I2VGenXLTransformerTemporalEncoder: plan_encoder,
-        TransformerTemporalModel: plan,
-    }
-)

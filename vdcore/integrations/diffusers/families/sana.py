@@ -7,17 +7,18 @@ from typing import Any
 from diffusers.models.transformers import transformer_sana_video as sana
 from torch import Tensor
 
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.blocks.modulation import (
     GATED,
     NEITHER,
     by_sample_or_token,
-    gated_rows,
     modulated_rows,
     parts_of,
+    transformer_block,
 )
-from vdcore.integrations.diffusers.family import Family, Forward
 
 
+@registry.forward(sana.SanaVideoTransformerBlock, serves=GATED)
 def block(
     self: Any,
     hidden_states: Tensor,
@@ -35,15 +36,21 @@ def block(
     x = hidden_states
     if not by_sample_or_token(x, timestep):
         return NEITHER
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts_of(self.scale_shift_table, timestep)
-    x = gated_rows(x, self.attn1(modulated_rows(self.norm1, x, shift, scale), rotary_emb=rotary_emb), gate)
-    if self.attn2 is not None:
-        attended = self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-        x = attended + x
-    rows = modulated_rows(self.norm2, x, shift_mlp, scale_mlp).unflatten(1, (frames, height, width))
-    return gated_rows(x, self.ff(rows).flatten(1, 3), gate_mlp)
+
+    def attend(rows: Tensor) -> Tensor:
+        return self.attn1(rows, rotary_emb=rotary_emb)
+
+    def cross(x: Tensor) -> Tensor:
+        return self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+
+    def feed(rows: Tensor) -> Tensor:
+        return self.ff(rows.unflatten(1, (frames, height, width))).flatten(1, 3)
+
+    parts = parts_of(self.scale_shift_table, timestep)
+    return transformer_block(x, parts, (self.norm1, self.norm2), attend, None if self.attn2 is None else cross, feed)
 
 
+@registry.forward(sana.SanaModulatedNorm, serves="modulate")
 def norm_out(self: Any, hidden_states: Tensor, temb: Tensor, scale_shift_table: Tensor) -> Tensor | str:
     """The last norm, modulated by ``(B, 1, C)`` or ``(B, N, C)``."""
     if hidden_states.ndim != 3 or temb.shape[1] not in (1, hidden_states.shape[1]):
@@ -52,11 +59,3 @@ def norm_out(self: Any, hidden_states: Tensor, temb: Tensor, scale_shift_table: 
     parts = table[:, 0] if temb.shape[1] == 1 else table.unsqueeze(1)
     shift, scale = parts.unbind(-2)
     return modulated_rows(self.norm, hidden_states, shift, scale)
-
-
-FAMILY = Family(
-    forwards={
-        sana.SanaVideoTransformerBlock: Forward(block, GATED),
-        sana.SanaModulatedNorm: Forward(norm_out, "modulate"),
-    },
-)

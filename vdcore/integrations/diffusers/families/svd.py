@@ -17,15 +17,15 @@ from diffusers.models.transformers.transformer_temporal import (
 )
 from torch import Tensor
 
-from vdcore.integrations.diffusers import factorized, inference
+from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.diffusers.family import Family
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.swap import Change, changed_forward
 
 
+@registry.factorized(TransformerSpatioTemporalModel)
 def plan(module: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve a spatio-temporal transformer, or why not. Its spatial blocks are served on their own."""
     reason = unknown_source(TransformerSpatioTemporalModel.forward) or changed_forward(module)
@@ -112,6 +112,3 @@ def _some_at_a_time(block: Any, x: Tensor, text: Tensor | None, count: int) -> T
     leave = [inference.Residual(block.attn1.to_out[0], tokens, row=row) for row in from_text]
     stages = [inference.Stage(norm=norm_in, feed=feed_in, enter=norm1), inference.Stage(leave, norm3, feed)]
     return inference.run(x, count, [block.attn1], stages)
-
-
-FAMILY = Family(factorized={TransformerSpatioTemporalModel: plan})
