@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.report import Report
-from vdcore.integrations.swap import Renamed, restore_model, swap_model
+from vdcore.integrations.swap import Renamed, swap_model, swap_out
+
+__all__ = ["attention", "swap_in", "swap_out"]
 
 
 def attention(
@@ -73,8 +75,3 @@ def swap_in(model: nn.Module) -> Report:
         TypeError: if it is no module.
     """
     return swap_model(model, NAMES.find)
-
-
-def swap_out(model: nn.Module) -> None:
-    """Undoes :func:`swap_in`, bit for bit."""
-    restore_model(model)

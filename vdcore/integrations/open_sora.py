@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.report import Report
-from vdcore.integrations.swap import Change, changed_forward, restore_model, swap_model
+from vdcore.integrations.swap import Change, changed_forward, swap_model, swap_out
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
+
+__all__ = ["swap_in", "swap_out", "why_not"]
 
 BLOCK = "STDiT3Block"
 
@@ -27,11 +29,6 @@ def swap_in(model: nn.Module) -> Report:
         TypeError: if it is no module.
     """
     return swap_model(model, _find)
-
-
-def swap_out(model: nn.Module) -> None:
-    """Undoes :func:`swap_in`, bit for bit."""
-    restore_model(model)
 
 
 def _find(name: str, module: Any) -> list[Change] | str | None:

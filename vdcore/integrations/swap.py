@@ -248,7 +248,7 @@ def swap_model(model: Any, find: Find) -> Report:
     return swap([("", _module(model, "swap_in"), find)])
 
 
-def restore_model(model: Any) -> None:
+def swap_out(model: Any) -> None:
     """Undoes a swap of a module and its children, bit for bit. What was never swapped stays as it is."""
     for module in list(_module(model, "swap_out").modules()):
         restore(module)

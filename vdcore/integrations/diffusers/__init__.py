@@ -24,7 +24,8 @@ from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.processor import Processor
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
-from vdcore.integrations.swap import Change, Find, is_served, names_used, restore_model, swap
+from vdcore.integrations.swap import Change, Find, is_served, names_used, swap
+from vdcore.integrations.swap import swap_out as swap_module_out
 from vdcore.mask import FrameMask
 
 __all__ = ["TESTED", "Entry", "Report", "swap_in", "swap_out"]
@@ -69,7 +70,7 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
 def swap_out(model_or_pipeline: Any) -> None:
     """Undoes :func:`swap_in`, bit for bit. A model that was never swapped stays as it is."""
     for _, model in _models(model_or_pipeline, Report(), "swap_out"):
-        restore_model(model)
+        swap_module_out(model)
 
 
 # ---- What is to be changed ----

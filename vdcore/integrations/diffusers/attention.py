@@ -24,23 +24,24 @@ def heads(x: Tensor, count: int) -> Tensor:
 
 def project(attn: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q of x, k and v of the context or of x: ``(..., H, D)``. Fused projections give views of one tensor."""
-    if getattr(attn, "fused_projections", False):
-        if context is None and hasattr(attn, "to_qkv"):
-            return tuple(heads(y, attn.heads) for y in attn.to_qkv(x).chunk(3, -1))  # type: ignore[return-value]
-        if context is not None and hasattr(attn, "to_kv"):
-            k, v = attn.to_kv(context).chunk(2, -1)
-            return heads(attn.to_q(x), attn.heads), heads(k, attn.heads), heads(v, attn.heads)
-    source = x if context is None else context
-    return heads(attn.to_q(x), attn.heads), heads(attn.to_k(source), attn.heads), heads(attn.to_v(source), attn.heads)
+    fused = getattr(attn, "fused_projections", False)
+    if fused and context is None and hasattr(attn, "to_qkv"):
+        q, k, v = attn.to_qkv(x).chunk(3, -1)
+    elif fused and context is not None and hasattr(attn, "to_kv"):
+        q, (k, v) = attn.to_q(x), attn.to_kv(context).chunk(2, -1)
+    else:
+        source = x if context is None else context
+        q, k, v = attn.to_q(x), attn.to_k(source), attn.to_v(source)
+    return heads(q, attn.heads), heads(k, attn.heads), heads(v, attn.heads)
 
 
 def project_added(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of text tokens with projections of their own: ``(B, L, H, D)``."""
     if getattr(attn, "fused_projections", False) and hasattr(attn, "to_added_qkv"):
-        return tuple(heads(y, attn.heads) for y in attn.to_added_qkv(text).chunk(3, -1))  # type: ignore[return-value]
-    return tuple(  # type: ignore[return-value]
-        heads(projection(text), attn.heads) for projection in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
+        q, k, v = attn.to_added_qkv(text).chunk(3, -1)
+    else:
+        q, k, v = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    return heads(q, attn.heads), heads(k, attn.heads), heads(v, attn.heads)
 
 
 def output_projection(attn: Any, x: Tensor) -> Tensor:

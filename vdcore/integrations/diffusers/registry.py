@@ -11,6 +11,7 @@ from vdcore.integrations.diffusers.clip import Clip, Grid
 from vdcore.integrations.swap import Change
 
 Entered = TypeVar("Entered")
+Axes = tuple[int, int, int]
 
 
 class Forward(NamedTuple):
@@ -29,7 +30,7 @@ FORWARDS: dict[type[nn.Module], Forward] = {}
 FACTORIZED: dict[type[nn.Module], Callable[[Any, Clip], list[Change] | str]] = {}
 # Models whose attention runs over all frames, and which a mask can therefore restrict: the axes of frames, rows and
 # columns of their input; None for packed tokens, whose grid is named by the call.
-GRIDS: dict[type[nn.Module], tuple[int, int, int] | None] = {}
+GRIDS: dict[type[nn.Module], Axes | None] = {}
 
 
 def processor(*hosts: type) -> Callable[[Entered], Entered]:
@@ -59,19 +60,18 @@ def _enter(table: dict[Any, Any], hosts: tuple[type, ...], entry: Callable[[Any]
     return enter
 
 
-def grid(*models: type[nn.Module], axes: tuple[int, int, int] | None) -> None:
+def grid(*models: type[nn.Module], axes: Axes | None) -> None:
     GRIDS.update(dict.fromkeys(models, axes))
 
 
-def grid_of(
-    axes: tuple[int, int, int] | None, model: Any, hidden_states: Any = None, *args: Any, **kwargs: Any
-) -> Grid:
+def grid_of(axes: Axes | None, model: Any, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Grid:
     """Frames, rows and columns of patches in a call of a model with these axes."""
     if axes is None:
-        grid = tuple(kwargs.get(name) for name in ("num_frames", "height", "width"))
-        if not all(isinstance(n, int) for n in grid):
-            raise ValueError(f"swap_in: num_frames, height and width must be given by name under a mask, got {grid}")
-        return grid  # type: ignore[return-value]
+        T, H, W = (kwargs.get(name) for name in ("num_frames", "height", "width"))
+        if not (isinstance(T, int) and isinstance(H, int) and isinstance(W, int)):
+            given = (T, H, W)
+            raise ValueError(f"swap_in: num_frames, height and width must be given by name under a mask, got {given}")
+        return T, H, W
     patch = model.config.patch_size
     if isinstance(patch, int):
         patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)

@@ -29,7 +29,7 @@ class MochiAttention(Fused):
     SERVES = "video_attention"
 
     def fused(self, attn: Any, call: Call) -> Any:
-        lengths = self.clip.once(marked_lengths, call.mask)
+        lengths = "no mask" if call.mask is None else self.clip.once(marked_lengths, call.mask)
         return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import output_projection
-from vdcore.integrations.diffusers.blocks.modulation import GATED, Parts, transformer_block
+from vdcore.integrations.diffusers.blocks.modulation import GATED, transformer_block
 from vdcore.integrations.diffusers.clip import Clip, causal_block, samples_agree
 from vdcore.integrations.diffusers.fused import Call, Fused
 from vdcore.mask import FrameMask
@@ -72,39 +72,28 @@ class HeliosAttention(Fused):
         return cos[..., 0::2], sin[..., 1::2]
 
 
-@registry.forward(wan.WanTransformerBlock, serves=GATED)
-def wan_block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    if temb.ndim == 4:  # (B, N, 6, C)
-        parts = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(2)
-    else:  # (B, 6, C)
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _block(self, hidden_states, encoder_hidden_states, None, rotary_emb, parts)
-
-
-@registry.forward(skyreels.SkyReelsV2TransformerBlock, serves=GATED)
-def skyreels_block(
+@registry.forward(skyreels.SkyReelsV2TransformerBlock, wan.WanTransformerBlock, serves=GATED)
+def block(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
     rotary_emb: Any,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
-    if temb.ndim == 4:  # (B, 6, N, C)
-        parts = (self.scale_shift_table.unsqueeze(2) + temb.float()).unbind(1)
-    else:
-        parts = (self.scale_shift_table + temb.float()).unbind(1)
-    return _block(self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, parts)
-
-
-def _block(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, rotary_emb: Any, parts: Parts) -> Tensor:
-    """The block on rows ``(B, N, C)``, modulated by ``(B, C)`` or ``(B, N, C)``; the host does so in float32."""
+    """Modulated in float32, as the host does, by sample ``(B, 6, C)``; by token Wan's timesteps are ``(B, N, 6, C)``,
+    and those of SkyReels ``(B, 6, N, C)``."""
+    table, axis = self.scale_shift_table, 1
+    if temb.ndim == 4:
+        axis = 1 if isinstance(self, skyreels.SkyReelsV2TransformerBlock) else 2
+        table = table.unsqueeze(2 if axis == 1 else 0)
+    parts = (table + temb.float()).unbind(axis)  # (B, C) or (B, N, C)
+    parts = tuple(y if y.ndim == 2 else y.unsqueeze(1) for y in parts)
 
     def attend(rows: Tensor) -> Tensor:
-        return block.attn1(rows, None, mask, rotary_emb)
+        return self.attn1(rows, None, attention_mask, rotary_emb)
 
     def cross(x: Tensor) -> Tensor:
-        return block.attn2(block.norm2(x.float()).type_as(x), text, None, None)
+        return self.attn2(self.norm2(x.float()).type_as(x), encoder_hidden_states, None, None)
 
-    parts = tuple(y if y.ndim == 2 else y.unsqueeze(1) for y in parts)
-    return transformer_block(x, parts, (block.norm1, block.norm3), attend, cross, block.ffn)
+    return transformer_block(hidden_states, parts, (self.norm1, self.norm3), attend, cross, self.ffn)
