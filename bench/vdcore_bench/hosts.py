@@ -1,7 +1,7 @@
-"""Whole models of diffusers before and after the swap: their time, peak memory and error as rows of results.
+"""Blocks of diffusers' models before and after the swap: their time, peak memory and error as rows of results.
 
-Every model of the zoo in small, and blocks of real width. Peers are the host as it comes, whose attention is torch's
-SDPA, and the host with SDPA kept from its fused kernels, which is naive attention.
+Peers are the host as it comes, whose attention is torch's SDPA, and the host with SDPA kept from its fused kernels,
+which is naive attention.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdcore.testing import error_ratio
 from vdcore_bench.jobs.base import DTYPE_NAMES
+from vdcore_bench.float64 import Float64
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.journal import PROFILE, Journal, Row
 from vdcore_bench.measure.machine import heap
@@ -27,6 +28,7 @@ from vdcore_bench.suites.sweep import Estimate, Settings, cannot, follow, rows_o
 
 if TYPE_CHECKING:
     from vdcore.integrations.diffusers import Report
+    from vdcore_bench.host_blocks import Block
 
 PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "diffusers": nullcontext,
@@ -36,21 +38,19 @@ PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def models() -> list[str]:
-    """Tiny models by the name of their class's family."""
-    from vdcore.integrations.diffusers.zoo import MODELS
-
-    return list(MODELS)
+    """Models by which their blocks may be called."""
+    return [name.split()[0] for name in blocks()]
 
 
 def blocks() -> list[str]:
     """Blocks of real width."""
-    from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+    from vdcore_bench.host_blocks import BLOCKS
 
     return list(BLOCKS)
 
 
 class Host(NamedTuple):
-    """A model or block, a call of it without gradients, and what the swap says of it, where there was one."""
+    """A block, a call of it without gradients, and what the swap says of it, where there was one."""
 
     module: nn.Module
     call: Callable[[], Tensor]
@@ -59,12 +59,13 @@ class Host(NamedTuple):
 
 @dataclass(frozen=True)
 class HostPoint:
-    """A model or block, and who computes it.
+    """A block, and who computes it.
 
     Args:
-        frames: of a block; None: those that a small machine can take.
+        name: of the block, or of its model.
+        frames: None: those that a small machine can take.
         dtype: of weights and inputs.
-        grid: rows and columns of a block's tokens; None: as the frames.
+        grid: rows and columns of tokens; None: as the frames.
     """
 
     name: str
@@ -76,28 +77,12 @@ class HostPoint:
     def make(self, wide: bool = False) -> Host:
         """
         Args:
-            wide: in float64; a block's weights and inputs are still those of ``dtype``.
+            wide: in float64, with weights and inputs that are still those of ``dtype``.
         """
         from vdcore.integrations.diffusers import swap_in
-        from vdcore.integrations.diffusers.zoo import MODELS, output
-        from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 
-        ours = self.provider == "vdcore"
-        dtypes = (self.dtype, torch.float64) if wide else (self.dtype,)
-        if self.name in MODELS:
-            tiny = MODELS[self.name]
-            module, given = tiny.model(dtypes[-1]), tiny.arguments(dtypes[-1])
-            run: Callable[[], Tensor] = lambda: output(module(**given))  # noqa: E731
-        else:
-            block = BLOCKS[self.name]
-            torch.manual_seed(0)
-            module, inputs = block.build().eval(), block.inputs(*self.size())
-            for dtype in dtypes:
-                if next(module.parameters()).dtype != dtype:
-                    module = nn.Module.to(module, dtype)
-                inputs = _cast(inputs, dtype)
-            run = partial(block.ours if ours else block.host, module, inputs)
-        report = swap_in(module) if ours else None
+        module, run = self.build(wide)
+        report = swap_in(module) if self.provider == "vdcore" else None
 
         def call() -> Tensor:
             with torch.no_grad(), PROVIDERS[self.provider]():
@@ -105,26 +90,42 @@ class HostPoint:
 
         return Host(module, call, report)
 
-    def size(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of a block's tokens."""
-        from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+    def build(self, wide: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
+        """The host's module, and what calls it, before or after the swap."""
+        block = self.block
+        torch.manual_seed(0)
+        module, inputs = block.build().eval(), block.inputs(*self.size())
+        for dtype in (self.dtype, torch.float64) if wide else (self.dtype,):
+            if next(module.parameters()).dtype != dtype:
+                module = nn.Module.to(module, dtype)
+            inputs = _cast(inputs, dtype)
+        return module, partial(block.ours if self.provider == "vdcore" else block.host, module, inputs)
 
-        T, *grid = BLOCKS[self.name].small
+    @property
+    def block(self) -> Block:
+        from vdcore_bench.host_blocks import BLOCKS
+
+        return BLOCKS[self.full_name]
+
+    @property
+    def full_name(self) -> str:
+        return next(name for name in blocks() if name == self.name or name.split()[0] == self.name)
+
+    def size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        T, *grid = self.block.small
         H, W = grid if self.grid is None else self.grid
         return (T if self.frames is None else self.frames, H, W)
 
     def row(self) -> Row:
         """Everything but the numbers."""
-        from vdcore.integrations.diffusers.zoo import MODELS, T
-
-        tiny = self.name in MODELS
-        shape = {"T": T} if tiny else dict(zip("THW", self.size()))
+        shape = dict(zip("THW", self.size()))
         return Row(
-            op="model" if tiny else "block",
-            workload=self.name,
+            op="block",
+            workload=self.full_name,
             provider=self.provider,
             mode="fwd",
-            case="tiny, random weights" if tiny else "real width, random weights",
+            case="real width, random weights",
             x=shape["T"],
             dtype=DTYPE_NAMES[self.dtype],
             threads=torch.get_num_threads(),
@@ -144,8 +145,6 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 def exact(point: HostPoint) -> Tensor:
     """The result with every operation in float64."""
-    from vdcore.integrations.diffusers.exact import Float64
-
     with Float64():
         return point.make(wide=True).call()
 
@@ -251,11 +250,8 @@ def _with_heads(point: HostPoint) -> Row:
     """The row with what the profile's tables say of a shape, asked of the block's first attention."""
     from torch._subclasses import FakeTensorMode
 
-    from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
-
-    row = point.row()
     with FakeTensorMode():
-        attn: Any = next(m for m in BLOCKS[point.name].build().modules() if hasattr(m, "to_q"))
+        attn: Any = next(m for m in point.block.build().modules() if hasattr(m, "to_q"))
     T, rows, columns = point.size()
     shape = {"B": 1, "T": T, "S": rows * columns, "H": attn.heads, "D": attn.to_q.out_features // attn.heads}
-    return replace(row, case=f"{PROFILE}one block", original=shape, shape=shape)
+    return replace(point.row(), case=f"{PROFILE}one block", original=shape, shape=shape)
