@@ -31,11 +31,22 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = LatteTransformer3DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=options.layers,
-        cross_attention_dim=1152, caption_channels=4096, sample_size=options.latent, patch_size=2, attention_bias=True,
-        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, video_length=16,
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=options.layers,
+        cross_attention_dim=1152,
+        caption_channels=4096,
+        sample_size=options.latent,
+        patch_size=2,
+        attention_bias=True,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=16,
         activation_fn="gelu-approximate",
-    ).eval()  # fmt: skip
+    ).eval()
     inputs = {
         "hidden_states": torch.randn(1, 4, 16, options.latent, options.latent),
         "timestep": torch.tensor([500]),

@@ -41,9 +41,15 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
     started = time.monotonic()
     torch.manual_seed(0)
     config = VDiTConfig(
-        in_channels=3, patch=(1, 4, 4), width=settings.width, depth=settings.depth, heads=4,
-        attention="spatial", position="sincos+rope", qk_norm=True,
-    )  # fmt: skip
+        in_channels=3,
+        patch=(1, 4, 4),
+        width=settings.width,
+        depth=settings.depth,
+        heads=4,
+        attention="spatial",
+        position="sincos+rope",
+        qk_norm=True,
+    )
     image, before_steps, after_steps = VDiT(config), settings.image_steps, settings.video_steps
     rows: list[tuple[str, str, float, float, int]] = []
     with progress(NAME) as track:

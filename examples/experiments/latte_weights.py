@@ -36,7 +36,7 @@ class Settings:
 
 def run(out: Path, settings: Settings = Settings()) -> Figure:
     """Runs both at several timesteps, judges ours by the host in float64; writes a plot, a table and the figure."""
-    from vdcore.integrations.diffusers.exact import Float64
+    from vdcore_bench.measure.float64 import Float64
 
     started = time.monotonic()
     rows = []
@@ -84,11 +84,22 @@ def _host(settings: Settings) -> Any:
     torch.manual_seed(0)
     width = settings.heads * settings.head_dim
     model = need("diffusers", "models", NAME).LatteTransformer3DModel(
-        num_attention_heads=settings.heads, attention_head_dim=settings.head_dim, in_channels=4, out_channels=8,
-        num_layers=settings.layers, cross_attention_dim=width, caption_channels=settings.text_width,
-        sample_size=settings.latent, patch_size=2, attention_bias=True, activation_fn="gelu-approximate",
-        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, video_length=settings.frames,
-    )  # fmt: skip
+        num_attention_heads=settings.heads,
+        attention_head_dim=settings.head_dim,
+        in_channels=4,
+        out_channels=8,
+        num_layers=settings.layers,
+        cross_attention_dim=width,
+        caption_channels=settings.text_width,
+        sample_size=settings.latent,
+        patch_size=2,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=settings.frames,
+    )
     for p in model.parameters():  # random, but of a size that every layer shows in the output
         torch.nn.init.normal_(p, std=0.5 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1)
     return model.eval()

@@ -46,10 +46,18 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
     """Rolls, recomputes in float32 and in float64, and writes curves, a table and the figure into ``out``."""
     started = time.monotonic()
     # Equality and time do not depend on training.
-    model = random_model(VDiTConfig(
-        in_channels=3, patch=(1, 4, 4), width=settings.width, depth=settings.depth, heads=4,
-        mask=settings.mask, position="rope", qk_norm=True,
-    ))  # fmt: skip
+    model = random_model(
+        VDiTConfig(
+            in_channels=3,
+            patch=(1, 4, 4),
+            width=settings.width,
+            depth=settings.depth,
+            heads=4,
+            mask=settings.mask,
+            position="rope",
+            qk_norm=True,
+        )
+    )
     process = process_for("sample")
     random = torch.Generator().manual_seed(1)
     shape = (1, 3, settings.mask.chunk, *settings.size)

@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from vdcore_bench import host_blocks, hosts
 from vdcore_bench.measure.journal import FILE, Journal, parse
-from vdcore_bench.suites.models import vdit
+from vdcore_bench.suites.models import host_blocks, hosts, vdit
 from vdcore_bench.suites.sweep import Settings
 
 NAME = "SVD temporal block"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from zoo import MODELS, L, T, output
 
-from vdcore_bench.float64 import Float64
+from vdcore_bench.measure.float64 import Float64
 from vdcore_bench.measure.inside import AttentionCalls
 
 

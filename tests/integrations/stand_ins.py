@@ -69,9 +69,19 @@ class WanSelfAttention(nn.Module):
 
 
 def attention(
-    q, k, v, mode="flash", drop_rate=0, attn_mask=None, causal=False,
-    cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None, batch_size=1,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    mode="flash",
+    drop_rate=0,
+    attn_mask=None,
+    causal=False,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    batch_size=1,
+):
     """As HunyuanVideo's: packed runs of valid tokens and of padding, each attending to itself."""
     rows = [x.flatten(0, 1) for x in (q, k, v)]
     out = torch.zeros_like(rows[0])

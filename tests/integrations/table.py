@@ -21,12 +21,12 @@ from zoo import MODELS, output
 
 from vdcore.integrations.diffusers import Report
 from vdcore.testing import error_ratio
-from vdcore_bench.host_blocks import BLOCKS
-from vdcore_bench.hosts import HostPoint, exact
 from vdcore_bench.measure.inside import AttentionCalls, breakdown
 from vdcore_bench.measure.machine import heap, touch_heap
 from vdcore_bench.measure.memory import peak_of
 from vdcore_bench.measure.timing import race_calls
+from vdcore_bench.suites.models.host_blocks import BLOCKS
+from vdcore_bench.suites.models.hosts import HostPoint, exact
 
 MIB = 2**20
 

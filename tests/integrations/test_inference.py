@@ -11,9 +11,9 @@ from host_runs import MODELS, as_host, exact, run
 
 from vdcore.integrations.diffusers import inference, swap_in
 from vdcore.testing import error_ratio
-from vdcore_bench import hosts
-from vdcore_bench.host_blocks import BLOCKS
-from vdcore_bench.hosts import HostPoint
+from vdcore_bench.suites.models import hosts
+from vdcore_bench.suites.models.host_blocks import BLOCKS
+from vdcore_bench.suites.models.hosts import HostPoint
 
 FACTORIZED = [name for name, tiny in MODELS.items() if tiny.factorized]
 TEMPORAL = [name for name in BLOCKS if name != "Wan 1.3B block"]

@@ -9,10 +9,10 @@ import table
 from host_runs import MODELS
 
 from vdcore.testing import error_ratio
-from vdcore_bench.host_blocks import BLOCKS
-from vdcore_bench.hosts import HostPoint, exact
 from vdcore_bench.measure.inside import breakdown
 from vdcore_bench.measure.memory import peak_of, predicted_peak
+from vdcore_bench.suites.models.host_blocks import BLOCKS
+from vdcore_bench.suites.models.hosts import HostPoint, exact
 
 
 def test_rows(capsys):

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdcore.testing import error_ratio
 from vdcore_bench.jobs.base import DTYPE_NAMES
-from vdcore_bench.float64 import Float64
 from vdcore_bench.measure import machine
+from vdcore_bench.measure.float64 import Float64
 from vdcore_bench.measure.journal import PROFILE, Journal, Row
 from vdcore_bench.measure.machine import heap
 from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
@@ -28,7 +28,7 @@ from vdcore_bench.suites.sweep import Estimate, Settings, cannot, follow, rows_o
 
 if TYPE_CHECKING:
     from vdcore.integrations.diffusers import Report
-    from vdcore_bench.host_blocks import Block
+    from vdcore_bench.suites.models.host_blocks import Block
 
 PROVIDERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "diffusers": nullcontext,
@@ -44,7 +44,7 @@ def models() -> list[str]:
 
 def blocks() -> list[str]:
     """Blocks of real width."""
-    from vdcore_bench.host_blocks import BLOCKS
+    from vdcore_bench.suites.models.host_blocks import BLOCKS
 
     return list(BLOCKS)
 
@@ -103,7 +103,7 @@ class HostPoint:
 
     @property
     def block(self) -> Block:
-        from vdcore_bench.host_blocks import BLOCKS
+        from vdcore_bench.suites.models.host_blocks import BLOCKS
 
         return BLOCKS[self.full_name]
 
