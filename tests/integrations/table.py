@@ -16,12 +16,12 @@ from typing import Any
 
 import diffusers
 import torch
+from inside import AttentionCalls, breakdown
 from torch import Tensor, nn
 from zoo import MODELS, output
 
 from vdcore.integrations.diffusers import Report
 from vdcore.testing import error_ratio
-from vdcore_bench.measure.inside import AttentionCalls, breakdown
 from vdcore_bench.measure.machine import heap, touch_heap
 from vdcore_bench.measure.memory import peak_of
 from vdcore_bench.measure.timing import race_calls

@@ -7,9 +7,9 @@ pytest.importorskip("diffusers")
 
 import table
 from host_runs import MODELS
+from inside import breakdown
 
 from vdcore.testing import error_ratio
-from vdcore_bench.measure.inside import breakdown
 from vdcore_bench.measure.memory import peak_of, predicted_peak
 from vdcore_bench.suites.models.host_blocks import BLOCKS
 from vdcore_bench.suites.models.hosts import HostPoint, exact
