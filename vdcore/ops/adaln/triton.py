@@ -1,4 +1,4 @@
-"""Adaptive norm: kernels/adaln.py."""
+"""Adaptive norm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _modulate(c: ModulateCall) -> tuple[Tensor, ...]:
 
 
 def _modulate_backward(c: ModulateCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any) -> Gradients:
-    from vdcore_kernels.adaln.forward import modulate_backward
+    from vdcore_kernels.adaln.backward import modulate_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps, dy, wanted)
@@ -45,7 +45,7 @@ def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
 def _gate_residual_backward(
     c: GateResidualCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any
 ) -> Gradients:
-    from vdcore_kernels.adaln.forward import gate_residual_backward
+    from vdcore_kernels.adaln.backward import gate_residual_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return gate_residual_backward(c.x, c.gate, dy, wanted)
