@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vdcore_kernels.adaln.forward import (
     SMALL,
+    common_arguments,
     contiguous_rows,
     frame_block,
-    pick_rows,
     row_arguments,
     rows_from,
     table_arguments,
@@ -32,7 +32,6 @@ from vdcore_kernels.core.tile import (
     contiguous,
     filled,
     mul,
-    split_row,
     standardize,
     standardize_backward,
     store_rows,
@@ -200,8 +199,7 @@ def modulate_backward(
     tensors = {name: t for name, t in given.items() if name in wanted and t is not None}
     if not x.numel():
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=x.device) for name, t in tensors.items()}
-    row = split_row(C)
-    config, BR = pick_rows(BACKWARD_ROWS, x, row)
+    BR, shared = common_arguments(BACKWARD_ROWS, x)
     chunks, rows = _chunks(B * T, S, BR)
     found: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -213,7 +211,7 @@ def modulate_backward(
             found[name] = torch.empty(B * T * chunks, C, dtype=torch.float32, device=x.device)
     norm = Norm(contiguous(weight), contiguous(bias), eps)
     # Four sums of wide rows do not fit into registers: those of weight and bias take a pass of their own.
-    passes = (("x", "shift", "scale"), ("weight", "bias")) if row.width > _WIDE_SUMS else (tuple(given),)
+    passes = (("x", "shift", "scale"), ("weight", "bias")) if shared["ROW"].width > _WIDE_SUMS else (tuple(given),)
     for names in passes:
         into = {name: found.get(name) if name in names else None for name in given}
         if all(x is None for x in into.values()):
@@ -221,9 +219,6 @@ def modulate_backward(
         launch(
             modulate_bwd_kernel,
             B * T * chunks,
-            like=x,
-            config=config,
-            x=row_arguments(x),
             dy=row_arguments(dy),
             norm=norm,
             scale=table_arguments(scale),
@@ -232,14 +227,11 @@ def modulate_backward(
             p_dscale=into["scale"],
             p_dw=into["weight"],
             p_db=into["bias"],
-            T=T,
-            S=S,
             rows=rows,
-            ROW=row,
-            BR=BR,
             KIND=KINDS[kind],
             SHIFT_ROWS=shift.ndim == 4,
             SCALE_ROWS=scale.ndim == 4,
+            **shared,
         )
     for name, t in tensors.items():
         if name in ("shift", "scale"):
@@ -258,8 +250,7 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
             for name, t in (("x", x), ("gate", gate))
             if name in wanted
         }
-    row = split_row(C)
-    config, BR = pick_rows(BACKWARD_ROWS, x, row)
+    BR, shared = common_arguments(BACKWARD_ROWS, x)
     chunks, rows = _chunks(B * T, S, BR)
     found = {"x": torch.empty(x.shape, dtype=x.dtype, device=x.device)} if "x" in wanted else {}
     if "gate" in wanted:
@@ -267,19 +258,13 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
     launch(
         gate_residual_bwd_kernel,
         B * T * chunks,
-        like=x,
-        config=config,
-        x=row_arguments(x),
         gate=table_arguments(gate),
         dy=row_arguments(dy),
         p_dx=found.get("x"),
         p_dg=found.get("gate"),
-        T=T,
-        S=S,
         rows=rows,
-        ROW=row,
-        BR=BR,
         GATE_ROWS=gate.ndim == 4,
+        **shared,
     )
     if "gate" in wanted:
         found["gate"] = _total(found["gate"], gate)

@@ -6,6 +6,8 @@ shift or scale that its tokens share is loaded once for all of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,6 @@ from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, la
 from vdcore_kernels.core.tile import (
     KINDS,
     Norm,
-    Row,
     Rows,
     add,
     affine,
@@ -139,64 +140,51 @@ def row_arguments(x: Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1), x.stride(2), 0)
 
 
-def pick_rows(table: tuple[ValuesConfig, ...], x: Tensor, row: Row) -> tuple[ValuesConfig, int]:
-    """Config and rows per program."""
+def common_arguments(table: tuple[ValuesConfig, ...], x: Tensor) -> tuple[int, dict[str, Any]]:
+    """Rows per program, and what all kernels take by the same names."""
+    _, T, S, C = x.shape
+    row = split_row(C)
     config = pick(table, arch_of(x), lambda c: c.values >= row.width)
-    return config, min(how_many(config.values, row.width), power_of_2(x.shape[2]))
+    BR = min(how_many(config.values, row.width), power_of_2(S))
+    return BR, {"like": x, "config": config, "x": row_arguments(x), "T": T, "S": S, "ROW": row, "BR": BR}
 
 
 def modulate_forward(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float
 ) -> Tensor:
     """x ``(B, T, S, C)``, shift and scale ``(B, [T, [S,]] C)``, weight and bias ``(C,)`` -> ``(B, T, S, C)``."""
-    B, T, S, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    row = split_row(C)
-    config, BR = pick_rows(ROWS, x, row)
+    BR, shared = common_arguments(ROWS, x)
     launch(
         modulate_fwd_kernel,
-        B * T * cdiv(S, BR),
-        like=x,
-        config=config,
-        x=row_arguments(x),
+        x.shape[0] * x.shape[1] * cdiv(x.shape[2], BR),
         p_y=y,
         norm=Norm(contiguous(weight), contiguous(bias), eps),
         shift=table_arguments(shift),
         scale=table_arguments(scale),
-        T=T,
-        S=S,
-        ROW=row,
-        BR=BR,
         KIND=KINDS[kind],
         SHIFT_ROWS=shift.ndim == 4,
         SCALE_ROWS=scale.ndim == 4,
+        **shared,
     )
     return y
 
 
 def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """residual and x ``(B, T, S, C)``, gate ``(B, [T, [S,]] C)`` -> ``residual + gate * x``."""
-    B, T, S, C = x.shape
     y = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     if not y.numel():
         return y
-    row = split_row(C)
-    config, BR = pick_rows(ROWS, x, row)
+    BR, shared = common_arguments(ROWS, x)
     launch(
         gate_residual_fwd_kernel,
-        B * T * cdiv(S, BR),
-        like=x,
-        config=config,
+        x.shape[0] * x.shape[1] * cdiv(x.shape[2], BR),
         residual=row_arguments(residual),
-        x=row_arguments(x),
         gate=table_arguments(gate),
         p_y=y,
-        T=T,
-        S=S,
-        ROW=row,
-        BR=BR,
         GATE_ROWS=gate.ndim == 4,
+        **shared,
     )
     return y

@@ -16,7 +16,7 @@ from vdcore_kernels.core.tile import (
     affine,
     by_weight,
     center,
-    cos_sin,
+    load_angles,
     load_rows,
     materialize_before_dot,
     rotate,
@@ -128,7 +128,9 @@ class Shape(NamedTuple):
         ROW, V: rows of q and k, and of v and out.
         A: elements per step of a stride.
         R: query heads per key/value head.
+        BP, BQ, BK: sequences of a program; places for their query and key frames, powers of two.
         MASKED: something is hidden.
+        GATE_ROWS: a gate varies with the channel.
         PER_SEQUENCE: sequences are rotated by angles of their own.
         NR: norm and rotary embedding.
     """
@@ -137,7 +139,11 @@ class Shape(NamedTuple):
     V: Any
     A: int
     R: int
+    BP: int
+    BQ: int
+    BK: int
     MASKED: bool
+    GATE_ROWS: bool
     PER_SEQUENCE: bool
     NR: Any
 
@@ -193,9 +199,13 @@ def _angles(angles, at, o_t, m_t, SIGN, SHAPE: tl.constexpr):
     if SHAPE.PER_SEQUENCE:
         o_cos = (at.s * angles.cs + at.h * angles.ch)[:, None] + (o_t * angles.cf)[None, :]
         o_sin = (at.s * angles.ss + at.h * angles.sh)[:, None] + (o_t * angles.sf)[None, :]
-        return cos_sin(angles, o_cos, o_sin, at.m[:, None] & m_t[None, :], SIGN, ROW, NR)
+        m = at.m[:, None] & m_t[None, :]
     else:
-        return cos_sin(angles, o_t.to(tl.int64) * angles.cf, o_t.to(tl.int64) * angles.sf, m_t, SIGN, ROW, NR)
+        o_cos = o_t.to(tl.int64) * angles.cf
+        o_sin = o_t.to(tl.int64) * angles.sf
+        m = m_t
+    b_cos = load_angles(angles.cos, o_cos, m, 1.0, ROW, NR.STYLE, NR.R2)
+    return b_cos, scale(load_angles(angles.sin, o_sin, m, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
 
 
 @triton.jit

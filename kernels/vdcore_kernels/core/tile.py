@@ -363,13 +363,6 @@ def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, STYLE: tl.constexpr, R
 
 
 @triton.jit
-def cos_sin(angles, o_cos, o_sin, m_row, SIGN, ROW: tl.constexpr, NR: tl.constexpr):
-    """Cosines and SIGN times sines [..., W/2] of the table's rows at offsets o_cos, o_sin [...]."""
-    b_cos = load_angles(angles.cos, o_cos, m_row, 1.0, ROW, NR.STYLE, NR.R2)
-    return b_cos, scale(load_angles(angles.sin, o_sin, m_row, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
-
-
-@triton.jit
 def neighbors(x):
     """[..., W] -> the first and the second of every pair, [..., W/2] each."""
     if len(x.shape) == 3:

@@ -96,19 +96,8 @@ DELTA = Config("", 4, 1, "predicted: bound by memory: 16 values per thread of ou
 
 
 @triton.jit(do_not_specialize=["N", "H", "count"])
-def row_delta_kernel(
-    p_o,
-    do,
-    p_dlse,
-    p_delta,
-    N,
-    H,
-    count,  # B*N*H
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    BN: tl.constexpr,  # rows
-):
-    """One program: delta of BN rows, the sum of out * dout over channels, less dlse.
+def row_delta_kernel(p_o, do, p_dlse, p_delta, N, H, count, ROW: tl.constexpr, A: tl.constexpr, BN: tl.constexpr):
+    """One program: delta of BN of all B*N*H rows (count), the sum of out * dout over channels, less dlse.
 
     p_o: (B, N, H, D), contiguous. do: Rows (B, N, H, D), t unused. p_delta, p_dlse or None: (B, N, H).
     """
@@ -129,6 +118,22 @@ class Given(NamedTuple):
     do: Any
     p_lse: Any
     p_delta: Any
+
+
+class Shares(NamedTuple):
+    """How programs share out the keys.
+
+    Args:
+        tiles: of keys, per sample and head.
+        group: frames whose keys the same queries see.
+        splits: programs that share a tile's queries.
+        B: samples.
+    """
+
+    tiles: int
+    group: int
+    splits: int
+    B: int
 
 
 class Queries(NamedTuple):
@@ -181,24 +186,11 @@ def _to_queries(state, queries, k, v, at, stop, S, exponent, WHOLE: tl.constexpr
 
 @triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles"])
 def frame_attention_bwd_q_kernel(
-    q,
-    k,
-    v,
-    given,
-    dq,
-    p_dlse,
-    lengths,
-    sizes,
-    frames,
-    place,
-    tiles,  # of queries, per sample and head
-    exponent,  # size of the scale of the scores, times log2 e
-    sm_scale,
-    TILE: tl.constexpr,
+    q, k, v, given, dq, p_dlse, lengths, sizes, frames, place, tiles, exponent, sm_scale, TILE: tl.constexpr
 ):
     """One program: the gradient of a tile of BM queries of one sample and head, over all keys that they see.
 
-    Pairs, place and lengths as frame_attention_fwd_kernel's; dq as q. p_dlse: (B, N, H), or None.
+    given: Given. dq: as q. p_dlse: (B, N, H), or None. The others as frame_attention_fwd_kernel's.
     """
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
@@ -277,41 +269,26 @@ def _to_keys(state, k, v, queries, exponent):
     return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles", "group", "splits", "B"])
+@triton.jit(do_not_specialize=["sizes", "frames", "place", "shares"])
 def frame_attention_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    given,
-    dk,
-    dv,
-    lengths,
-    sizes,
-    frames,
-    place,
-    tiles,  # of keys, per sample and head
-    group,  # frames whose keys the same queries see
-    splits,  # programs that share a tile's queries
-    B,
-    exponent,  # size of the scale of the scores, times log2 e
-    sm_scale,  # its size
-    TILE: tl.constexpr,
+    q, k, v, given, dk, dv, lengths, sizes, frames, place, shares, exponent, sm_scale, TILE: tl.constexpr
 ):
     """One program: gradients of a tile of BN keys of one sample and key/value head, over all queries that see them.
 
-    Pairs, place and lengths as frame_attention_fwd_kernel's; dk as k, dv as v, with splits (splits*B, ...) of partial
-    sums.
+    given: Given. dk: as k, dv: as v, with splits (splits*B, ...) of partial sums. shares: Shares. sm_scale: its size.
+    The others as frame_attention_fwd_kernel's.
     """
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     R: tl.constexpr = TILE.R
     ROW: tl.constexpr = TILE.ROW
     G = sizes.H // R
+    tiles, splits = shares.tiles, shares.splits
     i_tile = tl.program_id(0) % tiles
     i_split = tl.program_id(0) // tiles % splits
     i_bg = tl.program_id(0) // tiles // splits
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, group, TILE)
+    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, shares.group, TILE)
     o_n = tl.arange(0, BN)
     m_live = o_n < n_live
     b_k = load_tokens(k, at, m_live, sizes.S_k, BN, TILE)  # [BN, W]
@@ -336,7 +313,7 @@ def frame_attention_bwd_kv_kernel(
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
-    part = At(at.is_text, i_split * B + i_b, i_g, at.start)
+    part = At(at.is_text, i_split * shares.B + i_b, i_g, at.start)
     store_tokens(dk, part, o_n < n_rows, sizes.S_k, b_dk, BN, TILE)
     store_tokens(dv, part, o_n < n_rows, sizes.S_k, b_dv, BN, TILE)
 
@@ -361,7 +338,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, row: Row, A: int) -> 
 _PROGRAMS = 512
 
 
-def _key_tiles(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> dict[str, Any]:
+def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> Shares:
     """How programs share out the keys, and the queries of each tile.
 
     Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk.
@@ -370,7 +347,7 @@ def _key_tiles(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig
     tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
     most = cdiv(frames.T * sizes.S_q, 8 * config.m)
     splits = 1 if has_text else max(min(_PROGRAMS // (B * G * tiles), most), 1)
-    return {"tiles": tiles, "group": group, "splits": splits, "B": B}
+    return Shares(tiles, group, splits, B)
 
 
 def frame_backward(
@@ -396,8 +373,8 @@ def frame_backward(
     dout = dout if dout.stride(1) < NEAR else dout.contiguous()
     arguments = frame_arguments(q, k, words, **visible)
     config = pick_for(KEYS, q)
-    shares = _key_tiles(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
-    splits = shares["splits"]
+    shares = _shares(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
+    splits = shares.splits
     dq, dk, dv = gradients
     if splits > 1:
         dk, dv = (torch.empty(splits * B, *k.shape[1:], dtype=torch.float32, device=q.device) for _ in range(2))
@@ -412,13 +389,13 @@ def frame_backward(
     shared: dict[str, Any] = {"like": q, **sides, "given": given, "exponent": base_2(sm_scale), **arguments}
     launch(
         frame_attention_bwd_kv_kernel,
-        B * G * splits * shares["tiles"],
+        B * G * splits * shares.tiles,
         config=config,
         dk=of_k,
         dv=of_v,
         sm_scale=abs(sm_scale),
         TILE=tile,
-        **shares,
+        shares=shares,
         **shared,
     )
     if splits > 1:

@@ -87,24 +87,12 @@ def _attend(state, b_q, k, v, at, stop, S, exponent, WHOLE: tl.constexpr, TILE: 
 
 
 @triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles"])
-def frame_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    p_o,
-    p_lse,
-    lengths,
-    sizes,
-    frames,
-    place,
-    tiles,  # of queries, per sample and head
-    exponent,  # scale of the scores times log2 e, above 0
-    TILE: tl.constexpr,
-):
+def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, place, tiles, exponent, TILE: tl.constexpr):
     """One program: a tile of BM queries (video or text tokens) of one sample and head, and all keys that they see.
 
     q: Pair (B, T, S_q, H, D) and (B, L, H, D). k, v: Pair (B, T_k, S_k, H/R, D) and (B, L, H/R, D). p_o: (B, N, H, D),
-    contiguous, its rows where place, an Out, says. p_lse: (B, N, H), or None.
+    contiguous, its rows where place, an Out, says. p_lse: (B, N, H), or None. tiles: of queries, per sample and head.
+    exponent: size of the scale of the scores, times log2 e, above 0.
     """
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN

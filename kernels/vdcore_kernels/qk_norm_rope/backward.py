@@ -17,7 +17,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 from vdcore_kernels.core.frames import frame_bounds, load_length, seeing_run, valid_frames, visible_runs
-from vdcore_kernels.core.launch import Config, ValuesConfig, cdiv, launch, step
+from vdcore_kernels.core.launch import Config, ValuesConfig, cdiv, launch
 from vdcore_kernels.core.tile import (
     add,
     affine,
@@ -29,18 +29,24 @@ from vdcore_kernels.core.tile import (
     mul,
     neighbors,
     norm_arguments,
-    norm_rope_constants,
     rope_arguments,
     rotate,
     rows,
     scale,
-    split_row,
     standardize,
     standardize_backward,
     store_rows,
     to,
 )
-from vdcore_kernels.qk_norm_rope.forward import WHOLE_TOKEN, blocks_of, pick_rows, row_angles, row_block, row_stats
+from vdcore_kernels.qk_norm_rope.forward import (
+    WHOLE_TOKEN,
+    blocks_of,
+    is_over_all,
+    row_angles,
+    row_arguments,
+    row_block,
+    row_stats,
+)
 
 
 class Live(NamedTuple):
@@ -82,30 +88,18 @@ def _alive(live, m, i_b, i_t, i_s):
 
 @triton.jit(do_not_specialize=["T", "S", "H", "frame_start", "blocks"])
 def norm_rope_bwd_kernel(
-    x,
-    dy,
-    p_dx,
-    s_dx,
-    p_dw,
-    p_db,
-    live,
-    norm,
-    angles,
-    T,
-    S,
-    H,
-    frame_start,  # the table's row of frame 0
-    blocks,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    BN: tl.constexpr,  # rows
-    NR: tl.constexpr,
+    x, dy, p_dx, s_dx, p_dw, p_db, live, norm, angles, T, S, H, frame_start, blocks, TILE: tl.constexpr
 ):
     """One program: every n-th, of n programs, of the blocks of BN rows (token, head), with ALL of one token's.
 
     x, dy: Rows (B, T, S, H, D). p_dx: as x, with token stride s_dx; heads follow one another. p_dw, p_db: partial sums
-    (programs, D), with ALL (programs, H*D), float32; or None. live: Live, or None: all tokens take part.
+    (programs, D), with ALL (programs, H*D), float32; or None. live: Live, or None: all tokens take part. frame_start:
+    the table's row of frame 0.
     """
+    ROW: tl.constexpr = TILE.ROW
+    A: tl.constexpr = TILE.A
+    BN: tl.constexpr = TILE.BN
+    NR: tl.constexpr = TILE.NR
     ALL: tl.constexpr = NR.ALL
     # Where the weights of the block's rows are: with ALL of every head, else of one for all.
     NW: tl.constexpr = BN if ALL else 1
@@ -173,30 +167,17 @@ def _store_angles(p, x, ROW: tl.constexpr, NR: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "CT", "CS", "CH", "summed", "chunks"])
-def rope_table_bwd_kernel(
-    x,
-    dy,
-    p_out,
-    live,
-    norm,
-    T,
-    S,
-    H,
-    CT,  # frames, tokens and heads that the table tells apart: T, S, H or 1
-    CS,
-    CH,
-    summed,  # rows that share a cell
-    chunks,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    BN: tl.constexpr,  # rows
-    NR: tl.constexpr,
-):
+def rope_table_bwd_kernel(x, dy, p_out, live, norm, T, S, H, CT, CS, CH, summed, chunks, TILE: tl.constexpr):
     """One program: a chunk of the rows that share a cell (frame, token, head) of the table.
 
     x, dy: Rows (B, T, S, H, D). p_out: partial sums (chunks, 2, cells, R/2), float32: of cos and of sin. norm: with its
-    statistics where it is over all heads. live: Live, or None: all tokens take part.
+    statistics where it is over all heads. live: Live, or None: all tokens take part. CT, CS, CH: frames, tokens and
+    heads that the table tells apart: T, S, H or 1. summed: rows that share a cell.
     """
+    ROW: tl.constexpr = TILE.ROW
+    A: tl.constexpr = TILE.A
+    BN: tl.constexpr = TILE.BN
+    NR: tl.constexpr = TILE.NR
     i_cell = tl.program_id(0) // chunks
     i_chunk = tl.program_id(0) % chunks
     NT, NS, NH = T // CT, S // CS, H // CH  # how many share
@@ -249,7 +230,6 @@ def norm_rope_backward(
         dx: where the gradient of x goes: its heads contiguous, its tokens evenly spaced; None: a new tensor.
         live: ``(B, T)`` or ``(B, T, S)``: what takes part; the rest gets 0, whatever x and dy hold there.
     """
-    _, T, S, H, D = x.shape
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     found = {"x": dx}
@@ -261,11 +241,9 @@ def norm_rope_backward(
     if not x.numel():
         return found
 
-    row = split_row(D, rope)
-    over_all = norm is not None and norm.over == "all"
-    config, BN = pick_rows(BACKWARD_ROWS, x, row, over_all)
-    A = step(x, dy)
-    blocks = blocks_of(x, BN, over_all)
+    over_all = is_over_all(norm)
+    config, tile, shared = row_arguments(BACKWARD_ROWS, x, norm, rope, over_all=over_all, also=dy)
+    blocks = blocks_of(x, tile.BN, over_all)
     programs = min(blocks, 2 * config.programs)
     partial = {
         name: torch.empty(programs, found[name].numel(), dtype=torch.float32, device=x.device)
@@ -275,10 +253,7 @@ def norm_rope_backward(
     launch(
         norm_rope_bwd_kernel,
         programs,
-        like=x,
-        config=config,
-        x=rows(x, A),
-        dy=rows(dy, A),
+        dy=rows(dy, tile.A),
         p_dx=dx,
         s_dx=dx.stride(2),
         p_dw=partial.get("weight"),
@@ -286,15 +261,9 @@ def norm_rope_backward(
         live=_live(live),
         norm=weights,
         angles=rope_arguments(rope),
-        T=T,
-        S=S,
-        H=H,
         frame_start=frame_start,
         blocks=blocks,
-        ROW=row,
-        A=A,
-        BN=BN,
-        NR=norm_rope_constants(norm, rope),
+        **shared,
     )
     for name, sums in partial.items():
         found[name] = sums.sum(0)
@@ -314,40 +283,27 @@ def _table_gradients(
     found: dict[str, Tensor],
 ) -> None:
     """Fills the gradients of the tables: one more pass over x and dy, since a table learns in few models."""
-    B, T, S, H, D = x.shape
-    row = split_row(D, rope)
-    over_all = norm is not None and norm.over == "all"
-    stats = row_stats(x, norm) if over_all and norm else None
+    B, T, S, H, _ = x.shape
     shape = rope.cos.shape if rope.cos.ndim == 4 else (*rope.cos.shape[:2], 1, rope.cos.shape[2])
     cells = (T if shape[0] > 1 else 1, shape[1], shape[2])
     count = cells[0] * cells[1] * cells[2]
     summed = B * T * S * H // count
-    config, BN = pick_rows(BACKWARD_ROWS, x, row, False)
-    chunks = max(min(cdiv(config.programs, count), cdiv(summed, BN)), 1)
+    config, tile, shared = row_arguments(BACKWARD_ROWS, x, norm, rope, over_all=False, also=dy)
+    chunks = max(min(cdiv(config.programs, count), cdiv(summed, tile.BN)), 1)
     partial = torch.empty(chunks, 2, *cells, shape[3], dtype=torch.float32, device=x.device)
-    A = step(x, dy)
     launch(
         rope_table_bwd_kernel,
         count * chunks,
-        like=x,
-        config=config,
-        x=rows(x, A),
-        dy=rows(dy, A),
+        dy=rows(dy, tile.A),
         p_out=partial,
         live=_live(live),
-        norm=norm_arguments(norm, role, stats),
-        T=T,
-        S=S,
-        H=H,
+        norm=norm_arguments(norm, role, row_stats(x, norm)),
         CT=cells[0],
         CS=cells[1],
         CH=cells[2],
         summed=summed,
         chunks=chunks,
-        ROW=row,
-        A=A,
-        BN=BN,
-        NR=norm_rope_constants(norm, rope),
+        **shared,
     )
     total = partial.sum(0)
     first = frame_start if shape[0] > 1 else 0

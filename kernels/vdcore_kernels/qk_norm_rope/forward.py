@@ -7,7 +7,7 @@ positions.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,10 +18,10 @@ from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
 from vdcore_kernels.core.tile import (
-    KINDS,
+    NormRope,
     Row,
     affine,
-    cos_sin,
+    load_angles,
     load_rows,
     norm_arguments,
     norm_rope_constants,
@@ -29,6 +29,7 @@ from vdcore_kernels.core.tile import (
     rotate,
     row_sum,
     rows,
+    scale,
     split_row,
     standardize,
     store_rows,
@@ -42,6 +43,15 @@ ROWS = (
     ValuesConfig("", 4, 1, _ROWS, 4096),
     ValuesConfig("", 8, 1, WHOLE_TOKEN, 8192),
 )
+
+
+class RowTile(NamedTuple):
+    """Constants: rows and elements per step of a stride, rows of a program, norm and rotary embedding."""
+
+    ROW: Row
+    A: int
+    BN: int
+    NR: NormRope
 
 
 @triton.jit
@@ -62,25 +72,21 @@ def row_block(i, T, S, H, BN: tl.constexpr, ALL: tl.constexpr):
 def row_angles(angles, i_f, o_s, o_h, m_n, SIGN, ROW: tl.constexpr, NR: tl.constexpr):
     """Cosines and SIGN times sines of rows (token, head) of frame i_f, [BN, W/2]."""
     o_cos = i_f * angles.cf + o_s * angles.cs + o_h * angles.ch
-    return cos_sin(angles, o_cos, i_f * angles.sf + o_s * angles.ss + o_h * angles.sh, m_n, SIGN, ROW, NR)
+    b_cos = load_angles(angles.cos, o_cos, m_n, 1.0, ROW, NR.STYLE, NR.R2)
+    o_sin = i_f * angles.sf + o_s * angles.ss + o_h * angles.sh
+    return b_cos, scale(load_angles(angles.sin, o_sin, m_n, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "frame_start"])
-def norm_rope_fwd_kernel(
-    x,
-    p_y,
-    norm,
-    angles,
-    T,
-    S,
-    H,
-    frame_start,  # the table's row of frame 0
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    BN: tl.constexpr,  # rows
-    NR: tl.constexpr,
-):
-    """One program: BN rows (token, head) of one frame, with ALL one token's. x: Rows (B, T, S, H, D); p_y: too."""
+def norm_rope_fwd_kernel(x, p_y, norm, angles, T, S, H, frame_start, TILE: tl.constexpr):
+    """One program: BN rows (token, head) of one frame, with ALL one token's.
+
+    x: Rows (B, T, S, H, D). p_y: (B, T, S, H, D), contiguous. frame_start: the table's row of frame 0.
+    """
+    ROW: tl.constexpr = TILE.ROW
+    A: tl.constexpr = TILE.A
+    BN: tl.constexpr = TILE.BN
+    NR: tl.constexpr = TILE.NR
     i_b, i_t, o_n, o_s, o_h, m_n = row_block(tl.program_id(0), T, S, H, BN, NR.ALL)
     b_x = load_rows(x.p + (i_b * x.b + i_t * x.t) * A, (o_s * x.s + o_h * x.h) * A, m_n, ROW)  # [BN, W]
     b_y = to(b_x, tl.float32)
@@ -94,10 +100,12 @@ def norm_rope_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "S", "H"])
-def row_stats_kernel(
-    x, p_stats, eps, T, S, H, ROW: tl.constexpr, A: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr
-):
+def row_stats_kernel(x, p_stats, eps, T, S, H, TILE: tl.constexpr):
     """One program: one token. x: Rows (B, T, S, H, D). p_stats: (B, T, S, 2), mean (0 with KIND 1), 1 / deviation."""
+    KIND: tl.constexpr = TILE.NR.KIND
+    ROW: tl.constexpr = TILE.ROW
+    A: tl.constexpr = TILE.A
+    BN: tl.constexpr = TILE.BN
     i_b, i_t, o_n, o_s, o_h, m_n = row_block(tl.program_id(0), T, S, H, BN, 1)
     b_x = to(load_rows(x.p + (i_b * x.b + i_t * x.t) * A, (o_s * x.s + o_h * x.h) * A, m_n, ROW), tl.float32)
     mean = tl.zeros([1, 1], tl.float32)
@@ -112,14 +120,27 @@ def row_stats_kernel(
 Table = TypeVar("Table", bound=ValuesConfig)
 
 
-def pick_rows(table: tuple[Table, ...], x: Tensor, row: Row, over_all: bool) -> tuple[Table, int]:
-    """Config and rows per program: one token's heads with a norm over all of them."""
-    H = x.shape[3]
+def row_arguments(
+    table: tuple[Table, ...],
+    x: Tensor,
+    norm: QKNorm | None,
+    rope: Rope | None,
+    *,
+    over_all: bool,
+    also: Tensor | None = None,
+) -> tuple[Table, RowTile, dict[str, Any]]:
+    """The config, constants, and what all kernels take by the same names.
+
+    over_all: a program holds one token's heads. also: a tensor with the same steps.
+    """
+    _, T, S, H, D = x.shape
+    row = split_row(D, rope)
     size = row.width * power_of_2(H) if over_all else row.width
     config = pick(table, arch_of(x), lambda c: c.values >= size)
-    if over_all:
-        return config, power_of_2(H)
-    return config, min(how_many(config.values, row.width), power_of_2(x.shape[2] * H))
+    BN = power_of_2(H) if over_all else min(how_many(config.values, row.width), power_of_2(S * H))
+    A = step(x) if also is None else step(x, also)
+    tile = RowTile(row, A, BN, norm_rope_constants(norm, rope))
+    return config, tile, {"like": x, "config": config, "x": rows(x, A), "T": T, "S": S, "H": H, "TILE": tile}
 
 
 def blocks_of(x: Tensor, BN: int, over_all: bool) -> int:
@@ -128,45 +149,34 @@ def blocks_of(x: Tensor, BN: int, over_all: bool) -> int:
     return B * T * cdiv(S * H, H if over_all else BN)
 
 
+def is_over_all(norm: QKNorm | None) -> bool:
+    return norm is not None and norm.over == "all"
+
+
 def norm_rope_forward(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None, frame_start: int = 0) -> Tensor:
     """x ``(B, T, S, heads, D)`` -> the same, contiguous; ``role``: which of the norm's weights, ``"q"`` or ``"k"``."""
-    _, T, S, H, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    row = split_row(D, rope)
-    over_all = norm is not None and norm.over == "all"
-    config, BN = pick_rows(ROWS, x, row, over_all)
-    A = step(x)
-    launch(
-        norm_rope_fwd_kernel,
-        blocks_of(x, BN, over_all),
-        like=x,
-        config=config,
-        x=rows(x, A),
-        p_y=y,
-        norm=norm_arguments(norm, role),
-        angles=rope_arguments(rope),
-        T=T,
-        S=S,
-        H=H,
-        frame_start=frame_start,
-        ROW=row,
-        A=A,
-        BN=BN,
-        NR=norm_rope_constants(norm, rope),
-    )
+    over_all = is_over_all(norm)
+    _, tile, shared = row_arguments(ROWS, x, norm, rope, over_all=over_all)
+    of_role: dict[str, Any] = {
+        "norm": norm_arguments(norm, role),
+        "angles": rope_arguments(rope),
+        "frame_start": frame_start,
+    }
+    launch(norm_rope_fwd_kernel, blocks_of(x, tile.BN, over_all), p_y=y, **of_role, **shared)
     return y
 
 
-def row_stats(x: Tensor, norm: QKNorm) -> Tensor:
-    """Mean and 1 / deviation of every token of x ``(B, T, S, heads, D)`` over all its heads: ``(B, T, S, 2)``."""
-    B, T, S, H, D = x.shape
-    stats = torch.empty(B, T, S, 2, dtype=torch.float32, device=x.device)
-    row = split_row(D)
-    config, BN = pick_rows(ROWS, x, row, True)
-    A = step(x)
-    numbers: dict[str, Any] = {"eps": norm.eps, "T": T, "S": S, "H": H}
-    constants: dict[str, Any] = {"ROW": row, "A": A, "BN": BN, "KIND": KINDS[norm.kind]}
-    launch(row_stats_kernel, B * T * S, like=x, config=config, x=rows(x, A), p_stats=stats, **numbers, **constants)
+def row_stats(x: Tensor, norm: QKNorm | None) -> Tensor | None:
+    """Mean and 1 / deviation of every token of x ``(B, T, S, heads, D)`` over all its heads: ``(B, T, S, 2)``.
+
+    None where the norm takes none.
+    """
+    if norm is None or norm.over != "all":
+        return None
+    stats = torch.empty(*x.shape[:3], 2, dtype=torch.float32, device=x.device)
+    _, _, shared = row_arguments(ROWS, x, norm, None, over_all=True)
+    launch(row_stats_kernel, x.shape[0] * x.shape[1] * x.shape[2], p_stats=stats, eps=norm.eps, **shared)
     return stats

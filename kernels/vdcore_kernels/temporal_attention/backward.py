@@ -98,7 +98,7 @@ def _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE: tl.constexpr):
     ROW: tl.constexpr = SHAPE.ROW
     V: tl.constexpr = SHAPE.V
     m_t, m_f, seen = pairs
-    o_t = tl.arange(0, m_t.shape[0])
+    o_t = tl.arange(0, SHAPE.BQ)
     head = query_head(at, i_r, SHAPE.R)
     b_q = load_frames(heads.q.x, head, o_t, m_t, SHAPE.A, ROW)
     b_q = normalized_rotated(b_q, heads.q, heads.angles, head, o_t, m_t, heads.S, SHAPE)
@@ -124,27 +124,7 @@ def _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_bwd_kernel(
-    q,
-    k,
-    v,
-    do,
-    dq,
-    dk,
-    dv,
-    p_dlse,
-    p_len,
-    q_norm,
-    k_norm,
-    angles,
-    p_sums,
-    frames,
-    S,
-    G,
-    sm_scale,
-    SHAPE: tl.constexpr,
-    BP: tl.constexpr,  # sequences
-    BQ: tl.constexpr,  # query frames, all of them
-    BK: tl.constexpr,  # key frames
+    q, k, v, do, dq, dk, dv, p_dlse, p_len, q_norm, k_norm, angles, p_sums, frames, S, G, sm_scale, SHAPE: tl.constexpr
 ):
     """One program: all gradients of BP sequences (position, key/value head), R query heads each.
 
@@ -155,9 +135,9 @@ def temporal_attention_bwd_kernel(
     ROW: tl.constexpr = SHAPE.ROW
     V: tl.constexpr = SHAPE.V
     R: tl.constexpr = SHAPE.R
-    o_f = tl.arange(0, BK)
-    at = sequence_block(tl.program_id(0), S, G, BP)
-    pairs = frame_pairs(p_len, at.b, frames, tl.arange(0, BQ), o_f, SHAPE.MASKED)
+    o_f = tl.arange(0, SHAPE.BK)
+    at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
+    pairs = frame_pairs(p_len, at.b, frames, tl.arange(0, SHAPE.BQ), o_f, SHAPE.MASKED)
     m_f = pairs[1]
     of_q, of_k = Side(q, q_norm, frames.q_start, frames.T), Side(k, k_norm, 0, frames.T_k)
     heads = Heads(of_q, do, dq, p_dlse, p_sums, angles, S=S, G=G, sm_scale=sm_scale)
@@ -281,8 +261,7 @@ def _short_backward(
         p_dlse=dlse,
         p_sums=sums,
         sm_scale=scale,
-        BP=BP,
-        **temporal_arguments(q, k, row=row, A=A, **arguments),
+        **temporal_arguments(q, k, row=row, A=A, BP=BP, **arguments),
     )
     if sums is None:
         return {}

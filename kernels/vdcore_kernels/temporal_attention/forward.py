@@ -64,40 +64,22 @@ FORWARD = (
 
 @triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    gate,
-    p_o,
-    p_lse,
-    p_len,
-    q_norm,
-    k_norm,
-    angles,
-    frames,
-    S,
-    G,
-    exponent,  # scale of the scores, times log2 e
-    SHAPE: tl.constexpr,
-    BP: tl.constexpr,  # sequences
-    BQ: tl.constexpr,  # query frames, all of them
-    BK: tl.constexpr,  # key frames
-    GATE_ROWS: tl.constexpr,  # the gate varies with the channel
+    q, k, v, gate, p_o, p_lse, p_len, q_norm, k_norm, angles, frames, S, G, exponent, SHAPE: tl.constexpr
 ):
     """One program: all frames of BP sequences (position, key/value head), R query heads each, one after another.
 
     q: Rows (B, T, S, G*R, D). k, v: Rows (B, T_k, S, G, D). p_o: (B, T, S, G*R, D), contiguous. p_lse: (B, T, S, G*R),
     or None. p_len: (B,), or None. gate: a Gate that weighs another result, to which this one is added; or None. Norms
-    hold statistics with ALL.
+    have statistics with ALL. exponent: scale of the scores, times log2 e.
     """
     V: tl.constexpr = SHAPE.V
     ROW: tl.constexpr = SHAPE.ROW
     R: tl.constexpr = SHAPE.R
     T = frames.T
     of_q = Side(q, q_norm, frames.q_start, T)
-    at = sequence_block(tl.program_id(0), S, G, BP)
-    o_t = tl.arange(0, BQ)
-    o_f = tl.arange(0, BK)
+    at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
+    o_t = tl.arange(0, SHAPE.BQ)
+    o_f = tl.arange(0, SHAPE.BK)
     m_t, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
     b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)  # [BP, BK, W]
     b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)
@@ -118,7 +100,7 @@ def temporal_attention_fwd_kernel(
         o_row = row_offsets(head, o_t, T, S, G * R)  # [BP, BQ]
         m_row = at.m[:, None] & (o_t < T)[None, :]
         if gate is not None:
-            b_o = gated(b_o, gate, head, o_t, o_row, m_row, m_row & m_t[None, :], V, GATE_ROWS)
+            b_o = gated(b_o, gate, head, o_t, o_row, m_row, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
             b_lse = tl.where(m_t[None, :, None], b_m * LN_2 + tl.log(b_l), -float("inf"))
@@ -153,33 +135,34 @@ def temporal_arguments(
     *,
     row: Row,
     A: int,
+    BP: int,
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
     norm: QKNorm | None = None,
     rope: Rope | None = None,
+    gate: Gate | None = None,
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
     (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
     frames, masked = frame_bounds(mask, T, T_k, q_start)
-    over_all = norm is not None and norm.over == "all"
-    q_norm, k_norm = (
-        norm_arguments(norm, role, row_stats(x, norm) if over_all and norm else None)
-        for role, x in (("q", q), ("k", k))
+    q_stats, k_stats = (row_stats(x, norm) for x in (q, k))
+    shape = Shape(
+        ROW=row,
+        V=split_row(D),
+        A=A,
+        R=H // G,
+        BP=BP,
+        BQ=side(T),
+        BK=side(T_k),
+        MASKED=masked,
+        GATE_ROWS=gate is not None and gate.d != 0,
+        PER_SEQUENCE=rope_per_sequence(rope),
+        NR=norm_rope_constants(norm, rope),
     )
-    constants = norm_rope_constants(norm, rope)
-    return {
-        "p_len": lengths,
-        "q_norm": q_norm,
-        "k_norm": k_norm,
-        "angles": rope_arguments(rope),
-        "frames": frames,
-        "S": S,
-        "G": G,
-        "SHAPE": Shape(row, split_row(D), A, H // G, masked, rope_per_sequence(rope), constants),
-        "BQ": side(T),
-        "BK": side(T_k),
-    }
+    norms = {"q_norm": norm_arguments(norm, "q", q_stats), "k_norm": norm_arguments(norm, "k", k_stats)}
+    angles = rope_arguments(rope)
+    return {"p_len": lengths, **norms, "angles": angles, "frames": frames, "S": S, "G": G, "SHAPE": shape}
 
 
 def temporal_forward(
@@ -203,13 +186,12 @@ def temporal_forward(
     """
     T, T_k = q.shape[1], k.shape[1]
     row = split_row(q.shape[4], rope)
+    frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
     _, masked = frame_bounds(mask, T, T_k, q_start)
     found = pick_sequences(FORWARD, q, T, T_k, row, 3 if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
-        return temporal_long_forward(
-            q, k, v, out, lse, mask=mask, q_start=q_start, lengths=lengths, scale=scale, gate=gate
-        )
+        return temporal_long_forward(q, k, v, out, lse, scale=scale, gate=gate, **frames)
     config, BP = found
     A = step(q, k, v)
     launch(
@@ -224,7 +206,5 @@ def temporal_forward(
         p_o=out,
         p_lse=lse,
         exponent=scale * LOG2_E.value,
-        BP=BP,
-        GATE_ROWS=gate is not None and gate.d != 0,
-        **temporal_arguments(q, k, row=row, A=A, mask=mask, q_start=q_start, lengths=lengths, norm=norm, rope=rope),
+        **temporal_arguments(q, k, row=row, A=A, BP=BP, norm=norm, rope=rope, gate=gate, **frames),
     )

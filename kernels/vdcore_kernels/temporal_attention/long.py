@@ -7,7 +7,7 @@ holds one sequence (position, head) and a block of its frames; blocks that no ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,6 +87,17 @@ def _cost(row: Row, masked: bool) -> int:
     return row.width * (3 if masked else 1) + (64 if row.W1 else 0)
 
 
+class LongShape(NamedTuple):
+    """Constants: rows and elements per step of a stride, query heads per key/value head, frames of a block."""
+
+    ROW: Row
+    A: int
+    R: int
+    BT: int
+    MASKED: bool
+    GATE_ROWS: bool
+
+
 @triton.jit
 def _sequence(i, S, H, blocks):
     """Of the i-th program: its block of frames and its sequence."""
@@ -122,31 +133,16 @@ def _block_at(i, n_low, start):
 
 
 @triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
-def temporal_long_fwd_kernel(
-    q,
-    k,
-    v,
-    gate,
-    p_o,
-    p_lse,
-    p_len,
-    frames,
-    S,
-    H,
-    blocks,  # of query frames
-    exponent,  # scale of the scores, times log2 e
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,  # frames
-    MASKED: tl.constexpr,
-    GATE_ROWS: tl.constexpr,
-):
+def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blocks, exponent, SHAPE: tl.constexpr):
     """One program: BT query frames of one sequence (position, head), and all key frames that these see.
 
     q: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse: (B, T, S, H), or
-    None. gate: as temporal_attention_fwd_kernel's.
+    None. blocks: of query frames. gate, exponent: as temporal_attention_fwd_kernel's.
     """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
@@ -158,7 +154,7 @@ def temporal_long_fwd_kernel(
     n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)
+        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
         b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [1, BT, BT]
@@ -167,14 +163,14 @@ def temporal_long_fwd_kernel(
         b_p = tl.exp2(b_s - b_safe)
         b_c = tl.exp2(b_m - b_safe)
         b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
-        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, MASKED))
+        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, SHAPE.MASKED))
         b_m = b_new
     m_row = at.m[:, None] & m_t[None, :]
     o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
     none = b_m == -float("inf")
     b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
     if gate is not None:
-        b_o = keep(gated(b_o, gate, at, o_t, o_row, m_row, m_row, ROW, GATE_ROWS), ~none)
+        b_o = keep(gated(b_o, gate, at, o_t, o_row, m_row, m_row, ROW, SHAPE.GATE_ROWS), ~none)
     store_rows(p_o, o_row * ROW.D, m_row, b_o, ROW)
     if p_lse is not None:
         b_lse = tl.where(none, -float("inf"), b_m * LN_2 + tl.log(b_l))
@@ -192,36 +188,21 @@ def _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale):
 
 @triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
 def temporal_long_bwd_q_kernel(
-    q,
-    k,
-    v,
-    do,
-    dq,
-    p_o,
-    p_lse,
-    p_dlse,
-    p_delta,
-    p_len,
-    frames,
-    S,
-    H,
-    blocks,  # of query frames
-    sm_scale,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,  # frames
-    MASKED: tl.constexpr,
+    q, k, v, do, dq, p_o, p_lse, p_dlse, p_delta, p_len, frames, S, H, blocks, sm_scale, SHAPE: tl.constexpr
 ):
     """One program: the gradient of BT query frames of one sequence (position, head), and their delta.
 
     q, do, dq: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse, p_delta,
-    p_dlse or None: (B, T, S, H); p_delta is filled, for the other kernel.
+    p_dlse or None: (B, T, S, H); p_delta is filled, for the other kernel. blocks: of query frames.
     """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), MASKED)
+    m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
     m_t = m_t & (o_t < frames.T)
     m_row = at.m[:, None] & m_t[None, :]
     o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
@@ -240,61 +221,48 @@ def temporal_long_bwd_q_kernel(
     n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)
+        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         b_sum += tl.sum(b_ds.to(b_k[0].dtype).to(tl.float32), 2, keep_dims=True)
-        b_dq = add(b_dq, weighted(b_ds, b_k, seen, MASKED))
+        b_dq = add(b_dq, weighted(b_ds, b_k, seen, SHAPE.MASKED))
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
     # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
     # block that a row sees: one block for all rows, or two where windows are small.
     b_left = m_t[None, :, None]
-    n = n_low + n_run if MASKED else tl.minimum(n_run, 1)
+    n = n_low + n_run if SHAPE.MASKED else tl.minimum(n_run, 1)
     for i in range(n):
         if tl.max(b_left.to(tl.int32)) > 0:
             o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-            m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)
+            m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
             b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
             seen = seen & b_left
             b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
-            b_dq = add(b_dq, weighted(b_share, b_k, seen, MASKED))
+            b_dq = add(b_dq, weighted(b_share, b_k, seen, SHAPE.MASKED))
             b_left = b_left & (b_n == 0.0)
     store_frames(dq, at, o_t, frames.T, b_dq, A, ROW)
 
 
 @triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
 def temporal_long_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    do,
-    dk,
-    dv,
-    p_lse,
-    p_delta,
-    p_len,
-    frames,
-    S,
-    G,
-    blocks,  # of key frames
-    sm_scale,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,  # frames
-    MASKED: tl.constexpr,
+    q, k, v, do, dk, dv, p_lse, p_delta, p_len, frames, S, G, blocks, sm_scale, SHAPE: tl.constexpr
 ):
     """One program: the gradients of BT key frames of one sequence (position, key/value head), after R query heads.
 
-    q, do: Rows (B, T, S, G*R, D). k, v, dk, dv: Rows (B, T_k, S, G, D). p_lse, p_delta: (B, T, S, G*R).
+    q, do: Rows (B, T, S, G*R, D). k, v, dk, dv: Rows (B, T_k, S, G, D). p_lse, p_delta: (B, T, S, G*R). blocks: of key
+    frames.
     """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
     i_k, at = _sequence(tl.program_id(0), S, G, blocks)
     o_f = i_k * BT + tl.arange(0, BT)
     valid, last = valid_frames(p_len, at.b, frames)
     m_f = o_f < valid
-    if MASKED:
+    if SHAPE.MASKED:
         first_t, past_t = seeing_run(o_f, last, frames)
         m_f = m_f & (first_t < past_t)
     b_k = load_frames(k, at, o_f, m_f, A, ROW)  # [1, BT, W]
@@ -309,7 +277,7 @@ def temporal_long_bwd_kv_kernel(
     for i in range(n * R):
         head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
         o_t = (i_first + i % n) * BT + tl.arange(0, BT)
-        m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)
+        m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         m_t = m_t & (o_t < frames.T)
         m_row = at.m[:, None] & m_t[None, :]
         o_row = row_offsets(head, o_t, frames.T, S, G * R)
@@ -319,8 +287,8 @@ def temporal_long_bwd_kv_kernel(
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)[:, :, None]
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         seeing = tl.permute(seen, (0, 2, 1))
-        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, MASKED))
-        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, MASKED))
+        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, SHAPE.MASKED))
+        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, SHAPE.MASKED))
     store_frames(dk, at, o_f, frames.T_k, b_dk, A, ROW)
     store_frames(dv, at, o_f, frames.T_k, b_dv, A, ROW)
 
@@ -332,6 +300,7 @@ def _long_arguments(
     v: Tensor,
     others: tuple[Tensor, ...] = (),
     *,
+    gate: Gate | None = None,
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
@@ -342,9 +311,17 @@ def _long_arguments(
     row = _row(q.shape[4], masked)
     config = pick(table, arch_of(q), lambda c: c.channels >= _cost(row, masked))
     A = step(q, k, v, *others)
-    shared = {"p_len": lengths, "frames": frames, "S": q.shape[2], "BT": config.block, "MASKED": masked}
+    shape = LongShape(row, A, q.shape[3] // G, config.block, masked, gate is not None and gate.d != 0)
     sides = {"q": rows(q, A), "k": rows(k, A), "v": rows(v, A)}
-    return config, {"like": q, "config": config, "ROW": row, "A": A, "R": q.shape[3] // G, **sides, **shared}
+    return config, {
+        "like": q,
+        "config": config,
+        **sides,
+        "p_len": lengths,
+        "frames": frames,
+        "S": q.shape[2],
+        "SHAPE": shape,
+    }
 
 
 def temporal_long_forward(
@@ -352,7 +329,7 @@ def temporal_long_forward(
 ) -> None:
     """As temporal_forward, of q and k that are normalized and rotated; ``frames``: its mask, q_start and lengths."""
     B, T, S, H, _ = q.shape
-    config, shared = _long_arguments(FORWARD, q, k, v, **frames)
+    config, shared = _long_arguments(FORWARD, q, k, v, gate=gate, **frames)
     blocks = cdiv(T, config.block)
     launch(
         temporal_long_fwd_kernel,
@@ -363,7 +340,6 @@ def temporal_long_forward(
         H=H,
         blocks=blocks,
         exponent=scale * LOG2_E.value,
-        GATE_ROWS=gate is not None and gate.d != 0,
         **shared,
     )
 
@@ -385,7 +361,7 @@ def temporal_long_backward(
     B, T, S, H, _ = q.shape
     T_k, G = k.shape[1], k.shape[3]
     config, shared = _long_arguments(BACKWARD, q, k, v, (dout, *gradients), **frames)
-    A = shared["A"]
+    A = shared["SHAPE"].A
     dq, dk, dv = (rows(x, A) for x in gradients)
     delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
     shared |= {"do": rows(dout, A), "p_lse": lse, "p_delta": delta, "sm_scale": scale}
