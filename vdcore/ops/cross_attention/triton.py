@@ -1,4 +1,4 @@
-"""Cross attention: frame attention whose key frames are prompts, one for all frames or one a frame."""
+"""Cross attention: frame attention whose key frames are prompts, one for all frames or one per frame."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def _backward(
     dq = empty_like(c.q)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32 if shared else k.dtype, device=k.device) for _ in range(2))
     more = _arguments(c, lengths, mask)
-    frame_backward(q_seen, k_seen, v, None, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv), None, **more)
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout.flatten(1, 2), "dlse": dlse}
+    frame_backward(q_seen, k_seen, v, None, gradients=(dq, dk, dv), text_gradients=None, **given, **more)
     found: Gradients = {"q": dq, "k": dk, "v": dv}
     if c.norm is not None:
         L = k.shape[2]

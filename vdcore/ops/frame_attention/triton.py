@@ -77,19 +77,8 @@ def _frame_backward(
     if c.text_norm is not None:
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
     q, k, v, text = _seen(c)
-    frame_backward(
-        q,
-        k,
-        v,
-        text,
-        out=out,
-        lse=lse,
-        dout=dout,
-        dlse=dlse,
-        gradients=(dq, dk, gradients[2]),
-        text_gradients=filled_text,
-        **_visibility(c),
-    )
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, **_visibility(c)}
+    frame_backward(q, k, v, text, gradients=(dq, dk, gradients[2]), text_gradients=filled_text, **given)
     if c.norm or c.rope:
         L = 0 if c.text is None else c.text[0].shape[1]
         live = live_frames(

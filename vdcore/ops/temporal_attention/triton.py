@@ -39,9 +39,8 @@ def _temporal_backward(
     out, lse = outputs
     dout, dlse = output_gradients(out, grads)
     found, gradients = qkv_gradients(c)
-    more = temporal_backward(
-        c.q, c.k, c.v, out=out, lse=lse, dout=dout, dlse=dlse, gradients=gradients, wanted=wanted, **_arguments(c)
-    )
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "gradients": gradients}
+    more = temporal_backward(c.q, c.k, c.v, wanted=wanted, **given, **_arguments(c))
     return {**found, **more}
 
 
