@@ -54,7 +54,7 @@ struct TokensFromPatches {
   explicit TokensFromPatches(const PatchProduct& args)
       : a(args),
         n(args.patches, args.tokens),
-        stream(may_stream(args.tokens)),
+        stream(streams(args.tokens)),
         staged(stream && args.tokens.dtype != DType::f32),
         range(n.tokens, staged ? smaller(tile_of(n.K, 4096), tile_of(n.E, 64 * 1024)) : tile_of(n.K, 4096),
               args.threads) {}
