@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vdcore.norm import KINDS
 from vdcore_kernels.adaln.forward import (
     SMALL,
     common_arguments,
@@ -23,7 +24,6 @@ from vdcore_kernels.adaln.forward import (
 )
 from vdcore_kernels.core.launch import ValuesConfig, cdiv, launch
 from vdcore_kernels.core.tile import (
-    KINDS,
     Norm,
     add,
     affine,

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vdcore.norm import KINDS
 from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2
 from vdcore_kernels.core.tile import (
-    KINDS,
     Norm,
     Rows,
     add,

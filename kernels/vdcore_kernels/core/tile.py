@@ -14,12 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore.norm import KINDS, QKNorm
+from vdcore.rope import STYLES, Rope
 from vdcore_kernels.core.launch import parts, power_of_2, steps
 
-KINDS = {"rms": 1, "layer": 2}
-STYLES = {"interleaved": 1, "half": 2}
 MAX_TOKEN = 8192  # heads times channels, each as wide as its tile, of a norm over all heads
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
