@@ -120,22 +120,6 @@ class Given(NamedTuple):
     p_delta: Any
 
 
-class Shares(NamedTuple):
-    """How programs share out the keys.
-
-    Args:
-        tiles: of keys, per sample and head.
-        group: frames whose keys the same queries see.
-        splits: programs that share a tile's queries.
-        B: samples.
-    """
-
-    tiles: int
-    group: int
-    splits: int
-    B: int
-
-
 class Queries(NamedTuple):
     """A tile of queries, their dout, and lse, in units of the scores, and delta."""
 
@@ -269,26 +253,42 @@ def _to_keys(state, k, v, queries, exponent):
     return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "place", "shares"])
+@triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles", "group", "splits", "B"])
 def frame_attention_bwd_kv_kernel(
-    q, k, v, given, dk, dv, lengths, sizes, frames, place, shares, exponent, sm_scale, TILE: tl.constexpr
+    q,
+    k,
+    v,
+    given,
+    dk,
+    dv,
+    lengths,
+    sizes,
+    frames,
+    place,
+    tiles,
+    group,
+    splits,
+    B,
+    exponent,
+    sm_scale,
+    TILE: tl.constexpr,
 ):
     """One program: gradients of a tile of BN keys of one sample and key/value head, over all queries that see them.
 
-    given: Given. dk: as k, dv: as v, with splits (splits*B, ...) of partial sums. shares: Shares. sm_scale: its size.
-    The others as frame_attention_fwd_kernel's.
+    given: Given. dk: as k, dv: as v, with splits (splits*B, ...) of partial sums. tiles: of keys, per sample and head.
+    group: frames whose keys the same queries see. splits: programs that share a tile's queries. B: samples. sm_scale:
+    its size. The others as frame_attention_fwd_kernel's.
     """
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     R: tl.constexpr = TILE.R
     ROW: tl.constexpr = TILE.ROW
     G = sizes.H // R
-    tiles, splits = shares.tiles, shares.splits
     i_tile = tl.program_id(0) % tiles
     i_split = tl.program_id(0) // tiles % splits
     i_bg = tl.program_id(0) // tiles // splits
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, shares.group, TILE)
+    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, group, TILE)
     o_n = tl.arange(0, BN)
     m_live = o_n < n_live
     b_k = load_tokens(k, at, m_live, sizes.S_k, BN, TILE)  # [BN, W]
@@ -313,7 +313,7 @@ def frame_attention_bwd_kv_kernel(
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
-    part = At(at.is_text, i_split * shares.B + i_b, i_g, at.start)
+    part = At(at.is_text, i_split * B + i_b, i_g, at.start)
     store_tokens(dk, part, o_n < n_rows, sizes.S_k, b_dk, BN, TILE)
     store_tokens(dv, part, o_n < n_rows, sizes.S_k, b_dv, BN, TILE)
 
@@ -338,8 +338,8 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, row: Row, A: int) -> 
 _PROGRAMS = 512
 
 
-def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> Shares:
-    """How programs share out the keys, and the queries of each tile.
+def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> dict[str, int]:
+    """How programs share out the keys and their queries.
 
     Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk.
     """
@@ -347,7 +347,7 @@ def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, h
     tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
     most = cdiv(frames.T * sizes.S_q, 8 * config.m)
     splits = 1 if has_text else max(min(_PROGRAMS // (B * G * tiles), most), 1)
-    return Shares(tiles, group, splits, B)
+    return {"tiles": tiles, "group": group, "splits": splits, "B": B}
 
 
 def frame_backward(
@@ -373,8 +373,8 @@ def frame_backward(
     dout = dout if dout.stride(1) < NEAR else dout.contiguous()
     arguments = frame_arguments(q, k, words, **visible)
     config = pick_for(KEYS, q)
-    shares = _shares(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
-    splits = shares.splits
+    shares: dict[str, Any] = _shares(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
+    splits = shares["splits"]
     dq, dk, dv = gradients
     if splits > 1:
         dk, dv = (torch.empty(splits * B, *k.shape[1:], dtype=torch.float32, device=q.device) for _ in range(2))
@@ -389,13 +389,13 @@ def frame_backward(
     shared: dict[str, Any] = {"like": q, **sides, "given": given, "exponent": base_2(sm_scale), **arguments}
     launch(
         frame_attention_bwd_kv_kernel,
-        B * G * splits * shares.tiles,
+        B * G * splits * shares["tiles"],
         config=config,
         dk=of_k,
         dv=of_v,
         sm_scale=abs(sm_scale),
         TILE=tile,
-        shares=shares,
+        **shares,
         **shared,
     )
     if splits > 1:

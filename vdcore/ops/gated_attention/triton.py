@@ -90,13 +90,15 @@ def _backward(
     found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
     given: dict[str, Any] = {"out": b, "lse": lse_b, "dout": db, "dlse": None, "gradients": gradients}
-    more = temporal_backward(*c.temporal, wanted=names, **given, **_temporal_arguments(c))
+    q, k, v = c.temporal
+    more = temporal_backward(q, k, v, wanted=names, **given, **_temporal_arguments(c))
     found |= {f"temporal_{name}": dx for name, dx in more.items()}
 
     gradients = _empty_gradients(c.spatial)
     found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
     given = {"out": a, "lse": lse_a, "dout": da.flatten(1, 2), "dlse": None, "gradients": gradients}
-    frame_backward(*_seen(c), None, text_gradients=None, **given, **_spatial_arguments(c))
+    q, k, v = _seen(c)
+    frame_backward(q, k, v, None, text_gradients=None, **given, **_spatial_arguments(c))
     if c.spatial_norm or c.spatial_rope:
         live = live_frames(c.main, c.spatial[1], mask=FrameMask.same_frame(), q_start=0, lengths=c.lengths)
         for role, x, dx, alive in zip("qk", c.spatial, gradients, live):
