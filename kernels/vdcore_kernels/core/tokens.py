@@ -41,14 +41,6 @@ class Pair(NamedTuple):
     text: Any
 
 
-class Out(NamedTuple):
-    """Tokens per sample of the result ``(B, N, H, D)``, and the first one of the video and of the text."""
-
-    N: Any
-    video: Any
-    text: Any
-
-
 class Tile(NamedTuple):
     """Constants of kernels over tiles of tokens.
 
@@ -58,6 +50,7 @@ class Tile(NamedTuple):
         BM, BN: queries and keys of a tile.
         FLAT: tokens are evenly spaced through all frames.
         TEXT: there is text.
+        TEXT_FIRST: it comes before the video in the result, else after it.
         TEXT_SEES: it sees the video.
     """
 
@@ -68,6 +61,7 @@ class Tile(NamedTuple):
     BN: int
     FLAT: bool
     TEXT: bool
+    TEXT_FIRST: bool
     TEXT_SEES: bool
 
 
@@ -184,6 +178,17 @@ def load_keys(k, v, at, stop, S, WHOLE: tl.constexpr, TILE: tl.constexpr):
     """Keys and values [BN, W] of one tile, and which are below ``stop`` [BN]; WHOLE: all."""
     m = tl.full([TILE.BN], 1, tl.int1) if WHOLE else at.start + tl.arange(0, TILE.BN) < stop
     return load_tokens(k, at, m, S, TILE.BN, TILE), load_tokens(v, at, m, S, TILE.BN, TILE), m
+
+
+@triton.jit
+def result_token(at, sizes, frames, TILE: tl.constexpr):
+    """A tile's first token in its sample of the result (B, N, H, D), and N."""
+    of_video = frames.T * sizes.S_q
+    if TILE.TEXT_FIRST:
+        first = tl.where(at.is_text, 0, sizes.L)
+    else:
+        first = tl.where(at.is_text, of_video, 0)
+    return (first + at.start).to(tl.int64), of_video + sizes.L
 
 
 @triton.jit

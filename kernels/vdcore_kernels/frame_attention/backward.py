@@ -42,6 +42,7 @@ from vdcore_kernels.core.tokens import (
     load_tokens,
     power,
     query_tile,
+    result_token,
     rows_times,
     sequence_rows,
     store_tokens,
@@ -130,16 +131,16 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _load_queries(q, given, at, m, sizes, place, exponent, NO_LSE: tl.constexpr, TILE: tl.constexpr):
+def _load_queries(q, given, at, m, sizes, frames, exponent, NO_LSE: tl.constexpr, TILE: tl.constexpr):
     """BM queries, and where their rows begin in (B, N, H); where m [BM] is false, 0, and NO_LSE for lse."""
     ROW: tl.constexpr = TILE.ROW
     A: tl.constexpr = TILE.A
     H, do = sizes.H, given.do
     o_m = tl.arange(0, TILE.BM)
     b_q = load_tokens(q, at, m, sizes.S_q, TILE.BM, TILE)  # [BM, W]
-    first = (tl.where(at.is_text, place.text, place.video) + at.start).to(tl.int64)
+    first, N = result_token(at, sizes, frames, TILE)
     b_do = load_rows(do.p + (at.b * do.b + at.h * do.h + first * do.s) * A, o_m * do.s * A, m, ROW)
-    row = (at.b * place.N + first) * H + at.h
+    row = (at.b * N + first) * H + at.h
     b_lse = tl.load(given.p_lse + row + o_m * H, mask=m, other=NO_LSE) * (LOG2_E / exponent)
     return Queries(b_q, b_do, b_lse, tl.load(given.p_delta + row + o_m * H, mask=m, other=0.0)), row
 
@@ -168,9 +169,9 @@ def _to_queries(state, queries, k, v, at, stop, S, exponent, WHOLE: tl.constexpr
     return rows_times(b_ds, b_k, b_dq), b_sum + tl.sum(b_ds.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles"])
+@triton.jit(do_not_specialize=["sizes", "frames", "tiles"])
 def frame_attention_bwd_q_kernel(
-    q, k, v, given, dq, p_dlse, lengths, sizes, frames, place, tiles, exponent, sm_scale, TILE: tl.constexpr
+    q, k, v, given, dq, p_dlse, lengths, sizes, frames, tiles, exponent, sm_scale, TILE: tl.constexpr
 ):
     """One program: the gradient of a tile of BM queries of one sample and head, over all keys that they see.
 
@@ -183,7 +184,7 @@ def frame_attention_bwd_q_kernel(
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    queries, row = _load_queries(q, given, at, m_live, sizes, place, exponent, NO_LSE=0.0, TILE=TILE)
+    queries, row = _load_queries(q, given, at, m_live, sizes, frames, exponent, NO_LSE=0.0, TILE=TILE)
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
@@ -253,25 +254,9 @@ def _to_keys(state, k, v, queries, exponent):
     return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles", "group", "splits", "B"])
+@triton.jit(do_not_specialize=["sizes", "frames", "tiles", "group", "splits", "B"])
 def frame_attention_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    given,
-    dk,
-    dv,
-    lengths,
-    sizes,
-    frames,
-    place,
-    tiles,
-    group,
-    splits,
-    B,
-    exponent,
-    sm_scale,
-    TILE: tl.constexpr,
+    q, k, v, given, dk, dv, lengths, sizes, frames, tiles, group, splits, B, exponent, sm_scale, TILE: tl.constexpr
 ):
     """One program: gradients of a tile of BN keys of one sample and key/value head, over all queries that see them.
 
@@ -302,14 +287,14 @@ def frame_attention_bwd_kv_kernel(
         is_text, first = whole_tile(i - i_r * n_whole, 0, n_run, runs.begin, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
-        queries, _ = _load_queries(q, given, at_q, m, sizes, place, exponent, NO_LSE=float("inf"), TILE=TILE)
+        queries, _ = _load_queries(q, given, at_q, m, sizes, frames, exponent, NO_LSE=float("inf"), TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     for i in range(i_split, n_left * R, splits):
         i_r = i // n_left if R > 1 else 0
         is_text, first, stop = left_tile(i - i_r * n_left, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = first + tl.arange(0, BM) < stop  # beyond: probability 0, by an infinite lse
-        queries, _ = _load_queries(q, given, at_q, m, sizes, place, exponent, NO_LSE=float("inf"), TILE=TILE)
+        queries, _ = _load_queries(q, given, at_q, m, sizes, frames, exponent, NO_LSE=float("inf"), TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
@@ -362,6 +347,7 @@ def frame_backward(
     gradients: Triple,
     text_gradients: Triple | None,
     *,
+    text_first: bool,
     text_sees: bool,
     sm_scale: float,
     **visible: Any,
@@ -382,10 +368,19 @@ def frame_backward(
     dq_text, dk_text, dv_text = text_gradients or NO_TEXT
     sides = {name: token_pair(x, of_text, A) for name, x, of_text in zip("qkv", (q, k, v), words)}
     of_q, of_k, of_v = token_pair(dq, dq_text, A), token_pair(dk, dk_text, A), token_pair(dv, dv_text, A)
-    flat = all(is_flat(x, A) for x in (*sides.values(), of_q, of_k, of_v))
     row = _row(q.shape[4])
     given = Given(sequence_rows(dout, A), lse, _delta(out, dout, dlse, row, A))
-    tile = Tile(row, A, q.shape[3] // G, config.m, config.n, flat, text is not None, text_sees)
+    tile = Tile(
+        ROW=row,
+        A=A,
+        R=q.shape[3] // G,
+        BM=config.m,
+        BN=config.n,
+        FLAT=all(is_flat(x, A) for x in (*sides.values(), of_q, of_k, of_v)),
+        TEXT=text is not None,
+        TEXT_FIRST=text_first,
+        TEXT_SEES=text_sees,
+    )
     shared: dict[str, Any] = {"like": q, **sides, "given": given, "exponent": base_2(sm_scale), **arguments}
     launch(
         frame_attention_bwd_kv_kernel,

@@ -21,7 +21,6 @@ from vdcore_kernels.core.tile import LN_2, filled, keep, scale, split_row, store
 from vdcore_kernels.core.tokens import (
     At,
     Lengths,
-    Out,
     Sizes,
     Tile,
     is_flat,
@@ -32,6 +31,7 @@ from vdcore_kernels.core.tokens import (
     power,
     query_tile,
     query_tiles,
+    result_token,
     rows_times,
     times_rows,
     token_pair,
@@ -86,12 +86,12 @@ def _attend(state, b_q, k, v, at, stop, S, exponent, WHOLE: tl.constexpr, TILE: 
     return b_new, b_l, b_o
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "place", "tiles"])
-def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, place, tiles, exponent, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["sizes", "frames", "tiles"])
+def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, tiles, exponent, TILE: tl.constexpr):
     """One program: a tile of BM queries (video or text tokens) of one sample and head, and all keys that they see.
 
     q: Pair (B, T, S_q, H, D) and (B, L, H, D). k, v: Pair (B, T_k, S_k, H/R, D) and (B, L, H/R, D). p_o: (B, N, H, D),
-    contiguous, its rows where place, an Out, says. p_lse: (B, N, H), or None. tiles: of queries, per sample and head.
+    contiguous, its rows where result_token says. p_lse: (B, N, H), or None. tiles: of queries, per sample and head.
     exponent: size of the scale of the scores, times log2 e, above 0.
     """
     BM: tl.constexpr = TILE.BM
@@ -117,7 +117,8 @@ def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, plac
     b_o = keep(scale(b_o, (1 / b_l)[:, None]), m_seeing[:, None])
     o_n = tl.arange(0, BM)
     m_rows = o_n < n_rows
-    row = (at.b * place.N + tl.where(at.is_text, place.text, place.video) + at.start) * sizes.H + at.h
+    first, N = result_token(at, sizes, frames, TILE)
+    row = (at.b * N + first) * sizes.H + at.h
     store_rows(p_o + row * ROW.D, o_n * sizes.H * ROW.D, m_rows, b_o, ROW)
     if p_lse is not None:
         b_lse = tl.where(m_seeing, b_m * (exponent * LN_2) + tl.log(b_l), -float("inf"))
@@ -144,14 +145,13 @@ def with_positive_scale(q: Tensor, text: Triple | None, sm_scale: float) -> tupl
 
 
 def frame_arguments(
-    q: Tensor, k: Tensor, text: Text, *, mask: FrameMask, q_start: int, lengths: Lengths, text_first: bool
+    q: Tensor, k: Tensor, text: Text, *, mask: FrameMask, q_start: int, lengths: Lengths
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
     _, T, S_q, H, _ = q.shape
     L = 0 if text[0] is None else text[0].shape[1]
     frames, _ = frame_bounds(mask, T, k.shape[1], q_start)
-    place = Out(T * S_q + L, L if text_first else 0, 0 if text_first else T * S_q)
-    return {"lengths": lengths, "sizes": Sizes(S_q, k.shape[2], L, H), "frames": frames, "place": place}
+    return {"lengths": lengths, "sizes": Sizes(S_q, k.shape[2], L, H), "frames": frames}
 
 
 def query_programs(B: int, sizes: Sizes, frames: Frames, BM: int) -> tuple[int, int]:
@@ -168,6 +168,7 @@ def frame_forward(
     out: Tensor,
     lse: Tensor | None,
     *,
+    text_first: bool,
     text_sees: bool,
     sm_scale: float,
     **visible: Any,
@@ -178,9 +179,10 @@ def frame_forward(
 
     Args:
         text: its queries, keys and values, or None.
+        text_first: it comes before the video in the result.
         text_sees: it sees the video.
         sm_scale: of the scores.
-        visible: mask, q_start, lengths and text_first, as frame_arguments takes them.
+        visible: mask, q_start and lengths, as frame_arguments takes them.
     """
     q, words = with_positive_scale(q, text, sm_scale)
     config = pick_for(FORWARD, q)
@@ -188,7 +190,17 @@ def frame_forward(
     sides = [token_pair(x, of_text, A) for x, of_text in zip((q, k, v), words)]
     arguments = frame_arguments(q, k, words, **visible)
     programs, tiles = query_programs(q.shape[0], arguments["sizes"], arguments["frames"], config.m)
-    flat, has_text = all(is_flat(x, A) for x in sides), text is not None
+    tile = Tile(
+        ROW=split_row(q.shape[4]),
+        A=A,
+        R=q.shape[3] // k.shape[3],
+        BM=config.m,
+        BN=config.n,
+        FLAT=all(is_flat(x, A) for x in sides),
+        TEXT=text is not None,
+        TEXT_FIRST=text_first,
+        TEXT_SEES=text_sees,
+    )
     launch(
         frame_attention_fwd_kernel,
         programs,
@@ -201,6 +213,6 @@ def frame_forward(
         p_lse=lse,
         tiles=tiles,
         exponent=base_2(sm_scale),
-        TILE=Tile(split_row(q.shape[4]), A, q.shape[3] // k.shape[3], config.m, config.n, flat, has_text, text_sees),
+        TILE=tile,
         **arguments,
     )
