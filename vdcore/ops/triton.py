@@ -77,7 +77,7 @@ def why_not_tokens(*tensors: Tensor) -> str | None:
 
 
 def output_gradients(out: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
-    """dout of unit stride, zeros where nobody wants it, and dlse, contiguous."""
+    """dout of unit stride, zeros where there is none, and dlse, contiguous."""
     dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
     return dout, None if grads[1] is None else grads[1].contiguous()
 

@@ -96,7 +96,7 @@ def valid_frames(p_len, i_b, frames):
 
 @triton.jit
 def frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED: tl.constexpr):
-    """Of query frames o_t [BQ] those that see something, of key frames o_f [BK] those that someone sees, and who sees
+    """Of query frames o_t [BQ] those that see something, of key frames o_f [BK] those that are seen, and who sees
     whom [1, BQ, BK]."""
     valid, last = valid_frames(p_len, i_b, frames)
     m_t = (frames.q_start + o_t < last) & (valid > 0)

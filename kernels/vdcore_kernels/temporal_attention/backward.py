@@ -174,7 +174,7 @@ def temporal_backward(
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
 ) -> dict[str, Tensor]:
@@ -194,7 +194,9 @@ def temporal_backward(
         if picked is not None:
             of_norm = wanted & {"q_weight", "k_weight", "q_bias", "k_bias"}
             moving: dict[str, Any] = {**frames, "norm": norm, "rope": rope}
-            return _short_backward(q, k, v, dout, dlse, gradients, of_norm, picked, row=row, scale=scale, **moving)
+            return _short_backward(
+                q, k, v, dout, dlse, gradients, of_norm, picked, row=row, sm_scale=sm_scale, **moving
+            )
     q_seen, k_seen, (dq, dk, dv) = q, k, gradients
     if moves:
         q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
@@ -203,10 +205,10 @@ def temporal_backward(
     picked = pick_sequences(BACKWARD, q, T, T_k, row, (2 if masked else 1) * shared)
     grads = (dq, dk, dv)
     if picked is None:
-        temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, grads, scale=scale, **frames)
+        temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, grads, sm_scale=sm_scale, **frames)
     else:
         nothing: frozenset[str] = frozenset()
-        _short_backward(q_seen, k_seen, v, dout, dlse, grads, nothing, picked, row=row, scale=scale, **frames)
+        _short_backward(q_seen, k_seen, v, dout, dlse, grads, nothing, picked, row=row, sm_scale=sm_scale, **frames)
     found: dict[str, Tensor] = {}
     if moves:
         live = live_frames(q, k, **frames)
@@ -234,7 +236,7 @@ def _short_backward(
     picked: tuple[ValuesConfig, int],
     *,
     row: Row,
-    scale: float,
+    sm_scale: float,
     **arguments: Any,
 ) -> dict[str, Tensor]:
     """All frames in one pass; returns the wanted gradients of the norm's weights and biases, by their names."""
@@ -260,7 +262,7 @@ def _short_backward(
         dv=dv,
         p_dlse=dlse,
         p_sums=sums,
-        sm_scale=scale,
+        sm_scale=sm_scale,
         **temporal_arguments(q, k, row=row, A=A, BP=BP, **arguments),
     )
     if sums is None:

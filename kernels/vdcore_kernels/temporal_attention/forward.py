@@ -175,7 +175,7 @@ def temporal_forward(
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
     gate: Gate | None = None,
@@ -191,7 +191,7 @@ def temporal_forward(
     found = pick_sequences(FORWARD, q, T, T_k, row, 3 if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
-        return temporal_long_forward(q, k, v, out, lse, scale=scale, gate=gate, **frames)
+        return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)
     config, BP = found
     A = step(q, k, v)
     launch(
@@ -205,6 +205,6 @@ def temporal_forward(
         gate=gate,
         p_o=out,
         p_lse=lse,
-        exponent=scale * LOG2_E.value,
+        exponent=sm_scale * LOG2_E.value,
         **temporal_arguments(q, k, row=row, A=A, BP=BP, norm=norm, rope=rope, gate=gate, **frames),
     )

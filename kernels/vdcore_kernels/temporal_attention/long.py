@@ -325,7 +325,15 @@ def _long_arguments(
 
 
 def temporal_long_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, *, scale: float, gate: Gate | None, **frames: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    sm_scale: float,
+    gate: Gate | None,
+    **frames: Any,
 ) -> None:
     """As temporal_forward, of q and k that are normalized and rotated; ``frames``: its mask, q_start and lengths."""
     B, T, S, H, _ = q.shape
@@ -339,7 +347,7 @@ def temporal_long_forward(
         p_lse=lse,
         H=H,
         blocks=blocks,
-        exponent=scale * LOG2_E.value,
+        exponent=sm_scale * LOG2_E.value,
         **shared,
     )
 
@@ -354,7 +362,7 @@ def temporal_long_backward(
     dlse: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
     *,
-    scale: float,
+    sm_scale: float,
     **frames: Any,
 ) -> None:
     """Fills the gradients of normalized and rotated q and k, and of v; ``frames`` as forward's."""
@@ -364,7 +372,7 @@ def temporal_long_backward(
     A = shared["SHAPE"].A
     dq, dk, dv = (rows(x, A) for x in gradients)
     delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
-    shared |= {"do": rows(dout, A), "p_lse": lse, "p_delta": delta, "sm_scale": scale}
+    shared |= {"do": rows(dout, A), "p_lse": lse, "p_delta": delta, "sm_scale": sm_scale}
     blocks = cdiv(T, config.block)
     launch(temporal_long_bwd_q_kernel, B * S * H * blocks, dq=dq, p_o=out, p_dlse=dlse, H=H, blocks=blocks, **shared)
     blocks = cdiv(T_k, config.block)

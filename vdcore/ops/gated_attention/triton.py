@@ -47,7 +47,7 @@ def _temporal_arguments(c: GatedCall) -> dict[str, Any]:
         "mask": c.mask,
         "q_start": 0,
         "lengths": c.lengths,
-        "scale": c.scale,
+        "sm_scale": c.scale,
         "norm": c.temporal_norm,
         "rope": c.temporal_rope,
     }

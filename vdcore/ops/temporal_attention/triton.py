@@ -19,7 +19,7 @@ def _temporal_why_not(c: TemporalCall) -> str | None:
 
 def _arguments(c: TemporalCall) -> dict[str, Any]:
     frames = {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
-    return {"norm": c.norm, "rope": c.rope, "scale": c.scale, **frames}
+    return {"norm": c.norm, "rope": c.rope, "sm_scale": c.scale, **frames}
 
 
 def _temporal(c: TemporalCall) -> tuple[Tensor | None, ...]:
