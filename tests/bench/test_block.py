@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore_bench import block
-from vdcore_bench.memory import in_process
-from vdcore_bench.results import Journal
-from vdcore_bench.runner import Watch
+from vdcore_bench.measure.journal import Journal, Watch
+from vdcore_bench.measure.memory import in_process
+from vdcore_bench.suites.models import block
 from vdcore_bench.workloads import Budget, Shape
 
 SMALL = Shape(B=2, T=3, rows=2, columns=4, H=2, G=2, D=16, L=5)
