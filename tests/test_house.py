@@ -1,13 +1,16 @@
 """The plan of the house (docs/design.md): who imports whom, and which files one call runs through."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from fnmatch import fnmatch
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 import torch
 
 import vdcore
@@ -153,6 +156,36 @@ def test_files_of_one_call():
     walked = {Path(f).relative_to(ROOT) for f in files if Path(f).is_relative_to(ROOT / "vdcore")}
     values = {Path("vdcore", f"{name}.py") for name in VALUES}
     assert len(walked - values) <= 7, sorted(map(str, walked))
+
+
+WALK = """
+import sys, torch, vdcore
+from vdcore import FrameMask, QKNorm, axial_rope
+q, weight = torch.randn(1, 4, 3, 2, 16), torch.ones(16)
+rotary = {"norm": QKNorm(weight, weight), "rope": axial_rope((4, 3, 1), (8, 8, 0))}
+def call():
+    vdcore.temporal_attention(q, q, q, mask=FrameMask.causal(), backend="triton", **rotary)
+call()
+files = set()
+sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename) if event == "call" else None)
+call()
+sys.setprofile(None)
+print(*files, sep="\\n")
+"""
+
+
+def test_files_of_one_triton_call():
+    """Masked, with norm and rope: at most 12 files, value types aside, whether they launch kernels or are kernels."""
+    pytest.importorskip("triton")
+    found = subprocess.run(
+        [sys.executable, "-c", WALK], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert found.returncode == 0, found.stderr
+    roots = [ROOT / "vdcore", ROOT / "kernels"]
+    walked = {Path(f).relative_to(ROOT) for f in found.stdout.split("\n") if any(map(Path(f).is_relative_to, roots))}
+    walked -= {Path("vdcore", f"{name}.py") for name in VALUES}
+    assert Path("kernels/vdcore_kernels/temporal_attention/forward.py") in walked
+    assert len(walked) <= 12, sorted(map(str, walked))
 
 
 def test_every_folder_of_tests_is_collected(pytestconfig):
