@@ -21,7 +21,8 @@ NAMES |= {"models": "model", "parts": "only"}
 
 def bench(
     suite: Annotated[
-        str | None, typer.Argument(help="operators, masks, memory, models, overhead or gpu.", show_default=False)
+        str | None,
+        typer.Argument(metavar="SUITE", help="operators, masks, memory, models, overhead or gpu.", show_default=False),
     ] = None,
     op: Annotated[list[str] | None, several("Operators.")] = None,
     workload: options.WORKLOAD = None,
@@ -50,7 +51,7 @@ def bench(
         Path | None, typer.Option(help="Folder for results.jsonl, plots and report.html; default: out/bench.")
     ] = None,
 ) -> None:
-    """Measures one suite, and every operator against its baselines if none is named.
+    """Measures one suite; if none is named, every operator against its baselines.
 
     Without arguments: every operator first, then compiled peers, masks, the cost of a call, the profile over frames,
     further dtypes, modes and workloads, until the time is over.
