@@ -137,7 +137,7 @@ def candidates(job: Job, tensors: Tensors, settings: Settings, before: Sequence[
         if reason is not None:
             found.append(Candidate(peer.name, status="skipped", reason=reason))
         elif need > settings.memory:
-            found.append(_too_large(peer.name, need, settings.memory))
+            found.append(too_large(peer.name, need, settings.memory))
         else:
             found += _variants(peer, job, settings.compiled)
     known, again = names(before), _near(before)
@@ -158,7 +158,7 @@ def _near(before: Sequence[Row]) -> set[str]:
     return names(r for r in timed if r.variant == "auto" or r.provider == "copy" or (r.p50 or 0.0) <= limit)
 
 
-def _too_large(provider: str, need: int, limit: int) -> Candidate:
+def too_large(provider: str, need: int, limit: int) -> Candidate:
     reason = f"needs {machine.bytes_text(need)}, the limit is {machine.bytes_text(limit)}"
     return Candidate(provider, status="predicted", reason=reason, need=need)
 
@@ -276,7 +276,7 @@ def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock:
     base, begin = blank(job), len(journal.rows)
     before = journal.of(base)
     if job.memory() > settings.memory:
-        journal.add([] if before else [row_of(base, _too_large("all", job.memory(), settings.memory))])
+        journal.add([] if before else [row_of(base, too_large("all", job.memory(), settings.memory))])
         return journal.rows[begin:]
     tensors = job.leaves()
     clock = clock or clock_for(job.device)
