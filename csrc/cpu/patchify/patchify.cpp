@@ -21,7 +21,7 @@ int64_t tile_of(int64_t floats, int64_t budget) {
   return n < kBlockRows ? kBlockRows : smaller(n, kMaxTile);
 }
 
-// Tokens cut into tiles, and tiles into about eight items a thread.
+// Tokens cut into tiles, and tiles into about eight items per thread.
 struct TileRange {
   int64_t tokens, tile, tiles_of_item;
 
