@@ -13,7 +13,12 @@ import torch
 import vdcore
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"vdcore": "vdcore", "vdcore_kernels": "kernels/vdcore_kernels", "vdcore_bench": "bench/vdcore_bench"}
+PACKAGES = {
+    "vdcore": "vdcore",
+    "vdcore_kernels": "kernels/vdcore_kernels",
+    "vdcore_bench": "bench/vdcore_bench",
+    "examples": "examples",
+}
 VALUES = {"mask", "norm", "rope", "geometry", "extras", "_version"}
 # Layer -> the layers that it may import, beside the value types. A layer is a package or a part of vdcore; "vdcore" is
 # the public names.
@@ -28,8 +33,8 @@ LAYERS = {
     "diffusion": {"vdcore", "models", "video", "metrics"},
     "integrations": {"vdcore", "models"},
     "bench": {"vdcore", "ops", "kernels", "testing", "models", "integrations"},
-    "demo": {"vdcore", "ops", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
-    "cli": {"vdcore", "bench", "demo", "diffusion", "testing", "models", "integrations"},
+    "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "integrations", "video"},
+    "examples": {"cli", "vdcore", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
 }
 # Operator -> the operators that it may import.
 ROOMS = {
@@ -49,7 +54,8 @@ def modules() -> dict[str, ast.Module]:
     for package, folder in PACKAGES.items():
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *(part for part in parts if part != "__init__")))] = ast.parse(path.read_text())
+            name = ".".join((package, *(part for part in parts if part != "__init__")))
+            found[name.removeprefix("examples.")] = ast.parse(path.read_text())  # a source root: its files stand alone
     return found
 
 
@@ -76,6 +82,8 @@ def part(module: str, i: int) -> str:
 
 def layer_of(module: str) -> str:
     package = part(module, 0)
+    if package not in PACKAGES:
+        return "examples"
     return (part(module, 1) or package) if package == "vdcore" else package.removeprefix("vdcore_")
 
 
@@ -86,6 +94,16 @@ def test_layers_import_downward():
             other = layer_of(target)
             may = VALUES | LAYERS.get(layer, set()) | {layer}
             assert other in may, f"{module} imports {target}: {layer} may import {sorted(may)}"
+
+
+def test_only_the_command_demo_imports_examples_and_only_when_it_runs():
+    for module, tree in modules().items():
+        if layer_of(module) != "examples":
+            lazily = module == "vdcore.cli.demo"
+            found = [
+                target for target, _ in imports(tree, inside_functions=not lazily) if layer_of(target) == "examples"
+            ]
+            assert not found, f"{module} imports {found}"
 
 
 def test_rooms_import_downward():

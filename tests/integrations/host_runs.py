@@ -5,9 +5,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from zoo import MODELS, L, T, output
 
-from vdcore.integrations.diffusers.exact import Float64
-from vdcore.integrations.diffusers.zoo import MODELS, L, T, output
+from vdcore_bench.measure.float64 import Float64
 from vdcore_bench.measure.inside import AttentionCalls
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import typer
 
 from vdcore.cli.bench import bench
+from vdcore.cli.demo import demo
 from vdcore.cli.profile import profile
-from vdcore.demo.commands import demo
-from vdcore.diffusion.commands import sample, train
+from vdcore.cli.sample import sample
+from vdcore.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__

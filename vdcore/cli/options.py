@@ -86,8 +86,8 @@ def models_named(given: list[str] | None, device: str, blocks_alone: bool = Fals
     Args:
         blocks_alone: of diffusers only blocks are known, no whole models.
     """
-    from vdcore_bench import hosts
     from vdcore_bench.suites import models
+    from vdcore_bench.suites.models import hosts
 
     own = models.PROFILED if blocks_alone else models.OWN
     if not set(split(given)) - set(own):

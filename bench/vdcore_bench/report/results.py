@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vdcore_bench import hosts
 from vdcore_bench.measure.journal import MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
 from vdcore_bench.suites import gpu, masks
-from vdcore_bench.suites.models import block
+from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
 

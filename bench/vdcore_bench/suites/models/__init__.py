@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vdcore_bench import hosts
 from vdcore_bench.jobs.base import DTYPES
 from vdcore_bench.measure.journal import Journal, Watch
 from vdcore_bench.suites import Options
-from vdcore_bench.suites.models import block, vdit
+from vdcore_bench.suites.models import block, hosts, vdit
 from vdcore_bench.suites.sweep import Settings
 
 TAKES = frozenset({"models", "modes", "dtypes", "batch", "seconds", "rounds", "memory_limit", "full_size", "until"})
