@@ -13,6 +13,7 @@ from vdcore.cli.options import several
 
 if TYPE_CHECKING:
     from vdcore_bench.peers import Peer
+    from vdcore_bench.suites import Options
 
 # Field of the options -> how the command line calls it.
 NAMES = {"ops": "op", "workloads": "workload", "peers": "peer", "own": "peer", "modes": "mode", "dtypes": "dtype"}
@@ -21,7 +22,8 @@ NAMES |= {"models": "model", "parts": "only"}
 
 def bench(
     suite: Annotated[
-        str | None, typer.Argument(help="operators, masks, memory, models, overhead or gpu.", show_default=False)
+        str | None,
+        typer.Argument(metavar="SUITE", help="operators, masks, memory, models, overhead or gpu.", show_default=False),
     ] = None,
     op: Annotated[list[str] | None, several("Operators.")] = None,
     workload: options.WORKLOAD = None,
@@ -50,7 +52,7 @@ def bench(
         Path | None, typer.Option(help="Folder for results.jsonl, plots and report.html; default: out/bench.")
     ] = None,
 ) -> None:
-    """Measures one suite, and every operator against its baselines if none is named.
+    """Measures one suite; if none is named, every operator against its baselines.
 
     Without arguments: every operator first, then compiled peers, masks, the cost of a call, the profile over frames,
     further dtypes, modes and workloads, until the time is over.
@@ -86,7 +88,18 @@ def bench(
         full_size=full_size,
         device=device,
     )
-    name = suite or ("models" if given.models else "gpu" if given.parts else "operators")
+    name = _suite(suite, given)
+    options.prepare(device, threads)
+    run = suites.find(name).run if suite or given.choose else everything.run
+    folder = Path("out/gpu" if name == "gpu" else "out/bench")
+    options.record(out or folder, lambda journal, watch: run(given, journal, watch))
+
+
+def _suite(name: str | None, given: Options) -> str:
+    """The suite that is named, or that the options are for; one that can run here and reads all of them."""
+    from vdcore_bench import suites
+
+    name = name or ("models" if given.models else "gpu" if given.parts else "operators")
     chosen = suites.find(name)
     others = [f"--{NAMES.get(field, field).replace('_', '-')}" for field in sorted(given.named() - chosen.TAKES)]
     if others:
@@ -95,10 +108,7 @@ def bench(
     if reason is not None:
         print(f"vdcore bench {name}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
-    options.prepare(device, threads)
-    run = chosen.run if suite or given.choose else everything.run
-    folder = Path("out/gpu" if name == "gpu" else "out/bench")
-    options.record(out or folder, lambda journal, watch: run(given, journal, watch))
+    return name
 
 
 def _peers(specs: list[str] | None) -> tuple[frozenset[str], tuple[Peer, ...]]:

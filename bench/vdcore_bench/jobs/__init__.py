@@ -147,7 +147,7 @@ class GatedJob(_SelfAttention):
         return {
             **self.projection_sizes("spatial_"),
             **self.projection_sizes("temporal_"),
-            "gate": (self.shape.H, 1),  # one gate a head
+            "gate": (self.shape.H, 1),  # one gate per head
         }
 
     def arguments(self, t: Tensors) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class GatedJob(_SelfAttention):
         heads = {**self.head_cuts("spatial_"), **self.head_cuts("temporal_")}
         output = self.output_heads()
         at = {**heads, "gate": {0: output[3]}} if output else {}
-        # The gate's gradient is one sum a head: too few numbers for the tolerance rule.
+        # The gate's gradient is one sum per head: too few numbers for the tolerance rule.
         return Cuts(at, (output,), frozenset(self.sizes()) - {"gate"})
 
     @classmethod
@@ -264,7 +264,7 @@ class _PatchJob(Job):
 
 
 class PatchifyJob(_PatchJob):
-    CONSTANT = ("video",)  # nobody trains the latents
+    CONSTANT = ("video",)  # latents are not trained
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         weight = (self.shape.C, self.channels, *self.patch)

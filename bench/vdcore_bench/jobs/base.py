@@ -149,6 +149,13 @@ class Job:
             drawn |= {"cos": rope.cos, "sin": rope.sin}
         return drawn
 
+    def leaves(self) -> Tensors:
+        """The same; those that learn require gradients where the mode has a backward pass."""
+        tensors = self.tensors()
+        for name in self.learned if self.has_backward else ():
+            tensors[name].requires_grad_()
+        return tensors
+
     def flops(self) -> float:
         """Of the mode: 4 D per visible pair and head forward, 10 D backward; 2 per product of a projection."""
         forward = self.forward_flops() if "fwd" in self.mode else 0.0

@@ -20,7 +20,6 @@ from vdcore_bench.measure.timing import Spread
 FILE = "results.jsonl"
 PROFILE, MASKS = "profile: ", "masks: "  # how the case of a row against frames, and of one of the masks, begins
 JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
-STATUSES = ("ok", "skipped", "predicted", "failed")
 
 
 def now() -> str:

@@ -40,7 +40,7 @@ class Peak:
 def peak_of(call: Callable[[], Any], device: str = "cpu") -> Peak:
     """The most memory that a call takes. Make it once before, so that starting threads and loading code do not count.
 
-    Whoever allocates, on the CPU: what others in the process take meanwhile counts as well.
+    On the CPU, what other threads of the process allocate meanwhile counts as well.
     """
     gc.collect()
     if device.startswith("cuda"):

@@ -142,7 +142,7 @@ def rounds_for(
 ) -> dict[str, int]:
     """How many rounds each contender runs in.
 
-    Close intervals matter for ours and for whoever may be the fastest of the others: within a sixth of it. The rest
+    Close intervals matter for ours and for what may be the fastest of the others: within a sixth of it. The rest
     runs in the fewest rounds, or, if a call takes an eighth of the budget, not again: its estimate is its sample.
 
     Args:

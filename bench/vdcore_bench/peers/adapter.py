@@ -89,7 +89,7 @@ def whole_job(op: str, attend: Attend, norm_rope: Function = norm_rope) -> Funct
 
 
 def sample_by_sample(op: str, attend: Attend) -> Function:
-    """One call a sample: the rows of a sample are a view where those of the batch would be a copy."""
+    """One call per sample: the rows of a sample are a view where those of the batch would be a copy."""
     one = whole_job(op, attend)
 
     def attention(q: Tensor, k: Any = None, v: Any = None, **rest: Any) -> Tensor:

@@ -15,15 +15,14 @@ import vdcore
 from vdcore import FrameMask
 from vdcore.ops.frame_attention.cpu import dq_buffers
 from vdcore_bench.jobs import SpatialJob, TemporalJob, VideoJob, make
-from vdcore_bench.jobs.base import DTYPES, Job, Tensors
+from vdcore_bench.jobs.base import DTYPES, Job
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.journal import PROFILE, Journal, Row, Watch, text_of
-from vdcore_bench.measure.judge import flat, gradients
 from vdcore_bench.measure.memory import Peak, Timed, peak_of, status, time_warm
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked, scores
 from vdcore_bench.suites import Options
-from vdcore_bench.suites.runner import blank
+from vdcore_bench.suites.runner import Calls, blank
 from vdcore_bench.suites.sweep import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
 from vdcore_bench.workloads import Budget, Shape, Workload, load, scaled
 
@@ -137,7 +136,7 @@ def backend_for(job: Job) -> str:
     """The backend that serves the job, asked with one token per frame."""
     small = replace(job, shape=replace(job.shape, rows=1, columns=1))
     with torch.set_grad_enabled(job.has_backward):
-        return vdcore.explain(job.op, **small.arguments(_leaves(small)))[0][0]
+        return vdcore.explain(job.op, **small.arguments(small.leaves()))[0][0]
 
 
 # ---- The points of a workload ----
@@ -261,34 +260,23 @@ def measure(point: Point, settings: Settings, rate: float) -> list[Row]:
 # ---- What a point needs ----
 
 
-def _leaves(job: Job) -> Tensors:
-    tensors = job.tensors()
-    for name in job.learned if job.has_backward else ():
-        tensors[name].requires_grad_()
-    return tensors
-
-
-def _call(point: Point, tensors: Tensors, dout: list[list[torch.Tensor]]) -> Callable[[], None]:
-    """All jobs of the point in order; every result is freed before the next job."""
-    functions = [function_of(job, point.attention, point.variant) for job in point.jobs]
+def _call(point: Point) -> Callable[[], None]:
+    """All jobs of the point in order, on the first one's tensors; every result is freed before the next job."""
+    tensors = point.jobs[0].leaves()
+    runs = [(Calls(job, tensors), function_of(job, point.attention, point.variant)) for job in point.jobs]
+    for calls, _ in runs:
+        if calls.job.has_backward:
+            job = calls.job
+            calls.dout = [torch.ones(size, dtype=job.dtype, device=job.device) for size in job.output_sizes()]
 
     def call() -> None:
-        for job, function, dy in zip(point.jobs, functions, dout):
-            with torch.set_grad_enabled(job.has_backward):
-                outputs = flat(function(**job.arguments(tensors)))
-            if job.has_backward:
-                gradients(outputs, [tensors[name] for name in job.learned], dy)
+        for calls, function in runs:
+            outputs = calls.forward(function)
+            if calls.job.has_backward:
+                calls.backward(outputs)
+            del outputs
 
     return call
-
-
-def _incoming(point: Point) -> list[list[torch.Tensor]]:
-    return [
-        [torch.ones(size, dtype=job.dtype, device=job.device) for size in job.output_sizes()]
-        if job.has_backward
-        else []
-        for job in point.jobs
-    ]
 
 
 def _small(point: Point) -> Point:
@@ -300,16 +288,15 @@ def _small(point: Point) -> Point:
 def measure_memory(point: Point, limit: int) -> Peak:
     """Of one call beyond its inputs. An allocation beyond the limit raises. For a fresh process."""
     device = point.jobs[0].device
-    _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
+    _call(_small(point))()
     with machine.returning_memory():  # already where inputs are drawn: what that leaves free counts as taken
-        tensors, dout = _leaves(point.jobs[0]), _incoming(point)
+        call = _call(point)
         if sys.platform == "linux" and not device.startswith("cuda"):
             resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + limit,) * 2)
-        return peak_of(_call(point, tensors, dout), device)
+        return peak_of(call, device)
 
 
 def measure_time(point: Point, need: int) -> Timed:
     """Of warm calls. For a fresh process."""
-    _call(_small(point), _leaves(_small(point).jobs[0]), _incoming(_small(point)))()
-    tensors, dout = _leaves(point.jobs[0]), _incoming(point)
-    return time_warm(_call(point, tensors, dout), point.jobs[0].device, need)
+    _call(_small(point))()
+    return time_warm(_call(point), point.jobs[0].device, need)

@@ -150,7 +150,7 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
         for step in (chosen,) if options.choose else (*FIRST, *THEN):
             run_step(step, options, journal, watch)
     if block.OP in options.ops:
-        block.run_suite(options, journal, watch)
+        block.run(options, journal, watch)
 
 
 def run_step(step: Step, options: Options, journal: Journal, watch: Watch) -> None:

@@ -47,8 +47,8 @@ def tiny_job(op: str, mode: str = "fwd", device: str = "cpu") -> Job:
 
 def ways(job: Job) -> Iterator[Way]:
     """vdcore's public function, its kernel without checks and registration, and PyTorch's shortest way."""
-    tensors = job.tensors()
-    leaves = [tensors[name].requires_grad_(job.has_backward) for name in job.learned]
+    tensors = job.leaves()
+    leaves = [tensors[name] for name in job.learned]
     arguments = job.arguments(tensors)
     public = getattr(vdcore, job.op)
 

@@ -1,6 +1,6 @@
 """Runs jobs: every provider warmed up, judged and raced; every row written as soon as it exists.
 
-When compiled peers join a job that was measured before, ours, the copy and whoever took at most twice the time of the
+When compiled peers join a job that was measured before, ours, the copy and all that took at most twice the time of the
 fastest peer run again in interleaved rounds with them. The later race counts: ours is compared with no one outside it.
 """
 
@@ -137,7 +137,7 @@ def candidates(job: Job, tensors: Tensors, settings: Settings, before: Sequence[
         if reason is not None:
             found.append(Candidate(peer.name, status="skipped", reason=reason))
         elif need > settings.memory:
-            found.append(_too_large(peer.name, need, settings.memory))
+            found.append(too_large(peer.name, need, settings.memory))
         else:
             found += _variants(peer, job, settings.compiled)
     known, again = names(before), _near(before)
@@ -151,14 +151,14 @@ def names(rows: Iterable[Row]) -> set[str]:
 
 
 def _near(before: Sequence[Row]) -> set[str]:
-    """Names of what is raced again: ours, the copy, and whoever is near the fastest peer."""
+    """Names of what is raced again: ours, the copy, and what is near the fastest peer."""
     timed = [row for row in before if row.status == "ok" and row.metric == "time" and row.p50]
     peers = [row.p50 or 0.0 for row in timed if not row.provider.startswith(("vdcore", "copy"))]
     limit = NEAR * min(peers, default=math.inf)
     return names(r for r in timed if r.variant == "auto" or r.provider == "copy" or (r.p50 or 0.0) <= limit)
 
 
-def _too_large(provider: str, need: int, limit: int) -> Candidate:
+def too_large(provider: str, need: int, limit: int) -> Candidate:
     reason = f"needs {machine.bytes_text(need)}, the limit is {machine.bytes_text(limit)}"
     return Candidate(provider, status="predicted", reason=reason, need=need)
 
@@ -239,7 +239,7 @@ def first_line(error: BaseException) -> str:
 # ---- One job ----
 
 
-class _Calls:
+class Calls:
     """A provider's function as forward, backward or both, on the job's tensors."""
 
     def __init__(self, job: Job, tensors: Tensors) -> None:
@@ -276,15 +276,13 @@ def run_job(job: Job, settings: Settings, journal: Journal, watch: Watch, clock:
     base, begin = blank(job), len(journal.rows)
     before = journal.of(base)
     if job.memory() > settings.memory:
-        journal.add([] if before else [row_of(base, _too_large("all", job.memory(), settings.memory))])
+        journal.add([] if before else [row_of(base, too_large("all", job.memory(), settings.memory))])
         return journal.rows[begin:]
-    tensors = job.tensors()
-    for name in job.learned if job.has_backward else ():
-        tensors[name].requires_grad_()
+    tensors = job.leaves()
     clock = clock or clock_for(job.device)
     field_of = candidates(job, tensors, settings, before)
     journal.add(row_of(base, c) for c in field_of if c.status != "ok")
-    calls, judge = _Calls(job, tensors), Judge(job, tensors)
+    calls, judge = Calls(job, tensors), Judge(job, tensors)
     deadline = min(settings.until, time.monotonic() + settings.each)
     ready, certain = {}, names(before)
     for c in (c for c in field_of if c.status == "ok"):
@@ -325,7 +323,7 @@ def late(job: Job) -> str:
     return f"{LATE}: measure it with --op {job.op}"
 
 
-def _warm_up(c: Candidate, calls: _Calls, judge: Judge, clock: Clock, seconds: float) -> None:
+def _warm_up(c: Candidate, calls: Calls, judge: Judge, clock: Clock, seconds: float) -> None:
     """First call (which compiles), judgement of its result, one or two more as the estimate."""
     try:
         begin = time.perf_counter()

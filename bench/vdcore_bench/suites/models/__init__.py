@@ -18,7 +18,7 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
     """The models that the options name; the block and the VDiTs, if they name none."""
     names, dtypes = options.models or OWN, [DTYPES[name] for name in options.dtypes or ("float32",)]
     if block.OP in names:
-        block.run_suite(options, journal, watch)
+        block.run(options, journal, watch)
     variants = tuple(name for name in names if name in vdit.VARIANTS)
     if variants:
         with watch.part("Whole models against frames"):

@@ -29,7 +29,7 @@ from vdcore_bench.measure.memory import PointError, in_process, peak_of
 from vdcore_bench.measure.timing import Contender, Spread, clock_for, race_within
 from vdcore_bench.report.summary import time_of
 from vdcore_bench.suites import Options
-from vdcore_bench.suites.runner import blank, first_line
+from vdcore_bench.suites.runner import blank, first_line, row_of, too_large
 from vdcore_bench.workloads import Budget, Shape, load, scaled
 
 OP, WORKLOAD = "vdit_block", "latte-1-512"
@@ -221,7 +221,7 @@ def function_of(provider: str, variant: str) -> Callable[[Inputs], Tensor]:
 # ---- Measuring ----
 
 
-def step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor]) -> list[Tensor]:
+def step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor], _: Any = None) -> list[Tensor]:
     """The result, and in training the gradients of everything."""
     with torch.set_grad_enabled(job.trains):
         out = function(given)
@@ -256,46 +256,27 @@ def measure_memory(job: BlockJob, provider: str, variant: str) -> int:
     return peak_of(lambda: step(job, given, function), job.device).bytes
 
 
-def run_suite(options: Options, journal: Journal, watch: Watch) -> None:
+def run(options: Options, journal: Journal, watch: Watch) -> None:
     """The block in every mode and dtype that the options name."""
     modes, dtypes = options.modes or MODES, options.dtypes or ("float32",)
-    wanted = jobs(modes, dtypes, options.device, options.budget, options.batch)
-    limits: dict[str, Any] = {"seconds": options.seconds, "rounds": options.rounds, "memory": options.limit}
     with watch.part("A V-DiT block"):
-        run(wanted, journal, watch, peers=options.peers.intersection(PEERS), **limits)
+        measure(jobs(modes, dtypes, options.device, options.budget, options.batch), options, journal, watch)
 
 
-def run(
-    wanted: Sequence[BlockJob],
-    journal: Journal,
-    watch: Watch,
-    *,
-    seconds: float = 2.0,
-    rounds: int = 9,
-    memory: int = 2**62,
-    peers: frozenset[str] = frozenset(),
-) -> None:
-    """Time and memory rows of every job.
-
-    Args:
-        seconds: for the rounds of one job; few rounds are run in any case.
-        memory: bytes that a call may take.
-        peers: names among :data:`PEERS`; none: all of them.
-    """
-    providers = chosen(peers)
+def measure(wanted: Sequence[BlockJob], options: Options, journal: Journal, watch: Watch) -> None:
+    """Time and memory rows of every job; few rounds are run in any case."""
+    providers = chosen(options.peers.intersection(PEERS))
     for number, job in enumerate(wanted):
         base, begin = job.row(), len(journal.rows)
         watch.step(f"{OP} {job.mode}", number, len(wanted))
         if job.device.startswith("cuda") and not torch.cuda.is_available():
             journal.add([replace(base, provider="all", status="skipped", reason="no GPU is visible to torch")])
             continue
-        if job.need() > memory:
-            reason = f"needs {machine.bytes_text(job.need())}, the limit is {machine.bytes_text(memory)}"
-            row = replace(base, provider="all", metric="memory", unit="bytes", status="predicted")
-            journal.add([replace(row, p50=float(job.need()), reason=reason)])
+        if job.need() > options.limit:
+            journal.add([row_of(base, too_large("all", job.need(), options.limit))])
             continue
         journal.add(_memory_rows(job, base, providers, watch))
-        journal.add(_time_rows(job, base, providers, watch, seconds, rounds))
+        journal.add(_time_rows(job, base, providers, options, watch))
         watch.done(journal.rows[begin:])
 
 
@@ -312,12 +293,8 @@ def _memory_rows(job: BlockJob, base: Row, providers: Sequence[tuple[str, str]],
     return rows
 
 
-def _step(job: BlockJob, given: Inputs, function: Callable[[Inputs], Tensor], _: Any) -> list[Tensor]:
-    return step(job, given, function)
-
-
 def _time_rows(
-    job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], watch: Watch, seconds: float, rounds: int
+    job: BlockJob, base: Row, providers: Sequence[tuple[str, str]], options: Options, watch: Watch
 ) -> list[Row]:
     watch.doing("errors")
     ratios = judge(job)
@@ -330,17 +307,17 @@ def _time_rows(
     for name in providers:
         watch.doing(" ".join(name))
         try:
-            contender = Contender(partial(_step, job, given, function_of(*name)))
+            contender = Contender(partial(step, job, given, function_of(*name)))
             begin = time.perf_counter()
             contender.run(clock)
             first = time.perf_counter() - begin
-            contender.estimate = first if first > seconds and name in PLAIN else contender.run(clock).seconds
+            contender.estimate = first if first > options.seconds and name in PLAIN else contender.run(clock).seconds
             racing[name] = contender
         except Exception as error:
             rows.append(replace(base, provider=name[0], variant=name[1], status="failed", reason=first_line(error)))
     watch.doing("rounds")
     ours = frozenset(" ".join(name) for name in racing if name[0] == "vdcore")
-    race_within({" ".join(name): c for name, c in racing.items()}, seconds, rounds, clock, ours=ours)
+    race_within({" ".join(name): c for name, c in racing.items()}, options.seconds, options.rounds, clock, ours=ours)
     for name, contender in racing.items():
         note = f"error taken at {JUDGED_ROWS * job.shape.columns} tokens per frame" if name in ratios else ""
         row = replace(base, provider=name[0], variant=name[1], error_ratio=ratios.get(name), reason=note)
