@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore.norm import KINDS, QKNorm
+from vdcore.rope import STYLES, Rope
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = {"rms": 1, "layer": 2}
-STYLES = {"interleaved": 1, "half": 2}
 
 # Sums over positions (gradients of weights and of shared rope tables) are taken in this many parts, whatever the number
 # of threads: the same bits on every machine.

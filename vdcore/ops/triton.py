@@ -72,7 +72,7 @@ def why_not_tokens(*tensors: Tensor) -> str | None:
     if any(x.shape[1] * x.shape[2] >= 2**31 - 2**16 for x in tensors):
         return "it counts the tokens of a sample in 32 bits"
     if any(x.shape[3] * x.shape[4] >= 2**22 for x in tensors):
-        return "it has less than 2**22 channels a token, all heads together"
+        return "it has less than 2**22 channels per token, all heads together"
     return None
 
 
