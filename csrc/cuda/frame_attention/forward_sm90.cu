@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/core/dispatch.h"
 #include "cuda/core/tensor_map.h"
 #include "cuda/frame_attention/forward_sm90.cuh"
 #include "cuda/frame_attention/frame_attention.h"
@@ -8,7 +9,7 @@ namespace vdcore::cuda {
 namespace {
 
 // ---- Plans ----
-// All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills
+// All predicted, see the head of forward_sm90.cuh. A plan serves up to its D channels: the accelerator fills
 // the others of the last 64 with zeros.
 
 using Plan64 = FramePlan<64, 3, 128, 2>;  // three warpgroups share what is loaded
@@ -140,9 +141,7 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   p.text_lengths = call.text_lengths;
   p.out = call.out.data;
   p.lse = reinterpret_cast<float*>(call.lse.data);
-  const TensorView& gate = call.gate;
-  p.gate = {gate.data,      gate.dtype == DType::f32, gate.stride[0], gate.stride[1],
-            gate.stride[2], gate.stride[3],           gate.stride[4]};
+  p.gate = call.gate;
   p.ungated = call.ungated.data;
   p.rows = call.out.size[1];
   p.video_row = call.video_row;
@@ -154,7 +153,7 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   const int64_t items = q.size[0] * q.size[3] * tiles.count();
   if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
   p.items = static_cast<int32_t>(items);
-  // Where all tiles cost the same, one block an SM takes them in turn and loads the next one's tokens while it stores.
+  // Where all tiles cost the same, one block per SM takes them in turn and loads the next one's tokens while it stores.
   // Otherwise a block each: the hardware hands them out, the longest first.
   const bool even = work_of(call, tiles, Plan::kKeys).even;
   p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
@@ -202,10 +201,7 @@ std::string why_not_frame_attention_sm90(const FrameAttention& call) {
 void frame_attention_sm90_forward(const Where& where, const FrameAttention& call) {
   const std::string reason = why_not_frame_attention_sm90(call);
   if (!reason.empty()) launch_error(where, reason);
-  if (call.video.q.dtype == DType::bf16)
-    run_type<bf16>(where, call);
-  else
-    run_type<f16>(where, call);
+  with_element(where, call.video.q.dtype, [&](auto e) { run_type<decltype(e)>(where, call); });
 }
 
 }  // namespace vdcore::cuda

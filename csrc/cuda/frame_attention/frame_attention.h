@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "common/frame_runs.h"
 #include "common/tensor_view.h"
+#include "cuda/core/arguments.h"
 #include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
@@ -16,11 +16,11 @@ struct FrameTokens {
 };
 
 struct FrameAttention {
-  FrameTokens video, text;  // text may be missing
-  TensorView out;           // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
-  TensorView lse;           // (B, N, H) float32, contiguous, optional
-  TensorView gate;          // optional, (B, T, S, H, D), strides of 0 where it is broadcast: out = gate * result +
-  TensorView ungated;       // (1 - gate) * out; and where the result itself goes, optional, as out
+  FrameTokens video, text;              // text may be missing
+  TensorView out;                       // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
+  TensorView lse;                       // (B, N, H) float32, contiguous, optional
+  Gate gate{};                          // optional: out = gate * result + (1 - gate) * out
+  TensorView ungated;                   // where the result itself goes, optional, as out
   int64_t video_row = 0, text_row = 0;  // where they begin in out
   FrameMask mask;
   int64_t q_start = 0;

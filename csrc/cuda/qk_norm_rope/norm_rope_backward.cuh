@@ -77,7 +77,7 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
 
 // Turns gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
 template <int C>
-VDCORE_DEVICE void turn_back(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
+VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
@@ -96,8 +96,8 @@ VDCORE_DEVICE void turn_back(RowSums<C>& g, int h, const NormRope& how, int64_t 
 // Gradients of normed rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of half h
 // starts; a row that does not take part (`live`) is not read, and adds nothing.
 template <typename E, int C>
-VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
-                             const HeadNorm& norm, const WeightSums& sums, int D) {
+VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
+                                 const HeadNorm& norm, const WeightSums& sums, int D) {
   Rows<C> x[2];
   RowMoments m[2];
   float total[2] = {0, 0}, along[2] = {0, 0};
@@ -153,15 +153,15 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
 
 // Both, in their order.
 template <typename E, int C>
-VDCORE_DEVICE void norm_rope_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
-                                  const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
-                                  const WeightSums& sums, int D) {
+VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
+                                      const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
+                                      const WeightSums& sums, int D) {
   if (how.style == RopeStyle::interleaved) {
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h)
-      if (live[h]) turn_back(g, h, how, table[h], D);
+      if (live[h]) rope_backward(g, h, how, table[h], D);
   }
-  if (how.kind != NormKind::none) norm_back<E>(g, row, live, how, norm, sums, D);
+  if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
 }
 
 }  // namespace vdcore::cuda

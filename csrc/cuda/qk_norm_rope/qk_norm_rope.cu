@@ -100,7 +100,7 @@ rows_norm_rope_backward_kernel(const RowsNormRopeBackward f) {
         g.x[i][e / 2][2 * h + e % 2] = d;
       }
     }
-    if (how.kind != NormKind::none) norm_back<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false), D);
+    if (how.kind != NormKind::none) norm_backward<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false), D);
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) store_rows<E>(g, h, 1, to[h], valid[h], D);
   }
@@ -143,7 +143,7 @@ rope_table_backward_kernel(const RopeTableBackward f) {
       const int pair = 4 * k + lane_column(), lower = how.style == RopeStyle::half ? pair : 2 * pair;
       if (!live || pair >= how.pairs) continue;
       const int upper = how.style == RopeStyle::half ? pair + how.pairs : 2 * pair + 1;
-      const float x = normed_channel<E>(row, lower, m, a.norm), y = normed_channel<E>(row, upper, m, a.norm);
+      const float x = normalized_channel<E>(row, lower, m, a.norm), y = normalized_channel<E>(row, upper, m, a.norm);
       const float dx = channel_of<E>(dy_row, lower), dy = channel_of<E>(dy_row, upper);
       dcos[k] += x * dx + y * dy;
       dsin[k] += x * dy - y * dx;
