@@ -9,7 +9,7 @@
 #ifdef VDCORE_EMULATE
 #include "emulator/emulator.h"
 #else
-#include "cuda/core/device.h"
+#include <cuda_runtime.h>
 #endif
 
 namespace vdcore::cuda {
@@ -18,17 +18,24 @@ namespace py = pybind11;
 
 namespace {
 
-std::optional<std::string> why_missing() {
-#ifdef VDCORE_EMULATE
-  return std::nullopt;
+// Why no kernel can run here. Starts no context.
+std::optional<std::string> missing() {
+#ifndef VDCORE_EMULATE
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(status);
+  for (int i = 0; i < count; ++i) {
+    int major = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i) == cudaSuccess && major >= 8) return {};
+  }
+  return count ? "no CUDA device of compute capability 8.0 or newer" : "no CUDA device";
 #else
-  const std::string reason = missing();
-  return reason.empty() ? std::nullopt : std::optional(reason);
+  return {};
 #endif
 }
 
 void define(py::module_& m) {
-  m.def("missing", why_missing);
+  m.def("missing", missing);
   define_frame_attention(m);
   define_gated_attention(m);
   define_qk_norm_rope(m);

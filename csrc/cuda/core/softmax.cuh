@@ -12,27 +12,21 @@ constexpr float kLog2E = 1.4426950408889634f;
 // `highest`: the largest scaled score of the row so far, -infinity before the first.
 template <int N, typename Visible>
 VDCORE_DEVICE float exponentials(float (&s)[N][4], int h, float factor, float& highest, Visible visible) {
-  VDCORE_UNROLL
-  for (int n = 0; n < N; ++n) VDCORE_UNROLL
-  for (int e = 0; e < 2; ++e) {
+  unroll<N, 2>([&](int n, int e) {
     float& x = s[n][2 * h + e];
     x = visible(n, h, e) ? x * factor : -infinity();
     highest = maximum(highest, x);
-  }
+  });
   highest = row_maximum(highest);
   const float base = highest == -infinity() ? 0 : highest;
-  VDCORE_UNROLL
-  for (int n = 0; n < N; ++n) VDCORE_UNROLL
-  for (int e = 0; e < 2; ++e) s[n][2 * h + e] = exp2_approx(s[n][2 * h + e] - base);
+  unroll<N, 2>([&](int n, int e) { s[n][2 * h + e] = exp2_approx(s[n][2 * h + e] - base); });
   return base;
 }
 
 // total + the lane's columns of row half h.
 template <int N>
 VDCORE_DEVICE float add_columns(float total, const float (&s)[N][4], int h) {
-  VDCORE_UNROLL
-  for (int n = 0; n < N; ++n) VDCORE_UNROLL
-  for (int e = 0; e < 2; ++e) total += s[n][2 * h + e];
+  unroll<N, 2>([&](int n, int e) { total += s[n][2 * h + e]; });
   return total;
 }
 

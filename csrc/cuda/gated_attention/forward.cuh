@@ -34,24 +34,16 @@ template <typename E, int C>
 struct GatedTile {
   static constexpr int M = row_tiles(C), kRows = 64 * M;
   const SpatialGated& a;
-  const int D, S, thread, r, c;
-  int tile;
-  int32_t i_h, i_g;
-  int64_t i_t, i_b;
-  bool alive;
+  const int D = a.head_dim, S = a.tokens, thread = static_cast<int>(thread_index()), r = lane_row(), c = lane_column();
+  const int tiles = (S + kRows - 1) / kRows, tile = static_cast<int>(block_index() % tiles);
+  const int64_t frame_head = static_cast<int64_t>(block_index()) / tiles, frame = frame_head / a.heads;
+  const int64_t i_t = frame % a.frames, i_b = frame / a.frames;
+  const int32_t i_h = static_cast<int32_t>(frame_head % a.heads), i_g = i_h / (a.heads / a.groups);
+  const bool alive = !a.lengths || i_t < load_global<int64_t>(a.lengths + i_b);
   Rows<C> q[M][2];
   float sums[M][4 * C][4], highest[M][2], total[M][2];  // total: of the lane's columns
 
-  VDCORE_DEVICE explicit GatedTile(const SpatialGated& a)
-      : a(a), D(a.head_dim), S(a.tokens), thread(static_cast<int>(thread_index())), r(lane_row()), c(lane_column()) {
-    const int tiles = (S + kRows - 1) / kRows;
-    int64_t i = block_index();
-    tile = static_cast<int>(i % tiles);
-    i_h = static_cast<int32_t>((i /= tiles) % a.heads);
-    i_t = (i /= a.heads) % a.frames, i_b = i / a.frames;
-    i_g = i_h / (a.heads / a.groups);
-    alive = !a.lengths || i_t < load_global<int64_t>(a.lengths + i_b);
-  }
+  VDCORE_DEVICE explicit GatedTile(const SpatialGated& a) : a(a) {}
 
   VDCORE_DEVICE int steps() const { return alive ? (S + kTileKeys - 1) / kTileKeys : 0; }
   VDCORE_DEVICE int token(int m, int h) const { return kRows * tile + 16 * (M * (thread / 32) + m) + 8 * h + r; }
@@ -78,75 +70,61 @@ struct GatedTile {
   }
 
   VDCORE_DEVICE void start() {
-    VDCORE_UNROLL
-    for (int m = 0; m < M; ++m) {
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) {
+    unroll<M>([&](int m) {
+      unroll<2>([&](int h) {
         load_rows(q[m][h], a.q.row(i_b, i_t, token(m, h), i_h), alive && token(m, h) < S, D);
         highest[m][h] = -infinity(), total[m][h] = 0;
-      }
-      VDCORE_UNROLL
-      for (int j = 0; j < 4 * C; ++j) VDCORE_UNROLL
-      for (int e = 0; e < 4; ++e) sums[m][j][e] = 0;
-    }
+      });
+      unroll<4 * C, 4>([&](int j, int e) { sums[m][j][e] = 0; });
+    });
   }
 
   VDCORE_DEVICE void scores(int step, float (&s)[M][8][4]) const {
     const char* const k_tile = keys(step) + r * key_pitch(C) + 16 * c;
-    VDCORE_UNROLL
-    for (int n = 0; n < 8; ++n) {
+    unroll<8>([&](int n) {
       Rows<C> k;
-      VDCORE_UNROLL
-      for (int x = 0; x < C; ++x)
+      unroll<C>([&](int x) {
         k.x[x] = has_channels(x, D) ? load_shared<Vec4>(k_tile + 8 * n * key_pitch(C) + 64 * x) : Vec4{};
-      VDCORE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        VDCORE_UNROLL
-        for (int e = 0; e < 4; ++e) s[m][n][e] = 0;
+      });
+      unroll<M>([&](int m) {
+        unroll<4>([&](int e) { s[m][n][e] = 0; });
         inner_product<E>(s[m][n], q[m][0], q[m][1], k, D);
-      }
-    }
+      });
+    });
   }
 
   // Scores become exponentials; the sums so far shrink where a larger one comes.
   VDCORE_DEVICE void softmax(int step, float (&s)[M][8][4]) {
     const auto visible = [&](int n, int, int e) { return kTileKeys * step + 8 * n + 2 * c + e < S; };
-    VDCORE_UNROLL
-    for (int m = 0; m < M; ++m) VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    unroll<M, 2>([&](int m, int h) {
       const float before = highest[m][h];
       const float shrink = exp2_approx(before - exponentials(s[m], h, a.scale * kLog2E, highest[m][h], visible));
       total[m][h] = add_columns(total[m][h] * shrink, s[m], h);
-      VDCORE_UNROLL
-      for (int j = 0; j < 4 * C; ++j) sums[m][j][2 * h] *= shrink, sums[m][j][2 * h + 1] *= shrink;
-    }
+      unroll<4 * C>([&](int j) { sums[m][j][2 * h] *= shrink, sums[m][j][2 * h + 1] *= shrink; });
+    });
   }
 
   VDCORE_DEVICE void add_values(int step, const float (&s)[M][8][4]) {
     // Lane i gives row i % 8 of matrix i / 8: keys 0 to 7 and 8 to 15 of eight channels, then of the next eight.
     const int lane = thread % 32;
     const char* const v_tile = values(step) + lane % 16 * value_pitch(C) + lane / 16 * 16;
-    VDCORE_UNROLL
-    for (int kk = 0; kk < 4; ++kk) {
+    unroll<4>([&](int kk) {
       uint32_t p[M][4];
-      VDCORE_UNROLL
-      for (int m = 0; m < M; ++m) VDCORE_UNROLL
-      for (int x = 0; x < 4; ++x) {
+      unroll<M, 4>([&](int m, int x) {
         const float* pair = &s[m][2 * kk + x / 2][x % 2 * 2];
         p[m][x] = pack<E>(pair[0], pair[1]);
-      }
+      });
       VDCORE_UNROLL
       for (int j = 0; j < 4 * C; j += 2) {
         if (8 * j >= D) continue;
         uint32_t v[4];
         ldmatrix_x4_transposed(v, v_tile + 16 * kk * value_pitch(C) + 16 * j);
-        VDCORE_UNROLL
-        for (int m = 0; m < M; ++m) {
+        unroll<M>([&](int m) {
           mma<E>(sums[m][j], p[m], v[0], v[1]);
           if (8 * (j + 1) < D) mma<E>(sums[m][j + 1], p[m], v[2], v[3]);
-        }
+        });
       }
-    }
+    });
   }
 
   // The mix of the result of a row with what `out` holds.
@@ -159,17 +137,16 @@ struct GatedTile {
     char* const to = a.out.row(i_b, i_t, i_s, i_h);
     char* const kept = a.kept.data ? a.kept.row(i_b, i_t, i_s, i_h) : nullptr;
     const int64_t gate = a.gate.index(i_b, i_t, i_s, i_h);
-    VDCORE_UNROLL
-    for (int j = 0; j < 4 * C; ++j) {
+    unroll<4 * C>([&](int j) {
       const int channel = 8 * j + 2 * c;
-      if (channel >= D) continue;
+      if (channel >= D) return;
       const float lo = sums[m][j][2 * h] * each, hi = sums[m][j][2 * h + 1] * each;
       if (kept) store_global(kept + 2 * channel, pack<E>(lo, hi));
       const Float2 b = unpack<E>(load_written<uint32_t>(to + 2 * channel));
       const float g[2] = {gate_at<E>(a.gate, gate + channel * a.gate.d),
                           gate_at<E>(a.gate, gate + (channel + 1) * a.gate.d)};
       store_global(to + 2 * channel, pack<E>(g[0] * lo + (1 - g[0]) * b.lo, g[1] * hi + (1 - g[1]) * b.hi));
-    }
+    });
   }
 };
 
@@ -191,9 +168,7 @@ spatial_gated_kernel(const SpatialGated a) {
     sync_block();
   }
   cp_async_wait<0>();
-  VDCORE_UNROLL
-  for (int m = 0; m < tile.M; ++m) VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) tile.store(m, h);
+  unroll<tile.M, 2>([&](int m, int h) { tile.store(m, h); });
 }
 
 template <typename E>

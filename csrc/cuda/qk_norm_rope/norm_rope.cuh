@@ -17,22 +17,18 @@ VDCORE_DEVICE RowMoments moments(const Rows<C>& r, NormKind kind, float eps, int
   const float each = 1.f / static_cast<float>(D);
   if (kind == NormKind::layer) {
     float total = 0;
-    VDCORE_UNROLL
-    for (int i = 0; i < C; ++i) VDCORE_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    unroll<C, 4>([&](int i, int j) {
       const Float2 x = unpack<E>(r.x[i].x[j]);
       total += x.lo + x.hi;
-    }
+    });
     m.mean = row_sum(total) * each;
   }
   float squares = 0;
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
-  for (int j = 0; j < 4; ++j) {
+  unroll<C, 4>([&](int i, int j) {
     const Float2 x = unpack<E>(r.x[i].x[j]);
     const float lo = x.lo - m.mean, hi = x.hi - m.mean;
     if (has_channels(i, D)) squares += lo * lo + hi * hi;
-  }
+  });
   m.scale = reciprocal_root(row_sum(squares) * each + eps);
   return m;
 }
@@ -57,39 +53,33 @@ struct Float8 {
 template <typename E, int C>
 VDCORE_DEVICE void norm_rope(Rows<C>& r, bool valid, const NormRope& how, const HeadNorm& norm, int64_t table, int D) {
   const RowMoments m = moments<E>(r, how.kind, how.eps, D);
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) {
+  unroll<C>([&](int i) {
     const int first = 32 * i + 8 * lane_column();
-    if (!valid || first >= D) continue;
+    if (!valid || first >= D) return;
     float x[8];
-    VDCORE_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    unroll<4>([&](int j) {
       const Float2 both = unpack<E>(r.x[i].x[j]);
       x[2 * j] = (both.lo - m.mean) * m.scale;
       x[2 * j + 1] = (both.hi - m.mean) * m.scale;
-    }
+    });
     if (norm.weight) {
       const Float8 w(norm.weight + first);
-      VDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) x[e] *= w[e];
+      unroll<8>([&](int e) { x[e] *= w[e]; });
     }
     if (norm.bias) {
       const Float8 b(norm.bias + first);
-      VDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) x[e] += b[e];
+      unroll<8>([&](int e) { x[e] += b[e]; });
     }
     if (how.style == RopeStyle::interleaved && first < 2 * how.pairs) {
       const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
-      VDCORE_UNROLL
-      for (int j = 0; j < 4; ++j) {
+      unroll<4>([&](int j) {
         const float lo = x[2 * j], hi = x[2 * j + 1], cos = as_float(c.x[j]), sin = as_float(s.x[j]);
         x[2 * j] = lo * cos - hi * sin;
         x[2 * j + 1] = hi * cos + lo * sin;
-      }
+      });
     }
-    VDCORE_UNROLL
-    for (int j = 0; j < 4; ++j) r.x[i].x[j] = pack<E>(x[2 * j], x[2 * j + 1]);
-  }
+    unroll<4>([&](int j) { r.x[i].x[j] = pack<E>(x[2 * j], x[2 * j + 1]); });
+  });
 }
 
 // The channel itself, normed. `row`: where its row starts.
@@ -119,24 +109,21 @@ template <typename E, int C>
 VDCORE_DEVICE void norm_rope_any(Rows<C>& r, const char* row, bool valid, const NormRope& how, const HeadNorm& norm,
                                  int64_t table, int D) {
   const RowMoments m = moments<E>(r, how.kind, how.eps, D);
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    if (!valid || !has_channels(i, D)) continue;
+  unroll<C, 4>([&](int i, int j) {
+    if (!valid || !has_channels(i, D)) return;
     float x[2];
-    VDCORE_UNROLL
-    for (int e = 0; e < 2; ++e) {
+    unroll<2>([&](int e) {
       const int channel = 32 * i + 8 * lane_column() + 2 * j + e;
       x[e] = normalized_channel<E>(row, channel, m, norm);
-      if (how.style == RopeStyle::none || channel >= 2 * how.pairs) continue;
+      if (how.style == RopeStyle::none || channel >= 2 * how.pairs) return;
       const Pair pair = pair_of(how, channel);
       const float other = normalized_channel<E>(row, pair.other, m, norm);
       const float c = load_global<float>(how.cos + table + pair.index);
       const float s = load_global<float>(how.sin + table + pair.index);
       x[e] = x[e] * c + (pair.upper ? other * s : -other * s);
-    }
+    });
     r.x[i].x[j] = pack<E>(x[0], x[1]);
-  }
+  });
 }
 
 }  // namespace vdcore::cuda

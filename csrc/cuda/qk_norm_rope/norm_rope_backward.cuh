@@ -28,9 +28,7 @@ VDCORE_DEVICE int weight_sum_channel(int i) { return 32 * i + 8 * lane_column() 
 
 template <int C>
 VDCORE_DEVICE void clear_weight_sums(float* warp) {
-  VDCORE_UNROLL
-  for (int part = 0; part < 4; ++part) VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) store_shared(warp + 32 * C * part + weight_sum_channel(i), 0.f);
+  unroll<4, C>([&](int part, int i) { store_shared(warp + 32 * C * part + weight_sum_channel(i), 0.f); });
 }
 
 // Sums over the lanes of a column.
@@ -49,10 +47,8 @@ VDCORE_DEVICE float scattered_column_sum(const float (&of)[8]) {
     const bool upper = (r & bit) != 0;
     return (upper ? hi : lo) + shuffle_xor(upper ? lo : hi, 4 * bit);
   };
-  VDCORE_UNROLL
-  for (int e = 0; e < 4; ++e) four[e] = half(4, of[e], of[e + 4]);
-  VDCORE_UNROLL
-  for (int e = 0; e < 2; ++e) two[e] = half(2, four[e], four[e + 2]);
+  unroll<4>([&](int e) { four[e] = half(4, of[e], of[e + 4]); });
+  unroll<2>([&](int e) { two[e] = half(2, four[e], four[e + 2]); });
   return half(1, two[0], two[1]);
 }
 
@@ -78,19 +74,17 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
 // Turns gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
 template <int C>
 VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) {
+  unroll<C>([&](int i) {
     const int first = 32 * i + 8 * lane_column();
-    if (first >= D || first >= 2 * how.pairs) continue;
+    if (first >= D || first >= 2 * how.pairs) return;
     const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
-    VDCORE_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    unroll<4>([&](int j) {
       float &lo = g.x[i][j][2 * h], &hi = g.x[i][j][2 * h + 1];
       const float a = lo, cos = as_float(c.x[j]), sin = as_float(s.x[j]);
       lo = a * cos + hi * sin;
       hi = hi * cos - a * sin;
-    }
-  }
+    });
+  });
 }
 
 // Gradients of normed rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of half h
@@ -101,31 +95,25 @@ VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], con
   Rows<C> x[2];
   RowMoments m[2];
   float total[2] = {0, 0}, along[2] = {0, 0};
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) {
     load_rows(x[h], row[h], live[h], D);
     m[h] = moments<E>(x[h], how.kind, how.eps, D);
-  }
+  });
   const auto normed = [&](int i, int h, int e) {
     const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
     return ((e % 2 ? both.hi : both.lo) - m[h].mean) * m[h].scale;
   };
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) {
+  unroll<C>([&](int i) {
     const int first = 32 * i + 8 * lane_column();
     float dw[8], db[8], w[8];
-    VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) dw[e] = db[e] = 0, w[e] = 1;
+    unroll<8>([&](int e) { dw[e] = db[e] = 0, w[e] = 1; });
     if (norm.weight && first < D) {
       const Float8 weight(norm.weight + first);
-      VDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) w[e] = weight[e];
+      unroll<8>([&](int e) { w[e] = weight[e]; });
     }
-    VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        if (!live[h] || first >= D) continue;
+    unroll<8>([&](int e) {
+      unroll<2>([&](int h) {
+        if (!live[h] || first >= D) return;
         float& d = g.x[i][e / 2][2 * h + e % 2];
         const float y = normed(i, h, e);
         dw[e] += d * y;
@@ -133,22 +121,19 @@ VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], con
         d *= w[e];
         total[h] += d;
         along[h] += d * y;
-      }
-    }
+      });
+    });
     if (sums.weight) add_weight_sums(sums.weight, i, dw);
     if (sums.weight && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
-  }
+  });
   const float each = 1.f / static_cast<float>(D);
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) {
     const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
-    VDCORE_UNROLL
-    for (int i = 0; i < C; ++i) VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) {
+    unroll<C, 8>([&](int i, int e) {
       float& d = g.x[i][e / 2][2 * h + e % 2];
       if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normed(i, h, e) * slope) * m[h].scale;
-    }
-  }
+    });
+  });
 }
 
 // Both, in their order.
@@ -157,9 +142,9 @@ VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2]
                                       const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
                                       const WeightSums& sums, int D) {
   if (how.style == RopeStyle::interleaved) {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h)
+    unroll<2>([&](int h) {
       if (live[h]) rope_backward(g, h, how, table[h], D);
+    });
   }
   if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
 }

@@ -45,52 +45,37 @@ constexpr int temporal_backward_shared_bytes(int C, bool norm_rope) {
 template <typename E, int N, int C, bool kNormRope>
 struct BackwardWarp {
   static constexpr int kWarps = N / 2, kSequences = kBackwardThreads / 32 / kWarps;  // per sequence; per block
-  const TemporalAttentionBackward& g;
-  const TemporalAttention& a;
-  const int D, warp;
-  const SequenceTile<N> tile;
-  const int64_t length[2];
-  const bool hides;
-  const float factor;
+  const TemporalBackward& f;
+  const TemporalAttentionBackward& g = f.a;
+  const TemporalAttention& a = g.forward;
+  const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32);
+  const int64_t item = static_cast<int64_t>(block_index()) * kSequences + warp / kWarps;
+  const SequenceTile<N> tile{a, f.packed ? 2 * item : item, warp % kWarps, f.packed};
+  const int64_t length[2] = {valid_frames(a.frames, tile.sequence[0].b), valid_frames(a.frames, tile.sequence[1].b)};
+  const bool hides = a.frames.masked || f.packed;
+  const float factor = a.scale * kLog2E;
   // Of a block: q and k after norm and RoPE, weight sums of each warp; then lse and delta of each row.
-  char* const q_rows;
-  float *const block_sums, *const warp_sums;
-  Vec2* const stats;
-  const BackwardSide queries, keys;
+  char* const q_rows = shared_memory() + warp / kWarps * (8 * N) * 64 * C;
+  float* const block_sums = reinterpret_cast<float*>(shared_memory() + 2 * kBackwardRows * 64 * C);
+  float* const warp_sums = g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
+  static constexpr int kStats = temporal_backward_shared_bytes(C, kNormRope) - 8 * kBackwardRows;
+  Vec2* const stats = reinterpret_cast<Vec2*>(shared_memory() + kStats) + warp / kWarps * (8 * N);
+  const BackwardSide queries = query_side(g, q_rows), keys = key_side(g, q_rows + kBackwardRows * 64 * C);
   // Scores, and products of gradients with values, of the warp's rows with all rows of the other side.
   float s[N][4], dp[N][4];
 
-  VDCORE_DEVICE explicit BackwardWarp(const TemporalBackward& f)
-      : g(f.a),
-        a(g.forward),
-        D(a.head_dim),
-        warp(static_cast<int>(thread_index() / 32)),
-        tile(a, (static_cast<int64_t>(block_index()) * kSequences + warp / kWarps) * (f.packed ? 2 : 1), warp % kWarps,
-             f.packed),
-        length{valid_frames(a.frames, tile.sequence[0].b), valid_frames(a.frames, tile.sequence[1].b)},
-        hides(a.frames.masked || f.packed),
-        factor(a.scale * kLog2E),
-        q_rows(shared_memory() + warp / kWarps * (8 * N) * 64 * C),
-        block_sums(reinterpret_cast<float*>(shared_memory() + 2 * kBackwardRows * 64 * C)),
-        warp_sums(g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr),
-        stats(reinterpret_cast<Vec2*>(shared_memory() + temporal_backward_shared_bytes(C, kNormRope) -
-                                      8 * kBackwardRows) +
-              warp / kWarps * (8 * N)),
-        queries(query_side(g, q_rows)),
-        keys(key_side(g, q_rows + kBackwardRows * 64 * C)) {}
+  VDCORE_DEVICE explicit BackwardWarp(const TemporalBackward& f) : f(f) {}
 
   // Of the lane's first row among those of its sequences.
   VDCORE_DEVICE int row() const { return 16 * (warp % kWarps) + lane_row(); }
   VDCORE_DEVICE const char* first_row(const Tokens& x) const { return tile.sequence[0].row(x, lane_row()); }
 
   VDCORE_DEVICE void load_own(Rows<C> (&rows)[2], const Tokens& x, int count) const {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) load_rows(rows[h], tile.row(x, h), tile.has(h, count), D);
+    unroll<2>([&](int h) { load_rows(rows[h], tile.row(x, h), tile.has(h, count), D); });
   }
   VDCORE_DEVICE void load_own_scored(Rows<C> (&rows)[2], const BackwardSide& side) const {
     if constexpr (kNormRope) {
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) load_shared_row(rows[h], side.rows, row() + 8 * h);
+      unroll<2>([&](int h) { load_shared_row(rows[h], side.rows, row() + 8 * h); });
     } else {
       load_own(rows, side.scored, side.count);
     }
@@ -107,16 +92,14 @@ struct BackwardWarp {
     load_own_scored(x, own);
     load_own(y, own.other, own.count);
     const char *next_x = first_row(other.scored), *next_y = first_row(other.other);
-    VDCORE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      VDCORE_UNROLL
-      for (int e = 0; e < 4; ++e) s[n][e] = dp[n][e] = 0;
+    unroll<N>([&](int n) {
+      unroll<4>([&](int e) { s[n][e] = dp[n][e] = 0; });
       Rows<C> x_tile, y_tile;
       load_scored(x_tile, other, next_x, n);
       tile.load_other(y_tile, other.other, next_y, n, other.count, 1, D);
       inner_product<E>(s[n], x[0], x[1], x_tile, D);
       inner_product<E>(dp[n], y[0], y[1], y_tile, D);
-    }
+    });
   }
 
   // Sums of scored rows of the other side: the gradient of the warp's own.
@@ -140,68 +123,60 @@ struct BackwardWarp {
   // dq; leaves lse and delta of the rows.
   VDCORE_DEVICE void query_gradients() {
     Seen seen[2];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) seen[h] = seen_by_query(a.frames, length[h], tile.frame[h]);
+    unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length[h], tile.frame[h]); });
     const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
     products(queries, keys);
     uint32_t ds[N / 2][4];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    unroll<2>([&](int h) {
       float highest = -infinity(), delta = 0;
       const float base = exponentials(s, h, factor, highest, visible), total = row_sum(add_columns(0, s, h));
-      VDCORE_UNROLL
-      for (int n = 0; n < N; ++n) VDCORE_UNROLL
-      for (int e = 0; e < 2; ++e)
+      unroll<N, 2>([&](int n, int e) {
         if (visible(n, h, e)) delta += s[n][2 * h + e] * dp[n][2 * h + e];
+      });
       const float each = inverse(total);
       delta = row_sum(delta) * each;
       if (g.dlse && tile.has(h, queries.count))
         delta -= load_global<float>(g.dlse + row_index(a, tile.sequence[h], tile.frame[h]));
-      VDCORE_UNROLL
-      for (int n = 0; n < N; ++n) {
+      unroll<N>([&](int n) {
         float dx[2];
-        VDCORE_UNROLL
-        for (int e = 0; e < 2; ++e)
+        unroll<2>([&](int e) {
           dx[e] = visible(n, h, e) ? s[n][2 * h + e] * each * (dp[n][2 * h + e] - delta) * a.scale : 0;
+        });
         ds[n / 2][h + n % 2 * 2] = pack<E>(dx[0], dx[1]);
-      }
+      });
       if (lane_column() == 0) store_shared(stats + row() + 8 * h, Float2{base + log2_approx(total), delta});
-    }
+    });
     scored_gradient(ds, queries, keys, seen);
   }
 
   // dv and dk, from what all warps have left.
   VDCORE_DEVICE void key_gradients() {
     Seen seen[2];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) seen[h] = seen_by_key(a.frames, length[h], tile.frame[h]);
+    unroll<2>([&](int h) { seen[h] = seen_by_key(a.frames, length[h], tile.frame[h]); });
     const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
     products(keys, queries);
     uint32_t p[N / 2][4], ds[N / 2][4];
-    VDCORE_UNROLL
-    for (int n = 0; n < N; ++n) {
+    unroll<N>([&](int n) {
       Float2 of[2];  // lse and delta of the two columns
-      VDCORE_UNROLL
-      for (int e = 0; e < 2; ++e) of[e] = load_shared<Float2>(stats + 8 * n + 2 * lane_column() + e);
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) {
+      unroll<2>([&](int e) { of[e] = load_shared<Float2>(stats + 8 * n + 2 * lane_column() + e); });
+      unroll<2>([&](int h) {
         float x[2], dx[2];
-        VDCORE_UNROLL
-        for (int e = 0; e < 2; ++e) {
+        unroll<2>([&](int e) {
           const bool sees = visible(n, h, e);
           x[e] = sees ? exp2_approx(s[n][2 * h + e] * factor - of[e].lo) : 0;
           dx[e] = sees ? x[e] * (dp[n][2 * h + e] - of[e].hi) * a.scale : 0;
-        }
+        });
         p[n / 2][h + n % 2 * 2] = pack<E>(x[0], x[1]);
         ds[n / 2][h + n % 2 * 2] = pack<E>(dx[0], dx[1]);
-      }
-    }
+      });
+    });
     seen_sums<E, N, C>(
         p, first_row(g.dout), hides, D,
         [&](Rows<C>& rows, const char*& next, int n) { tile.load_other(rows, g.dout, next, n, queries.count, 1, D); },
         visible,
         [&](const RowSums<C>& sums, const bool (&now)[2]) {
-          store_tile<E>(sums, {1, 1}, g.dv, tile, keys.count, now, D);
+          store_tile<E>(sums, {1, 1}, g.dv, tile,
+                        {now[0] && tile.has(0, keys.count), now[1] && tile.has(1, keys.count)}, D);
         });
     scored_gradient(ds, keys, queries, seen);
   }

@@ -34,30 +34,19 @@ struct LongSide : BackwardSide {
 template <int C>
 struct LongBlock {
   static constexpr bool kNormRope = temporal_backward_fuses_norm_rope(32 * C);
-  const TemporalAttentionBackward& g;
-  const TemporalAttention& a;
-  const int D, warp, warps, shared;
-  const Sequence sequence;  // of keys
-  const int64_t length;
-  Vec2* const stats;  // lse and delta of each query row
-  float *const block_sums, *const warp_sums;
-  const LongSide queries, keys;
-
-  VDCORE_DEVICE static char* rows(int tiles) { return shared_memory() + tiles * 16 * 64 * C; }
-  VDCORE_DEVICE explicit LongBlock(const TemporalLongBackward& f)
-      : g(f.a),
-        a(g.forward),
-        D(a.head_dim),
-        warp(static_cast<int>(thread_index() / 32)),
-        warps(f.warps),
-        shared(a.heads / a.groups),
-        sequence(sequence_at(block_index(), a.positions, a.groups)),
-        length(valid_frames(a.frames, sequence.b)),
-        stats(reinterpret_cast<Vec2*>(rows(shared * f.query_tiles + f.key_tiles))),
-        block_sums(reinterpret_cast<float*>(stats + shared * f.query_tiles * 16)),
-        warp_sums(g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr),
-        queries{query_side(g, rows(0)), f.query_tiles, shared, sequence.h * shared},
-        keys{key_side(g, rows(shared * f.query_tiles)), f.key_tiles, 1, sequence.h} {}
+  const TemporalLongBackward& f;
+  const TemporalAttentionBackward& g = f.a;
+  const TemporalAttention& a = g.forward;
+  const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32), shared = a.heads / a.groups;
+  const Sequence sequence = sequence_at(block_index(), a.positions, a.groups);  // of keys
+  const int64_t length = valid_frames(a.frames, sequence.b);
+  // Queries, keys, lse and delta of each query row, weight sums of each warp.
+  char* const k_rows = shared_memory() + shared * f.query_tiles * 16 * 64 * C;
+  Vec2* const stats = reinterpret_cast<Vec2*>(k_rows + f.key_tiles * 16 * 64 * C);
+  float* const block_sums = reinterpret_cast<float*>(stats + shared * f.query_tiles * 16);
+  float* const warp_sums = g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
+  const LongSide queries{query_side(g, shared_memory()), f.query_tiles, shared, sequence.h * shared};
+  const LongSide keys{key_side(g, k_rows), f.key_tiles, 1, sequence.h};
 
   VDCORE_DEVICE SequenceTile<0> tile_of(const LongSide& side, int tile) const {
     return {Sequence{sequence.b, sequence.s, side.first_head + tile / side.tiles}, tile % side.tiles};
@@ -66,40 +55,35 @@ struct LongBlock {
   template <typename E>
   VDCORE_DEVICE void stage(const LongSide& side) const {
     VDCORE_NO_UNROLL
-    for (int tile = warp; tile < side.tiles * side.heads; tile += warps)
+    for (int tile = warp; tile < side.tiles * side.heads; tile += f.warps)
       stage_tile<E, C, kNormRope>(side, tile_of(side, tile), a.norm_rope, 16 * tile + lane_row(), D);
   }
 };
 
-// The gradient of the rows of one tile of one side: of v (kValues), else of what its scores are computed from.
-template <typename E, int C, bool kValues>
+enum class Gradient { q, k, v };
+
+// The gradient of the rows of one tile. Copies what it knows of the block: registers hold it, not a stack.
+template <typename E, int C, Gradient kOf>
 struct LongGradient {
-  static constexpr bool kHeld = C <= 4;
-  const LongBlock<C>& block;
-  const TemporalAttention& a;
-  const LongSide &own, &other;
-  const SequenceTile<0> tile;
-  const int D, row;  // of the lane's first row among its side's in shared memory
+  static constexpr bool kKeys = kOf != Gradient::q, kValues = kOf == Gradient::v, kHeld = C <= 4;
+  const LongBlock<C> block;
+  const int i;  // of the tile
+  const TemporalAttention& a = block.a;
+  const LongSide own = kKeys ? block.keys : block.queries, other = kKeys ? block.queries : block.keys;
+  const SequenceTile<0> tile = block.tile_of(own, i);
+  const int D = block.D, row = 16 * i + lane_row();  // the lane's first among its side's in shared memory
   Seen seen[2];
   Float2 own_stats[2] = {{0, 0}, {0, 0}};
   Rows<C> x[2], y[2];  // own rows, if held
 
-  VDCORE_DEVICE LongGradient(const LongBlock<C>& block, const LongSide& own, const LongSide& other, int i)
-      : block(block),
-        a(block.a),
-        own(own),
-        other(other),
-        tile(block.tile_of(own, i)),
-        D(block.D),
-        row(16 * i + lane_row()) {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
+  VDCORE_DEVICE LongGradient(const LongBlock<C>& block, int i) : block(block), i(i) {
+    unroll<2>([&](int h) {
       const int frame = tile.frame[h];
-      seen[h] = own.keys ? seen_by_key(a.frames, block.length, frame) : seen_by_query(a.frames, block.length, frame);
-      if (!kHeld) continue;
+      seen[h] = kKeys ? seen_by_key(a.frames, block.length, frame) : seen_by_query(a.frames, block.length, frame);
+      if (!kHeld) return;
       load_shared_row(x[h], own.rows, row + 8 * h);
       if (!kValues) load_rows(y[h], tile.row(own.other, h), tile.has(h, own.count), D);
-    }
+    });
   }
 
   VDCORE_DEVICE bool visible(int n, int h, int e) const { return tile.sees(seen, n % (2 * other.tiles), h, e); }
@@ -118,31 +102,31 @@ struct LongGradient {
 
   // Scores of tile n of the other side, and products of gradients with values.
   VDCORE_DEVICE void products(int n, float (&s)[4], float (&dp)[4]) const {
-    VDCORE_UNROLL
-    for (int e = 0; e < 4; ++e) s[e] = dp[e] = 0;
+    unroll<4>([&](int e) { s[e] = dp[e] = 0; });
     if constexpr (kHeld) {
       Rows<C> rows;
       load_shared_row(rows, other.rows, 8 * n + lane_row());
       inner_product<E>(s, x[0], x[1], rows, D);
-      if (kValues) return;
-      load_other(rows, n);
-      inner_product<E>(dp, y[0], y[1], rows, D);
+      if constexpr (!kValues) {
+        load_other(rows, n);
+        inner_product<E>(dp, y[0], y[1], rows, D);
+      }
     } else {
       bool there;
       const char* const from = other_row(n, there);
       VDCORE_UNROLL_BY(2)
       for (int i = 0; 32 * i < D; ++i) {
         Rows<1> mine[2], theirs;
-        VDCORE_UNROLL
-        for (int h = 0; h < 2; ++h) mine[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.rows, row + 8 * h, i));
+        unroll<2>([&](int h) { mine[h].x[0] = load_shared<Vec4>(shared_chunk<C>(own.rows, row + 8 * h, i)); });
         theirs.x[0] = load_shared<Vec4>(shared_chunk<C>(other.rows, 8 * n + lane_row(), i));
         inner_product<E>(s, mine[0], mine[1], theirs, D);
-        if (kValues) continue;
-        VDCORE_UNROLL
-        for (int h = 0; h < 2; ++h)
-          load_rows(mine[h], tile.row(own.other, h) + 64 * i, tile.has(h, own.count), D - 32 * i);
-        load_rows(theirs, from + 64 * i, there, D - 32 * i);
-        inner_product<E>(dp, mine[0], mine[1], theirs, D);
+        if constexpr (!kValues) {
+          VDCORE_UNROLL
+          for (int h = 0; h < 2; ++h)
+            load_rows(mine[h], tile.row(own.other, h) + 64 * i, tile.has(h, own.count), D - 32 * i);
+          load_rows(theirs, from + 64 * i, there, D - 32 * i);
+          inner_product<E>(dp, mine[0], mine[1], theirs, D);
+        }
       }
     }
   }
@@ -153,53 +137,47 @@ struct LongGradient {
 
   // lse and delta of the tile's queries, here and in shared memory.
   VDCORE_DEVICE void find_stats() {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h)
+    unroll<2>([&](int h) {
       if (tile.has(h, own.count))
         own_stats[h].lo = load_global<float>(a.lse + row_index(a, tile.sequence[h], tile.frame[h])) * kLog2E;
+    });
     VDCORE_NO_UNROLL
     for (int n = 0; n < 2 * other.tiles; ++n) {
       float s[4], dp[4];
       products(n, s, dp);
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) VDCORE_UNROLL
-      for (int e = 0; e < 2; ++e)
+      unroll<2, 2>([&](int h, int e) {
         if (visible(n, h, e)) own_stats[h].hi += probability(s[2 * h + e], own_stats[h].lo) * dp[2 * h + e];
+      });
     }
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    unroll<2>([&](int h) {
       own_stats[h].hi = row_sum(own_stats[h].hi);
       if (block.g.dlse && tile.has(h, own.count))
         own_stats[h].hi -= load_global<float>(block.g.dlse + row_index(a, tile.sequence[h], tile.frame[h]));
       if (lane_column() == 0) store_shared(block.stats + row + 8 * h, own_stats[h]);
-    }
+    });
   }
 
   // P or dS of the columns of tiles 2 kk and 2 kk + 1 of the other side.
   VDCORE_DEVICE void weights(int kk, uint32_t (&w)[4]) const {
-    VDCORE_UNROLL
-    for (int m = 0; m < 2; ++m) {
+    unroll<2>([&](int m) {
       const int n = 2 * kk + m;
       float s[4], dp[4], weight[4];
       products(n, s, dp);
-      VDCORE_UNROLL
-      for (int e = 0; e < 2; ++e) {
+      unroll<2>([&](int e) {
         Float2 of{};
-        if (own.keys) of = load_shared<Float2>(block.stats + 8 * n + 2 * lane_column() + e);
-        VDCORE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const Float2& at = own.keys ? of : own_stats[h];
+        if (kKeys) of = load_shared<Float2>(block.stats + 8 * n + 2 * lane_column() + e);
+        unroll<2>([&](int h) {
+          const Float2 at = kKeys ? of : own_stats[h];
           const float p = visible(n, h, e) ? probability(s[2 * h + e], at.lo) : 0;
           weight[2 * h + e] = kValues ? p : visible(n, h, e) ? p * (dp[2 * h + e] - at.hi) * a.scale : 0;
-        }
-      }
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) w[h + 2 * m] = pack<E>(weight[2 * h], weight[2 * h + 1]);
-    }
+        });
+      });
+      unroll<2>([&](int h) { w[h + 2 * m] = pack<E>(weight[2 * h], weight[2 * h + 1]); });
+    });
   }
 
   VDCORE_DEVICE void run() {
-    if (!kValues && !own.keys) find_stats();
+    if constexpr (!kKeys) find_stats();
     seen_sums<E, 0, C>(
         2 * other.tiles * other.heads, [&](int kk, uint32_t (&w)[4], RowSums<C>&) { weights(kk, w); }, nullptr,
         a.frames.masked, D,
@@ -212,7 +190,8 @@ struct LongGradient {
         [&](int n, int h, int e) { return visible(n, h, e); },
         [&](RowSums<C>& sums, const bool (&now)[2]) {
           if constexpr (kValues)
-            store_tile<E>(sums, {1, 1}, block.g.dv, tile, own.count, now, D);
+            store_tile<E>(sums, {1, 1}, block.g.dv, tile,
+                          {now[0] && tile.has(0, own.count), now[1] && tile.has(1, own.count)}, D);
           else
             store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, seen, now, a.norm_rope, block.warp_sums, D);
         });
@@ -222,7 +201,7 @@ struct LongGradient {
 template <typename E, int C>
 VDCORE_KERNEL(32 * kLongBackwardWarps, 1)
 temporal_long_backward_kernel(const TemporalLongBackward f) {
-  const LongBlock<C> block(f);
+  const LongBlock<C> block{f};
   const LongSide &queries = block.queries, &keys = block.keys;
   if (block.kNormRope && block.warp_sums) clear_weight_sums<C>(block.warp_sums);
   block.template stage<E>(queries);
@@ -230,12 +209,12 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
   sync_block();
   VDCORE_NO_UNROLL
   for (int tile = block.warp; tile < queries.tiles * queries.heads; tile += f.warps)
-    LongGradient<E, C, false>(block, queries, keys, tile).run();
+    LongGradient<E, C, Gradient::q>(block, tile).run();
   sync_block();
   VDCORE_NO_UNROLL
   for (int tile = block.warp; tile < keys.tiles; tile += f.warps) {
-    LongGradient<E, C, true>(block, keys, queries, tile).run();
-    LongGradient<E, C, false>(block, keys, queries, tile).run();
+    LongGradient<E, C, Gradient::v>(block, tile).run();
+    LongGradient<E, C, Gradient::k>(block, tile).run();
   }
   if (block.kNormRope && f.a.sums) store_weight_sums<C>(f.a.sums, block.block_sums, f.warps, block.D);
 }

@@ -28,16 +28,14 @@ template <typename E, int C, bool kNormRope, int N>
 VDCORE_DEVICE void stage_tile(const BackwardSide& side, const SequenceTile<N>& tile, const NormRope& how, int row,
                               int D) {
   Rows<C> x[2];
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) load_rows(x[h], tile.row(side.scored, h), tile.has(h, side.count), D);
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) { load_rows(x[h], tile.row(side.scored, h), tile.has(h, side.count), D); });
+  unroll<2>([&](int h) {
     if constexpr (kNormRope) {
       const int64_t table = angles_at(how, tile.sequence[h], side.start, tile.frame[h]);
       if (how.any()) norm_rope<E>(x[h], tile.has(h, side.count), how, side.norm, table, D);
     }
     store_shared_row(side.rows, row + 8 * h, x[h]);
-  }
+  });
 }
 
 // Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. `weight_sums`: of the warp.
@@ -45,19 +43,15 @@ template <typename E, bool kNormRope, int C, int N>
 VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile<N>& tile,
                                   const Seen (&seen)[2], const bool (&now)[2], const NormRope& how, float* weight_sums,
                                   int D) {
+  const bool final[2] = {now[0] && tile.has(0, own.count), now[1] && tile.has(1, own.count)};
   if constexpr (kNormRope) {
-    const char* rows[2];
-    bool live[2];
-    int64_t table[2];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      rows[h] = tile.row(own.scored, h);
-      live[h] = now[h] && tile.has(h, own.count) && seen[h].any();
-      table[h] = angles_at(how, tile.sequence[h], own.start, tile.frame[h]);
-    }
+    const char* const rows[2] = {tile.row(own.scored, 0), tile.row(own.scored, 1)};
+    const bool live[2] = {final[0] && seen[0].any(), final[1] && seen[1].any()};
+    const int64_t table[2] = {angles_at(how, tile.sequence[0], own.start, tile.frame[0]),
+                              angles_at(how, tile.sequence[1], own.start, tile.frame[1])};
     norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys), D);
   }
-  store_tile<E>(sums, {1, 1}, own.gradient, tile, own.count, now, D);
+  store_tile<E>(sums, {1, 1}, own.gradient, tile, final, D);
 }
 
 }  // namespace vdcore::cuda

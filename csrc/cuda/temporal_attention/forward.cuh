@@ -44,28 +44,28 @@ temporal_forward_kernel(const TemporalForward f) {
   if (item >= f.items) return;
   const int D = a.head_dim, shared = a.heads / a.groups;
   const int64_t first = f.packed ? 2 * item : item / f.tiles;
-  const SequenceTile<N> tile(a, first, f.packed ? 0 : static_cast<int>(item - first * f.tiles), f.packed);
+  SequenceTile<N> tile(a, first, f.packed ? 0 : static_cast<int>(item - first * f.tiles), f.packed);
+  tile.there[0] = true;  // which the compiler cannot know
   const auto load_tile = [&](Rows<C>& rows, const Tokens& x, const char*& next, int n) {
     tile.load_other(rows, x, next, n, a.frames.keys, shared, D);
   };
 
   Seen seen[2];
+  bool valid[2];
   Rows<C> q[2];
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) {
     const Sequence& at = tile.sequence[h];
-    const bool valid = tile.has(h, a.frames.queries);
+    valid[h] = tile.has(h, a.frames.queries);
     seen[h] = seen_by_query(a.frames, valid_frames(a.frames, at.b), tile.frame[h]);
-    load_rows(q[h], tile.row(a.q, h), valid, D);
+    load_rows(q[h], tile.row(a.q, h), valid[h], D);
     if constexpr (kNormRope)
-      norm_rope<E>(q[h], valid, how, how.q, angles_at(how, at, a.frames.start, tile.frame[h]), D);
-  }
+      norm_rope<E>(q[h], valid[h], how, how.q, angles_at(how, at, a.frames.start, tile.frame[h]), D);
+  });
   const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
 
   float s[N][4];
   const char* next = tile.sequence[0].row(a.k, lane_row(), shared);
-  VDCORE_UNROLL
-  for (int n = 0; n < N; ++n) {
+  unroll<N>([&](int n) {
     s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
     Rows<C> k;
     load_tile(k, a.k, next, n);
@@ -74,29 +74,27 @@ temporal_forward_kernel(const TemporalForward f) {
       norm_rope<E>(k, tile.has_other(n, a.frames.keys), how, how.k, table, D);
     }
     inner_product<E>(s[n], q[0], q[1], k, D);
-  }
+  });
 
   uint32_t p[N / 2][4];
   float total[2], highest[2] = {-infinity(), -infinity()};
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) {
     exponentials(s, h, a.scale * kLog2E, highest[h], visible);
     total[h] = row_sum(add_columns(0, s, h));
-    VDCORE_UNROLL
-    for (int n = 0; n < N; ++n) p[n / 2][h + n % 2 * 2] = pack<E>(s[n][2 * h], s[n][2 * h + 1]);
-  }
+    unroll<N>([&](int n) { p[n / 2][h + n % 2 * 2] = pack<E>(s[n][2 * h], s[n][2 * h + 1]); });
+  });
   seen_sums<E, N, C>(
       p, tile.sequence[0].row(a.v, lane_row(), shared), a.frames.masked || f.packed, D,
       [&](Rows<C>& rows, const char*& row, int n) { load_tile(rows, a.v, row, n); }, visible,
       [&](const RowSums<C>& sums, const bool (&now)[2]) {
-        store_tile<E>(sums, {inverse(total[0]), inverse(total[1])}, a.out, tile, a.frames.queries, now, D);
+        store_tile<E>(sums, {inverse(total[0]), inverse(total[1])}, a.out, tile,
+                      {now[0] && valid[0], now[1] && valid[1]}, D);
       });
 
   if (!a.lse || lane_column() != 0) return;
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h)
-    if (tile.has(h, a.frames.queries))
-      store_global(a.lse + row_index(a, tile.sequence[h], tile.frame[h]), log_sum(highest[h], total[h]));
+  unroll<2>([&](int h) {
+    if (valid[h]) store_global(a.lse + row_index(a, tile.sequence[h], tile.frame[h]), log_sum(highest[h], total[h]));
+  });
 }
 
 template <typename E, int N>

@@ -45,12 +45,13 @@ temporal_long_forward_kernel(const TemporalForward f) {
   const int64_t length = valid_frames(a.frames, at.b);
 
   Seen seen[2];
+  bool valid[2];
   Rows<C> q[2];
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
+  unroll<2>([&](int h) {
+    valid[h] = tile.has(h, a.frames.queries);
     seen[h] = seen_by_query(a.frames, length, tile.frame[h]);
-    load_rows(q[h], tile.row(a.q, h), tile.has(h, a.frames.queries), D);
-  }
+    load_rows(q[h], tile.row(a.q, h), valid[h], D);
+  });
   const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
   const char* const k_row = at.row(a.k, r, shared);
   const auto load_tile = [&](Rows<C>& rows, const char* row, int64_t step, int n) {
@@ -60,42 +61,37 @@ temporal_long_forward_kernel(const TemporalForward f) {
   float highest[2], total[2];  // total: of the lane's columns
   const auto weights = [&](int kk, uint32_t (&w)[4], RowSums<C>& sums) {
     float s[2][4];
-    VDCORE_UNROLL
-    for (int m = 0; m < 2; ++m) {
+    unroll<2>([&](int m) {
       s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0;
       Rows<C> k;
       load_tile(k, k_row, a.k.t, 2 * kk + m);
       inner_product<E>(s[m], q[0], q[1], k, D);
-    }
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    });
+    unroll<2>([&](int h) {
       if (kk == 0) highest[h] = -infinity(), total[h] = 0;
       const float before = highest[h];
       const float base = exponentials(s, h, a.scale * kLog2E, highest[h],
                                       [&](int m, int half, int e) { return visible(2 * kk + m, half, e); });
       const float shrink = exp2_approx(before - base);
       total[h] *= shrink;
-      VDCORE_UNROLL
-      for (int i = 0; i < C; ++i) VDCORE_UNROLL
-      for (int j = 0; j < 4; ++j) sums.x[i][j][2 * h] *= shrink, sums.x[i][j][2 * h + 1] *= shrink;
-      VDCORE_UNROLL
-      for (int m = 0; m < 2; ++m) {
+      unroll<C, 4>([&](int i, int j) { sums.x[i][j][2 * h] *= shrink, sums.x[i][j][2 * h + 1] *= shrink; });
+      unroll<2>([&](int m) {
         total[h] += s[m][2 * h] + s[m][2 * h + 1];
         w[h + 2 * m] = pack<E>(s[m][2 * h], s[m][2 * h + 1]);
-      }
-    }
+      });
+    });
+  };
+  const auto finish = [&](const RowSums<C>& sums, const bool (&now)[2]) {
+    const float all[2] = {row_sum(total[0]), row_sum(total[1])};
+    const bool final[2] = {now[0] && valid[0], now[1] && valid[1]};
+    store_tile<E>(sums, {inverse(all[0]), inverse(all[1])}, a.out, tile, final, D);
+    if (!a.lse || lane_column() != 0) return;
+    unroll<2>([&](int h) {
+      if (final[h]) store_global(a.lse + row_index(a, at, tile.frame[h]), log_sum(highest[h], all[h]));
+    });
   };
   seen_sums<E, 0, C>((a.frames.keys + 15) / 16 * 2, weights, at.row(a.v, r, shared), a.frames.masked, D,
-                     [&](Rows<C>& rows, const char* row, int n) { load_tile(rows, row, a.v.t, n); }, visible,
-                     [&](const RowSums<C>& sums, const bool (&now)[2]) {
-                       const float all[2] = {row_sum(total[0]), row_sum(total[1])};
-                       store_tile<E>(sums, {inverse(all[0]), inverse(all[1])}, a.out, tile, a.frames.queries, now, D);
-                       if (!a.lse || lane_column() != 0) return;
-                       VDCORE_UNROLL
-                       for (int h = 0; h < 2; ++h)
-                         if (now[h] && tile.has(h, a.frames.queries))
-                           store_global(a.lse + row_index(a, at, tile.frame[h]), log_sum(highest[h], all[h]));
-                     });
+                     [&](Rows<C>& rows, const char* row, int n) { load_tile(rows, row, a.v.t, n); }, visible, finish);
 }
 
 template <typename E>

@@ -54,8 +54,7 @@ struct SequenceTile {
       : there{first < a.sequences, first + packed < a.sequences},
         frame{16 * tile + lane_row(), 16 * tile + (packed ? 0 : 8) + lane_row()},
         packed(packed) {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) sequence[h] = sequence_at(there[h] ? first + h * packed : 0, a.positions, a.heads);
+    unroll<2>([&](int h) { sequence[h] = sequence_at(there[h] ? first + h * packed : 0, a.positions, a.heads); });
   }
 
   VDCORE_DEVICE bool has(int h, int count) const { return there[h] && frame[h] < count; }
@@ -82,12 +81,11 @@ struct SequenceTile {
   }
 };
 
-// Sums of the tile's rows, times a factor each, to rows of `to` that exist and are final.
+// Sums of the tile's rows, times a factor each, to `to`; `final`: whose sums are.
 template <typename E, int C, int N>
 VDCORE_DEVICE void store_tile(const RowSums<C>& sums, const float (&factor)[2], const Tokens& to,
-                              const SequenceTile<N>& tile, int count, const bool (&now)[2], int D) {
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) store_rows<E>(sums, h, factor[h], tile.row(to, h), now[h] && tile.has(h, count), D);
+                              const SequenceTile<N>& tile, const bool (&final)[2], int D) {
+  unroll<2>([&](int h) { store_rows<E>(sums, h, factor[h], tile.row(to, h), final[h], D); });
 }
 
 }  // namespace vdcore::cuda
