@@ -14,6 +14,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "vdcore's CPU kernels. Use the functions of vdcore instead: they check their arguments.";
   m.def("cpu_isa", [] { return cpu::kernels().isa; });
   m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); });
-  cpu::define_attention(m);
-  cpu::define_rows(m);
+  cpu::define_adaln(m);
+  cpu::define_frame_attention(m);
+  cpu::define_patchify(m);
+  cpu::define_qk_norm_rope(m);
+  cpu::define_temporal_attention(m);
 }

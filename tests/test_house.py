@@ -1,6 +1,7 @@
 """The plan of the house (docs/design.md): who imports whom, and which files one call runs through."""
 
 import ast
+import re
 import sys
 from fnmatch import fnmatch
 from functools import cache
@@ -140,3 +141,24 @@ def test_every_folder_of_tests_is_collected(pytestconfig):
     folders = {path.parent.name for path in ROOT.glob("tests/**/test_*.py")}
     left_out = [(name, p) for name in folders for p in pytestconfig.getini("norecursedirs") if fnmatch(name, p)]
     assert "build" in folders and not left_out
+
+
+def test_a_function_fits_on_a_screen():
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 80, f"{module}.{node.name} has {lines} lines"
+
+
+def test_arguments_go_by_name():
+    """Kernels and compiled modules get at most 6 arguments by position; nobody gets groups of them, ``*(a, b)``."""
+    for module, tree in modules().items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            where = f"{module}, line {call.lineno}"
+            grouped = [x for x in call.args if isinstance(x, ast.Starred) and isinstance(x.value, ast.Tuple)]
+            assert not grouped, f"{where}: arguments stand in groups"
+            name = ast.unparse(call.func)
+            if re.fullmatch(r"launch|\w+_kernel\[.*\]|(native|kernels)\(\)\.\w+", name):
+                assert len(call.args) <= 6, f"{where}: {name} gets {len(call.args)} arguments by position"
+                assert not any(isinstance(x, ast.Starred) for x in call.args), f"{where}: {name} gets *arguments"

@@ -44,7 +44,7 @@ def calls(draw, backends):
     hypothesis.assume(rows * rows * H * B <= most and values <= 4 * most)
     if backend == "sdpa":  # its gradients of rows that see one key are not 0, as the naive form's are
         hypothesis.assume(min(T, S) > 1 and choice.get("mask") != FrameMask.same_frame())
-    return space, choice, sizes, backend
+    return op, choice, sizes, backend
 
 
 def try_random_calls(seconds, backends, monkeypatch):

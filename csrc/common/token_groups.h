@@ -94,8 +94,8 @@ VDCORE_INLINE TokenRun piece(const TokenRun& run, int64_t offset, int64_t most) 
 TokenGroups frame_groups(const FrameMask& mask, int64_t batch, int64_t queries, int64_t keys, int64_t tokens,
                          int64_t start, const int64_t* lengths, const TextTokens& text);
 
-// Cross attention: one prompt of `prompt` tokens a sample, or one a frame; `lengths`: valid tokens of each prompt, or
-// null.
+// Cross attention: one prompt of `prompt` tokens per sample, or one per frame; `lengths`: valid tokens of each prompt,
+// or null.
 TokenGroups prompt_groups(int64_t batch, int64_t frames, int64_t tokens, int64_t prompt, bool per_frame,
                           const int64_t* lengths);
 

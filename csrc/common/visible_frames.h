@@ -1,4 +1,4 @@
-// Tables of what every frame sees and is seen by, made once a call from FrameMask and lengths.
+// Tables of what every frame sees and is seen by, made once per call from FrameMask and lengths.
 #pragma once
 
 #include <vector>

@@ -22,7 +22,7 @@ class Usage(NamedTuple):
     local: int
 
 
-# Most registers a thread of each kernel may take: what its blocks per SM are chosen for.
+# Most registers per thread of each kernel may take: what its blocks per SM are chosen for.
 PLAN = {
     "temporal_forward_kernel": 255,
     "temporal_long_forward_kernel": 255,

@@ -47,8 +47,8 @@ CALLS = {
     "text that sees text": ("video_attention", video("text"), [FRAMES, ("text_lengths", [-7, 4, 99], [0, 4, 5])]),
     "gated": ("gated_attention", gated, [FRAMES]),
     "cross": ("cross_attention", cross((3,)), [("lengths", [-3, 2, 6], [0, 2, 5])]),
-    "cross, keys a frame": ("cross_attention", cross((3, 2)), [("lengths", [-3, 2, 6], [0, 2, 5])]),
-    "cross, lengths a frame": (
+    "cross, keys per frame": ("cross_attention", cross((3, 2)), [("lengths", [-3, 2, 6], [0, 2, 5])]),
+    "cross, lengths per frame": (
         "cross_attention",
         cross((3,)),
         [("lengths", [[-3, 2], [5, -1], [9, 0]], [[0, 2], [5, 0], [5, 0]])],

@@ -1,4 +1,4 @@
-"""Forward keeps nothing but its result: inputs, output, lse with gradients, and at most 1 MB a thread."""
+"""Forward keeps nothing but its result: inputs, output, lse with gradients, and at most 1 MB per thread."""
 
 import pytest
 from support import run_python

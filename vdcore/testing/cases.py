@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore import ops
 from vdcore.norm import QKNorm
-from vdcore.ops.adaln import cases as adaln
 from vdcore.ops.cases import DECLARED
-from vdcore.ops.cross_attention import cases as cross_attention
-from vdcore.ops.frame_attention import cases as frame_attention
-from vdcore.ops.gated_attention import cases as gated_attention
-from vdcore.ops.patchify import cases as patchify
-from vdcore.ops.qk_norm_rope import cases as qk_norm_rope
-from vdcore.ops.temporal_attention import cases as temporal_attention
 from vdcore.rope import Rope
 from vdcore.testing.layouts import lay_out
 
-ROOMS = (temporal_attention, frame_attention, gated_attention, cross_attention, qk_norm_rope, patchify, adaln)
+_ROOMS = [
+    importlib.import_module(f"vdcore.ops.{room.name}.cases")
+    for room in pkgutil.iter_modules(ops.__path__)
+    if room.ispkg
+]
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Case:
 
 
 CASES: list[Case] = [Case(op, name, build, frozenset(tags)) for op, name, build, tags in DECLARED]
-TORCH_FORMS = {op: forms for room in ROOMS for op, forms in room.FORMS.items()}
+TORCH_FORMS = {op: forms for room in _ROOMS for op, forms in room.FORMS.items()}
 
 
 def cases_of(*ops: str, tag: str | None = None) -> list[Case]:

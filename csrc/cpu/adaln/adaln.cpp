@@ -76,7 +76,7 @@ struct ModulateForward {
   bool stream;
 
   explicit ModulateForward(const Modulate& args)
-      : a(args), parts(args.x, forward_parts(args.x, args.threads)), stream(may_stream(args.y)) {}
+      : a(args), parts(args.x, forward_parts(args.x, args.threads)), stream(streams(args.y)) {}
 
   template <DType T>
   void run(int64_t item) const {
@@ -107,7 +107,7 @@ struct ModulateGradient {
   bool stream;
 
   explicit ModulateGradient(const ModulateBackward& args)
-      : g(args), a(args.forward), parts(a.x, args.sums), stream(may_stream(args.dx)) {}
+      : g(args), a(args.forward), parts(a.x, args.sums), stream(streams(args.dx)) {}
 
   template <DType T>
   void run(int64_t item) const {
@@ -174,7 +174,7 @@ struct GateResidualForward {
   bool stream;
 
   explicit GateResidualForward(const GateResidual& args)
-      : a(args), parts(args.x, forward_parts(args.x, args.threads)), stream(may_stream(args.y)) {}
+      : a(args), parts(args.x, forward_parts(args.x, args.threads)), stream(streams(args.y)) {}
 
   template <DType T>
   void run(int64_t item) const {
@@ -197,7 +197,7 @@ struct GateResidualGradient {
   bool stream;
 
   explicit GateResidualGradient(const GateResidualBackward& args)
-      : g(args), parts(args.x, args.sums), stream(may_stream(args.dx)) {}
+      : g(args), parts(args.x, args.sums), stream(streams(args.dx)) {}
 
   template <DType T>
   void run(int64_t item) const {

@@ -4,8 +4,11 @@
 
 namespace vdcore::cpu {
 
-// Add to the module the CPU kernels: attention, and the operators that work on rows of channels.
-void define_attention(pybind11::module_& m);
-void define_rows(pybind11::module_& m);
+// Each adds a room's kernels to the module.
+void define_adaln(pybind11::module_& m);
+void define_frame_attention(pybind11::module_& m);
+void define_patchify(pybind11::module_& m);
+void define_qk_norm_rope(pybind11::module_& m);
+void define_temporal_attention(pybind11::module_& m);
 
 }  // namespace vdcore::cpu

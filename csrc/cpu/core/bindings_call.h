@@ -115,6 +115,18 @@ inline TensorView optional_like(const char* name, py::handle capsule, const Tens
   return capsule.is_none() ? TensorView() : like(name, capsule, x);
 }
 
+using Lengths = std::optional<std::vector<int64_t>>;
+inline const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
+
+inline FrameMask checked_mask(const std::vector<int64_t>& numbers) {
+  require(numbers.size() == 4 && numbers[2] > 0, "a mask is (past, future, chunk, sink), its chunk at least 1");
+  return mask_of(numbers);
+}
+
+inline void check_lengths(const Lengths& lengths, int64_t count) {
+  require(!lengths || static_cast<int64_t>(lengths->size()) == count, "lengths must have one entry per sample");
+}
+
 // What norm and rope of a call depend on.
 struct NormRopeSizes {
   int64_t frames;  // rows that the table of a rope is read at

@@ -6,14 +6,18 @@
 
 namespace vdcore::cpu::VDCORE_ISA {
 
-constexpr int64_t kStreamBytes = 8 << 20;  // a larger result has left the caches before anybody reads it
-
-// x is contiguous: large enough, and its rows made of whole, aligned vectors.
-VDCORE_INLINE bool may_stream(const TensorView& x) {
+// Whether a result is written past the caches, which it would have left before anybody reads it. Its rows must lie on
+// whole vectors.
+VDCORE_INLINE bool streams(const TensorView& x) {
+  constexpr int64_t kStreamBytes = 8 << 20;
+  if (!x) return false;
   int64_t bytes = size_of(x.dtype);
-  for (int axis = 0; axis < x.ndim; ++axis) bytes *= x.size[axis];
-  return x && bytes >= kStreamBytes && x.size[x.ndim - 1] % W == 0 &&
-         reinterpret_cast<uintptr_t>(x.data) % (W * size_of(x.dtype)) == 0;
+  bool aligned = reinterpret_cast<uintptr_t>(x.data) % (W * bytes) == 0 && x.size[x.ndim - 1] % W == 0;
+  for (int axis = 0; axis < x.ndim; ++axis) {
+    bytes *= x.size[axis];
+    if (axis < x.ndim - 1) aligned = aligned && (x.size[axis] == 1 || x.stride[axis] % W == 0);
+  }
+  return aligned && bytes >= kStreamBytes;
 }
 
 // Calls kernel.run<dtype>(item) for every item.

@@ -8,7 +8,7 @@ namespace vdcore::cpu::VDCORE_ISA {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// Keys that a block of queries sees, one entry a query: [0, sink) and [begin, end).
+// Keys that a block of queries sees, one entry per query: [0, sink) and [begin, end).
 struct VisibleKeys {
   const int32_t *begin, *end, *sink;
   bool dense;  // every query sees every key

@@ -10,13 +10,13 @@ namespace vdcore::cpu::VDCORE_ISA {
 // ---- Prefetch ----------------------------------------------------------------------------------------------------
 
 // Products are bound by arithmetic and gathers by memory latency, and one thread alternates between them. So a product
-// asks for the memory of the next gather while it runs: a few bytes a step, because a burst would fill the line buffers
-// and stall. `source` hands out contiguous pieces.
+// asks for the memory of the next gather while it runs: a few bytes per step, because a burst would fill the line
+// buffers and stall. `source` hands out contiguous pieces.
 struct Prefetch {
   static constexpr bool kActive = true;
   bool (*source)(void* context, const char*& at, int64_t& bytes) = nullptr;
   void* context = nullptr;
-  int64_t stride = 0;  // bytes a step
+  int64_t stride = 0;  // bytes per step
   const char* at = nullptr;
   int64_t left = 0;
 

@@ -21,7 +21,7 @@ int64_t tile_of(int64_t floats, int64_t budget) {
   return n < kBlockRows ? kBlockRows : smaller(n, kMaxTile);
 }
 
-// Tokens cut into tiles, and tiles into about eight items a thread.
+// Tokens cut into tiles, and tiles into about eight items per thread.
 struct TileRange {
   int64_t tokens, tile, tiles_of_item;
 
@@ -54,7 +54,7 @@ struct TokensFromPatches {
   explicit TokensFromPatches(const PatchProduct& args)
       : a(args),
         n(args.patches, args.tokens),
-        stream(may_stream(args.tokens)),
+        stream(streams(args.tokens)),
         staged(stream && args.tokens.dtype != DType::f32),
         range(n.tokens, staged ? smaller(tile_of(n.K, 4096), tile_of(n.E, 64 * 1024)) : tile_of(n.K, 4096),
               args.threads) {}

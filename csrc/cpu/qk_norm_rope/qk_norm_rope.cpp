@@ -251,16 +251,16 @@ struct Work {
   explicit Work(const QKNormRope& args)
       : a(args),
         g(nullptr),
-        sides{{a.q, a.q_out, a.q_out, a.norm.q_weight, a.norm.q_bias, nullptr, nullptr, may_stream(a.q_out)},
-              {a.k, a.k_out, a.k_out, a.norm.k_weight, a.norm.k_bias, nullptr, nullptr, may_stream(a.k_out)}},
+        sides{{a.q, a.q_out, a.q_out, a.norm.q_weight, a.norm.q_bias, nullptr, nullptr, streams(a.q_out)},
+              {a.k, a.k_out, a.k_out, a.norm.k_weight, a.norm.k_bias, nullptr, nullptr, streams(a.k_out)}},
         items(smaller(units(), larger(64, 8 * a.threads))),
         per_position(false) {}
 
   explicit Work(const QKNormRopeBackward& args)
       : a(args.forward),
         g(&args),
-        sides{{a.q, g->dq_out, g->dq, a.norm.q_weight, a.norm.q_bias, g->dq_weight, g->dq_bias, may_stream(g->dq)},
-              {a.k, g->dk_out, g->dk, a.norm.k_weight, a.norm.k_bias, g->dk_weight, g->dk_bias, may_stream(g->dk)}},
+        sides{{a.q, g->dq_out, g->dq, a.norm.q_weight, a.norm.q_bias, g->dq_weight, g->dq_bias, streams(g->dq)},
+              {a.k, g->dk_out, g->dk, a.norm.k_weight, a.norm.k_bias, g->dk_weight, g->dk_bias, streams(g->dk)}},
         dcos(g->dcos),
         dsin(g->dsin),
         items(g->items),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/core/arena.h"
+#include "cpu/core/items.h"
 #include "cpu/core/softmax.h"
 #include "cpu/qk_norm_rope/norm_rope.h"
 #include "cpu/temporal_attention/temporal_attention.h"
@@ -149,18 +150,6 @@ struct NextRows {
     return true;
   }
 };
-
-// A result that has left the caches before anybody reads it is written past them; its rows must lie on whole vectors.
-inline bool streams(const TensorView& x) {
-  constexpr int64_t kStreamBytes = 8 << 20;
-  int64_t bytes = size_of(x.dtype);
-  bool aligned = reinterpret_cast<uintptr_t>(x.data) % (W * bytes) == 0 && x.size[x.ndim - 1] % W == 0;
-  for (int axis = 0; axis < x.ndim; ++axis) {
-    bytes *= x.size[axis];
-    if (axis < x.ndim - 1) aligned = aligned && x.stride[axis] % W == 0;
-  }
-  return aligned && bytes >= kStreamBytes;
-}
 
 inline VisibleKeys visible_keys(const TemporalAttention& a, int64_t b, int64_t first_query) {
   const VisibleFrames& v = a.visible;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vdcore.ops.adaln import reference
+from vdcore.ops.alternatives import BIAS, Choice, Sizes, draw_bias, space
 from vdcore.ops.cases import case
 
 if TYPE_CHECKING:
@@ -60,6 +61,48 @@ def _(d: Draw) -> dict[str, Any]:
 @case("gate_residual", "per token", "layout")
 def _(d: Draw) -> dict[str, Any]:
     return {"residual": d("residual", 1, 2, 9, 64), "x": d("x", 1, 2, 9, 64), "gate": d("gate", 1, 2, 9, 64)}
+
+
+# ---- How it may be called ----
+
+
+PER = ("sample", "frame", "token", "sample, float32", "frame, float32")
+
+
+def _per(d: Draw, name: str, given: str, n: Sizes) -> Tensor:
+    shapes = {"sample": (n.B, n.D), "frame": (n.B, n.T, n.D), "token": (n.B, n.T, n.S, n.D)}
+    return d(name, *shapes[given.split(",")[0]], spread=0.5, dtype=torch.float32 if "float32" in given else None)
+
+
+@space(
+    "modulate",
+    shift=PER,
+    scale=PER,
+    kind=("layer", "rms"),
+    weight=BIAS,
+    bias=BIAS,
+)
+def _modulate(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    wide = {"float32": torch.float32}
+    x, shift, scale = d("x", n.B, n.T, n.S, n.D), _per(d, "shift", c["shift"], n), _per(d, "scale", c["scale"], n)
+    weight = None if c["weight"] is None else d("weight", n.D, around=1.0, spread=0.3, dtype=wide.get(c["weight"]))
+    return {
+        "x": x,
+        "shift": shift,
+        "scale": scale,
+        "kind": c["kind"],
+        "weight": weight,
+        "bias": draw_bias(d, c["bias"], n.D),
+    }
+
+
+@space(
+    "gate_residual",
+    gate=PER,
+)
+def _gate_residual(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    shape = (n.B, n.T, n.S, n.D)
+    return {"residual": d("residual", *shape), "x": d("x", *shape), "gate": _per(d, "gate", c["gate"], n)}
 
 
 FORMS = {

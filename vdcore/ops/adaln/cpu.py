@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,15 +47,24 @@ def _like(total: Tensor, row: Tensor) -> Tensor:
 # ---- modulate ----
 
 
-def _modulate_arguments(c: ModulateCall, weight: Tensor | None, bias: Tensor | None) -> tuple:
-    tensors = (c.x, _per_token(c.shift), _per_token(c.scale), weight, bias)
-    return (*map(capsule, tensors), KINDS[c.kind], c.eps, torch.get_num_threads())
+def _modulate_arguments(c: ModulateCall, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    """What both directions of the engine take."""
+    return {
+        "x": capsule(c.x),
+        "shift": capsule(_per_token(c.shift)),
+        "scale": capsule(_per_token(c.scale)),
+        "weight": capsule(weight),
+        "bias": capsule(bias),
+        "kind": KINDS[c.kind],
+        "eps": c.eps,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _modulate_forward(c: ModulateCall) -> tuple[Tensor, ...]:
     (y,) = c.empty_outputs()
     weight, bias = float_weights(c.weight), float_weights(c.bias)
-    native().modulate_forward(*_modulate_arguments(c, weight, bias), capsule(y))
+    native().modulate_forward(**_modulate_arguments(c, weight, bias), y=capsule(y))
     return (y,)
 
 
@@ -80,10 +89,16 @@ def _modulate_backward(
     dy_parts, dz_parts, dz_x_parts = (sums.empty() if yes else None for yes in (of_dy, of_dz, of_dz_x))
     weight, bias = float_weights(c.weight), float_weights(c.bias)
     native().modulate_backward(
-        *_modulate_arguments(c, weight, bias),
-        *map(capsule, (dy, found.get("x"), None if shared else found.get("scale"))),
-        *(not shared, sums.per_frame, sums.parts),
-        *map(capsule, (dy_parts, dz_parts, dz_x_parts)),
+        **_modulate_arguments(c, weight, bias),
+        dy=capsule(dy),
+        dx=capsule(found.get("x")),
+        dscale=None if shared else capsule(found.get("scale")),
+        scale_per_token=not shared,
+        per_frame=sums.per_frame,
+        parts=sums.parts,
+        sum_dy=capsule(dy_parts),
+        sum_dz=capsule(dz_parts),
+        sum_dz_x=capsule(dz_x_parts),
     )
     sum_dy, sum_dz, sum_dz_x = (None if x is None else sums.total(x) for x in (dy_parts, dz_parts, dz_x_parts))
     factor = 1 + _per_token(c.scale).double() if shared else 1
@@ -108,7 +123,13 @@ def _modulate_backward(
 
 def _gate_residual_forward(c: GateResidualCall) -> tuple[Tensor, ...]:
     (y,) = c.empty_outputs()
-    native().gate_residual_forward(*map(capsule, (c.residual, c.x, _per_token(c.gate), y)), torch.get_num_threads())
+    native().gate_residual_forward(
+        residual=capsule(c.residual),
+        x=capsule(c.x),
+        gate=capsule(_per_token(c.gate)),
+        y=capsule(y),
+        threads=torch.get_num_threads(),
+    )
     return (y,)
 
 
@@ -126,8 +147,15 @@ def _gate_residual_backward(
     sums = _GroupSums(c.x, c.gate)
     parts = sums.empty() if "gate" in wanted and not per_token else None
     native().gate_residual_backward(
-        *map(capsule, (c.x, _per_token(c.gate), dy, found.get("x"), found.get("gate"))),
-        *(sums.per_frame, sums.parts, capsule(parts), torch.get_num_threads()),
+        x=capsule(c.x),
+        gate=capsule(_per_token(c.gate)),
+        dy=capsule(dy),
+        dx=capsule(found.get("x")),
+        dgate=capsule(found.get("gate")),
+        per_frame=sums.per_frame,
+        parts=sums.parts,
+        sum_dy_x=capsule(parts),
+        threads=torch.get_num_threads(),
     )
     if parts is not None:
         found["gate"] = _like(sums.total(parts), c.gate)

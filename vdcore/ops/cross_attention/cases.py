@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vdcore.norm import QKNorm
+from vdcore.ops.alternatives import NORMS, Choice, Sizes, draw_lengths, draw_norm, space
 from vdcore.ops.cases import Attend, case, dense, with_each
 
 if TYPE_CHECKING:
@@ -60,6 +61,34 @@ def _cross_form(
     out, lse = dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse)
     out = out.unflatten(0, (B, T))
     return (out, lse.unflatten(0, (B, T))) if lse is not None else out
+
+
+# ---- How it may be called ----
+
+
+@space(
+    "cross_attention",
+    keys=("sample", "frame"),
+    lengths=(None, "some", "beyond", "int32"),
+    lengths_per=("sample", "frame"),
+    heads=("equal", "grouped"),
+    scale=(None, 0.3, -0.2),
+    norm=NORMS,
+    return_lse=(False, True),
+)
+def _cross(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    G = n.H // 2 if c["heads"] == "grouped" else n.H
+    keys = (n.B, n.T, n.L, G, n.D) if c["keys"] == "frame" else (n.B, n.L, G, n.D)
+    lengths = (n.B, n.T) if c["lengths_per"] == "frame" else (n.B,)
+    return {
+        "q": d("q", n.B, n.T, n.S, n.H, n.D),
+        "k": d("k", *keys),
+        "v": d("v", *keys),
+        "lengths": draw_lengths(d, c["lengths"], lengths, n.L),
+        "scale": c["scale"],
+        "norm": draw_norm(d, c["norm"], n.H, G, n.D),
+        "return_lse": c["return_lse"],
+    }
 
 
 FORMS = {

@@ -29,7 +29,9 @@ def _problem(c: CrossCall) -> tuple[Groups, Segment]:
     per_frame = c.k.ndim == 5 or cut
     if lengths is not None and per_frame:
         lengths = (lengths if lengths.ndim == 2 else lengths[:, None]).expand(B, T)
-    groups = native().prompt_groups(B, T, S, L, per_frame, numbers(lengths))
+    groups = native().prompt_groups(
+        batch=B, frames=T, tokens=S, prompt=L, per_frame=per_frame, lengths=numbers(lengths)
+    )
     q, (k, v) = c.q, (x if x.ndim == 5 else x.unsqueeze(1) for x in (c.k, c.v))  # (B, 1 or T, L, G, D)
     if c.norm is not None:
         dead = dead_runs(groups, "keys")

@@ -9,8 +9,19 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
+from vdcore.ops.alternatives import (
+    NORM_ROPE,
+    Choice,
+    Sizes,
+    draw_lengths,
+    draw_norm,
+    draw_qkv,
+    draw_rope,
+    heads_allow,
+    space,
+)
 from vdcore.ops.cases import Attend, case, dense, frame_mask, norm_rope, unpack, with_each
-from vdcore.ops.temporal_attention.cases import FRAME_ARGUMENTS
+from vdcore.ops.temporal_attention.cases import FRAME_ARGUMENTS, FRAMES, draw_frames
 from vdcore.rope import Rope, axial_rope
 
 if TYPE_CHECKING:
@@ -153,6 +164,50 @@ def video_form(
         return x[:, : T * S].unflatten(1, (T, S)), x[:, T * S :]
 
     return (split(out), split(lse)) if lse is not None else split(out)
+
+
+# ---- How it may be called ----
+
+
+@space(
+    "video_attention",
+    heads_allow,
+    **FRAMES,
+    text=(None, "given"),
+    text_lengths=(None, "some", "beyond"),
+    text_norm=(None, ("rms", "head", "qk", False), ("layer", "all", "qk+", True)),
+    text_first=(False, True),
+    text_sees=("all", "text"),
+)
+def _video(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    args = draw_frames(d, c, n)
+    if c["text"] is None:
+        return args
+    G = args["k"].shape[3] if "k" in args else n.H
+    heads = {"q": n.H, "k": G, "v": G}
+    return {
+        **args,
+        "text": tuple(d(f"text_{name}", n.B, n.L, h, n.D) for name, h in heads.items()),
+        "text_lengths": draw_lengths(d, c["text_lengths"], (n.B,), n.L),
+        "text_norm": draw_norm(d, c["text_norm"], n.H, G, n.D, "text_"),
+        "text_first": c["text_first"],
+        "text_sees": c["text_sees"],
+    }
+
+
+@space(
+    "spatial_attention",
+    heads_allow,
+    keys=("same", "packed"),
+    heads=("equal", "grouped"),
+    scale=(None, 0.3, -0.2),
+    **NORM_ROPE,
+    return_lse=(False, True),
+)
+def _spatial(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    tensors, _, G = draw_qkv(d, c, n)
+    norm, rope = draw_norm(d, c["norm"], n.H, G, n.D), draw_rope(d, c["rope"], n.T, n.S, n.H, n.D)
+    return {**tensors, "scale": c["scale"], "norm": norm, "rope": rope, "return_lse": c["return_lse"]}
 
 
 FORMS = {

@@ -97,12 +97,16 @@ def attend(
     gate: Tensor | None = None,
 ) -> None:
     """Fills outs and lses; with a gate ``out = gate * result + (1 - gate) * out``, and ``mixed`` gets the result."""
-    arguments = [
+    video, *text = (
         [capsule(x) for x in (*segment.seen(), out, lse, mixed)] for segment, out, lse in zip(segments, outs, lses)
-    ]
+    )
     native().frame_attention_forward(
-        *(groups, arguments[0], arguments[1] if len(arguments) > 1 else []),
-        *(scale, capsule(gate), torch.get_num_threads()),
+        groups=groups,
+        video=video,
+        text=text[0] if text else [],
+        scale=scale,
+        gate=capsule(gate),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -112,10 +116,10 @@ def attend_backward(
     """Fills gradients of q, k and v as the scores see them, three for each segment; joint: out, lse, dout, dlse."""
     out, lse, dout, dlse = joint
     seen = [segment.seen() for segment in segments]
-    arguments = [
+    video, *text = (
         [capsule(x) for x in (*qkv, out[i], lse[i], None, dout[i], dlse[i], *gradients[i])]
         for i, qkv in enumerate(seen)
-    ]
+    )
     q, k, _ = seen[0]
     (B, _, _, H, D), G = q.shape, k.shape[3]
     threads, workspace = torch.get_num_threads(), None
@@ -126,8 +130,14 @@ def attend_backward(
         workspace = torch.empty(buffers, floats)
     rows = sum(x.shape[1:3].numel() for x, _, _ in seen)
     native().frame_attention_backward(
-        *(groups, arguments[0], arguments[1] if len(arguments) > 1 else []),
-        *(scale, capsule(torch.empty(B, H, rows)), capsule(workspace), parts, threads),
+        groups=groups,
+        video=video,
+        text=text[0] if text else [],
+        scale=scale,
+        delta=capsule(torch.empty(B, H, rows)),
+        workspace=capsule(workspace),
+        parts=parts,
+        threads=threads,
     )
 
 
@@ -138,8 +148,16 @@ def _groups(c: VideoCall) -> Groups:
     B, T, S = c.q.shape[:3]
     text = 0 if c.text is None else c.text[0].shape[1]
     return native().frame_groups(
-        *(mask_numbers(c.mask), B, T, c.k.shape[1], S, c.q_start, numbers(c.lengths)),
-        *(text, numbers(c.text_lengths), c.text_sees == "all"),
+        mask=mask_numbers(c.mask),
+        batch=B,
+        queries=T,
+        keys=c.k.shape[1],
+        tokens=S,
+        q_start=c.q_start,
+        lengths=numbers(c.lengths),
+        text=text,
+        text_lengths=numbers(c.text_lengths),
+        text_sees_video=c.text_sees == "all",
     )
 
 

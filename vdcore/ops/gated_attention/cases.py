@@ -9,6 +9,19 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
+from vdcore.ops.alternatives import (
+    MASKS,
+    NORM_ROPE,
+    NORMS,
+    ROPES,
+    Choice,
+    Sizes,
+    draw_lengths,
+    draw_norm,
+    draw_qkv,
+    draw_rope,
+    space,
+)
 from vdcore.ops.cases import Attend, case, with_each
 from vdcore.ops.frame_attention.cases import video_form
 from vdcore.ops.temporal_attention.cases import temporal_form
@@ -67,6 +80,65 @@ def _gated_form(
     a = video_form(attend, *spatial, mask=FrameMask.same_frame(), norm=norm[0], rope=rope[0], **common)
     b = temporal_form(attend, *temporal, mask=mask, norm=norm[1], rope=rope[1], **common)
     return (gate * a + (1 - gate) * b).to(a.dtype)
+
+
+# ---- How it may be called ----
+
+
+def _gated_allows(c: Choice) -> bool:
+    temporal_heads = c["temporal_heads"] if c["tensors"] == "apart" else c["heads"]
+    if c["rope"] and c["rope"][2] and c["heads"] == "grouped":
+        return False
+    return not (c["temporal_rope"] and c["temporal_rope"][2] and temporal_heads == "grouped")
+
+
+def _gate(d: Draw, given: str, n: Sizes) -> Tensor:
+    shapes = {
+        "scalar": (),
+        "head": (n.H, 1),
+        "channel": (n.D,),
+        "token": (n.S, 1, 1),
+        "frame": (n.T, 1, 1, 1),
+        "sample, float32": (n.B, 1, 1, 1, 1),
+        "all": (n.B, n.T, n.S, n.H, n.D),
+    }
+    return d("gate", *shapes[given], around=0.5, spread=0.2, dtype=torch.float32 if "float32" in given else None)
+
+
+@space(
+    "gated_attention",
+    _gated_allows,
+    tensors=("apart", "shared"),
+    heads=("equal", "grouped"),
+    temporal_heads=("equal", "grouped"),
+    gate=("scalar", "head", "channel", "token", "frame", "sample, float32", "all"),
+    mask=MASKS,
+    lengths=(None, "some", "beyond"),
+    scale=(None, 0.3),
+    **NORM_ROPE,
+    temporal_norm=NORMS,
+    temporal_rope=ROPES,
+)
+def _gated(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    same = {**c, "keys": "same"}
+    spatial, _, G = draw_qkv(d, same, n)
+    temporal = spatial
+    G_t = G
+    if c["tensors"] == "apart":
+        temporal, _, G_t = draw_qkv(d, {**same, "heads": c["temporal_heads"]}, n, "temporal_")
+    return {
+        "spatial": tuple(spatial.values()),
+        "temporal": tuple(temporal.values()),
+        "gate": _gate(d, c["gate"], n),
+        "mask": c["mask"],
+        "lengths": draw_lengths(d, c["lengths"], (n.B,), n.T),
+        "scale": c["scale"],
+        "norm": (draw_norm(d, c["norm"], n.H, G, n.D), draw_norm(d, c["temporal_norm"], n.H, G_t, n.D, "temporal_")),
+        "rope": (
+            draw_rope(d, c["rope"], n.T, n.S, n.H, n.D),
+            draw_rope(d, c["temporal_rope"], n.T, n.S, n.H, n.D, "temporal_"),
+        ),
+    }
 
 
 FORMS = {

@@ -29,9 +29,11 @@ def gated_attention(
     Returns the result, the spatial part in q's dtype, and the lse of both parts, ``(B, T, S, H)``.
     """
     dtype = compute_dtype(spatial[0].dtype)
-    wide = [x.to(dtype) for x in (*spatial, *temporal)]  # the mix rounds once, at the end
+    q, k, v = (x.to(dtype) for x in spatial)  # the mix rounds once, at the end
     a, lse_a = video_attention(
-        *(wide[0], wide[1], wide[2]),
+        q,
+        k,
+        v,
         mask=FrameMask.same_frame(),
         q_start=0,
         lengths=lengths,
@@ -44,8 +46,11 @@ def gated_attention(
         norm=spatial_norm,
         rope=spatial_rope,
     )
+    q, k, v = (x.to(dtype) for x in temporal)
     b, lse_b = temporal_attention(
-        *(wide[3], wide[4], wide[5]),
+        q,
+        k,
+        v,
         mask=mask,
         q_start=0,
         lengths=lengths,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vdcore.ops.alternatives import BIAS, Choice, Sizes, draw_bias, space
 from vdcore.ops.cases import case
 from vdcore.ops.patchify import reference
 
@@ -57,6 +58,46 @@ def _unpatchify_form(
     tokens: Tensor, weight: Tensor, bias: Tensor | None = None, *, order: str = "pt ph pw c", **kwargs: Any
 ) -> Tensor:
     return reference.unpatchify(tokens, weight, bias, order=order, **kwargs)
+
+
+# ---- How it may be called ----
+
+
+PATCHES = ((1, 2, 2), (2, 2, 3), (1, 1, 1), (4, 1, 2))
+
+
+@space(
+    "patchify",
+    patch=PATCHES,
+    channels=(1, 3, 16),
+    bias=BIAS,
+)
+def _patchify(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    pt, ph, pw = c["patch"]
+    C = c["channels"]
+    video = d("video", n.B, C, n.T * pt, n.S * ph, n.L * pw)
+    weight = d("weight", n.D, C, pt, ph, pw, spread=0.3)
+    return {"video": video, "weight": weight, "bias": draw_bias(d, c["bias"], n.D)}
+
+
+@space(
+    "unpatchify",
+    patch=PATCHES,
+    channels=(1, 3, 16),
+    bias=BIAS,
+    order=("pt ph pw c", "c pt ph pw"),
+)
+def _unpatchify(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    rows = c["channels"] * c["patch"][0] * c["patch"][1] * c["patch"][2]
+    return {
+        "tokens": d("tokens", n.B, n.T, n.S * n.L, n.D),
+        "weight": d("weight", rows, n.D, spread=0.3),
+        "bias": draw_bias(d, c["bias"], rows),
+        "channels": c["channels"],
+        "patch": c["patch"],
+        "grid": (n.T, n.S, n.L),
+        "order": c["order"],
+    }
 
 
 FORMS = {

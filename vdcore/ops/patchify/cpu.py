@@ -5,7 +5,7 @@ Both are products of patches ``(tokens, K)``, tokens ``(tokens, E)`` and a weigh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,31 @@ class _Patches:
     """Patch size and order of a patch's numbers, and the weight as the native module takes it."""
 
     def __init__(self, patch: tuple[int, int, int], channels_last: bool, weight: Tensor, k_first: bool) -> None:
-        self.layout = (tuple(patch), channels_last)
+        self.patch, self.channels_last = tuple(patch), channels_last
         rows = float_weights(weight.reshape(weight.shape[0], -1))
         assert rows is not None
         self.weight = rows if k_first else rows.T  # (K, E)
         self.K, self.E = self.weight.shape
 
+    def _arguments(self, video: Tensor, tokens: Tensor) -> dict[str, Any]:
+        """What all products of the engine take."""
+        return {
+            "video": capsule(video),
+            "patch": self.patch,
+            "channels_last": self.channels_last,
+            "tokens": capsule(tokens),
+            "threads": torch.get_num_threads(),
+        }
+
     def product(self, to_tokens: bool, video: Tensor, tokens: Tensor, bias: Tensor | None) -> None:
         """tokens = patches @ weight + bias, or patches = tokens @ weight.T + bias."""
         packed, bias = torch.empty((self.E + 64) * (self.K + 64)), float_weights(bias)
         native().patch_product(
-            *(to_tokens, capsule(video), *self.layout, capsule(tokens), capsule(self.weight)),
-            *(capsule(bias), capsule(packed), torch.get_num_threads()),
+            **self._arguments(video, tokens),
+            to_tokens=to_tokens,
+            weight=capsule(self.weight),
+            bias=capsule(bias),
+            packed=capsule(packed),
         )
 
     def weight_gradient(
@@ -44,14 +57,17 @@ class _Patches:
         """``(K, E)`` in float64, and sums over tokens ``(E,)`` and patches ``(K,)``."""
         parts = min(_SUM_PARTS, tokens.shape[:3].numel())
         dweight = torch.empty(parts, self.K, self.E)
-        sums = [torch.empty(parts, n) if yes else None for n, yes in ((self.E, sum_tokens), (self.K, sum_patches))]
+        of_tokens = torch.empty(parts, self.E) if sum_tokens else None
+        of_patches = torch.empty(parts, self.K) if sum_patches else None
         native().patch_weight_gradient(
-            *(capsule(video), *self.layout, capsule(tokens), parts, capsule(dweight)),
-            *map(capsule, sums),
-            torch.get_num_threads(),
+            **self._arguments(video, tokens),
+            parts=parts,
+            dweight=capsule(dweight),
+            sum_tokens=capsule(of_tokens),
+            sum_patches=capsule(of_patches),
         )
-        totals = [None if x is None else x.sum(0, dtype=torch.float64) for x in sums]
-        return dweight.sum(0, dtype=torch.float64), totals[0], totals[1]
+        sums = [None if x is None else x.sum(0, dtype=torch.float64) for x in (of_tokens, of_patches)]
+        return dweight.sum(0, dtype=torch.float64), sums[0], sums[1]
 
 
 # ---- patchify ----

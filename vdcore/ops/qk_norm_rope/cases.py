@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vdcore.norm import QKNorm
+from vdcore.ops.alternatives import NORM_ROPE, Choice, Sizes, draw_norm, draw_qkv, draw_rope, heads_allow, space
 from vdcore.ops.cases import case
 from vdcore.ops.qk_norm_rope import reference
 from vdcore.rope import Rope
@@ -45,6 +46,29 @@ def _qk_norm_rope_form(
     q: Tensor, k: Tensor, *, norm: QKNorm | None = None, rope: Rope | None = None, frame_start: int = 0
 ) -> tuple[Tensor, Tensor]:
     return reference.qk_norm_rope(q, k, norm=norm, rope=rope, frame_start=frame_start)
+
+
+# ---- How it may be called ----
+
+
+@space(
+    "qk_norm_rope",
+    heads_allow,
+    keys=("same",),
+    heads=("equal", "grouped"),
+    **NORM_ROPE,
+    frame_start=(0, 2),
+)
+def _qk_norm_rope(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    tensors, T_k, G = draw_qkv(d, c, n)
+    frames = c["frame_start"] + max(n.T, T_k)
+    return {
+        "q": tensors["q"],
+        "k": tensors["k"],
+        "norm": draw_norm(d, c["norm"], n.H, G, n.D),
+        "rope": draw_rope(d, c["rope"], frames, n.S, n.H, n.D),
+        "frame_start": c["frame_start"],
+    }
 
 
 FORMS = {

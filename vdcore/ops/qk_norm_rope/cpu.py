@@ -32,7 +32,7 @@ class SharedGradients:
         self.per_position = self._table is not None and self._table.shape[1] > 1  # a position's row is its own
         self.wanted = self._table is not None or any(x is not None for x in self._weights)
 
-    def arguments(self, parts: int) -> tuple[Any, ...]:
+    def arguments(self, parts: int) -> dict[str, Any]:
         """The number of parts, and room for them: as the native module takes it."""
         tables: list[Tensor | None] = [None, None]
         if self._table is not None:
@@ -40,7 +40,8 @@ class SharedGradients:
             tables = [torch.zeros(1 if self.per_position else parts, *shape) for _ in range(2)]
         weights = [None if x is None else torch.zeros(parts, x.numel()) for x in self._weights]
         self._sums = dict(zip((*WEIGHTS, "cos", "sin"), (*weights, *tables)))
-        return parts, [capsule(x) for x in weights], *map(capsule, tables)
+        dcos, dsin = map(capsule, tables)
+        return {"items": parts, "weight_sums": [capsule(x) for x in weights], "dcos": dcos, "dsin": dsin}
 
     def total(self) -> Gradients:
         found = {name: x.sum(0, dtype=torch.float64) for name, x in self._sums.items() if x is not None}
@@ -49,12 +50,23 @@ class SharedGradients:
         return found
 
 
+def _shared(norm: QKNorm | None, rope: Rope | None, start: int) -> dict[str, Any]:
+    """What both directions of the engine take beside their tensors."""
+    shared = NormRope(norm, rope)
+    return {
+        "frame_start": start,
+        "norm": shared.norm,
+        "rope": shared.rope,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _run_forward(
     q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None, start: int, outputs: tuple[Tensor, Tensor]
 ) -> None:
-    shared = NormRope(norm, rope)
+    q_out, k_out = outputs
     native().qk_norm_rope_forward(
-        *map(capsule, (q, k, *outputs)), start, shared.norm, shared.rope, torch.get_num_threads()
+        q=capsule(q), k=capsule(k), q_out=capsule(q_out), k_out=capsule(k_out), **_shared(norm, rope, start)
     )
 
 
@@ -75,11 +87,16 @@ def _run_backward(
     sums = SharedGradients(norm, rope, wanted)
     units = S if sums.per_position else B * T * S
     parts = min(units, SUM_PARTS if sums.wanted else max(SUM_PARTS, 8 * torch.get_num_threads()))
-    shared = NormRope(norm, rope)
+    dq_out, dk_out = (None if dy is None else unit_stride(dy) for dy in grads)
     native().qk_norm_rope_backward(
-        *map(capsule, (q, k, *(None if dy is None else unit_stride(dy) for dy in grads), found["q"], found["k"])),
-        *(start, shared.norm, shared.rope, torch.get_num_threads()),
-        *sums.arguments(parts),
+        q=capsule(q),
+        k=capsule(k),
+        dq_out=capsule(dq_out),
+        dk_out=capsule(dk_out),
+        dq=capsule(found["q"]),
+        dk=capsule(found["k"]),
+        **_shared(norm, rope, start),
+        **sums.arguments(parts),
     )
     return found | sums.total()
 

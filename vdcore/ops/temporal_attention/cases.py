@@ -10,6 +10,19 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
+from vdcore.ops.alternatives import (
+    MASKS,
+    NORMS,
+    ROPES,
+    Choice,
+    Sizes,
+    draw_lengths,
+    draw_norm,
+    draw_qkv,
+    draw_rope,
+    heads_allow,
+    space,
+)
 from vdcore.ops.cases import Attend, case, dense, frame_mask, norm_rope, unpack, with_each
 from vdcore.rope import Rope
 
@@ -122,6 +135,44 @@ def temporal_form(
     out, lse = dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse)
     out = out.unflatten(0, (B, S)).transpose(1, 2)
     return (out, lse.unflatten(0, (B, S)).transpose(1, 2)) if lse is not None else out
+
+
+# ---- How it may be called ----
+
+
+FRAMES: dict[str, tuple[Any, ...]] = {
+    "keys": ("same", "more", "fewer", "packed"),
+    "heads": ("equal", "grouped"),
+    "mask": MASKS,
+    "q_start": (None, 0, 2),
+    "lengths": (None, "some", "beyond", "int32"),
+    "scale": (None, 0.3, -0.2),
+    "norm": NORMS,
+    "rope": ROPES,
+    "return_lse": (False, True),
+    # Filled in by vdcore.testing; drawn before what video attention has beyond these.
+    **dict.fromkeys(("values", "dtype", "layout"), ()),
+}
+
+
+@space(
+    "temporal_attention",
+    heads_allow,
+    **FRAMES,
+)
+def draw_frames(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
+    tensors, T_k, G = draw_qkv(d, c, n)
+    start = max(T_k - n.T, 0) if c["q_start"] is None else c["q_start"]
+    return {
+        **tensors,
+        "mask": c["mask"],
+        "q_start": c["q_start"],
+        "lengths": draw_lengths(d, c["lengths"], (n.B,), T_k),
+        "scale": c["scale"],
+        "norm": draw_norm(d, c["norm"], n.H, G, n.D),
+        "rope": draw_rope(d, c["rope"], max(T_k, start + n.T), n.S, n.H, n.D),
+        "return_lse": c["return_lse"],
+    }
 
 
 FORMS = {

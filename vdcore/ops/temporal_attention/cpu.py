@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,28 @@ if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
 
 
-def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> tuple:
+def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> dict[str, Any]:
+    """What both directions of the engine take."""
     q, k, v, _ = c.qkv
-    lengths = None if c.lengths is None else c.lengths.tolist()
-    return (
-        *(capsule(q), capsule(k), capsule(v), capsule(out), capsule(lse)),
-        *(lengths, mask_numbers(c.mask), c.q_start, c.scale, shared.norm, shared.rope, torch.get_num_threads()),
-    )
+    return {
+        "q": capsule(q),
+        "k": capsule(k),
+        "v": capsule(v),
+        "out": capsule(out),
+        "lse": capsule(lse),
+        "lengths": None if c.lengths is None else c.lengths.tolist(),
+        "mask": mask_numbers(c.mask),
+        "q_start": c.q_start,
+        "scale": c.scale,
+        "norm": shared.norm,
+        "rope": shared.rope,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
     """Fills out and lse."""
-    native().temporal_attention_forward(*_arguments(c, out, lse, NormRope(c.norm, c.rope)))
+    native().temporal_attention_forward(**_arguments(c, out, lse, NormRope(c.norm, c.rope)))
 
 
 def _forward(c: TemporalCall) -> tuple[Tensor | None, ...]:
@@ -64,14 +74,19 @@ def run_backward(
             if wanted & _NEEDED_BY[name]:
                 found[name] = empty_like(x)
         gradients = tuple(found.get(name) for name in "qkv")
+    dq, dk, dv = gradients
 
     sums = SharedGradients(c.norm, c.rope, wanted)
     units = c.q.shape[2] if sums.per_position else c.q.shape[0] * c.q.shape[2]
     parts = min(units, SUM_PARTS if sums.wanted else max(64 * torch.get_num_threads(), units // 64))
     native().temporal_attention_backward(
-        *_arguments(c, out, lse, NormRope(c.norm, c.rope)),
-        *map(capsule, (dout, dlse, *gradients)),
-        *sums.arguments(parts),
+        **_arguments(c, out, lse, NormRope(c.norm, c.rope)),
+        dout=capsule(dout),
+        dlse=capsule(dlse),
+        dq=capsule(dq),
+        dk=capsule(dk),
+        dv=capsule(dv),
+        **sums.arguments(parts),
     )
     return found | sums.total()
 

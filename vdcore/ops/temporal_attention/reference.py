@@ -39,7 +39,7 @@ def temporal_attention(
             frames = [f for begin, end in runs[b][t] for f in range(begin, end)]
             keys = heads_first(kr[b, frames].transpose(0, 1), H)  # (S, H, n, D)
             values = heads_first(vr[b, frames].transpose(0, 1), H)
-            o, s = attend(qr[b, t][:, :, None], keys, values, scale)  # one query a position
+            o, s = attend(qr[b, t][:, :, None], keys, values, scale)  # one query per position
             out.append(o[:, :, 0])
             lse.append(s[:, :, 0])
     if not out:

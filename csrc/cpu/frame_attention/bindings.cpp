@@ -1,91 +1,14 @@
-// Temporal and frame attention on the CPU, in Python.
+// Frame attention, and the groups of tokens that see one another, on the CPU, in Python.
+#include "cpu/core/bindings.h"
+
 #include <array>
 
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
-#include "cpu/core/bindings.h"
 #include "cpu/core/bindings_call.h"
 
 namespace vdcore::cpu {
 namespace {
-
-using Lengths = std::optional<std::vector<int64_t>>;
-const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
-
-FrameMask checked_mask(const std::vector<int64_t>& numbers) {
-  require(numbers.size() == 4 && numbers[2] > 0, "a mask is (past, future, chunk, sink), its chunk at least 1");
-  return mask_of(numbers);
-}
-
-void check_lengths(const Lengths& lengths, int64_t count) {
-  require(!lengths || static_cast<int64_t>(lengths->size()) == count, "lengths must have one entry per sample");
-}
-
-NormRopeSizes sizes_of(const TemporalAttention& a) {
-  return {larger(a.k.size[1], a.q_start + a.q.size[1]), a.q.size[2], a.q.size[3], a.k.size[3], a.q.size[4]};
-}
-
-TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
-                                     const Lengths& lengths, int64_t q_start, float scale, py::handle norm,
-                                     py::handle rope, int threads) {
-  TemporalAttention args;
-  args.q = query_view(q);
-  args.k = key_view(k, args.q);
-  args.v = like("v", v, args.k);
-  require(args.v.dtype == args.q.dtype, "v must have the dtype of q");
-  require(args.k.size[2] == args.q.size[2], "k must have as many tokens per frame as q");
-  args.out = like("out", out, args.q);
-  args.lse = row_view("lse", lse, {args.q.size[0], args.q.size[1], args.q.size[2], args.q.size[3]});
-  check_lengths(lengths, args.q.size[0]);
-  require(q_start >= 0, "q_start must be at least 0");
-  args.q_start = q_start;
-  args.scale = scale;
-  args.norm = norm_of(norm, sizes_of(args));
-  args.rope = rope_of(rope, sizes_of(args));
-  args.threads = worthwhile_threads(threads, 2. * elements(args.q) * static_cast<double>(args.k.size[1]));
-  return args;
-}
-
-struct TemporalCall {
-  TemporalAttention args;
-  VisibleTables tables;
-
-  TemporalCall(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, const Lengths& lengths,
-               const std::vector<int64_t>& mask, int64_t q_start, float scale, py::handle norm, py::handle rope,
-               int threads)
-      : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
-        tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
-    args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
-                    tables.seen_end.data(), tables.per_sample, tables.dense};
-  }
-};
-
-void temporal_attention_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
-                                const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
-                                py::handle norm, py::handle rope, int threads) {
-  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
-  py::gil_scoped_release unlocked;
-  kernels().temporal_attention_forward(call.args);
-}
-
-void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
-                                 const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
-                                 py::handle norm, py::handle rope, int threads, py::handle dout, py::handle dlse,
-                                 py::handle dq, py::handle dk, py::handle dv, int64_t items,
-                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin) {
-  const TemporalCall call(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
-  TemporalAttentionBackward args;
-  const TemporalAttention& f = args.forward = call.args;
-  require(static_cast<bool>(f.lse), "backward needs lse");
-  args.dout = like("dout", dout, f.q);
-  args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
-  args.dq = optional_like("dq", dq, f.q);
-  args.dk = optional_like("dk", dk, f.k);
-  args.dv = optional_like("dv", dv, f.k);
-  set_norm_rope_gradients(args, f.norm, f.rope, sizes_of(f), items, weight_sums, dcos, dsin);
-  py::gil_scoped_release unlocked;
-  kernels().temporal_attention_backward(args);
-}
 
 // q, k, v, out, lse, spatial; backward: then dout, dlse, dq, dk, dv. lse, spatial and dlse may be None. The video has
 // the groups' key frames, and the text their tokens, as a video of one frame.
@@ -214,19 +137,21 @@ py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t 
 
 }  // namespace
 
-void define_attention(py::module_& m) {
+void define_frame_attention(py::module_& m) {
+  using namespace py::literals;
   m.def("frame_runs", frame_runs);
   py::class_<TokenGroups>(m, "TokenGroups")
       .def_property_readonly("queries", [](const TokenGroups& g) { return group_list(g.queries); })
       .def_property_readonly("keys", [](const TokenGroups& g) { return group_list(g.keys); })
       .def_property_readonly("components", [](const TokenGroups& g) { return g.components.size(); })
       .def_property_readonly("largest_component", &TokenGroups::largest_component);
-  m.def("frame_groups", frame_groups_of);
-  m.def("prompt_groups", prompt_groups_of);
-  m.def("frame_attention_forward", frame_attention_forward);
-  m.def("frame_attention_backward", frame_attention_backward);
-  m.def("temporal_attention_forward", temporal_attention_forward);
-  m.def("temporal_attention_backward", temporal_attention_backward);
+  m.def("frame_groups", frame_groups_of, "mask"_a, "batch"_a, "queries"_a, "keys"_a, "tokens"_a, "q_start"_a,
+        "lengths"_a, "text"_a, "text_lengths"_a, "text_sees_video"_a);
+  m.def("prompt_groups", prompt_groups_of, "batch"_a, "frames"_a, "tokens"_a, "prompt"_a, "per_frame"_a, "lengths"_a);
+  m.def("frame_attention_forward", frame_attention_forward, "groups"_a, "video"_a, "text"_a, "scale"_a, "gate"_a,
+        "threads"_a);
+  m.def("frame_attention_backward", frame_attention_backward, "groups"_a, "video"_a, "text"_a, "scale"_a, "delta"_a,
+        "workspace"_a, "parts"_a, "threads"_a);
 }
 
 }  // namespace vdcore::cpu

@@ -1,0 +1,87 @@
+// Temporal attention on the CPU, in Python.
+#include "cpu/core/bindings.h"
+
+#include "common/visible_frames.h"
+#include "cpu/core/bindings_call.h"
+
+namespace vdcore::cpu {
+namespace {
+
+NormRopeSizes sizes_of(const TemporalAttention& a) {
+  return {larger(a.k.size[1], a.q_start + a.q.size[1]), a.q.size[2], a.q.size[3], a.k.size[3], a.q.size[4]};
+}
+
+TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                     const Lengths& lengths, int64_t q_start, float scale, py::handle norm,
+                                     py::handle rope, int threads) {
+  TemporalAttention args;
+  args.q = query_view(q);
+  args.k = key_view(k, args.q);
+  args.v = like("v", v, args.k);
+  require(args.v.dtype == args.q.dtype, "v must have the dtype of q");
+  require(args.k.size[2] == args.q.size[2], "k must have as many tokens per frame as q");
+  args.out = like("out", out, args.q);
+  args.lse = row_view("lse", lse, {args.q.size[0], args.q.size[1], args.q.size[2], args.q.size[3]});
+  check_lengths(lengths, args.q.size[0]);
+  require(q_start >= 0, "q_start must be at least 0");
+  args.q_start = q_start;
+  args.scale = scale;
+  args.norm = norm_of(norm, sizes_of(args));
+  args.rope = rope_of(rope, sizes_of(args));
+  args.threads = worthwhile_threads(threads, 2. * elements(args.q) * static_cast<double>(args.k.size[1]));
+  return args;
+}
+
+struct TemporalArguments {
+  TemporalAttention args;
+  VisibleTables tables;
+
+  TemporalArguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, const Lengths& lengths,
+                    const std::vector<int64_t>& mask, int64_t q_start, float scale, py::handle norm, py::handle rope,
+                    int threads)
+      : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
+        tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
+    args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
+                    tables.seen_end.data(), tables.per_sample, tables.dense};
+  }
+};
+
+void temporal_attention_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
+                                py::handle norm, py::handle rope, int threads) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
+  py::gil_scoped_release unlocked;
+  kernels().temporal_attention_forward(arguments.args);
+}
+
+void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                 const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
+                                 py::handle norm, py::handle rope, int threads, py::handle dout, py::handle dlse,
+                                 py::handle dq, py::handle dk, py::handle dv, int64_t items,
+                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
+  TemporalAttentionBackward args;
+  const TemporalAttention& f = args.forward = arguments.args;
+  require(static_cast<bool>(f.lse), "backward needs lse");
+  args.dout = like("dout", dout, f.q);
+  args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
+  args.dq = optional_like("dq", dq, f.q);
+  args.dk = optional_like("dk", dk, f.k);
+  args.dv = optional_like("dv", dv, f.k);
+  set_norm_rope_gradients(args, f.norm, f.rope, sizes_of(f), items, weight_sums, dcos, dsin);
+  py::gil_scoped_release unlocked;
+  kernels().temporal_attention_backward(args);
+}
+
+}  // namespace
+
+void define_temporal_attention(py::module_& m) {
+  using namespace py::literals;
+  m.def("temporal_attention_forward", temporal_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
+        "mask"_a, "q_start"_a, "scale"_a, "norm"_a, "rope"_a, "threads"_a);
+  m.def("temporal_attention_backward", temporal_attention_backward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
+        "mask"_a, "q_start"_a, "scale"_a, "norm"_a, "rope"_a, "threads"_a, "dout"_a, "dlse"_a, "dq"_a, "dk"_a, "dv"_a,
+        "items"_a, "weight_sums"_a, "dcos"_a, "dsin"_a);
+}
+
+}  // namespace vdcore::cpu
