@@ -40,51 +40,65 @@ VDCORE_DEVICE bool has_channels(int i, int D) { return 32 * i + 8 * lane_column(
 template <int C>
 VDCORE_DEVICE void load_rows(Rows<C>& r, const char* row, bool valid, int D) {
   const char* p = row + 16 * lane_column();
-  unroll<C>([&](int i) { r.x[i] = valid && has_channels(i, D) ? load_global<Vec4>(p + 64 * i) : Vec4{}; });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) r.x[i] = valid && has_channels(i, D) ? load_global<Vec4>(p + 64 * i) : Vec4{};
 }
 
 // s[16, 8] += rows (first eight, last eight) times other rows, over channels.
 template <typename E, int C>
 VDCORE_DEVICE void inner_product(float (&s)[4], const Rows<C>& first, const Rows<C>& last, const Rows<C>& other,
                                  int D) {
-  unroll<C>([&](int i) {
-    if (!has_chunk<C>(i, D)) return;
-    const uint32_t (&a)[4] = first.x[i].x, (&b)[4] = last.x[i].x, (&o)[4] = other.x[i].x;
-    mma<E>(s, {a[0], b[0], a[1], b[1]}, o[0], o[1]);
-    mma<E>(s, {a[2], b[2], a[3], b[3]}, o[2], o[3]);
-  });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (has_chunk<C>(i, D)) {
+      const uint32_t (&a)[4] = first.x[i].x, (&b)[4] = last.x[i].x, (&o)[4] = other.x[i].x;
+      mma<E>(s, {a[0], b[0], a[1], b[1]}, o[0], o[1]);
+      mma<E>(s, {a[2], b[2], a[3], b[3]}, o[2], o[3]);
+    }
 }
 
 // sums[16, D] += weights[16, 16] times rows (first eight, last eight).
 template <typename E, int C>
 VDCORE_DEVICE void weighted_sum(RowSums<C>& sums, const uint32_t (&weights)[4], const Rows<C>& first,
                                 const Rows<C>& last, int D) {
-  unroll<C, 4>([&](int i, int j) {
-    if (has_chunk<C>(i, D)) mma<E>(sums.x[i][j], weights, transpose8x8(first.x[i].x[j]), transpose8x8(last.x[i].x[j]));
-  });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (has_chunk<C>(i, D)) {
+      VDCORE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        mma<E>(sums.x[i][j], weights, transpose8x8(first.x[i].x[j]), transpose8x8(last.x[i].x[j]));
+    }
 }
 
 // Half h of the sums, times a factor, to the row of the lane's half.
 template <typename E, int C>
 VDCORE_DEVICE void store_rows(const RowSums<C>& sums, int h, float factor, char* row, bool valid, int D) {
   char* p = row + 16 * lane_column();
-  unroll<C>([&](int i) {
-    if (!valid || !has_channels(i, D)) return;
-    Vec4 v;
-    unroll<4>([&](int j) { v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor); });
-    store_global(p + 64 * i, v);
-  });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i)
+    if (valid && has_channels(i, D)) {
+      Vec4 v;
+      VDCORE_UNROLL
+      for (int j = 0; j < 4; ++j) v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor);
+      store_global(p + 64 * i, v);
+    }
 }
 
 template <int C>
 VDCORE_DEVICE void clear(RowSums<C>& sums) {
-  unroll<C, 4, 4>([&](int i, int j, int e) { sums.x[i][j][e] = 0; });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) sums.x[i][j][e] = 0;
 }
 
 template <int C>
 VDCORE_DEVICE bool has_nan(const RowSums<C>& sums) {
   bool found = false;
-  unroll<C, 4, 4>([&](int i, int j, int e) { found |= !(sums.x[i][j][e] == sums.x[i][j][e]); });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) found |= !(sums.x[i][j][e] == sums.x[i][j][e]);
   return found;
 }
 
@@ -112,11 +126,13 @@ VDCORE_DEVICE char* shared_chunk(char* rows, int row, int i) {
 }
 template <int C>
 VDCORE_DEVICE void store_shared_row(char* rows, int row, const Rows<C>& r) {
-  unroll<C>([&](int i) { store_shared(shared_chunk<C>(rows, row, i), r.x[i]); });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) store_shared(shared_chunk<C>(rows, row, i), r.x[i]);
 }
 template <int C>
 VDCORE_DEVICE void load_shared_row(Rows<C>& r, char* rows, int row) {
-  unroll<C>([&](int i) { r.x[i] = load_shared<Vec4>(shared_chunk<C>(rows, row, i)); });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) r.x[i] = load_shared<Vec4>(shared_chunk<C>(rows, row, i));
 }
 
 // ---- Hidden rows ----
@@ -134,11 +150,13 @@ VDCORE_DEVICE uint32_t finite_part(uint32_t x) {
 template <typename E, int C>
 VDCORE_DEVICE uint32_t make_finite(Rows<C>& r) {
   bool changed = false;
-  unroll<C, 4>([&](int i, int j) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) {
     const uint32_t finite = finite_part<E>(r.x[i].x[j]);
     changed |= finite != r.x[i].x[j];
     r.x[i].x[j] = finite;
-  });
+  }
   return ballot(changed);
 }
 VDCORE_DEVICE bool row_changed(uint32_t ballots, int row) { return (ballots >> 4 * row & 15) != 0; }
@@ -212,17 +230,19 @@ VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, 
         Rows<C> rows;
         load(rows, next, n);
         const uint32_t changed = make_finite<E>(rows);
-        unroll<2, 2>(
-            [&](int h, int e) { tainted[h] |= visible(n, h, e) && row_changed(changed, 2 * lane_column() + e); });
+        VDCORE_UNROLL
+        for (int h = 0; h < 2; ++h) VDCORE_UNROLL
+        for (int e = 0; e < 2; ++e) tainted[h] |= visible(n, h, e) && row_changed(changed, 2 * lane_column() + e);
       }
     }
     bool now[2];
-    unroll<2>([&](int h) {
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h) {
       // A row that sees a NaN is right as it is; the others are taken again.
       const bool right = !again || row_changed(ballot(tainted[h]), lane_row());
       now[h] = right && !done[h];
       done[h] |= right;
-    });
+    }
     finish(sums, now);
     if (!again) break;
   }
@@ -232,7 +252,10 @@ VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, 
 template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
 VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
                              Visible visible, Finish finish) {
-  const auto given = [&](int kk, uint32_t (&w)[4], RowSums<C>&) { unroll<4>([&](int i) { w[i] = weights[kk][i]; }); };
+  const auto given = [&](int kk, uint32_t (&w)[4], RowSums<C>&) {
+    VDCORE_UNROLL
+    for (int i = 0; i < 4; ++i) w[i] = weights[kk][i];
+  };
   seen_sums<E, N, C>(N, given, first_row, hides, D, load, visible, finish);
 }
 

@@ -154,7 +154,7 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
   p.items = static_cast<int32_t>(items);
   // Where all tiles cost the same, one block per SM takes them in turn and loads the next one's tokens while it stores.
-  // Otherwise a block each: the hardware hands them out, the longest first.
+  // Otherwise one block per tile: the hardware hands them out, the longest first.
   const bool even = work_of(call, tiles, Plan::kKeys).even;
   p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
   launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, p.blocks, Plan::kThreads, Plan::kShared, p);
@@ -168,7 +168,7 @@ void run_type(const Where& where, const FrameAttention& call) {
   if (channels <= 72) return run<Plan72, E>(where, call, tiles);
   if (channels <= 80) return run<Plan80, E>(where, call, tiles);
   if (channels <= 96) return run<Plan96, E>(where, call, tiles);
-  // Predicted: 128 keys a tile cost 4 % more a key, which tiles that are partly empty can outweigh.
+  // Predicted: tiles of 128 keys cost 4 % more per key, which tiles that are partly empty can outweigh.
   const int64_t large = work_of(call, tiles, Plan128::kKeys).tiles * Plan128::kKeys;
   const int64_t small = work_of(call, tiles, Plan128Short::kKeys).tiles * Plan128Short::kKeys;
   if (small * 26 < large * 25) return run<Plan128Short, E>(where, call, tiles);

@@ -21,15 +21,15 @@
 // Plan. Work is 4 D FLOP per visible pair; an SM's tensor cores do 4,096 FLOP per cycle and its special units 16
 // exponentials.
 //   D = 128, 128 queries x 176 keys: 11.5 MFLOP, 2,816 cycles; 22.5 k exponentials, 1,408 cycles, and 2 x 650
-//     instructions a scheduler. Keys and values are 90 KB, 32 B a cycle at most, from L2, where the tiles of a head
+//     instructions per scheduler. Keys and values are 90 KB, at most 32 B per cycle, from L2, where the tiles of a head
 //     meet; from memory a head's keys come once. Shared memory: 32 KB of queries + 2 stages x 2 x 44 KB = 208 KB, one
 //     block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
 //   D = 64, 192 queries x 128 keys: 6.3 MFLOP, 1,536 cycles, and as many for the exponentials: these are the bound.
-//     Three warpgroups share what is loaded, 21 B a cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
+//     Three warpgroups share what is loaded, 21 B per cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
 //   D = 72, 80, 96: as 128; the second column of 64 channels is partly zeros, which only cost shared memory.
 // Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, the rates of FlashAttention-3,
-// whose tiles these are, and 90 % of that a pair under a mask, where the last tile of a run is partly empty. None of it
-// is measured yet.
+// whose tiles these are, and 90 % of that per pair under a mask, where the last tile of a run is partly empty. None of
+// it is measured yet.
 #pragma once
 
 #include "cuda/frame_attention/plan_sm90.cuh"
@@ -340,7 +340,7 @@ frame_attention_sm90_fwd_kernel(const VDCORE_GRID_CONSTANT FrameParameters p) {
   const int thread = static_cast<int>(thread_index());
   if (thread == 0) {
     mbarrier_init(shared.q_full, 1);
-    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival a warp
+    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival per warp
     for (int i = 0; i < Plan::kStages; ++i) {
       mbarrier_init(shared.k_full + i, 1);
       mbarrier_init(shared.v_full + i, 1);

@@ -1,4 +1,4 @@
-// Spatial and video attention on sm_90a, forward. Norm and rope have been applied.
+// Spatial and video attention on sm_90a, forward. Norm and RoPE have been applied.
 #pragma once
 
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace vdcore::cuda {
 
-// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens a frame, K key frames, H query heads,
-// G key/value heads, D head channels.
+// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens per frame, K key frames, H query
+// heads, G key/value heads, D head channels.
 struct FrameTokens {
   TensorView q, k, v;  // (B, T, S, H, D), (B, K, S, G, D), (B, K, S, G, D)
 };

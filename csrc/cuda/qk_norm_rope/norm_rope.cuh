@@ -1,4 +1,4 @@
-// Norm and rope of rows in registers: see rows.cuh for how they lie.
+// Norm and RoPE of rows in registers: see rows.cuh for how they lie.
 #pragma once
 
 #include "cuda/core/rows.cuh"
@@ -17,18 +17,22 @@ VDCORE_DEVICE RowMoments moments(const Rows<C>& r, NormKind kind, float eps, int
   const float each = 1.f / static_cast<float>(D);
   if (kind == NormKind::layer) {
     float total = 0;
-    unroll<C, 4>([&](int i, int j) {
+    VDCORE_UNROLL
+    for (int i = 0; i < C; ++i) VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) {
       const Float2 x = unpack<E>(r.x[i].x[j]);
       total += x.lo + x.hi;
-    });
+    }
     m.mean = row_sum(total) * each;
   }
   float squares = 0;
-  unroll<C, 4>([&](int i, int j) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) {
     const Float2 x = unpack<E>(r.x[i].x[j]);
     const float lo = x.lo - m.mean, hi = x.hi - m.mean;
     if (has_channels(i, D)) squares += lo * lo + hi * hi;
-  });
+  }
   m.scale = reciprocal_root(row_sum(squares) * each + eps);
   return m;
 }
@@ -48,41 +52,47 @@ struct Float8 {
   VDCORE_DEVICE float operator[](int i) const { return as_float(x[i / 4].x[i % 4]); }
 };
 
-// Norms the rows, and turns pairs of neighbouring channels. `table`: offset of the angles of the lane's row. Tables
-// hold a multiple of four pairs, at multiples of 16 bytes.
+// Normalizes the rows, and rotates pairs of neighbouring channels. `table`: offset of the angles of the lane's row.
+// Tables hold a multiple of four pairs, at multiples of 16 bytes.
 template <typename E, int C>
 VDCORE_DEVICE void norm_rope(Rows<C>& r, bool valid, const NormRope& how, const HeadNorm& norm, int64_t table, int D) {
   const RowMoments m = moments<E>(r, how.kind, how.eps, D);
-  unroll<C>([&](int i) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
-    if (!valid || first >= D) return;
+    if (!valid || first >= D) continue;
     float x[8];
-    unroll<4>([&](int j) {
+    VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) {
       const Float2 both = unpack<E>(r.x[i].x[j]);
       x[2 * j] = (both.lo - m.mean) * m.scale;
       x[2 * j + 1] = (both.hi - m.mean) * m.scale;
-    });
+    }
     if (norm.weight) {
       const Float8 w(norm.weight + first);
-      unroll<8>([&](int e) { x[e] *= w[e]; });
+      VDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) x[e] *= w[e];
     }
     if (norm.bias) {
       const Float8 b(norm.bias + first);
-      unroll<8>([&](int e) { x[e] += b[e]; });
+      VDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) x[e] += b[e];
     }
     if (how.style == RopeStyle::interleaved && first < 2 * how.pairs) {
       const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
-      unroll<4>([&](int j) {
+      VDCORE_UNROLL
+      for (int j = 0; j < 4; ++j) {
         const float lo = x[2 * j], hi = x[2 * j + 1], cos = as_float(c.x[j]), sin = as_float(s.x[j]);
         x[2 * j] = lo * cos - hi * sin;
         x[2 * j + 1] = hi * cos + lo * sin;
-      });
+      }
     }
-    unroll<4>([&](int j) { r.x[i].x[j] = pack<E>(x[2 * j], x[2 * j + 1]); });
-  });
+    VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) r.x[i].x[j] = pack<E>(x[2 * j], x[2 * j + 1]);
+  }
 }
 
-// The channel itself, normed. `row`: where its row starts.
+// The channel itself, normalized. `row`: where its row starts.
 template <typename E>
 VDCORE_DEVICE float normalized_channel(const char* row, int channel, const RowMoments& m, const HeadNorm& norm) {
   float y = (unpack<E>(load_global<uint16_t>(row + 2 * channel)).lo - m.mean) * m.scale;
@@ -109,21 +119,24 @@ template <typename E, int C>
 VDCORE_DEVICE void norm_rope_any(Rows<C>& r, const char* row, bool valid, const NormRope& how, const HeadNorm& norm,
                                  int64_t table, int D) {
   const RowMoments m = moments<E>(r, how.kind, how.eps, D);
-  unroll<C, 4>([&](int i, int j) {
-    if (!valid || !has_channels(i, D)) return;
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if (!valid || !has_channels(i, D)) continue;
     float x[2];
-    unroll<2>([&](int e) {
+    VDCORE_UNROLL
+    for (int e = 0; e < 2; ++e) {
       const int channel = 32 * i + 8 * lane_column() + 2 * j + e;
       x[e] = normalized_channel<E>(row, channel, m, norm);
-      if (how.style == RopeStyle::none || channel >= 2 * how.pairs) return;
+      if (how.style == RopeStyle::none || channel >= 2 * how.pairs) continue;
       const Pair pair = pair_of(how, channel);
       const float other = normalized_channel<E>(row, pair.other, m, norm);
       const float c = load_global<float>(how.cos + table + pair.index);
       const float s = load_global<float>(how.sin + table + pair.index);
       x[e] = x[e] * c + (pair.upper ? other * s : -other * s);
-    });
+    }
     r.x[i].x[j] = pack<E>(x[0], x[1]);
-  });
+  }
 }
 
 }  // namespace vdcore::cuda

@@ -1,9 +1,9 @@
-// Norm and rope taken back: gradients of 16 rows in registers, as sums of products leave them (rows.cuh).
+// The backward of norm and RoPE: gradients of 16 rows in registers, as sums of products leave them (rows.cuh).
 //
-// With x^ = (x - mean) / deviation, y = w x^ + b, z = y turned by its angles, and gradients dz:
-//   dy = dz turned back, dw = sum of dy x^, db = sum of dy, dx = (w dy - mean(w dy) - x^ mean(w dy x^)) / deviation,
-// mean(w dy) only for layer norm. Sums over rows: of a warp in registers, of a block in shared memory, and a row of the
-// workspace a block, which the caller adds up. No atomics: the same bits every time.
+// With x^ = (x - mean) / deviation, y = w x^ + b, z = y rotated by its angles, and gradients dz:
+//   dy = dz rotated back, dw = sum of dy x^, db = sum of dy, dx = (w dy - mean(w dy) - x^ mean(w dy x^)) / deviation,
+// mean(w dy) only for layer norm. Sums over rows: of a warp in registers, of a block in shared memory, and one row
+// of the workspace per block, which the caller adds up. No atomics: the same bits every time.
 #pragma once
 
 #include "cuda/qk_norm_rope/norm_rope.cuh"
@@ -28,7 +28,9 @@ VDCORE_DEVICE int weight_sum_channel(int i) { return 32 * i + 8 * lane_column() 
 
 template <int C>
 VDCORE_DEVICE void clear_weight_sums(float* warp) {
-  unroll<4, C>([&](int part, int i) { store_shared(warp + 32 * C * part + weight_sum_channel(i), 0.f); });
+  VDCORE_UNROLL
+  for (int part = 0; part < 4; ++part) VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) store_shared(warp + 32 * C * part + weight_sum_channel(i), 0.f);
 }
 
 // Sums over the lanes of a column.
@@ -47,8 +49,10 @@ VDCORE_DEVICE float scattered_column_sum(const float (&of)[8]) {
     const bool upper = (r & bit) != 0;
     return (upper ? hi : lo) + shuffle_xor(upper ? lo : hi, 4 * bit);
   };
-  unroll<4>([&](int e) { four[e] = half(4, of[e], of[e + 4]); });
-  unroll<2>([&](int e) { two[e] = half(2, four[e], four[e + 2]); });
+  VDCORE_UNROLL
+  for (int e = 0; e < 4; ++e) four[e] = half(4, of[e], of[e + 4]);
+  VDCORE_UNROLL
+  for (int e = 0; e < 2; ++e) two[e] = half(2, four[e], four[e + 2]);
   return half(1, two[0], two[1]);
 }
 
@@ -71,69 +75,80 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
   }
 }
 
-// Turns gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
+// Rotates gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
 template <int C>
 VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
-  unroll<C>([&](int i) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
-    if (first >= D || first >= 2 * how.pairs) return;
+    if (first >= D || first >= 2 * how.pairs) continue;
     const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
-    unroll<4>([&](int j) {
+    VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) {
       float &lo = g.x[i][j][2 * h], &hi = g.x[i][j][2 * h + 1];
       const float a = lo, cos = as_float(c.x[j]), sin = as_float(s.x[j]);
       lo = a * cos + hi * sin;
       hi = hi * cos - a * sin;
-    });
-  });
+    }
+  }
 }
 
-// Gradients of normed rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of half h
-// starts; a row that does not take part (`live`) is not read, and adds nothing.
+// Gradients of normalized rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of
+// half h starts; a row that does not take part (`live`) is not read, and adds nothing.
 template <typename E, int C>
 VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
                                  const HeadNorm& norm, const WeightSums& sums, int D) {
   Rows<C> x[2];
   RowMoments m[2];
   float total[2] = {0, 0}, along[2] = {0, 0};
-  unroll<2>([&](int h) {
+  VDCORE_UNROLL
+  for (int h = 0; h < 2; ++h) {
     load_rows(x[h], row[h], live[h], D);
     m[h] = moments<E>(x[h], how.kind, how.eps, D);
-  });
-  const auto normed = [&](int i, int h, int e) {
+  }
+  const auto normalized = [&](int i, int h, int e) {
     const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
     return ((e % 2 ? both.hi : both.lo) - m[h].mean) * m[h].scale;
   };
-  unroll<C>([&](int i) {
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
     float dw[8], db[8], w[8];
-    unroll<8>([&](int e) { dw[e] = db[e] = 0, w[e] = 1; });
+    VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) dw[e] = db[e] = 0, w[e] = 1;
     if (norm.weight && first < D) {
       const Float8 weight(norm.weight + first);
-      unroll<8>([&](int e) { w[e] = weight[e]; });
+      VDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) w[e] = weight[e];
     }
-    unroll<8>([&](int e) {
-      unroll<2>([&](int h) {
-        if (!live[h] || first >= D) return;
+    VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      VDCORE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        if (!live[h] || first >= D) continue;
         float& d = g.x[i][e / 2][2 * h + e % 2];
-        const float y = normed(i, h, e);
+        const float y = normalized(i, h, e);
         dw[e] += d * y;
         db[e] += d;
         d *= w[e];
         total[h] += d;
         along[h] += d * y;
-      });
-    });
+      }
+    }
     if (sums.weight) add_weight_sums(sums.weight, i, dw);
     if (sums.weight && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
-  });
+  }
   const float each = 1.f / static_cast<float>(D);
-  unroll<2>([&](int h) {
+  VDCORE_UNROLL
+  for (int h = 0; h < 2; ++h) {
     const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
-    unroll<C, 8>([&](int i, int e) {
+    VDCORE_UNROLL
+    for (int i = 0; i < C; ++i) VDCORE_UNROLL
+    for (int e = 0; e < 8; ++e) {
       float& d = g.x[i][e / 2][2 * h + e % 2];
-      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normed(i, h, e) * slope) * m[h].scale;
-    });
-  });
+      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normalized(i, h, e) * slope) * m[h].scale;
+    }
+  }
 }
 
 // Both, in their order.
@@ -142,9 +157,9 @@ VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2]
                                       const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
                                       const WeightSums& sums, int D) {
   if (how.style == RopeStyle::interleaved) {
-    unroll<2>([&](int h) {
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h)
       if (live[h]) rope_backward(g, h, how, table[h], D);
-    });
   }
   if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
 }

@@ -38,9 +38,9 @@ rows_norm_rope_kernel(const RowsNormRope a) {
   load_rows(x, at.row(a.x), valid, a.head_dim);
   norm_rope_any<E>(x, at.row(a.x), valid, a.how, a.norm, angles_at(a, at), a.head_dim);
   char* to = at.row(a.y) + 16 * lane_column();
-  unroll<C>([&](int chunk) {
+  VDCORE_UNROLL
+  for (int chunk = 0; chunk < C; ++chunk)
     if (valid && has_channels(chunk, a.head_dim)) store_global(to + 64 * chunk, x.x[chunk]);
-  });
 }
 
 template <typename E>
@@ -52,7 +52,9 @@ VDCORE_DEVICE float channel_of(const char* row, int channel) {
 template <int C>
 VDCORE_DEVICE bool takes_part(const Rows<C>& dy, bool skips_zeros) {
   bool some = !skips_zeros;
-  unroll<C, 4>([&](int i, int j) { some |= (dy.x[i].x[j] & 0x7fff7fffu) != 0; });
+  VDCORE_UNROLL
+  for (int i = 0; i < C; ++i) VDCORE_UNROLL
+  for (int j = 0; j < 4; ++j) some |= (dy.x[i].x[j] & 0x7fff7fffu) != 0;
   return row_changed(ballot(some), lane_row());
 }
 
@@ -72,7 +74,8 @@ rows_norm_rope_backward_kernel(const RowsNormRopeBackward f) {
     const char* rows[2];
     char* to[2];
     bool valid[2], live[2];
-    unroll<2>([&](int h) {
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h) {
       const int64_t i = first + 16 * warp + 8 * h + lane_row();
       valid[h] = i < a.rows;
       const Place at = place_of(a, valid[h] ? i : 0);
@@ -82,7 +85,9 @@ rows_norm_rope_backward_kernel(const RowsNormRopeBackward f) {
       Rows<C> dy;
       load_rows(dy, dy_row, valid[h], D);
       live[h] = takes_part(dy, f.skips_zeros) && valid[h];
-      unroll<C, 8>([&](int i, int e) {
+      VDCORE_UNROLL
+      for (int i = 0; i < C; ++i) VDCORE_UNROLL
+      for (int e = 0; e < 8; ++e) {
         const Float2 both = unpack<E>(dy.x[i].x[e / 2]);
         float d = e % 2 ? both.hi : both.lo;
         const int channel = 32 * i + 8 * lane_column() + e;
@@ -94,10 +99,11 @@ rows_norm_rope_backward_kernel(const RowsNormRopeBackward f) {
           d = d * c + (pair.upper ? -other * s : other * s);
         }
         g.x[i][e / 2][2 * h + e % 2] = d;
-      });
-    });
+      }
+    }
     if (how.kind != NormKind::none) norm_backward<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false), D);
-    unroll<2>([&](int h) { store_rows<E>(g, h, 1, to[h], valid[h], D); });
+    VDCORE_UNROLL
+    for (int h = 0; h < 2; ++h) store_rows<E>(g, h, 1, to[h], valid[h], D);
   }
   if (f.sums) store_weight_sums<C>(f.sums, all_sums, kThreads / 32, D);
 }
@@ -116,7 +122,8 @@ rope_table_backward_kernel(const RopeTableBackward f) {
   const int64_t cell = i / f.chunks, chunk = i % f.chunks;
   const int64_t heads = a.heads / f.heads, tokens = a.positions / f.tokens, frames = a.frames / f.frames;
   float dcos[4 * C], dsin[4 * C];
-  unroll<4 * C>([&](int k) { dcos[k] = dsin[k] = 0; });
+  VDCORE_UNROLL
+  for (int k = 0; k < 4 * C; ++k) dcos[k] = dsin[k] = 0;
   VDCORE_NO_UNROLL
   for (int64_t first = 8 * chunk; first < summed; first += 8 * f.chunks) {
     int64_t j = first + lane_row();
@@ -132,24 +139,26 @@ rope_table_backward_kernel(const RopeTableBackward f) {
     const bool live = takes_part(rows, f.of.skips_zeros) && valid;
     load_rows(rows, row, live, D);
     const RowMoments m = moments<E>(rows, how.kind, how.eps, D);
-    unroll<4 * C>([&](int k) {
+    VDCORE_UNROLL
+    for (int k = 0; k < 4 * C; ++k) {
       const int pair = 4 * k + lane_column(), lower = how.style == RopeStyle::half ? pair : 2 * pair;
-      if (!live || pair >= how.pairs) return;
+      if (!live || pair >= how.pairs) continue;
       const int upper = how.style == RopeStyle::half ? pair + how.pairs : 2 * pair + 1;
       const float x = normalized_channel<E>(row, lower, m, a.norm), y = normalized_channel<E>(row, upper, m, a.norm);
       const float dx = channel_of<E>(dy_row, lower), dy = channel_of<E>(dy_row, upper);
       dcos[k] += x * dx + y * dy;
       dsin[k] += x * dy - y * dx;
-    });
+    }
   }
   float* const to = f.partial + (chunk * 2 * cells + cell) * how.pairs;
-  unroll<4 * C>([&](int k) {
+  VDCORE_UNROLL
+  for (int k = 0; k < 4 * C; ++k) {
     const float c = column_sum(dcos[k]), s = column_sum(dsin[k]);
     const int pair = 4 * k + lane_column();
-    if (lane_row() != 0 || pair >= how.pairs) return;
+    if (lane_row() != 0 || pair >= how.pairs) continue;
     store_global(to + pair, c);
     store_global(to + cells * how.pairs + pair, s);
-  });
+  }
 }
 
 // f(E{}, C) for the dtype's element and chunks of 32 channels.

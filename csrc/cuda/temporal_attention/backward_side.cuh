@@ -43,15 +43,18 @@ template <typename E, bool kNormRope, int C, int N>
 VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile<N>& tile,
                                   const Seen (&seen)[2], const bool (&now)[2], const NormRope& how, float* weight_sums,
                                   int D) {
-  const bool final[2] = {now[0] && tile.has(0, own.count), now[1] && tile.has(1, own.count)};
   if constexpr (kNormRope) {
-    const char* const rows[2] = {tile.row(own.scored, 0), tile.row(own.scored, 1)};
-    const bool live[2] = {final[0] && seen[0].any(), final[1] && seen[1].any()};
-    const int64_t table[2] = {angles_at(how, tile.sequence[0], own.start, tile.frame[0]),
-                              angles_at(how, tile.sequence[1], own.start, tile.frame[1])};
+    const char* rows[2];
+    bool live[2];
+    int64_t table[2];
+    unroll<2>([&](int h) {
+      rows[h] = tile.row(own.scored, h);
+      live[h] = now[h] && tile.has(h, own.count) && seen[h].any();
+      table[h] = angles_at(how, tile.sequence[h], own.start, tile.frame[h]);
+    });
     norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys), D);
   }
-  store_tile<E>(sums, {1, 1}, own.gradient, tile, final, D);
+  unroll<2>([&](int h) { store_rows<E>(sums, h, 1, tile.row(own.gradient, h), now[h] && tile.has(h, own.count), D); });
 }
 
 }  // namespace vdcore::cuda

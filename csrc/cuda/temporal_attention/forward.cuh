@@ -44,8 +44,7 @@ temporal_forward_kernel(const TemporalForward f) {
   if (item >= f.items) return;
   const int D = a.head_dim, shared = a.heads / a.groups;
   const int64_t first = f.packed ? 2 * item : item / f.tiles;
-  SequenceTile<N> tile(a, first, f.packed ? 0 : static_cast<int>(item - first * f.tiles), f.packed);
-  tile.there[0] = true;  // which the compiler cannot know
+  const SequenceTile<N> tile(a, first, f.packed ? 0 : static_cast<int>(item - first * f.tiles), f.packed);
   const auto load_tile = [&](Rows<C>& rows, const Tokens& x, const char*& next, int n) {
     tile.load_other(rows, x, next, n, a.frames.keys, shared, D);
   };

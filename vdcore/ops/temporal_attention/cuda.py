@@ -30,7 +30,7 @@ def why_not_temporal(c: TemporalCall) -> str | None:
 
 
 def _lanes_hold_pairs(c: TemporalCall) -> bool:
-    """Rope turns neighbours, and tables can be read as 16 bytes."""
+    """RoPE rotates neighbouring channels, and tables can be read as 16 bytes."""
     return c.rope is None or (c.rope.style == "interleaved" and c.rope.cos.shape[-1] % 4 == 0)
 
 
