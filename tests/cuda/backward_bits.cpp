@@ -35,24 +35,25 @@ int main() {
   a.q = tokens(0, H), a.k = tokens(1, G), a.v = tokens(2, G), args.dout = tokens(3, H), a.out = tokens(7, H);
   args.dq = tokens(4, H), args.dk = tokens(5, G), args.dv = tokens(6, G);
   a.frames = {FrameMask{4, 0, 1, 1}, 0, nullptr, T, T, true};
-  a.lines = S * H, a.positions = S, a.heads = H, a.groups = G, a.head_dim = D, a.scale = 0.2f;
+  a.sequences = S * H, a.positions = S, a.heads = H, a.groups = G, a.head_dim = D, a.scale = 0.2f;
   a.lse = floats(0);
   std::vector<float> sums(S * H * 4 * D, 0.f);
   if (KERNEL > 0) {
-    a.moved.kind = NormKind::layer, a.moved.eps = 1e-5f;
-    a.moved.q = {floats(1), floats(2)}, a.moved.k = {floats(2), floats(1)};
-    a.moved.style = RopeStyle::interleaved, a.moved.pairs = 16, a.moved.cos = floats(2), a.moved.sin = floats(3);
-    a.moved.table_t = 16;
+    a.norm_rope.kind = NormKind::layer, a.norm_rope.eps = 1e-5f;
+    a.norm_rope.q = {floats(1), floats(2)}, a.norm_rope.k = {floats(2), floats(1)};
+    a.norm_rope.style = RopeStyle::interleaved, a.norm_rope.pairs = 16, a.norm_rope.cos = floats(2),
+    a.norm_rope.sin = floats(3);
+    a.norm_rope.table_t = 16;
     args.sums = sums.data();
   }
   for (int run = 0; run < 4; ++run) {
     using emulator::Order;
     emulator::set_order(run == 0 ? Order::forward : run == 1 ? Order::backward : Order::random, run);
 #if KERNEL == 2
-    temporal_long_backward<bf16, 2>({"temporal_attention"}, {args, tiles_of(T), tiles_of(T), 3}, S,
-                                    long_backward_shared_bytes(T, T, D, H / G));
+    launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, S, 32 * 3,
+           long_backward_shared_bytes(T, T, D, H / G), TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3});
 #else
-    temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, {args, a.lines, false});
+    temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, {args, a.sequences, false});
 #endif
     uint64_t hash = 1469598103934665603u;
     const auto add = [&](const void* data, size_t bytes) {

@@ -49,8 +49,6 @@ struct Wgmma {
 
 VDCORE_DEVICE void after_computing(float, const void*) {}
 
-VDCORE_DEVICE Vec4 load_written(const void* p) { return load_global<Vec4>(p); }
-
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {
   return emulated::meet(emulated::shfl_xor, x, lanes, "shfl");
 }

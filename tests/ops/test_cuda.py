@@ -212,7 +212,7 @@ def test_norm_and_rope(kind, style, T):
     ],
 )
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm_and_rope_taken_back_on_the_way(T, T_k, H, G, D, kind):
+def test_fused_norm_rope_backward(T, T_k, H, G, D, kind):
     def build(d):
         rope = fixed_rope(max(T, T_k) + 2, 2 if kind == "rms" else 1, 12)
         mask = FrameMask.window(7, 2) if T_k != T else FrameMask()

@@ -48,7 +48,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def missing() -> str | None:
     """The reason why no kernel can run on this machine, or None."""
     reason = _load()[1]
-    return kernels().cuda_missing() if reason is None else reason
+    return kernels().missing() if reason is None else reason
 
 
 def kernels() -> ModuleType:
@@ -110,21 +110,18 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return x if x.data_ptr() % ROW_BYTES == 0 else x.clone()
 
 
-class NormRope:
-    """Norm and rope as the module takes them. Keeps alive what it points to."""
-
-    def __init__(self, norm: QKNorm | None, rope: Rope | None) -> None:
-        self.norm: Any = None
-        self.rope: Any = None
-        if norm is not None:
-            self.weights = [_floats(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
-            self.norm = (KINDS[norm.kind], norm.eps, *map(capsule, self.weights))
-        if rope is not None:
-            tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
-            self.tables = [_floats(x) for x in tables]
-            self.rope = (STYLES[rope.style], *map(capsule, self.tables))
+def norm_rope(norm: QKNorm | None, rope: Rope | None) -> dict[str, Any]:
+    """Norm and RoPE as the module takes them; capsules keep alive what they point to."""
+    found: dict[str, Any] = {"norm": None, "rope": None}
+    if norm is not None:
+        weights = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+        found["norm"] = (KINDS[norm.kind], norm.eps, *(capsule(_floats(x)) for x in weights))
+    if rope is not None:
+        tables = (x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin))
+        found["rope"] = (STYLES[rope.style], *(capsule(_floats(x)) for x in tables))
+    return found
 
 
-def int64(lengths: Tensor | None) -> Tensor | None:
-    """As kernels read lengths, which may be int32."""
-    return None if lengths is None else lengths.to(torch.int64).contiguous()
+def int64(lengths: Tensor | None) -> object:
+    """Lengths, which may be int32, as kernels read them."""
+    return None if lengths is None else capsule(lengths.to(torch.int64).contiguous())

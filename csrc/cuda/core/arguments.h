@@ -36,6 +36,17 @@ struct NormRope {
   VDCORE_INLINE bool any() const { return kind != NormKind::none || style != RopeStyle::none; }
 };
 
+// Broadcast to (B, T, S, H, D): strides in elements, 0 where it does not vary.
+struct Gate {
+  const char* data;  // null: no gate
+  bool wide;         // float32, else the element of the call
+  int64_t b, t, s, h, d;
+
+  VDCORE_INLINE int64_t index(int64_t i_b, int64_t i_t, int64_t i_s, int64_t i_h) const {
+    return i_b * b + i_t * t + i_s * s + i_h * h;
+  }
+};
+
 // Which frames see which: see common/frame_runs.h.
 struct Frames {
   FrameMask mask;

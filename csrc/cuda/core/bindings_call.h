@@ -1,4 +1,4 @@
-// The tensors of one call as the kernels take them, checked for what would corrupt memory.
+// The tensors of one call as the kernels take them. What is checked here is what would corrupt memory.
 #pragma once
 
 #include "bindings_common.h"
@@ -54,6 +54,12 @@ class Call {
     const TensorView v = view(capsule, rank);
     if (v && v.dtype != DType::f32) throw py::type_error("float32 was expected");
     return reinterpret_cast<float*>(v.data);
+  }
+
+  // Expanded to (B, T, S, H, D); float32, or the element of the call.
+  Gate gate(py::handle capsule) {
+    const TensorView v = view(capsule, 5);
+    return {v.data, v.dtype == DType::f32, v.stride[0], v.stride[1], v.stride[2], v.stride[3], v.stride[4]};
   }
 
   // int64, one dimension.

@@ -48,3 +48,19 @@ struct Float2 {
 #define VDCORE_NO_UNROLL _Pragma("unroll 1")
 #include "cuda/core/ptx_device.h"
 #endif
+
+namespace vdcore::cuda {
+
+// f(i, j, ...) for all indices below these sizes, the last one fastest, unrolled.
+template <int N, int... kInner, typename F>
+VDCORE_DEVICE void unroll(F f) {
+  VDCORE_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof...(kInner) == 0)
+      f(i);
+    else
+      unroll<kInner...>([&](auto... inner) { f(i, inner...); });
+  }
+}
+
+}  // namespace vdcore::cuda

@@ -21,24 +21,17 @@ VDCORE_DEVICE Vec4 load_global<Vec4>(const void* p) {
   asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3]) : "l"(p));
   return v;
 }
-template <>
-VDCORE_DEVICE uint16_t load_global<uint16_t>(const void* p) {
-  uint16_t v;
-  asm("ld.global.nc.b16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
-}
-template <>
-VDCORE_DEVICE float load_global<float>(const void* p) {
-  float v;
-  asm("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
-  return v;
-}
-template <>
-VDCORE_DEVICE int64_t load_global<int64_t>(const void* p) {
-  int64_t v;
-  asm("ld.global.nc.b64 %0, [%1];" : "=l"(v) : "l"(p));
-  return v;
-}
+#define VDCORE_LOAD_GLOBAL(V, type, constraint)                          \
+  template <>                                                            \
+  VDCORE_DEVICE V load_global<V>(const void* p) {                        \
+    V v;                                                                 \
+    asm("ld.global.nc." type " %0, [%1];" : "=" constraint(v) : "l"(p)); \
+    return v;                                                            \
+  }
+VDCORE_LOAD_GLOBAL(uint16_t, "b16", "h")
+VDCORE_LOAD_GLOBAL(int64_t, "b64", "l")
+VDCORE_LOAD_GLOBAL(float, "f32", "f")
+#undef VDCORE_LOAD_GLOBAL
 
 // What this kernel itself writes, too.
 template <typename V>
@@ -75,18 +68,16 @@ VDCORE_DEVICE void cp_async_wait() {
 
 // Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8. Register m of a lane: row lane / 4, columns
 // 2 * (lane % 4) and the next of matrix m; transposed: of its transpose.
-VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
+#define VDCORE_LDMATRIX(name, transposed)                                                         \
+  VDCORE_DEVICE void name(uint32_t (&r)[4], const void* row) {                                    \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                 \
+                 : "r"(shared_address(row))                                                       \
+                 : "memory");                                                                     \
+  }
+VDCORE_LDMATRIX(ldmatrix_x4, "")
+VDCORE_LDMATRIX(ldmatrix_x4_transposed, ".trans")
+#undef VDCORE_LDMATRIX
 
 // ---- Among lanes and warps ----
 
@@ -108,37 +99,25 @@ VDCORE_DEVICE void sync_block() { __syncthreads(); }
 // 8 to 15 of its column lane / 4; c: two columns of row r, then of row r + 8.
 template <typename E>
 VDCORE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-VDCORE_DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-VDCORE_DEVICE void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 template <typename E>
 VDCORE_DEVICE uint32_t pack(float lo, float hi);
-template <>
-VDCORE_DEVICE uint32_t pack<bf16>(float lo, float hi) {
-  uint32_t x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
-  return x;
-}
-template <>
-VDCORE_DEVICE uint32_t pack<f16>(float lo, float hi) {
-  uint32_t x;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
-  return x;
-}
+#define VDCORE_ARITHMETIC(E, type)                                                             \
+  template <>                                                                                  \
+  VDCORE_DEVICE void mma<E>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));              \
+  }                                                                                            \
+  template <>                                                                                  \
+  VDCORE_DEVICE uint32_t pack<E>(float lo, float hi) {                                         \
+    uint32_t x;                                                                                \
+    asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));                     \
+    return x;                                                                                  \
+  }
+VDCORE_ARITHMETIC(bf16, "bf16")
+VDCORE_ARITHMETIC(f16, "f16")
+#undef VDCORE_ARITHMETIC
 
 template <typename E>
 VDCORE_DEVICE Float2 unpack(uint32_t x);

@@ -104,9 +104,6 @@ VDCORE_DEVICE void after_computing(float x, const void* shared) {
                : "memory");
 }
 
-// 16 bytes that the kernel also writes.
-VDCORE_DEVICE Vec4 load_written(const void* p) { return *static_cast<const Vec4*>(p); }
-
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
 // What all lanes agree on, in a register of the warp.

@@ -112,6 +112,12 @@ VDCORE_DEVICE float row_maximum(float x) {
   return maximum(x, shuffle_xor(x, 2));
 }
 
+// `i`: an element's index.
+template <typename E>
+VDCORE_DEVICE float gate_at(const Gate& g, int64_t i) {
+  return g.wide ? load_global<float>(g.data + 4 * i) : unpack<E>(load_global<uint16_t>(g.data + 2 * i)).lo;
+}
+
 // ---- Rows in shared memory, side by side: eight lanes at a time read parts of two rows, in different banks ----
 
 template <int C>

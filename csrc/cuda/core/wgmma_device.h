@@ -65,17 +65,4 @@ VDCORE_WGMMA(160, "%80", "%81", "%82", "%83", "%84", "%85")
 VDCORE_WGMMA(176, "%88", "%89", "%90", "%91", "%92", "%93")
 // clang-format on
 
-#undef VDCORE_WGMMA
-#undef VDCORE_WGMMA_OF
-#undef VDCORE_RESULT_64
-#undef VDCORE_RESULT_72
-#undef VDCORE_RESULT_80
-#undef VDCORE_RESULT_96
-#undef VDCORE_RESULT_128
-#undef VDCORE_RESULT_160
-#undef VDCORE_RESULT_176
-#undef VDCORE_32
-#undef VDCORE_8
-#undef VDCORE_4
-
 }  // namespace vdcore::cuda

@@ -1,5 +1,5 @@
 // Frame attention in Python.
-#include "cuda/frame_attention/bindings.h"
+#include "cuda/core/bindings.h"
 
 #include "cuda/core/bindings_call.h"
 #include "cuda/frame_attention/frame_attention.h"
@@ -37,7 +37,7 @@ void frame_forward(const std::string& op, const std::vector<py::object>& video, 
   args.q_start = q_start;
   args.text_sees_video = text_sees_video;
   args.exponent = exponent;
-  args.gate = call.view(gate, 5);
+  args.gate = call.gate(gate);
   args.ungated = call.view(ungated, 4);
   py::gil_scoped_release unlocked;
   frame_attention_sm90_forward(call.where(), args);
@@ -45,6 +45,11 @@ void frame_forward(const std::string& op, const std::vector<py::object>& video, 
 
 }  // namespace
 
-void define_frame_attention(py::module_& m) { m.def("cuda_frame_attention_forward", frame_forward); }
+void define_frame_attention(py::module_& m) {
+  using namespace py::literals;
+  m.def("frame_attention_forward", frame_forward, "op"_a, "video"_a, "text"_a, "out"_a, "lse"_a, "lengths"_a,
+        "text_lengths"_a, "video_row"_a, "text_row"_a, "mask"_a, "q_start"_a, "text_sees_video"_a, "exponent"_a,
+        "gate"_a, "ungated"_a, "stream"_a);
+}
 
 }  // namespace vdcore::cuda

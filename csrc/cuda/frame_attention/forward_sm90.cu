@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/core/dispatch.h"
 #include "cuda/core/tensor_map.h"
 #include "cuda/frame_attention/forward_sm90.cuh"
 #include "cuda/frame_attention/frame_attention.h"
@@ -8,7 +9,7 @@ namespace vdcore::cuda {
 namespace {
 
 // ---- Plans ----
-// All predicted, see the head of frame_attention_sm90.cuh. A plan serves up to its D channels: the accelerator fills
+// All predicted, see the head of forward_sm90.cuh. A plan serves up to its D channels: the accelerator fills
 // the others of the last 64 with zeros.
 
 using Plan64 = FramePlan<64, 3, 128, 2>;  // three warpgroups share what is loaded
@@ -140,9 +141,7 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   p.text_lengths = call.text_lengths;
   p.out = call.out.data;
   p.lse = reinterpret_cast<float*>(call.lse.data);
-  const TensorView& gate = call.gate;
-  p.gate = {gate.data,      gate.dtype == DType::f32, gate.stride[0], gate.stride[1],
-            gate.stride[2], gate.stride[3],           gate.stride[4]};
+  p.gate = call.gate;
   p.ungated = call.ungated.data;
   p.rows = call.out.size[1];
   p.video_row = call.video_row;
@@ -154,8 +153,8 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   const int64_t items = q.size[0] * q.size[3] * tiles.count();
   if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
   p.items = static_cast<int32_t>(items);
-  // Where all tiles cost the same, one block an SM takes them in turn and loads the next one's tokens while it stores.
-  // Otherwise a block each: the hardware hands them out, the longest first.
+  // Where all tiles cost the same, one block per SM takes them in turn and loads the next one's tokens while it stores.
+  // Otherwise one block per tile: the hardware hands them out, the longest first.
   const bool even = work_of(call, tiles, Plan::kKeys).even;
   p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
   launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, p.blocks, Plan::kThreads, Plan::kShared, p);
@@ -169,7 +168,7 @@ void run_type(const Where& where, const FrameAttention& call) {
   if (channels <= 72) return run<Plan72, E>(where, call, tiles);
   if (channels <= 80) return run<Plan80, E>(where, call, tiles);
   if (channels <= 96) return run<Plan96, E>(where, call, tiles);
-  // Predicted: 128 keys a tile cost 4 % more a key, which tiles that are partly empty can outweigh.
+  // Predicted: tiles of 128 keys cost 4 % more per key, which tiles that are partly empty can outweigh.
   const int64_t large = work_of(call, tiles, Plan128::kKeys).tiles * Plan128::kKeys;
   const int64_t small = work_of(call, tiles, Plan128Short::kKeys).tiles * Plan128Short::kKeys;
   if (small * 26 < large * 25) return run<Plan128Short, E>(where, call, tiles);
@@ -202,10 +201,7 @@ std::string why_not_frame_attention_sm90(const FrameAttention& call) {
 void frame_attention_sm90_forward(const Where& where, const FrameAttention& call) {
   const std::string reason = why_not_frame_attention_sm90(call);
   if (!reason.empty()) launch_error(where, reason);
-  if (call.video.q.dtype == DType::bf16)
-    run_type<bf16>(where, call);
-  else
-    run_type<f16>(where, call);
+  with_element(where, call.video.q.dtype, [&](auto e) { run_type<decltype(e)>(where, call); });
 }
 
 }  // namespace vdcore::cuda

@@ -1,5 +1,5 @@
-// Spatial and video attention on Hopper: one block a tile of query tokens and head, which walks over the keys that the
-// tile sees. Tensor memory accelerator, wgmma and warp specialisation as in FlashAttention-3 (Shah et al. 2024,
+// Spatial and video attention on Hopper: one block per tile of query tokens and head, which walks over the keys that
+// the tile sees. Tensor memory accelerator, wgmma and warp specialisation as in FlashAttention-3 (Shah et al. 2024,
 // arXiv:2407.08608); runs of visible frames instead of a mask.
 //
 // Roles. One thread of warpgroup 0 loads: the tile's queries once, then keys and values into rings of kStages tiles
@@ -18,18 +18,18 @@
 // loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay inside a
 // frame and the map is channels x S x frames x heads x batch, which ends where the frame does.
 //
-// Plan. Work is 4 D FLOP a visible pair, an SM's tensor cores do 4,096 FLOP a cycle and its special units 16
+// Plan. Work is 4 D FLOP per visible pair; an SM's tensor cores do 4,096 FLOP per cycle and its special units 16
 // exponentials.
 //   D = 128, 128 queries x 176 keys: 11.5 MFLOP, 2,816 cycles; 22.5 k exponentials, 1,408 cycles, and 2 x 650
-//     instructions a scheduler. Keys and values are 90 KB, 32 B a cycle at most, from L2, where the tiles of a head
+//     instructions per scheduler. Keys and values are 90 KB, at most 32 B per cycle, from L2, where the tiles of a head
 //     meet; from memory a head's keys come once. Shared memory: 32 KB of queries + 2 stages x 2 x 44 KB = 208 KB, one
 //     block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
 //   D = 64, 192 queries x 128 keys: 6.3 MFLOP, 1,536 cycles, and as many for the exponentials: these are the bound.
-//     Three warpgroups share what is loaded, 21 B a cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
+//     Three warpgroups share what is loaded, 21 B per cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
 //   D = 72, 80, 96: as 128; the second column of 64 channels is partly zeros, which only cost shared memory.
 // Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, the rates of FlashAttention-3,
-// whose tiles these are, and 90 % of that a pair under a mask, where the last tile of a run is partly empty. None of it
-// is measured yet.
+// whose tiles these are, and 90 % of that per pair under a mask, where the last tile of a run is partly empty. None of
+// it is measured yet.
 #pragma once
 
 #include "cuda/frame_attention/plan_sm90.cuh"
@@ -76,7 +76,7 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
   for (int64_t i = block_index(); i < p.items; i += p.blocks, slot.next(), q_parity ^= 1) {
     const auto item = static_cast<int32_t>(i);
     const int32_t pair = item / count, sample = pair / p.heads, head = pair % p.heads;
-    // From the end: text and the last frames of a causal mask see the most, and nobody should be left with them.
+    // The longest tiles first, to avoid a tail: text and the last frames of a causal mask see the most.
     const QueryTile tile =
         p.tiles.at(count - 1 - item % count, valid_of(p.lengths, sample), valid_of(p.text_lengths, sample));
     const FrameSource& own = tile.of_text ? p.text : p.video;
@@ -131,8 +131,7 @@ struct FrameSoftmax {
       float most = top[r];
       VDCORE_UNROLL
       for (int i = 2 * r; i < Plan::kKeys / 2; i += 4) most = maximum(most, maximum(s[i], s[i + 1]));
-      most = maximum(most, shuffle_xor(most, 1));
-      most = maximum(most, shuffle_xor(most, 2));
+      most = row_maximum(most);
       shrink[r] = exp2_approx((top[r] - most) * exponent);
       top[r] = most;
       const float shift = most * exponent;
@@ -278,9 +277,7 @@ struct FrameConsumer {
   VDCORE_DEVICE void store(const FrameItem& item, const FrameSoftmax<Plan>& softmax) const {
     VDCORE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float sum = softmax.sum[r];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
+      const float sum = row_sum(softmax.sum[r]);
       const int mine = row + 8 * r;
       const bool live = mine < item.live, inside = mine < item.rows;
       const float factor = live ? 1 / sum : 0;
@@ -309,21 +306,16 @@ struct FrameConsumer {
 
   // word: eight channels of the result; becomes its mix with what `other` holds.
   VDCORE_DEVICE void mix(uint32_t (&word)[4], const char* other, const FrameItem& item, int mine, int channel) const {
-    const FrameGate& g = p.gate;
     const int32_t token = item.start + mine, frame = token / p.tiles.tokens;
-    const int64_t first = item.sample * g.b + frame * g.t + (token - frame * p.tiles.tokens) * g.s + item.head * g.h;
-    const Vec4 others = load_written(other);
+    const int64_t first = p.gate.index(item.sample, frame, token - frame * p.tiles.tokens, item.head);
+    const Vec4 others = load_written<Vec4>(other);
     VDCORE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const Float2 ours = unpack<E>(word[i]), theirs = unpack<E>(others.x[i]);
-      const float lo = gate_at(first + (channel + 2 * i) * g.d), hi = gate_at(first + (channel + 2 * i + 1) * g.d);
+      const int64_t at = first + (channel + 2 * i) * p.gate.d;
+      const float lo = gate_at<E>(p.gate, at), hi = gate_at<E>(p.gate, at + p.gate.d);
       word[i] = pack<E>(fmaf(lo, ours.lo - theirs.lo, theirs.lo), fmaf(hi, ours.hi - theirs.hi, theirs.hi));
     }
-  }
-
-  VDCORE_DEVICE float gate_at(int64_t i) const {
-    return p.gate.wide ? load_global<float>(p.gate.data + 4 * i)
-                       : unpack<E>(load_global<uint16_t>(p.gate.data + 2 * i)).lo;
   }
 
   // Word i of lane j of four becomes word j of lane i: a lane's words are then 16 bytes of one row.
@@ -348,7 +340,7 @@ frame_attention_sm90_fwd_kernel(const VDCORE_GRID_CONSTANT FrameParameters p) {
   const int thread = static_cast<int>(thread_index());
   if (thread == 0) {
     mbarrier_init(shared.q_full, 1);
-    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival a warp
+    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival per warp
     for (int i = 0; i < Plan::kStages; ++i) {
       mbarrier_init(shared.k_full + i, 1);
       mbarrier_init(shared.v_full + i, 1);

@@ -1,26 +1,26 @@
-// Spatial and video attention on sm_90a, forward. Norm and rope have been applied.
+// Spatial and video attention on sm_90a, forward. Norm and RoPE have been applied.
 #pragma once
 
 #include <string>
 
-#include "common/frame_runs.h"
 #include "common/tensor_view.h"
+#include "cuda/core/arguments.h"
 #include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 
-// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens a frame, K key frames, H query heads,
-// G key/value heads, D head channels.
+// The video's tokens, or the text's (then T = K = 1). B batch, T frames, S tokens per frame, K key frames, H query
+// heads, G key/value heads, D head channels.
 struct FrameTokens {
   TensorView q, k, v;  // (B, T, S, H, D), (B, K, S, G, D), (B, K, S, G, D)
 };
 
 struct FrameAttention {
-  FrameTokens video, text;  // text may be missing
-  TensorView out;           // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
-  TensorView lse;           // (B, N, H) float32, contiguous, optional
-  TensorView gate;          // optional, (B, T, S, H, D), strides of 0 where it is broadcast: out = gate * result +
-  TensorView ungated;       // (1 - gate) * out; and where the result itself goes, optional, as out
+  FrameTokens video, text;              // text may be missing
+  TensorView out;                       // (B, N, H, D), contiguous: the N = T S + L rows of the video and of the text
+  TensorView lse;                       // (B, N, H) float32, contiguous, optional
+  Gate gate{};                          // optional: out = gate * result + (1 - gate) * out
+  TensorView ungated;                   // where the result itself goes, optional, as out
   int64_t video_row = 0, text_row = 0;  // where they begin in out
   FrameMask mask;
   int64_t q_start = 0;

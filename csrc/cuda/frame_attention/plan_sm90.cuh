@@ -1,12 +1,13 @@
-// Sizes, parameters and shared memory of csrc/cuda/frame_attention_sm90.cuh.
+// Sizes, parameters and shared memory of forward_sm90.cuh.
 #pragma once
 
 #include "common/query_tiles.h"
 #include "cuda/core/ptx_sm90.h"
+#include "cuda/core/softmax.cuh"
 
 namespace vdcore::cuda {
 
-// The compile-time plan of a kernel: channels D (a multiple of 8), warpgroups of 64 query rows, keys a tile, stages.
+// The compile-time plan of a kernel: channels D (a multiple of 8), warpgroups of 64 query rows, keys per tile, stages.
 template <int kD, int kGroups, int kKeyRows, int kStageCount, bool kTurns = true>
 struct FramePlan {
   static constexpr int D = kD, kConsumers = kGroups, kKeys = kKeyRows, kStages = kStageCount;
@@ -24,14 +25,7 @@ struct FramePlan {
 
 struct FrameSource {
   TensorMap q, k, v;
-  int32_t q_frame, k_frame;  // tokens a frame where frames have gaps between them, 0: none
-};
-
-// Broadcast to (B, T, S, H, D): strides in elements, 0 where there is one for all.
-struct FrameGate {
-  const char* data;  // null: no gate
-  bool wide;         // float32, else the element of the call
-  int64_t b, t, s, h, d;
+  int32_t q_frame, k_frame;  // tokens per frame where frames have gaps between them, 0: none
 };
 
 struct FrameParameters {
@@ -40,7 +34,7 @@ struct FrameParameters {
   const int64_t *lengths, *text_lengths;  // (B), or null
   char* out;
   float* lse;
-  FrameGate gate;                     // out = gate * result + (1 - gate) * out
+  Gate gate;                          // out = gate * result + (1 - gate) * out
   char* ungated;                      // the result itself, or null
   int64_t rows, video_row, text_row;  // of a sample in out, and where the video and the text begin
   int32_t items, blocks;              // tiles of all heads and samples, and how many blocks share them

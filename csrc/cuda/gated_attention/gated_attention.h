@@ -6,13 +6,6 @@
 
 namespace vdcore::cuda {
 
-// Any float dtype and any strides, in elements: 0 where the gate does not vary.
-struct Gate {
-  const char* data;
-  DType dtype;
-  int64_t b, t, s, h, d;
-};
-
 struct SpatialGated {
   Tokens q, k, v;
   Tokens out;   // contiguous; holds the temporal result, and then the mix

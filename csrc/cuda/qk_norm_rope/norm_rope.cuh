@@ -1,4 +1,4 @@
-// Norm and rope of rows in registers: see rows.cuh for how they lie.
+// Norm and RoPE of rows in registers: see rows.cuh for how they lie.
 #pragma once
 
 #include "cuda/core/rows.cuh"
@@ -52,8 +52,8 @@ struct Float8 {
   VDCORE_DEVICE float operator[](int i) const { return as_float(x[i / 4].x[i % 4]); }
 };
 
-// Norms the rows, and turns pairs of neighbouring channels. `table`: offset of the angles of the lane's row. Tables
-// hold a multiple of four pairs, at multiples of 16 bytes.
+// Normalizes the rows, and rotates pairs of neighbouring channels. `table`: offset of the angles of the lane's row.
+// Tables hold a multiple of four pairs, at multiples of 16 bytes.
 template <typename E, int C>
 VDCORE_DEVICE void norm_rope(Rows<C>& r, bool valid, const NormRope& how, const HeadNorm& norm, int64_t table, int D) {
   const RowMoments m = moments<E>(r, how.kind, how.eps, D);
@@ -92,9 +92,9 @@ VDCORE_DEVICE void norm_rope(Rows<C>& r, bool valid, const NormRope& how, const 
   }
 }
 
-// The channel itself, normed. `row`: where its row starts.
+// The channel itself, normalized. `row`: where its row starts.
 template <typename E>
-VDCORE_DEVICE float normed_channel(const char* row, int channel, const RowMoments& m, const HeadNorm& norm) {
+VDCORE_DEVICE float normalized_channel(const char* row, int channel, const RowMoments& m, const HeadNorm& norm) {
   float y = (unpack<E>(load_global<uint16_t>(row + 2 * channel)).lo - m.mean) * m.scale;
   if (norm.weight) y *= load_global<float>(norm.weight + channel);
   if (norm.bias) y += load_global<float>(norm.bias + channel);
@@ -127,10 +127,10 @@ VDCORE_DEVICE void norm_rope_any(Rows<C>& r, const char* row, bool valid, const 
     VDCORE_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int channel = 32 * i + 8 * lane_column() + 2 * j + e;
-      x[e] = normed_channel<E>(row, channel, m, norm);
+      x[e] = normalized_channel<E>(row, channel, m, norm);
       if (how.style == RopeStyle::none || channel >= 2 * how.pairs) continue;
       const Pair pair = pair_of(how, channel);
-      const float other = normed_channel<E>(row, pair.other, m, norm);
+      const float other = normalized_channel<E>(row, pair.other, m, norm);
       const float c = load_global<float>(how.cos + table + pair.index);
       const float s = load_global<float>(how.sin + table + pair.index);
       x[e] = x[e] * c + (pair.upper ? other * s : -other * s);

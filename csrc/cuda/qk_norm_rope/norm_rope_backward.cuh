@@ -1,9 +1,9 @@
-// Norm and rope taken back: gradients of 16 rows in registers, as sums of products leave them (rows.cuh).
+// The backward of norm and RoPE: gradients of 16 rows in registers, as sums of products leave them (rows.cuh).
 //
-// With x^ = (x - mean) / deviation, y = w x^ + b, z = y turned by its angles, and gradients dz:
-//   dy = dz turned back, dw = sum of dy x^, db = sum of dy, dx = (w dy - mean(w dy) - x^ mean(w dy x^)) / deviation,
-// mean(w dy) only for layer norm. Sums over rows: of a warp in registers, of a block in shared memory, and a row of the
-// workspace a block, which the caller adds up. No atomics: the same bits every time.
+// With x^ = (x - mean) / deviation, y = w x^ + b, z = y rotated by its angles, and gradients dz:
+//   dy = dz rotated back, dw = sum of dy x^, db = sum of dy, dx = (w dy - mean(w dy) - x^ mean(w dy x^)) / deviation,
+// mean(w dy) only for layer norm. Sums over rows: of a warp in registers, of a block in shared memory, and one row
+// of the workspace per block, which the caller adds up. No atomics: the same bits every time.
 #pragma once
 
 #include "cuda/qk_norm_rope/norm_rope.cuh"
@@ -75,9 +75,9 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
   }
 }
 
-// Turns gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
+// Rotates gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
 template <int C>
-VDCORE_DEVICE void turn_back(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
+VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
@@ -93,11 +93,11 @@ VDCORE_DEVICE void turn_back(RowSums<C>& g, int h, const NormRope& how, int64_t 
   }
 }
 
-// Gradients of normed rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of half h
-// starts; a row that does not take part (`live`) is not read, and adds nothing.
+// Gradients of normalized rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of
+// half h starts; a row that does not take part (`live`) is not read, and adds nothing.
 template <typename E, int C>
-VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
-                             const HeadNorm& norm, const WeightSums& sums, int D) {
+VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
+                                 const HeadNorm& norm, const WeightSums& sums, int D) {
   Rows<C> x[2];
   RowMoments m[2];
   float total[2] = {0, 0}, along[2] = {0, 0};
@@ -106,7 +106,7 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
     load_rows(x[h], row[h], live[h], D);
     m[h] = moments<E>(x[h], how.kind, how.eps, D);
   }
-  const auto normed = [&](int i, int h, int e) {
+  const auto normalized = [&](int i, int h, int e) {
     const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
     return ((e % 2 ? both.hi : both.lo) - m[h].mean) * m[h].scale;
   };
@@ -127,7 +127,7 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
       for (int h = 0; h < 2; ++h) {
         if (!live[h] || first >= D) continue;
         float& d = g.x[i][e / 2][2 * h + e % 2];
-        const float y = normed(i, h, e);
+        const float y = normalized(i, h, e);
         dw[e] += d * y;
         db[e] += d;
         d *= w[e];
@@ -146,22 +146,22 @@ VDCORE_DEVICE void norm_back(RowSums<C>& g, const char* const (&row)[2], const b
     for (int i = 0; i < C; ++i) VDCORE_UNROLL
     for (int e = 0; e < 8; ++e) {
       float& d = g.x[i][e / 2][2 * h + e % 2];
-      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normed(i, h, e) * slope) * m[h].scale;
+      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normalized(i, h, e) * slope) * m[h].scale;
     }
   }
 }
 
 // Both, in their order.
 template <typename E, int C>
-VDCORE_DEVICE void norm_rope_back(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
-                                  const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
-                                  const WeightSums& sums, int D) {
+VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
+                                      const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
+                                      const WeightSums& sums, int D) {
   if (how.style == RopeStyle::interleaved) {
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h)
-      if (live[h]) turn_back(g, h, how, table[h], D);
+      if (live[h]) rope_backward(g, h, how, table[h], D);
   }
-  if (how.kind != NormKind::none) norm_back<E>(g, row, live, how, norm, sums, D);
+  if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
 }
 
 }  // namespace vdcore::cuda

@@ -1,7 +1,8 @@
-// Norm and rope of rows of any number: eight rows a warp, 16 bytes a lane. Reads and writes every row once.
+// Norm and RoPE of rows of any number: eight rows per warp, 16 bytes per lane. Reads and writes every row once.
 //
-// Taken back: 16 rows a warp, as norm_rope_backward.cuh has them; pairs of either style, the other channel of a pair
+// Backward: 16 rows per warp, as norm_rope_backward.cuh has them; pairs of either style, the other channel of a pair
 // read again, from L1.
+#include "cuda/core/dispatch.h"
 #include "cuda/qk_norm_rope/norm_rope_backward.cuh"
 #include "cuda/qk_norm_rope/qk_norm_rope.h"
 
@@ -100,15 +101,15 @@ rows_norm_rope_backward_kernel(const RowsNormRopeBackward f) {
         g.x[i][e / 2][2 * h + e % 2] = d;
       }
     }
-    if (how.kind != NormKind::none) norm_back<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false), D);
+    if (how.kind != NormKind::none) norm_backward<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false), D);
     VDCORE_UNROLL
     for (int h = 0; h < 2; ++h) store_rows<E>(g, h, 1, to[h], valid[h], D);
   }
   if (f.sums) store_weight_sums<C>(f.sums, all_sums, kThreads / 32, D);
 }
 
-// With a pair (a, b) turned to (a cos - b sin, b cos + a sin) and gradients (da, db) of that:
-// d cos = a da + b db, d sin = a db - b da, summed over all rows of a cell. Eight rows a warp at a time.
+// With a pair (a, b) rotated to (a cos - b sin, b cos + a sin) and gradients (da, db) of that:
+// d cos = a da + b db, d sin = a db - b da, summed over all rows of a cell. Eight rows per warp at a time.
 template <typename E, int C>
 VDCORE_KERNEL(kThreads, 2)
 rope_table_backward_kernel(const RopeTableBackward f) {
@@ -143,7 +144,7 @@ rope_table_backward_kernel(const RopeTableBackward f) {
       const int pair = 4 * k + lane_column(), lower = how.style == RopeStyle::half ? pair : 2 * pair;
       if (!live || pair >= how.pairs) continue;
       const int upper = how.style == RopeStyle::half ? pair + how.pairs : 2 * pair + 1;
-      const float x = normed_channel<E>(row, lower, m, a.norm), y = normed_channel<E>(row, upper, m, a.norm);
+      const float x = normalized_channel<E>(row, lower, m, a.norm), y = normalized_channel<E>(row, upper, m, a.norm);
       const float dx = channel_of<E>(dy_row, lower), dy = channel_of<E>(dy_row, upper);
       dcos[k] += x * dx + y * dy;
       dsin[k] += x * dy - y * dx;
@@ -160,47 +161,36 @@ rope_table_backward_kernel(const RopeTableBackward f) {
   }
 }
 
-template <typename E>
-void of(const Where& where, const RowsNormRope& a) {
-  const int64_t blocks = (a.rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  if (a.head_dim <= 128) return launch(where, rows_norm_rope_kernel<E, 4>, blocks, kThreads, 0, a);
-  if (a.head_dim <= 256) return launch(where, rows_norm_rope_kernel<E, 8>, blocks, kThreads, 0, a);
-  launch_error(where, "at most 256 channels a head were expected");
-}
-
-template <typename E>
-void of(const Where& where, const RowsNormRopeBackward& f) {
-  const int64_t blocks = rows_backward_blocks(f.forward.rows);
-  const auto bytes = [&](int C) { return f.sums ? kThreads / 32 * weight_sum_bytes(C) : 0; };
-  if (f.forward.head_dim <= 128)
-    return launch(where, rows_norm_rope_backward_kernel<E, 4>, blocks, kThreads, bytes(4), f);
-  if (f.forward.head_dim <= 256)
-    return launch(where, rows_norm_rope_backward_kernel<E, 8>, blocks, kThreads, bytes(8), f);
-  launch_error(where, "at most 256 channels a head were expected");
-}
-
-template <typename E>
-void of(const Where& where, const RopeTableBackward& f) {
-  const int64_t warps = f.frames * f.tokens * f.heads * f.chunks,
-                blocks = (warps + kThreads / 32 - 1) / (kThreads / 32);
-  if (f.of.forward.head_dim <= 128) return launch(where, rope_table_backward_kernel<E, 4>, blocks, kThreads, 0, f);
-  if (f.of.forward.head_dim <= 256) return launch(where, rope_table_backward_kernel<E, 8>, blocks, kThreads, 0, f);
-  launch_error(where, "at most 256 channels a head were expected");
-}
-
-template <typename Arguments>
-void of_any(const Where& where, DType dtype, const Arguments& args) {
-  if (dtype == DType::bf16) return of<bf16>(where, args);
-  if (dtype == DType::f16) return of<f16>(where, args);
-  launch_error(where, "float16 or bfloat16 was expected");
+// f(E{}, C) for the dtype's element and chunks of 32 channels.
+template <typename F>
+void with_kernel(const Where& where, DType dtype, int D, F f) {
+  with_element(where, dtype, [&](auto e) { with_chunks<4, 8>(where, D, [&](auto chunks) { f(e, chunks); }); });
 }
 
 }  // namespace
 
-void rows_norm_rope(const Where& where, DType dtype, const RowsNormRope& args) { of_any(where, dtype, args); }
-void rows_norm_rope_backward(const Where& where, DType dtype, const RowsNormRopeBackward& args) {
-  of_any(where, dtype, args);
+void rows_norm_rope(const Where& where, DType dtype, const RowsNormRope& args) {
+  const int64_t blocks = (args.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  with_kernel(where, dtype, args.head_dim, [&](auto e, auto chunks) {
+    launch(where, rows_norm_rope_kernel<decltype(e), decltype(chunks)::value>, blocks, kThreads, 0, args);
+  });
 }
-void rope_table_backward(const Where& where, DType dtype, const RopeTableBackward& args) { of_any(where, dtype, args); }
+
+void rows_norm_rope_backward(const Where& where, DType dtype, const RowsNormRopeBackward& args) {
+  const int64_t blocks = rows_backward_blocks(args.forward.rows);
+  with_kernel(where, dtype, args.forward.head_dim, [&](auto e, auto chunks) {
+    constexpr int C = decltype(chunks)::value;
+    const int bytes = args.sums ? kThreads / 32 * weight_sum_bytes(C) : 0;
+    launch(where, rows_norm_rope_backward_kernel<decltype(e), C>, blocks, kThreads, bytes, args);
+  });
+}
+
+void rope_table_backward(const Where& where, DType dtype, const RopeTableBackward& args) {
+  const int64_t warps = args.frames * args.tokens * args.heads * args.chunks, each = kThreads / 32;
+  with_kernel(where, dtype, args.of.forward.head_dim, [&](auto e, auto chunks) {
+    launch(where, rope_table_backward_kernel<decltype(e), decltype(chunks)::value>, (warps + each - 1) / each, kThreads,
+           0, args);
+  });
+}
 
 }  // namespace vdcore::cuda

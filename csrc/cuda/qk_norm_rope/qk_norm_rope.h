@@ -1,4 +1,4 @@
-// Norm and rope alone, for kernels that read every key many times.
+// Norm and RoPE alone, for kernels that read every key many times.
 #pragma once
 
 #include "cuda/core/arguments.h"

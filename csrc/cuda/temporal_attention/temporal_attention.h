@@ -10,21 +10,21 @@ struct TemporalAttention {
   Tokens q, k, v, out;  // out: contiguous
   float* lse;           // (B, T, S, H), or null
   Frames frames;
-  int64_t lines;  // B * S * H
+  int64_t sequences;  // B * S * H
   int64_t positions;
   int32_t heads, groups, head_dim;
   float scale;  // of the scores
-  NormRope moved;
+  NormRope norm_rope;
 };
 
-// What kernels are there for.
+// What the kernels hold.
 constexpr int kMostFrames = 256, kMostChannels = 256;
 constexpr bool temporal_fits(int64_t keys, int64_t channels) {
   return keys <= kMostFrames && channels <= kMostChannels && channels % 8 == 0 && (keys <= 32 || channels <= 128);
 }
 
-// Whether norm and rope happen on the way: beyond, every warp of a line would repeat them for all keys.
-constexpr bool temporal_moves(int64_t keys, int64_t channels) { return keys <= 32 && channels <= 128; }
+// Whether norm and RoPE are fused into the kernel: beyond, every warp of a sequence would repeat them for all keys.
+constexpr bool temporal_fuses_norm_rope(int64_t keys, int64_t channels) { return keys <= 32 && channels <= 128; }
 
 void temporal_attention_forward(const Where& where, DType dtype, const TemporalAttention& args);
 
@@ -38,17 +38,17 @@ struct TemporalAttentionBackward {
   float* sums;        // (blocks, 4, D): gradients of q's and k's weights, then biases, to be added up; or null
 };
 
-// Two kernels. The short one has scores and their gradients of all pairs of a warp's rows in registers at once, and
-// the rows of 64 queries and keys in shared memory where they are normed or turned; `shared`: query heads a key head.
+// Two kernels. The short one has scores and their gradients of all pairs of a warp's rows in registers at once, and,
+// with norm or RoPE, the rows of 64 queries and keys in shared memory; `shared`: query heads per key head.
 constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared) {
   return shared == 1 && channels <= 128 && frames <= 32;
 }
-constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two lines a tile
+constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two sequences per tile
 
-// Whether norm and rope are taken back on the way: beyond, their rows and sums are too many registers.
-constexpr bool temporal_backward_moves(int64_t channels) { return channels <= 128; }
+// Whether the norm/RoPE backward is fused into the kernel: beyond, its rows and sums are too many registers.
+constexpr bool temporal_backward_fuses_norm_rope(int64_t channels) { return channels <= 128; }
 
-// The long one has a line's queries and keys in shared memory: tiles of 16 rows, chunks of 32 channels.
+// The long one has a sequence's queries and keys in shared memory: tiles of 16 rows, chunks of 32 channels.
 constexpr int kLongBackwardWarps = 8, kLongBackwardBytes = 160 << 10;
 constexpr int tiles_of(int64_t frames) { return static_cast<int>((frames + 15) / 16); }
 constexpr int long_backward_chunks(int64_t channels) {
@@ -68,12 +68,12 @@ constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t cha
          long_backward_shared_bytes(queries, keys, channels, shared) <= kLongBackwardBytes;
 }
 
-// Rows of `sums`. `lines`: B * S * H.
+// Rows of `sums`. `sequences`: B * S * H.
 constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_t channels, int64_t shared,
-                                           int64_t lines) {
+                                           int64_t sequences) {
   const int64_t frames = queries > keys ? queries : keys;
-  if (!temporal_backward_is_short(frames, channels, shared)) return lines / shared;
-  const int64_t items = temporal_backward_packs(frames) ? (lines + 1) / 2 : lines, each = frames <= 16 ? 4 : 2;
+  if (!temporal_backward_is_short(frames, channels, shared)) return sequences / shared;
+  const int64_t items = temporal_backward_packs(frames) ? (sequences + 1) / 2 : sequences, each = frames <= 16 ? 4 : 2;
   return (items + each - 1) / each;
 }
 

@@ -1,6 +1,6 @@
-"""Spatial and video attention on Hopper, forward: csrc/cuda/frame_attention_sm90.cuh.
+"""Spatial and video attention on Hopper, forward: csrc/cuda/frame_attention.
 
-Norm and rope take a pass of their own before, because the kernel reads every key many times.
+Norm and RoPE take a pass of their own before, because the kernel reads every key many times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Implementation
 from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
-from vdcore.ops.qk_norm_rope.cuda import seen_by_scores
+from vdcore.ops.qk_norm_rope.cuda import normalized_rotated
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
@@ -60,22 +60,33 @@ def run_forward(
     gate: Tensor | None = None,
 ) -> None:
     """Fills out and lse; with a gate ``out = gate * result + (1 - gate) * out``, and ``spatial`` gets the result."""
-    q, k = seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope)
+    q, k = normalized_rotated(c.q, c.k, c.norm, c.rope, c.q_start)
     text: tuple[Tensor, ...] = ()
     if c.text is not None:
         text_q, text_k, text_v = (_as_frame(x) for x in c.text)
-        text = (seen_by_scores(text_q, c.text_norm, "q"), seen_by_scores(text_k, c.text_norm, "k"), text_v)
+        text = (*normalized_rotated(text_q, text_k, c.text_norm), text_v)
     if c.scale < 0:
         q, text = -q, (-text[0], *text[1:]) if text else text
     # Not quite 0: a maximum of -inf is multiplied by it.
     exponent = max(abs(c.scale), 1e-30) / math.log(2)
     video = q.shape[1] * q.shape[2]
-    lengths, text_lengths = int64(c.lengths), int64(c.text_lengths)
-    kernels().cuda_frame_attention_forward(
-        *(c.op, [capsule(x) for x in (q, k, c.v)], [capsule(x) for x in text], capsule(out), capsule(lse)),
-        *(capsule(lengths), capsule(text_lengths)),
-        *(c.rows - video if c.text_first else 0, 0 if c.text_first else video, mask_numbers(c.mask), c.q_start),
-        *(c.text_sees == "all", exponent, capsule(gate), capsule(spatial), stream(q)),
+    kernels().frame_attention_forward(
+        op=c.op,
+        video=[capsule(x) for x in (q, k, c.v)],
+        text=[capsule(x) for x in text],
+        out=capsule(out),
+        lse=capsule(lse),
+        lengths=int64(c.lengths),
+        text_lengths=int64(c.text_lengths),
+        video_row=c.rows - video if c.text_first else 0,
+        text_row=0 if c.text_first else video,
+        mask=mask_numbers(c.mask),
+        q_start=c.q_start,
+        text_sees_video=c.text_sees == "all",
+        exponent=exponent,
+        gate=capsule(gate),
+        ungated=capsule(spatial),
+        stream=stream(q),
     )
 
 

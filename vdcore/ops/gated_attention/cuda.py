@@ -9,7 +9,7 @@ from torch import Tensor
 from vdcore.ops.choose import Implementation
 from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
-from vdcore.ops.qk_norm_rope.cuda import seen_by_scores
+from vdcore.ops.qk_norm_rope.cuda import normalized_rotated
 from vdcore.ops.temporal_attention.cuda import run_forward, why_not_temporal
 
 if TYPE_CHECKING:
@@ -29,10 +29,19 @@ def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
     out, kept, lse, temporal_lse = c.empty_outputs()
     run_forward(c.parts()[1], out, temporal_lse)
     q, k, v = c.spatial
-    q, k = (seen_by_scores(x, c.spatial_norm, role, c.spatial_rope) for x, role in ((q, "q"), (k, "k")))
-    gate = c.gate.detach().expand(out.shape)
-    lengths = int64(c.lengths)
-    kernels().cuda_spatial_gated_forward(*map(capsule, (q, k, v, out, kept, lse, gate, lengths)), c.scale, stream(q))
+    q, k = normalized_rotated(q, k, c.spatial_norm, c.spatial_rope)
+    kernels().spatial_gated_forward(
+        q=capsule(q),
+        k=capsule(k),
+        v=capsule(v),
+        out=capsule(out),
+        kept=capsule(kept),
+        lse=capsule(lse),
+        gate=capsule(c.gate.detach().expand(out.shape)),
+        lengths=int64(c.lengths),
+        scale=c.scale,
+        stream=stream(q),
+    )
     return out, kept, lse, temporal_lse
 
 

@@ -1,15 +1,15 @@
-"""Norm and rope alone, forward and backward: csrc/cuda/qk_norm_rope.cu."""
+"""Norm and RoPE alone, forward and backward: csrc/cuda/qk_norm_rope."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vdcore.norm import QKNorm
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.cuda import NormRope, kernels, rows, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.cuda import kernels, norm_rope, rows, stream, why_not, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
 from vdcore.rope import Rope
 
@@ -21,23 +21,30 @@ WEIGHTS = ("q_weight", "k_weight", "q_bias", "k_bias")  # in the order of a row 
 TABLE_WARPS = 4096  # that share the rows behind a rope table; every one writes a part of the gradient
 
 
-def seen_by_scores(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None = None, start: int = 0) -> Tensor:
-    """Queries (role ``"q"``) or keys as the scores see them: normed and rotated, contiguous."""
+def _rows(x: Tensor, role: str, norm: QKNorm | None, rope: Rope | None, start: int) -> Tensor:
+    """Queries (role ``"q"``) or keys after norm and RoPE, contiguous; ``start``: row of the table of frame 0."""
     if norm is None and rope is None:
         return x
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        shared = NormRope(norm, rope)
-        kernels().cuda_rows_norm_rope(
-            *(capsule(x), capsule(y), start, ROLES[role], shared.norm, shared.rope, stream(x))
+        kernels().rows_norm_rope(
+            x=capsule(x), y=capsule(y), frame_start=start, role=ROLES[role], stream=stream(x), **norm_rope(norm, rope)
         )
     return y
 
 
-def taken_back(
+def normalized_rotated(
+    q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None = None, q_start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """q and k after norm and RoPE, contiguous."""
+    return _rows(q, "q", norm, rope, q_start), _rows(k, "k", norm, rope, 0)
+
+
+def norm_rope_backward(
     x: Tensor,
     dy: Tensor,
     dx: Tensor,
+    *,
     norm: QKNorm | None,
     role: str,
     rope: Rope | None,
@@ -45,9 +52,11 @@ def taken_back(
     wanted: frozenset[str],
     skips_zeros: bool,
 ) -> Gradients:
-    """Fills dx, the gradient of x, from dy, that of :func:`seen_by_scores`.
+    """Fills dx, the gradient of x, from dy, that of x after norm and RoPE.
 
     Args:
+        role: ``"q"`` or ``"k"``.
+        start: row of the table of frame 0.
         wanted: names of the call's tensors.
         skips_zeros: a row whose gradients are all 0 takes no part, whatever x holds there.
 
@@ -57,29 +66,36 @@ def taken_back(
     found: Gradients = {}
     if not x.numel():
         return found
-    shared, module = NormRope(norm, rope), kernels()
-    arguments = (ROLES[role], shared.norm, shared.rope, skips_zeros, stream(x))
+    module = kernels()
+    arguments = {
+        "x": capsule(x),
+        "dy": capsule(dy),
+        "role": ROLES[role],
+        "skips_zeros": skips_zeros,
+        "stream": stream(x),
+        **norm_rope(norm, rope),
+    }
     names = {f"{role}_weight": 0, f"{role}_bias": 2}
     sums = None
     if norm is not None and wanted & names.keys():
-        blocks = module.cuda_rows_backward_blocks(x.shape[:-1].numel())
+        blocks = module.rows_backward_blocks(rows=x.shape[:-1].numel())
         sums = torch.empty(blocks, 4, x.shape[-1], dtype=torch.float32, device=x.device)
-    module.cuda_rows_norm_rope_backward(*map(capsule, (x, dy, dx, sums)), start, *arguments)
+    module.rows_norm_rope_backward(dx=capsule(dx), sums=capsule(sums), frame_start=start, **arguments)
     if sums is not None:
         total = sums.sum(0)
         found = {name: total[part] for name, part in names.items() if name in wanted}
     if rope is not None and wanted & {"cos", "sin"}:
         table = rope.cos if rope.cos.ndim == 4 else rope.cos.unsqueeze(2)
-        cells = [n if of_table > 1 else 1 for n, of_table in zip(x.shape[1:4], table.shape)]
-        count = cells[0] * cells[1] * cells[2]
-        behind = x.shape[:-1].numel() // count
-        chunks = max(1, min(-(-behind // 8), TABLE_WARPS // count))
+        frames, tokens, heads = (n if of_table > 1 else 1 for n, of_table in zip(x.shape[1:4], table.shape))
+        count = frames * tokens * heads
+        rows_per_cell = x.shape[:-1].numel() // count
+        chunks = max(1, min(-(-rows_per_cell // 8), TABLE_WARPS // count))
         partial = torch.empty(chunks, 2, count, table.shape[-1], dtype=torch.float32, device=x.device)
-        module.cuda_rope_table_backward(*map(capsule, (x, dy, partial)), *cells, *arguments)
+        module.rope_table_backward(partial=capsule(partial), frames=frames, tokens=tokens, heads=heads, **arguments)
         for name, part in zip(("cos", "sin"), partial.sum(0)):
             whole = torch.zeros(table.shape, dtype=torch.float32, device=x.device)
             first = start if table.shape[0] > 1 else 0
-            whole[first : first + cells[0]] = part.view(*cells, -1)
+            whole[first : first + frames] = part.view(frames, tokens, heads, -1)
             found[name] = whole.view(rope.cos.shape)
     return found
 
@@ -98,7 +114,7 @@ def _why_not(c: QKNormRopeCall) -> str | None:
 
 
 def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:
-    return tuple(seen_by_scores(x, c.norm, role, c.rope, c.frame_start) for role, x in (("q", c.q), ("k", c.k)))
+    return tuple(_rows(x, role, c.norm, c.rope, c.frame_start) for role, x in (("q", c.q), ("k", c.k)))
 
 
 def _backward(
@@ -108,8 +124,8 @@ def _backward(
     for role, x, dy in (("q", c.q, grads[0]), ("k", c.k, grads[1])):
         dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else rows(dy)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        more = taken_back(x, dy, dx, c.norm, role, c.rope, c.frame_start, wanted, False)
-        parts += [{role: dx}, more]
+        how: dict[str, Any] = {"norm": c.norm, "rope": c.rope, "start": c.frame_start}
+        parts += [{role: dx}, norm_rope_backward(x, dy, dx, role=role, wanted=wanted, skips_zeros=False, **how)]
     return add_up(*parts)
 
 

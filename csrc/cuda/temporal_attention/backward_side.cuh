@@ -1,0 +1,60 @@
+// What both backward kernels do with one side of a sequence, its queries or its keys.
+#pragma once
+
+#include "cuda/qk_norm_rope/norm_rope_backward.cuh"
+#include "cuda/temporal_attention/sequences.cuh"
+
+namespace vdcore::cuda {
+
+struct BackwardSide {
+  const Tokens &scored, &other, &gradient;  // q, dout and dq, or k, v and dk
+  char* rows;                               // after norm and RoPE, in shared memory
+  int count;                                // frames
+  const HeadNorm& norm;
+  int64_t start;  // row of the table of frame 0
+  bool keys;
+};
+VDCORE_DEVICE BackwardSide query_side(const TemporalAttentionBackward& g, char* rows) {
+  const TemporalAttention& a = g.forward;
+  return {a.q, g.dout, g.dq, rows, a.frames.queries, a.norm_rope.q, a.frames.start, false};
+}
+VDCORE_DEVICE BackwardSide key_side(const TemporalAttentionBackward& g, char* rows) {
+  const TemporalAttention& a = g.forward;
+  return {a.k, a.v, g.dk, rows, a.frames.keys, a.norm_rope.k, 0, true};
+}
+
+// The tile's rows, after norm and RoPE, to shared memory; `row`: where the lane's first one goes.
+template <typename E, int C, bool kNormRope, int N>
+VDCORE_DEVICE void stage_tile(const BackwardSide& side, const SequenceTile<N>& tile, const NormRope& how, int row,
+                              int D) {
+  Rows<C> x[2];
+  unroll<2>([&](int h) { load_rows(x[h], tile.row(side.scored, h), tile.has(h, side.count), D); });
+  unroll<2>([&](int h) {
+    if constexpr (kNormRope) {
+      const int64_t table = angles_at(how, tile.sequence[h], side.start, tile.frame[h]);
+      if (how.any()) norm_rope<E>(x[h], tile.has(h, side.count), how, side.norm, table, D);
+    }
+    store_shared_row(side.rows, row + 8 * h, x[h]);
+  });
+}
+
+// Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. `weight_sums`: of the warp.
+template <typename E, bool kNormRope, int C, int N>
+VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile<N>& tile,
+                                  const Seen (&seen)[2], const bool (&now)[2], const NormRope& how, float* weight_sums,
+                                  int D) {
+  if constexpr (kNormRope) {
+    const char* rows[2];
+    bool live[2];
+    int64_t table[2];
+    unroll<2>([&](int h) {
+      rows[h] = tile.row(own.scored, h);
+      live[h] = now[h] && tile.has(h, own.count) && seen[h].any();
+      table[h] = angles_at(how, tile.sequence[h], own.start, tile.frame[h]);
+    });
+    norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys), D);
+  }
+  unroll<2>([&](int h) { store_rows<E>(sums, h, 1, tile.row(own.gradient, h), now[h] && tile.has(h, own.count), D); });
+}
+
+}  // namespace vdcore::cuda
