@@ -8,7 +8,9 @@ import torch
 from small import tiny_job
 from test_peers import judged
 
+import vdcore
 from vdcore_bench.measure.journal import load
+from vdcore_bench.measure.judge import Judge, flat, incoming
 from vdcore_bench.peers import from_user
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +50,65 @@ def test_several_variants_and_wrong_answers(tmp_path, monkeypatch):
     job = tiny_job("modulate")
     made = from_user("mine:both").variants(job)
     assert [make() for make in made.values()] == [torch.nn.functional.gelu, torch.relu] and list(made) == ["a", "b"]
-    with pytest.raises(TypeError, match="must return a function, a dict of functions or a reason, got 5"):
+    with pytest.raises(TypeError, match="must return a function, a dict of functions by name or a reason, got 5"):
         from_user("mine:neither").variants(job)
+
+
+MINE = """
+import torch
+asked = []
+def raises(job): raise RuntimeError("boom")
+def counted(job): asked.append(job); return "" if job.op == "modulate" else torch.relu
+def numbered(job): return {1: torch.relu}
+def half(job): return lambda x, shift, scale: x.half()
+def single(job): return lambda x, shift, scale: x[:, :1, :1]
+def twice(job): return lambda x, shift, scale: (x, x)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("def f(:")
+    (tmp_path / "ends.py").write_text("raise SystemExit(5)")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "broken", "ends"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_function_that_raises_is_a_failed_variant_and_asked_once(mine):
+    job = tiny_job("modulate")
+    peer = from_user("mine:raises")
+    assert peer.why_not(job) is None
+    with pytest.raises(RuntimeError, match="boom"):
+        peer.variants(job)
+    counted = from_user("mine:counted")
+    assert "no reason" in counted.why_not(job)
+    other = tiny_job("gate_residual")
+    assert counted.why_not(other) is None and list(counted.variants(other)) == [""]
+    assert sys.modules["mine"].asked == [job, other]
+    with pytest.raises(TypeError, match="by name"):
+        from_user("mine:numbered").variants(job)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("half", "must be torch.float32, got torch.float16"), ("single", "another shape"), ("twice", "1 results were")],
+)
+def test_a_result_of_another_kind_is_refused(mine, name, expected):
+    job = tiny_job("modulate")
+    (make,) = from_user(f"mine:{name}").variants(job).values()
+    tensors = job.tensors()
+    judge, right = Judge(job, tensors), flat(vdcore.modulate(**job.arguments(tensors)))
+    assert judge.ratio(right, incoming(right), {}) <= 1
+    with pytest.raises(ValueError, match=expected):
+        judge.ratio(flat(make()(**job.arguments(tensors))), incoming(right), {})
+
+
+@pytest.mark.parametrize("module", ["broken", "ends", "..no"])
+def test_a_module_that_cannot_be_imported(mine, module):
+    with pytest.raises(ValueError, match=f"importing '{module}' failed"):
+        from_user(f"{module}:f")
 
 
 @pytest.mark.parametrize(

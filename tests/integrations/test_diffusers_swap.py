@@ -199,6 +199,51 @@ def test_pipeline():
     assert torch.equal(run(transformer, "Latte"), as_host("Latte"))
 
 
+class Parts:
+    """What a pipeline is to the swap."""
+
+    def __init__(self, **components):
+        self.components = components
+
+
+def test_a_refused_mask_changes_nothing():
+    """Neither before nor after an earlier swap, whichever of a pipeline's models it is refused for."""
+    wan, unknown = MODELS["Wan"].model(), image_model()
+    for first in (lambda: None, lambda: swap_in(wan), lambda: swap_in(wan, FrameMask.window(1))):
+        first()
+        before = state(wan)
+        with pytest.raises(ValueError, match=r"mask must be None for .*, whose frames are not known"):
+            swap_in(Parts(transformer=wan, other=unknown), FrameMask.causal())
+        assert state(wan) == before
+
+
+def image_model():
+    """A model of diffusers that has no frames."""
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+
+
+def test_one_model_under_two_names():
+    wan = MODELS["Wan"].model()
+    report = swap_in(Parts(transformer=wan, transformer_2=wan), FrameMask.causal())
+    names = {entry.name.partition(".")[0] for entry in report.served}
+    assert names == {"transformer", "transformer_2"}
+    assert torch.equal(run(wan, "Wan"), run(swapped("Wan", mask=FrameMask.causal())[0], "Wan"))
+    swap_out(wan)
+    assert torch.equal(run(wan, "Wan"), as_host("Wan"))
+
+
+def test_a_mask_for_a_compiled_model_comes_first():
+    with pytest.raises(ValueError, match=r"swap it in, then call torch\.compile"):
+        swap_in(torch.compile(MODELS["Wan"].model()), FrameMask.causal())
+
+
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="swap_in: model_or_pipeline must be a model or a pipeline"):
         swap_in(object())

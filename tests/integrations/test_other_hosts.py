@@ -71,6 +71,27 @@ def test_comfyui_respects_other_overrides():
         comfyui.swap_in(Patcher({"transformer_options": {"optimized_attention_override": print}}))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"transformer_options": {}}, {"other": 1, "transformer_options": {"optimized_attention_override": None}}],
+    ids=str,
+)
+def test_comfyui_options_come_back_as_they_were(options):
+    model = Patcher(dict(options))
+    comfyui.swap_in(model)
+    assert callable(model.model_options["transformer_options"]["optimized_attention_override"])
+    comfyui.swap_out(model)
+    assert model.model_options == options
+
+
+@pytest.mark.parametrize(("q", "k"), [((2, 3, 6, 8), (2, 2, 6, 8)), ((2, 4, 6, 8), (1, 4, 6, 8))], ids=str)
+def test_comfyui_leaves_shapes_that_do_not_fit(q, k):
+    asked = []
+    override = comfyui.AttentionOverride()
+    override(lambda *args, **kwargs: asked.append(args), torch.randn(q), *(torch.randn(k),) * 2, 3, skip_reshape=True)
+    assert len(asked) == 1
+
+
 # ---- Wan and HunyuanVideo: functions of the host, used by name in its modules ----
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vdcore.cli.options import THREADS
-from vdcore.cli.shared import set_threads
+from vdcore.cli.shared import plain_errors, set_threads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -37,7 +37,8 @@ def demo(
     if "all" in wanted:
         wanted = list(EXPERIMENTS)
     set_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
+    with plain_errors():
+        out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for name in wanted:
         path = out / f"{name}.json"

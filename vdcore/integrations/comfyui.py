@@ -1,12 +1,12 @@
 """ComfyUI: vdcore as the attention of one model, through ``optimized_attention_override``.
 
 ComfyUI hands every attention call of a model that has the option to a function of the user's, with its own as the first
-argument. Tested against that signature, as of ComfyUI 0.3.60 and later; ComfyUI itself is not installed in the tests.
+argument. Tested against that signature, as of ComfyUI 0.7.0; ComfyUI itself is not installed in the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,9 @@ OPTION = "optimized_attention_override"
 
 class AttentionOverride:
     """The function that ComfyUI hands its attention calls to. Clones of a model share it, and so its report."""
+
+    instead_of: Mapping[str, Any] = {}  # the option as it was, if it was there
+    had_options = True  # there was a dict of options
 
     def __call__(
         self,
@@ -50,7 +53,7 @@ class AttentionOverride:
             reason = "an attention mask"
         elif attn_precision not in (None, q.dtype) or not q.dtype == k.dtype == v.dtype:
             reason = "a precision other than that of its inputs"
-        elif not q.ndim == k.ndim == ranks or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        elif not q.ndim == k.ndim == ranks or k.shape != v.shape or not _fit(q, k):
             reason = "queries, keys and values of shapes that do not fit"
         if reason is not None:
             note_left(self, reason)
@@ -64,6 +67,12 @@ class AttentionOverride:
 
     def __deepcopy__(self, memo: Any) -> AttentionOverride:
         return self
+
+
+def _fit(q: Tensor, k: Tensor) -> bool:
+    """One batch, one number of channels, and heads of q that those of k divide where they have an axis."""
+    heads = q.ndim < 4 or (k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0)
+    return q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1] and heads
 
 
 attention_override = AttentionOverride()
@@ -91,21 +100,28 @@ def swap_in(model: Any) -> Report:
 def swap_out(model: Any) -> None:
     """Undoes :func:`swap_in`: all options are what they were. A model that was never swapped stays as it is."""
     options = _options(model, "swap_out")
-    if isinstance(options.get(OPTION), AttentionOverride):
-        _set(model, {name: value for name, value in options.items() if name != OPTION})
+    override = options.get(OPTION)
+    if isinstance(override, AttentionOverride):
+        rest = {name: value for name, value in options.items() if name != OPTION}
+        _set(model, {**rest, **override.instead_of}, keep=override.had_options)
 
 
 def _options(model: Any, verb: str) -> dict[str, Any]:
     options = getattr(model, "model_options", None)
-    if not isinstance(options, dict) or not isinstance(options.get("transformer_options"), dict):
+    found = options.get("transformer_options", {}) if isinstance(options, dict) else None
+    if not isinstance(found, dict):
         raise TypeError(f"{verb}: model must be a model patcher of ComfyUI, got {type(model).__name__}")
-    return options["transformer_options"]
+    return found
 
 
 def _put(model: Any) -> None:
-    _set(model, {**_options(model, "swap_in"), OPTION: AttentionOverride()})
+    options, override = _options(model, "swap_in"), AttentionOverride()
+    override.instead_of = {name: value for name, value in options.items() if name == OPTION}
+    override.had_options = "transformer_options" in model.model_options
+    _set(model, {**options, OPTION: override})
 
 
-def _set(model: Any, options: dict[str, Any]) -> None:
+def _set(model: Any, options: dict[str, Any], keep: bool = True) -> None:
     # Dicts of their own: a host's clones may share them.
-    model.model_options = {**model.model_options, "transformer_options": options}
+    rest = {name: value for name, value in model.model_options.items() if name != "transformer_options"}
+    model.model_options = {**rest, "transformer_options": options} if options or keep else rest

@@ -189,6 +189,11 @@ def changed_forward(module: nn.Module) -> str | None:
     return None
 
 
+def host_type(module: nn.Module) -> type[nn.Module]:
+    """The host's class of a module, swapped or not."""
+    return type(module).host if isinstance(module, ServedModule) else type(module)
+
+
 def is_served(module: nn.Module) -> bool:
     return isinstance(module, ServedModule) or isinstance(getattr(module, "processor", None), ServedProcessor)
 
@@ -225,8 +230,8 @@ def swap(
     report = Report() if report is None else report
     changes: list[Change] = []
     served: list[tuple[str, Any]] = []
+    planned: set[nn.Module] = set()  # of all models: a pipeline may hold one under two names
     for prefix, model, find in models:
-        planned: set[nn.Module] = set()
         for name, module in named_modules(model):
             found = None if module in planned or is_served(module) else find(name, module)
             if isinstance(found, str):

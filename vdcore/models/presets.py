@@ -1,4 +1,4 @@
-"""Models of the sizes that people train, named after their workloads in ``bench/workloads.json``."""
+"""Models of the sizes that people train, named after their workloads in ``bench/vdcore_bench/workloads.json``."""
 
 from __future__ import annotations
 

@@ -63,7 +63,11 @@ class Judge:
         return ""
 
     def ratio(self, outputs: list[Tensor], dout: list[Tensor], found: Tensors) -> float | None:
-        """The worst error ratio of the outputs and of the gradients that the piece determines; None if unknown."""
+        """The worst error ratio of the outputs and of the gradients that the piece determines; None if unknown.
+
+        Raises:
+            ValueError: if the outputs are not as many as the operator's, or not of their dtypes and shapes.
+        """
         if self.need > self.most:
             return None
         if self._exact is None:
@@ -71,9 +75,19 @@ class Judge:
         assert self._exact is not None
         exact, exact_gradients = self._exact
         worst = 0.0
+        if len(outputs) != len(exact):
+            raise ValueError(f"{len(exact)} results were expected, got {len(outputs)}")
         for i, (y, cuts) in enumerate(zip(outputs, self.cuts.outputs)):
             forms = [form[i] for form, _ in self._forms]
-            worst = max(worst, _ratio(cut(y.detach(), cuts), exact[i], forms))
+            if y.dtype != forms[0].dtype:
+                raise ValueError(f"result {i} must be {forms[0].dtype}, got {y.dtype}")
+            try:
+                piece = cut(y.detach(), cuts)
+            except IndexError:
+                piece = y.new_empty(0)
+            if piece.shape != exact[i].shape:
+                raise ValueError(f"result {i} has another shape than the operator's: {tuple(y.shape)}")
+            worst = max(worst, _ratio(piece, exact[i], forms))
         for i, name in enumerate(self.names):
             forms = [form[i] for _, form in self._forms]
             piece = cut(found[name], self.cuts.tensors.get(name, {}))

@@ -13,7 +13,7 @@ import torch
 
 from vdcore_bench.jobs import JOBS
 from vdcore_bench.jobs.base import Job
-from vdcore_bench.peers.adapter import Function, Makers
+from vdcore_bench.peers.adapter import Makers
 
 ATTENTION = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
 
@@ -86,32 +86,43 @@ def from_user(spec: str) -> Peer:
     or a string: why it does not run this job.
 
     Raises:
-        ValueError: if there is no such module, or no such function in it.
+        ValueError: if there is no such module, if importing it fails, or if it has no such function.
     """
     module, _, name = spec.partition(":")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{spec}: expected module:function, and importing {module!r} failed: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{spec}: expected module:function, and importing {module!r} failed: {what}") from None
     finally:
         sys.path.remove("")
     if not callable(found):
         raise ValueError(f"{spec}: expected module:function, and {module} has no function {name!r}")
 
-    def given(job: Job) -> dict[str, Function]:
-        made = found(job)
-        if callable(made):
-            return {"": made}
-        if isinstance(made, dict) and made and all(map(callable, made.values())):
-            return made
-        raise TypeError(f"{spec} must return a function, a dict of functions or a reason, got {made!r}")
+    answers: list[tuple[Job, Any]] = []  # the last job's: it is asked once per job
+
+    def answer(job: Job) -> Any:
+        """What the function returned, or the exception that it raised."""
+        if not answers or answers[0][0] is not job:
+            try:
+                answers[:] = [(job, found(job))]
+            except Exception as error:
+                answers[:] = [(job, error)]
+        return answers[0][1]
 
     def variants(job: Job) -> Makers:
-        return {variant: lambda f=f: f for variant, f in given(job).items()}  # type: ignore[misc]
+        made = answer(job)
+        if isinstance(made, Exception):
+            raise made
+        functions = made if isinstance(made, dict) else {"": made}
+        named = all(isinstance(name, str) and callable(f) for name, f in functions.items())
+        if not functions or not named:
+            raise TypeError(f"{spec} must return a function, a dict of functions by name or a reason, got {made!r}")
+        return {name: lambda f=f: f for name, f in functions.items()}  # type: ignore[misc]
 
     def why_not(job: Job) -> str | None:
-        made = found(job)
-        return made if isinstance(made, str) else None
+        made = answer(job)
+        return (made or f"{spec} returned no reason") if isinstance(made, str) else None
 
     return Peer(spec, tuple(JOBS), variants, why_not, module=module)

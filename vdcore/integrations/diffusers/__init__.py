@@ -24,7 +24,7 @@ from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.processor import Processor
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
-from vdcore.integrations.swap import Change, Find, is_served, names_used, swap
+from vdcore.integrations.swap import Change, Find, host_type, is_served, names_used, swap
 from vdcore.integrations.swap import swap_out as swap_module_out
 from vdcore.mask import FrameMask
 
@@ -51,20 +51,24 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
     check_version()
     if mask is not None and not isinstance(mask, FrameMask):
         raise TypeError(f"swap_in: mask must be a FrameMask or None, got {type(mask).__name__}")
-    report, models, hooks = Report(), [], []
-    for path, model in _models(model_or_pipeline, report, "swap_in"):
-        before = _mask_of(model)
-        if before is not None and before != (mask,):
-            swap_out(model)
-            before = None
-        clip = Clip(mask)
-        models.append((path, model, _finder(model, path, clip)))
-        if mask is not None and before is None:
-            if type(model) in registry.GRIDS:
-                hooks.append(Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)]))))
-            elif not any(type(module) in registry.FACTORIZED for module in model.modules()):
-                raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
-    return swap(models, report, hooks)
+    report, models, hooks = Report(), [], {}
+    found = list(_models(model_or_pipeline, report, "swap_in"))
+    for _, model in found:
+        _check_frames(model, mask)
+    before = {model: masks[0] for _, model in found if (masks := _mask_of(model)) is not None and masks != (mask,)}
+    for model in before:
+        swap_out(model)
+    try:
+        for path, model in found:
+            clip = Clip(mask)
+            models.append((path, model, _finder(model, path, clip)))
+            if mask is not None and _mask_of(model) is None and type(model) in registry.GRIDS and model not in hooks:
+                hooks[model] = Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)])))
+        return swap(models, report, [*hooks.values()])
+    except BaseException:
+        for model, mask in before.items():
+            swap_in(model, mask)
+        raise
 
 
 def swap_out(model_or_pipeline: Any) -> None:
@@ -96,6 +100,16 @@ def _models(model_or_pipeline: Any, report: Report, verb: str) -> Iterator[tuple
             report.add_left(name, type(component).__name__, reason)
             continue
         yield f"{name}.", component
+
+
+def _check_frames(model: nn.Module, mask: FrameMask | None) -> None:
+    """A mask needs a model whose frames are known, before anything of it changes."""
+    kinds = {host_type(module) for module in model.modules()}
+    if mask is None or host_type(model) in registry.GRIDS or kinds & set(registry.FACTORIZED):
+        return
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("swap_in: mask must be None for a compiled model: swap it in, then call torch.compile")
+    raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
 
 
 def _finder(model: nn.Module, path: str, clip: Clip) -> Find:

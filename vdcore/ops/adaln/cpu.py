@@ -1,4 +1,4 @@
-"""Adaptive layer norm on the CPU engine: csrc/cpu/adaln.cpp."""
+"""Adaptive layer norm on the CPU engine: csrc/cpu/adaln."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spatial and video attention on the CPU engine: csrc/cpu/frame_attention.cpp.
+"""Spatial and video attention on the CPU engine: csrc/cpu/frame_attention.
 
 Norm and rope take a pass of their own before, because the kernel reads every key many times.
 """

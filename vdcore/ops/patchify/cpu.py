@@ -1,4 +1,4 @@
-"""Patch embedding and its inverse on the CPU engine: csrc/cpu/patchify.cpp.
+"""Patch embedding and its inverse on the CPU engine: csrc/cpu/patchify.
 
 Both are products of patches ``(tokens, K)``, tokens ``(tokens, E)`` and a weight; so are all their gradients.
 """

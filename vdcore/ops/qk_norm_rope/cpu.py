@@ -1,4 +1,4 @@
-"""QK-norm and rope on the CPU engine: csrc/cpu/qk_norm_rope.cpp."""
+"""QK-norm and rope on the CPU engine: csrc/cpu/qk_norm_rope."""
 
 from __future__ import annotations
 

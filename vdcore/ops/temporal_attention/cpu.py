@@ -1,4 +1,4 @@
-"""Temporal attention on the CPU engine: csrc/cpu/temporal_attention.cpp."""
+"""Temporal attention on the CPU engine: csrc/cpu/temporal_attention."""
 
 from __future__ import annotations
 
