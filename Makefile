@@ -67,7 +67,7 @@ demo: build
 	$(BIN)/vdcore demo all --out out/demo
 
 gpu: build
-	$(BIN)/python bench/gpu.py --out out/gpu
+	$(BIN)/vdcore bench gpu --out out/gpu
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -83,4 +83,6 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture(autouse=True)
 def reproducible():
+    """The same random stream for every test, and one thread, whatever the test before it left."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vdcore_bench import readme
+from vdcore_bench.report import readme
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

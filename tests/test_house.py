@@ -1,19 +1,27 @@
 """The plan of the house (docs/design.md): who imports whom, and which files one call runs through."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from fnmatch import fnmatch
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 import torch
 
 import vdcore
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"vdcore": "vdcore", "vdcore_kernels": "kernels/vdcore_kernels", "vdcore_bench": "bench/vdcore_bench"}
+PACKAGES = {
+    "vdcore": "vdcore",
+    "vdcore_kernels": "kernels/vdcore_kernels",
+    "vdcore_bench": "bench/vdcore_bench",
+    "examples": "examples",
+}
 VALUES = {"mask", "norm", "rope", "geometry", "extras", "_version"}
 # Layer -> the layers that it may import, beside the value types. A layer is a package or a part of vdcore; "vdcore" is
 # the public names.
@@ -28,8 +36,8 @@ LAYERS = {
     "diffusion": {"vdcore", "models", "video", "metrics"},
     "integrations": {"vdcore", "models"},
     "bench": {"vdcore", "ops", "kernels", "testing", "models", "integrations"},
-    "demo": {"vdcore", "ops", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
-    "cli": {"vdcore", "bench", "demo", "diffusion", "testing", "models", "integrations"},
+    "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "integrations", "video"},
+    "examples": {"cli", "vdcore", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
 }
 # Operator -> the operators that it may import.
 ROOMS = {
@@ -49,7 +57,8 @@ def modules() -> dict[str, ast.Module]:
     for package, folder in PACKAGES.items():
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *(part for part in parts if part != "__init__")))] = ast.parse(path.read_text())
+            name = ".".join((package, *(part for part in parts if part != "__init__")))
+            found[name.removeprefix("examples.")] = ast.parse(path.read_text())  # a source root: its files stand alone
     return found
 
 
@@ -76,6 +85,8 @@ def part(module: str, i: int) -> str:
 
 def layer_of(module: str) -> str:
     package = part(module, 0)
+    if package not in PACKAGES:
+        return "examples"
     return (part(module, 1) or package) if package == "vdcore" else package.removeprefix("vdcore_")
 
 
@@ -86,6 +97,16 @@ def test_layers_import_downward():
             other = layer_of(target)
             may = VALUES | LAYERS.get(layer, set()) | {layer}
             assert other in may, f"{module} imports {target}: {layer} may import {sorted(may)}"
+
+
+def test_only_the_command_demo_imports_examples_and_only_when_it_runs():
+    for module, tree in modules().items():
+        if layer_of(module) != "examples":
+            lazily = module == "vdcore.cli.demo"
+            found = [
+                target for target, _ in imports(tree, inside_functions=not lazily) if layer_of(target) == "examples"
+            ]
+            assert not found, f"{module} imports {found}"
 
 
 def test_rooms_import_downward():
@@ -135,6 +156,36 @@ def test_files_of_one_call():
     walked = {Path(f).relative_to(ROOT) for f in files if Path(f).is_relative_to(ROOT / "vdcore")}
     values = {Path("vdcore", f"{name}.py") for name in VALUES}
     assert len(walked - values) <= 7, sorted(map(str, walked))
+
+
+WALK = """
+import sys, torch, vdcore
+from vdcore import FrameMask, QKNorm, axial_rope
+q, weight = torch.randn(1, 4, 3, 2, 16), torch.ones(16)
+rotary = {"norm": QKNorm(weight, weight), "rope": axial_rope((4, 3, 1), (8, 8, 0))}
+def call():
+    vdcore.temporal_attention(q, q, q, mask=FrameMask.causal(), backend="triton", **rotary)
+call()
+files = set()
+sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename) if event == "call" else None)
+call()
+sys.setprofile(None)
+print(*files, sep="\\n")
+"""
+
+
+def test_files_of_one_triton_call():
+    """Masked, with norm and rope: at most 12 files, value types aside, whether they launch kernels or are kernels."""
+    pytest.importorskip("triton")
+    found = subprocess.run(
+        [sys.executable, "-c", WALK], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert found.returncode == 0, found.stderr
+    roots = [ROOT / "vdcore", ROOT / "kernels"]
+    walked = {Path(f).relative_to(ROOT) for f in found.stdout.split("\n") if any(map(Path(f).is_relative_to, roots))}
+    walked -= {Path("vdcore", f"{name}.py") for name in VALUES}
+    assert Path("kernels/vdcore_kernels/temporal_attention/forward.py") in walked
+    assert len(walked) <= 12, sorted(map(str, walked))
 
 
 def test_every_folder_of_tests_is_collected(pytestconfig):

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+KINDS = {"rms": 1, "layer": 2}  # with the numbers that kernels know them by
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and products are taken in: float32 at least."""
@@ -45,7 +47,7 @@ class QKNorm:
     k_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("rms", "layer"):
+        if self.kind not in KINDS:
             raise ValueError(f"QKNorm: kind must be 'rms' or 'layer', got {self.kind!r}")
         if self.over not in ("head", "all"):
             raise ValueError(f"QKNorm: over must be 'head' or 'all', got {self.over!r}")

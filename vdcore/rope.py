@@ -11,7 +11,7 @@ from torch import Tensor
 from vdcore.norm import compute_dtype
 
 Style = Literal["interleaved", "half"]
-STYLES = ("interleaved", "half")
+STYLES = {"interleaved": 1, "half": 2}  # with the numbers that kernels know them by
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from vdcore.ops.call import Call
 from vdcore.ops.choose import BACKENDS
 from vdcore.ops.operator import capture
 from vdcore.rope import Rope
+from vdcore_kernels.core.launch import Launch, recording
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -55,9 +56,6 @@ class Record:
     shared: int
     seconds: float
     problem: str | None
-
-
-# ---- Calls ----
 
 
 def _t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -104,6 +102,22 @@ def _gated(T: int, S: int, H: int, D: int) -> dict[str, Any]:
     return {"spatial": triples[0], "temporal": triples[1], "gate": _t(H, 1)}
 
 
+def _norm_over(H: int, D: int) -> Callable[[], dict[str, Any]]:
+    def build() -> dict[str, Any]:
+        norm, rope = _norm(H, H, D, "layer", "all"), Rope(_t(16, 256, D // 2), _t(16, 256, D // 2))
+        return {"q": _t(1, 16, 256, H, D), "k": _t(1, 16, 256, H, D), "norm": norm, "rope": rope}
+
+    return build
+
+
+def _modulate(C: int) -> Callable[[], dict[str, Any]]:
+    def build() -> dict[str, Any]:
+        tables = {name: _t(2, C) for name in ("shift", "scale")}
+        return {"x": _t(2, 4, 256, C), **tables, "weight": _t(C), "bias": _t(C)}
+
+    return build
+
+
 def _int(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
 
@@ -115,16 +129,8 @@ _RMS: dict[str, Any] = {"norm": "rms/head", "rope": "interleaved"}
 # name -> (operator, arguments, whether it is one of the few that every architecture is tried on).
 CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "T 16, 16 x 72": ("temporal_attention", _temporal(16, 16, 72), True),
-    "T 16, 16 x 72, norm, rope": (
-        "temporal_attention",
-        _temporal(16, 16, 72, **_RMS),
-        True,
-    ),
-    "T 30, 16 x 72, norm, rope": (
-        "temporal_attention",
-        _temporal(30, 16, 72, **_RMS),
-        False,
-    ),
+    "T 16, 16 x 72, norm, rope": ("temporal_attention", _temporal(16, 16, 72, **_RMS), True),
+    "T 30, 16 x 72, norm, rope": ("temporal_attention", _temporal(30, 16, 72, **_RMS), False),
     "T 25, 5 x 64": ("temporal_attention", _temporal(25, 5, 64), False),
     "T 16, 8 x 40": ("temporal_attention", _temporal(16, 8, 40), False),
     "T 16, 8 x 80": ("temporal_attention", _temporal(16, 8, 80), False),
@@ -163,7 +169,9 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
         "video_attention",
         lambda: {
             **_qkv(21, 1560, 12, 128),
-            **{"mask": FrameMask.window(5), "norm": _norm(12, 12, 128, "rms", "all"), "rope": _rope(21, 1560, 128)},
+            "mask": FrameMask.window(5),
+            "norm": _norm(12, 12, 128, "rms", "all"),
+            "rope": _rope(21, 1560, 128),
         },
         True,
     ),
@@ -187,30 +195,15 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "norm, rope, 24 x 128": (
         "qk_norm_rope",
         lambda: {
-            **{"q": _t(1, 16, 1560, 24, 128), "k": _t(1, 16, 1560, 24, 128)},
-            **{"norm": _norm(24, 24, 128), "rope": _rope(16, 1560, 128)},
+            "q": _t(1, 16, 1560, 24, 128),
+            "k": _t(1, 16, 1560, 24, 128),
+            "norm": _norm(24, 24, 128),
+            "rope": _rope(16, 1560, 128),
         },
         True,
     ),
-    **{
-        f"norm over {H} x {D}": (
-            "qk_norm_rope",
-            lambda H=H, D=D: {
-                **{"q": _t(1, 16, 256, H, D), "k": _t(1, 16, 256, H, D)},
-                **{"norm": _norm(H, H, D, "layer", "all"), "rope": Rope(*(_t(16, 256, D // 2) for _ in range(2)))},
-            },
-            False,
-        )
-        for H, D in ((16, 72), (24, 128), (40, 128))
-    },
-    **{
-        f"modulate, {C} channels": (
-            "modulate",
-            lambda C=C: {"x": _t(2, 4, 256, C), "shift": _t(2, C), "scale": _t(2, C), "weight": _t(C), "bias": _t(C)},
-            C == 3072,
-        )
-        for C in (1152, 1536, 3072, 5120, 8192)
-    },
+    **{f"norm over {H} x {D}": ("qk_norm_rope", _norm_over(H, D), False) for H, D in ((16, 72), (24, 128), (40, 128))},
+    **{f"modulate, {C} channels": ("modulate", _modulate(C), C == 3072) for C in (1152, 1536, 3072, 5120, 8192)},
     "gate_residual, 3072 channels": (
         "gate_residual",
         lambda: {"residual": _t(2, 4, 256, 3072), "x": _t(2, 4, 256, 3072), "gate": _t(2, 3072)},
@@ -229,18 +222,20 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "unpatchify, 3072 to 16": (
         "unpatchify",
         lambda: {
-            **{"tokens": _t(1, 21, 1560, 3072), "weight": _t(64, 3072), "bias": _t(64)},
-            **{"channels": 16, "patch": (1, 2, 2), "grid": (21, 30, 52)},
+            "tokens": _t(1, 21, 1560, 3072),
+            "weight": _t(64, 3072),
+            "bias": _t(64),
+            "channels": 16,
+            "patch": (1, 2, 2),
+            "grid": (21, 30, 52),
         },
         False,
     ),
 }
 
 
-def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Any]:
+def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Launch]:
     """What forward and backward of a call would launch."""
-    from vdcore_kernels.core.launch import recording
-
     call: Call = capture(getattr(vdcore, op), **args)
     implementation = BACKENDS["triton"].operators[op]
     wanted = frozenset(n for n, x in zip(call.NAMES, call.tensors()) if x is not None and x.requires_grad)
@@ -252,24 +247,30 @@ def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Any]:
     return launches
 
 
-def collect(arch: str, *, few: bool = False) -> list[tuple[str, Any]]:
+def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
     """Every different (call, launch) on an architecture; ``few``: of the calls that every architecture is tried on."""
-    found: dict[Any, tuple[str, Any]] = {}
+    found: dict[Any, tuple[str, Launch]] = {}
     for name, (op, build, everywhere) in CALLS.items():
         if few and not everywhere:
             continue
         for launch in _launches_of(op, build(), arch):
-            kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in _flat(launch.args))
-            key = (launch.kernel.__name__, launch.config, repr(sorted(launch.constants.items())), kinds)
-            found.setdefault(key, (f"{op}: {name}", launch))
+            variables, constants = arguments_of(launch)
+            kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in flat(variables))
+            found.setdefault((launch.kernel.__name__, launch.config, repr(constants), kinds), (f"{op}: {name}", launch))
     return list(found.values())
 
 
-def _flat(args: Iterable[Any]) -> list[Any]:
-    return [y for x in args for y in (_flat(x) if isinstance(x, tuple) else (x,))]
+def arguments_of(launch: Launch) -> tuple[list[Any], list[Any]]:
+    """What the kernel takes when it runs, and what it is compiled with, in the order of its parameters."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for parameter in launch.kernel.params:
+        parts[parameter.is_constexpr].append(launch.arguments[parameter.name])
+    return parts
 
 
-# ---- Compiling ----
+def flat(arguments: Iterable[Any]) -> list[Any]:
+    """What stands in nested tuples, in its order."""
+    return [y for x in arguments for y in (flat(x) if isinstance(x, tuple) else (x,))]
 
 
 def _target(arch: str) -> Any:
@@ -282,7 +283,8 @@ def _target(arch: str) -> Any:
     raise ValueError(f"arch must be such as {', '.join(ARCHS)}, got {arch!r}")
 
 
-def _compile(launch: Any, arch: str) -> Any:
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel."""
     from triton.compiler import ASTSource, compile, make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -290,9 +292,9 @@ def _compile(launch: Any, arch: str) -> Any:
     backend = make_backend(target)
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     config = launch.config
-    constants = dict(launch.constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
-    bound, specialization, options = bind(*launch.args, **constants)
-    options, signature, constexprs, attrs = launch.kernel._pack_args(backend, constants, bound, specialization, options)
+    given = {**launch.arguments, "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    bound, specialization, options = bind(**given)
+    options, signature, constexprs, attrs = launch.kernel._pack_args(backend, given, bound, specialization, options)
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
     return compile(source, target=target, options=options.__dict__)
 
@@ -329,7 +331,7 @@ def _config_text(config: Any) -> str:
 
 
 _COMMON = ("arch", "warps", "stages", "why")
-_jobs: list[tuple[str, str, Any]] = []  # arch, call, launch: workers inherit them
+_jobs: list[tuple[str, str, Launch]] = []  # arch, call, launch: workers inherit them
 
 
 def _record(i: int) -> Record:
@@ -338,7 +340,7 @@ def _record(i: int) -> Record:
     registers = spills = shared = 0
     problem = None
     try:
-        registers, spills, shared = _resources(_compile(launch, arch), arch)
+        registers, spills, shared = _resources(compile_launch(launch, arch), arch)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         problem = f"it fails: {type(error).__name__}: {lines[-1]}"
@@ -348,8 +350,15 @@ def _record(i: int) -> Record:
     if problem is None and shared > limit:
         problem = f"it needs {shared} bytes of shared memory, and {arch} has {limit}"
     return Record(
-        *(launch.kernel.__name__, arch, _config_text(launch.config), call),
-        *(registers, spills, shared, round(time.perf_counter() - begin, 2), problem),
+        launch.kernel.__name__,
+        arch,
+        _config_text(launch.config),
+        call,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        seconds=round(time.perf_counter() - begin, 2),
+        problem=problem,
     )
 
 

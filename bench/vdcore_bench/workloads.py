@@ -8,27 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from vdcore import FrameMask
-
-FACTORISED = ("spatial", "temporal")
-
-# What the `attention` column says in words, as masks of video_attention; every other workload sees all frames.
-MASKS = {
-    "pyramid-flow-768p": FrameMask.causal(),
-    "self-forcing-1.3b": FrameMask(future=0, chunk=3),
-    "magi-1-24b-chunk": FrameMask(past=4, future=0, chunk=6),
-    "longlive2-5b": FrameMask(past=12, future=0, sink=8),  # the table names the sink; a window of 12 frames is assumed
-    "long-video-60f": FrameMask.window(30),
-    "long-video-120f": FrameMask.window(30),
-    "long-video-240f": FrameMask.window(30),
-}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes by the letters of the contract; S = rows * columns tokens in a frame, L text tokens."""
+    """Sizes by the letters of the contract; S = rows * columns tokens per frame, L text tokens."""
 
     B: int
     T: int
@@ -64,7 +51,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of workloads.json; latent is ``(channels, frames, height, width)``."""
+    """One row of workloads.json.
+
+    Args:
+        attention: which kinds of self-attention it has: spatial, temporal, video.
+        mask: of its video attention, as arguments of FrameMask; None: every frame sees every frame.
+        text: how text tokens take part: ``"cross"``, ``"joint"`` (they join the video's sequence) or None.
+        qk_norm: kind and reach, as QKNorm has them.
+        rope: whether it rotates q and k; ``rope_dims``: channels along frames, rows and columns, where they are known.
+        latent: channels, frames, height, width.
+    """
 
     name: str
     source: str
@@ -74,13 +70,16 @@ class Workload:
     heads: int
     kv_heads: int
     head_dim: int
-    attention: str
+    attention: tuple[str, ...]
+    mask: FrameMask
+    text: str | None
+    text_tokens: int
+    qk_norm: tuple[Literal["rms", "layer"], Literal["head", "all"]] | None
+    rope: bool
+    rope_dims: tuple[int, int, int] | None
     latent: tuple[int, int, int, int] | None
     patch: tuple[int, int, int] | None
-    text_tokens: int
     layers: Any
-    qk_norm: str | None
-    rope: str | None
     note: str
 
     def shape(self, batch: int = 1) -> Shape:
@@ -96,28 +95,21 @@ class Workload:
         )
 
     @property
-    def mask(self) -> FrameMask:
-        """The mask of its video attention."""
-        return MASKS.get(self.name, FrameMask.full())
-
-    @property
     def joint_text(self) -> bool:
         """Text tokens join the video's sequence."""
-        return "joint" in self.attention and self.text_tokens > 0
+        return self.text == "joint" and self.text_tokens > 0
 
     @property
-    def factorised(self) -> bool:
-        return any(word in self.attention for word in FACTORISED)
+    def factorized(self) -> bool:
+        return "video" not in self.attention
 
     @property
     def ops(self) -> tuple[str, ...]:
         """The operators that this model runs, as its description has them."""
-        found = [f"{word}_attention" for word in FACTORISED if word in self.attention]
-        if not self.factorised:
-            found.append("video_attention")
+        found = [f"{kind}_attention" for kind in self.attention]
         if len(found) == 2:
             found.append("gated_attention")
-        if "cross" in self.attention:
+        if self.text == "cross":
             found.append("cross_attention")
         if self.qk_norm or self.rope:
             found.append("qk_norm_rope")
@@ -126,15 +118,15 @@ class Workload:
         return (*found, "modulate", "gate_residual")
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 @cache
 def load() -> dict[str, Workload]:
     """Every workload by name, in the order of the file."""
-    data = json.loads(resources.files("vdcore_bench").joinpath("workloads.json").read_text())
-    return {w["name"]: Workload(**{key: _tuple(value) for key, value in w.items()}) for w in data["workloads"]}
+    found = {}
+    for row in json.loads(resources.files("vdcore_bench").joinpath("workloads.json").read_text())["workloads"]:
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        fields["mask"] = FrameMask(**(row["mask"] or {}))
+        found[row["name"]] = Workload(**fields)
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ class Budget:
 
     @staticmethod
     def of(device: str, threads: int, memory: int) -> Budget:
-        """On a CPU 10 to 100 ms a call; on a GPU what fits into a quarter of its memory."""
+        """On a CPU 10 to 100 ms per call; on a GPU what fits into a quarter of its memory."""
         if device.startswith("cuda"):
             return Budget(math.inf, memory / 4)
         return Budget(threads * 4e9, min(threads * 150 * 2**20, memory / 16))

@@ -4,7 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vdcore.cli.commands import app
-from vdcore_bench import block, machine, memory, profile
+from vdcore_bench.measure import machine, memory
+from vdcore_bench.suites import sweep
+from vdcore_bench.suites.models import block
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +26,5 @@ def invoke():
 def in_this_process(monkeypatch):
     """Measures in this process, in three calls, what otherwise has one of its own, as test_profile.py has it."""
     monkeypatch.setattr(memory, "ENOUGH", 0.0)
-    for module in (block, profile):
+    for module in (block, sweep):
         monkeypatch.setattr(module, "in_process", lambda function, *arguments: function(*arguments))

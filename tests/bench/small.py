@@ -1,7 +1,7 @@
 """Small jobs and rows that the benchmark's tests share."""
 
 from vdcore_bench.jobs import JOBS, make
-from vdcore_bench.results import Row
+from vdcore_bench.measure.journal import Row
 from vdcore_bench.workloads import Shape, load
 
 TINY = Shape(B=1, T=5, rows=2, columns=3, H=4, G=4, D=24, L=7)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore_bench import block
-from vdcore_bench.memory import in_process
-from vdcore_bench.results import Journal
-from vdcore_bench.runner import Watch
+from vdcore_bench.measure.journal import Journal, Watch
+from vdcore_bench.measure.memory import in_process
+from vdcore_bench.suites import Options
+from vdcore_bench.suites.models import block
 from vdcore_bench.workloads import Budget, Shape
 
 SMALL = Shape(B=2, T=3, rows=2, columns=4, H=2, G=2, D=16, L=5)
@@ -42,7 +42,8 @@ def test_the_shape_is_latte_s():
 def test_rows(tmp_path, in_this_process):
     journal = Journal(tmp_path / "results.jsonl")
     jobs = [block.BlockJob(replace(SMALL, rows=4), SMALL, mode) for mode in block.MODES]
-    block.run(jobs, journal, Watch(), seconds=0.01, rounds=3, peers=frozenset({"eager[sdpa]"}))
+    options = Options(seconds=0.01, rounds=3, peers=frozenset({"eager[sdpa]"}))
+    block.measure(jobs, options, journal, Watch())
     assert {(r.mode, r.provider, r.metric) for r in journal.rows} == {
         (mode, provider, metric)
         for mode in block.MODES
@@ -62,7 +63,7 @@ def test_memory_is_that_of_a_fresh_process():
 def test_what_does_not_fit_says_what_it_needs(tmp_path):
     journal = Journal(tmp_path / "results.jsonl")
     job = block.BlockJob(SMALL, SMALL)
-    block.run([job], journal, Watch(), memory=1000)
+    block.measure([job], Options(memory_limit=1000), journal, Watch())
     (row,) = journal.rows
     assert (row.status, row.metric, row.p50) == ("predicted", "memory", job.need())
     assert "needs" in row.reason

@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore.cli import commands
-from vdcore.cli.commands import parse_bytes
-from vdcore_bench import runner, suite
-from vdcore_bench.results import load
+from vdcore.cli.options import parse_bytes
+from vdcore_bench.measure.journal import load
+from vdcore_bench.suites import everything, operators, runner
 from vdcore_bench.workloads import Budget
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
@@ -22,6 +21,9 @@ VDCORE = [sys.executable, "-m", "vdcore.cli"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (("bench", "weather"), "operators, masks, memory, models, overhead, gpu"),
+        (("bench", "masks", "--op", "modulate"), "the suite masks does not take it"),
+        (("bench", "--only", "weather"), "ceilings, correctness"),
         (("bench", "--op", "attention"), "temporal_attention, video_attention"),
         (("bench", "--workload", "sora"), "latte-1-512, stdit3-720p-102f"),
         (("bench", "--peer", "naive,someone"), "sdpa[flash]"),
@@ -119,12 +121,12 @@ def test_every_operator_is_measured_before_anything_is_compiled_and_the_clock_cu
 ):
     """The default set with a budget of nothing and a run of no time: shapes are tiny, and all but breadth is cut."""
     monkeypatch.setattr(Budget, "of", lambda *_: Budget(1e6, 1e5))
-    monkeypatch.setattr(commands, "RUN_SECONDS", -1.0)
+    monkeypatch.setattr(everything, "SECONDS", -1.0)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("something was compiled"))
     text = invoke("bench", "--seconds", "0.01", "--rounds", "3", "--out", tmp_path)
     rows = load(str(tmp_path))
     ours = [row for row in rows if row.variant == "auto" and row.metric == "time"]
-    assert [row.op for row in ours] == [item.op for item in suite.EVERY_OPERATOR] and len(ours) == 10
+    assert [row.op for row in ours] == [item.op for item in operators.EVERY_OPERATOR] and len(ours) == 10
     assert {row.status for row in ours} == {"ok"}
     for op in (row.op for row in ours):
         peers = {row.provider.partition("[")[0] for row in rows if row.op == op and row.status == "ok"}
@@ -141,8 +143,8 @@ def test_an_interrupt_while_peers_compile_keeps_what_was_measured_without_them(t
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    first, again = (replace(step, items=step.items[-1:]) for step in suite.FIRST)
-    monkeypatch.setattr(suite, "FIRST", (first, again))
+    first, again = (replace(step, items=step.items[-1:]) for step in operators.FIRST)
+    monkeypatch.setattr(operators, "FIRST", (first, again))
     monkeypatch.setattr(Budget, "of", lambda *_: Budget(1e6, 1e5))
     monkeypatch.setattr(torch, "compile", interrupt)
     text = invoke("bench", "--seconds", "0.01", "--rounds", "3", "--out", tmp_path, code=130)

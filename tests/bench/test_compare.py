@@ -3,7 +3,7 @@
 import pytest
 from small import row
 
-from vdcore_bench import compare
+from vdcore_bench.report import compare
 
 
 def verdicts(a, b):

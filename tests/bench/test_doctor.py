@@ -12,7 +12,7 @@ import types
 import pytest
 
 from vdcore import cli, extras
-from vdcore_bench import doctor
+from vdcore.cli import doctor
 
 EXTRAS = [module for modules in extras.EXTRAS.values() for module in modules]
 

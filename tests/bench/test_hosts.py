@@ -1,23 +1,33 @@
-"""Models of diffusers before and after the swap, as rows of results."""
+"""Blocks of diffusers before and after the swap, as rows of results."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from vdcore_bench import hosts, vdit
-from vdcore_bench.profile import Settings
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.measure.journal import FILE, Journal, parse
+from vdcore_bench.suites.models import host_blocks, hosts, vdit
+from vdcore_bench.suites.sweep import Settings
+
+NAME = "SVD temporal block"
 
 
-def test_a_model_is_measured_with_its_peers(tmp_path):
+@pytest.fixture
+def small(monkeypatch):
+    """The block at a size for tests."""
+    monkeypatch.setitem(host_blocks.BLOCKS, NAME, replace(host_blocks.BLOCKS[NAME], small=(3, 2, 4)))
+
+
+def test_a_block_is_measured_with_its_peers(tmp_path, small):
     journal = Journal(tmp_path / "results.jsonl")
-    rows = hosts.compare("SanaVideo", [torch.float32], 3, journal)
+    rows = hosts.compare(NAME, [torch.float32], 3, journal)
     assert [row.provider for row in rows[::2]] == list(hosts.PROVIDERS)
     for timed, memory in zip(rows[::2], rows[1::2]):
         assert timed.metric == "time" and timed.p20 <= timed.p50 <= timed.p80 and timed.error_ratio <= 1
         assert memory.metric == "memory" and memory.p50 >= 0
-        assert timed.shape == {"T": 3} == memory.shape
+        assert timed.shape == {"T": 3, "H": 2, "W": 4} == memory.shape
     assert len({row.key() for row in rows}) == len(rows) == len((tmp_path / "results.jsonl").read_text().splitlines())
     assert [line[2] for line in hosts.cells(rows)] == list(hosts.PROVIDERS)
 
@@ -49,11 +59,18 @@ def test_unknown_names_end_with_2_and_the_known_ones(command, invoke):
     assert "NoSuchModel: not known" in text and "SVD temporal block" in text
 
 
-def test_bench_of_a_model_from_the_command_line(tmp_path, invoke):
-    text = invoke("bench", "--model", "SanaVideo", "--rounds", "3", "--out", tmp_path)
+@pytest.mark.parametrize("name", hosts.models())
+def test_a_model_names_its_block(name):
+    point = hosts.HostPoint(name)
+    assert point.row().workload == point.full_name in hosts.blocks()
+
+
+def test_bench_of_a_model_from_the_command_line(tmp_path, invoke, small):
+    text = invoke("bench", "--model", "SVD", "--rounds", "3", "--out", tmp_path)
     assert "Models before and after the swap" in text and "diffusers, naive attention" in text
     rows = parse((tmp_path / FILE).read_text())
     assert {row.status for row in rows} == {"ok"} and len(rows) == 2 * len(hosts.PROVIDERS)
+    assert {row.workload for row in rows} == {NAME}
 
 
 def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path, invoke, in_this_process):

@@ -10,7 +10,7 @@ from small import TINY, every_op, tiny_job
 import vdcore
 from vdcore import FrameMask
 from vdcore_bench.jobs import TAKES_NORM_ROPE
-from vdcore_bench.judge import flat
+from vdcore_bench.measure.judge import flat
 
 
 @pytest.mark.parametrize("norm_rope", [False, True])

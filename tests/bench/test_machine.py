@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from vdcore_bench import machine
+from vdcore_bench.measure import machine
 
 
 def test_the_load_of_others_is_neither_ours_nor_that_of_our_processes(monkeypatch):

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from vdcore_bench import masks
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.measure.journal import FILE, MASKS, Journal, Watch, parse
+from vdcore_bench.suites import masks
 
 
 @pytest.fixture
 def rows(tmp_path):
     journal = Journal(tmp_path / FILE)
-    masks.run(journal, frames=(4, 6), tokens=(2, 2), rounds=3)
+    masks.sweep(journal, Watch(), frames=(4, 6), tokens=(2, 2), rounds=3)
     journal.close()
     return parse((tmp_path / FILE).read_text())
 
 
 def test_every_mask_at_every_length_by_both(rows):
-    found = {(row.case.removeprefix(masks.MASKS), row.x, row.provider) for row in rows}
+    found = {(row.case.removeprefix(MASKS), row.x, row.provider) for row in rows}
     assert found == {(name, T, who) for name in masks.SWEEP for T in (4, 6) for who in ("vdcore", "sdpa")}
     assert all(row.samples == 3 and row.p50 > 0 and row.error_ratio <= 1 for row in rows)
     assert {row.reason for row in rows if row.case.endswith("chunk-causal")} == {"future 0, chunk 4"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vdcore_bench import overhead
+from vdcore_bench.suites import overhead
 
 pytestmark = pytest.mark.benchmark(max_time=0.1)
 WAYS = [(op, mode) for op in overhead.OPS for mode in ("fwd", "fwd+bwd")]

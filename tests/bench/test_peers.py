@@ -7,7 +7,7 @@ import torch
 from small import every_op, tiny_job
 
 from vdcore import FrameMask
-from vdcore_bench.judge import Judge, flat, gradients, incoming
+from vdcore_bench.measure.judge import Judge, flat, gradients, incoming
 from vdcore_bench.peers import ATTENTION, PEERS, names
 
 JOBS = [

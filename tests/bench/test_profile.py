@@ -6,18 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vdcore_bench import profile
-from vdcore_bench.memory import Point, PointError, count, in_process, measure_memory
-from vdcore_bench.results import FILE, Journal, parse
+from vdcore_bench.measure.journal import FILE, Journal, Watch, parse
+from vdcore_bench.measure.memory import PointError, in_process
+from vdcore_bench.suites import Options, memory, sweep
+from vdcore_bench.suites.memory import Point, count, measure_memory
 from vdcore_bench.workloads import load
 
-SETTINGS = profile.Settings(frames=(24,), time_limit=60.0)
+SETTINGS = sweep.Settings(frames=(24,), time_limit=60.0)
 
 
 def points(pattern, attention, mode="fwd", frames=24):
     settings = replace(SETTINGS, frames=(frames,), attentions=(attention,), mode=mode)
-    curves = profile.series(load()[profile.WORKLOAD], settings)
-    return [curve[0] for curve in curves if pattern in profile.pattern_of(curve[0])]
+    curves = memory.series(load()[memory.WORKLOAD], settings)
+    return [curve[0] for curve in curves if pattern in memory.pattern_of(curve[0])]
 
 
 MEASURED = [
@@ -49,29 +50,29 @@ def test_naive_memory_grows_with_the_square_of_frames_and_ours_does_not():
 
 def test_what_would_not_fit_is_predicted_and_says_what_it_would_need():
     (point,) = points("full 3D", "naive", frames=512)
-    memory, clock = profile.measure(point, replace(SETTINGS, memory_limit=2**30), 1e11)
-    assert memory.status == clock.status == "predicted"
-    assert memory.p50 == count(point)[0] and clock.p50 == pytest.approx(point.flops() / 1e11)
-    assert "the limit is 1 GiB" in memory.reason and "H N N e" in memory.reason
+    peak, clock = memory.measure(point, replace(SETTINGS, memory_limit=2**30), 1e11)
+    assert peak.status == clock.status == "predicted"
+    assert peak.p50 == count(point)[0] and clock.p50 == pytest.approx(point.flops() / 1e11)
+    assert "the limit is 1 GiB" in peak.reason and "H N N e" in peak.reason
 
 
 def test_what_would_take_too_long_is_predicted():
     (point,) = points("full 3D", "sdpa", frames=512)
-    memory, clock = profile.measure(point, replace(SETTINGS, time_limit=0.1), 1e9)
-    assert memory.status == clock.status == "predicted"
+    peak, clock = memory.measure(point, replace(SETTINGS, time_limit=0.1), 1e9)
+    assert peak.status == clock.status == "predicted"
     assert "the limit is 100 ms" in clock.reason
 
 
 def test_points_that_had_no_time_left_are_predicted():
     (point,) = points("full 3D", "sdpa")
-    for row in profile.measure(point, replace(SETTINGS, until=0.0), 0.0):
+    for row in memory.measure(point, replace(SETTINGS, until=0.0), 0.0):
         assert row.status == "predicted" and row.p50 > 0 and "the time of the run was over" in row.reason
 
 
 def test_a_profile_leaves_a_row_for_every_point_in_its_file(tmp_path):
     journal = Journal(tmp_path / FILE)
-    settings = replace(SETTINGS, frames=(2, 512), attentions=("naive", "vdcore"), memory_limit=2**30, time_limit=0.5)
-    profile.run([profile.WORKLOAD], settings, journal)
+    settings = {"frames": (2, 512), "attentions": ("naive", "vdcore"), "time_limit": 0.5}
+    memory.profile((), Options(memory_limit=2**30), journal, Watch(), **settings)
     journal.close()
     rows = parse((tmp_path / FILE).read_text())
     assert len(rows) == 3 * 2 * 2 * 2  # patterns, attentions, frames, memory and time
@@ -115,8 +116,8 @@ def test_a_point_that_fails_is_a_row(monkeypatch):
     def fails(*args, **kwargs):
         raise PointError("its process ended with SIGKILL, out of memory")
 
-    monkeypatch.setattr(profile, "in_process", fails)
+    monkeypatch.setattr(sweep, "in_process", fails)
     (point,) = points("full 3D", "sdpa")
     assert isinstance(point, Point)
-    for row in profile.measure(point, SETTINGS, 0.0):
+    for row in memory.measure(point, SETTINGS, 0.0):
         assert row.status == "failed" and "SIGKILL" in row.reason

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from small import row
 
-from vdcore_bench import readme
-from vdcore_bench.curves import PROFILE
+from vdcore_bench.measure.journal import PROFILE
+from vdcore_bench.report import readme
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 from small import row
 
-from vdcore_bench import curves, report
+from vdcore_bench.measure.journal import PROFILE
+from vdcore_bench.report import curves, results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -17,7 +18,7 @@ def rows_of_a_run():
     for x in (8, 16, 32):
         for provider, factor in (("naive", x), ("vdcore", 1)):
             status = "predicted" if provider == "naive" and x == 32 else "ok"
-            shared = {"case": f"{curves.PROFILE}full 3D", "x": x, "status": status, "variant": ""}
+            shared = {"case": f"{PROFILE}full 3D", "x": x, "status": status, "variant": ""}
             points.append(row(provider, factor * x * 1e6, metric="memory", unit="bytes", **shared))
             points.append(row(provider, factor * x * 1e-3, reason="why it is predicted", **shared))
     overhead = [row(p50=5e-6, metric="overhead"), row(p50=2e-6, metric="overhead", variant="kernel alone")]
@@ -39,13 +40,13 @@ class Links(HTMLParser):
 
 
 def test_files(tmp_path):
-    written = report.write(rows_of_a_run(), tmp_path)
+    written = results.write(rows_of_a_run(), tmp_path)
     assert {path.name for path in written} == {"temporal_attention.png", "profile.png", "report.html"}
     assert all(path.read_bytes().startswith(PNG) for path in written if path.suffix == ".png")
 
 
 def test_the_page_needs_no_network(tmp_path):
-    report.write(rows_of_a_run(), tmp_path)
+    results.write(rows_of_a_run(), tmp_path)
     text = (tmp_path / "report.html").read_text()
     parser = Links()
     parser.feed(text)
@@ -55,7 +56,7 @@ def test_the_page_needs_no_network(tmp_path):
 
 
 def test_the_page_says_everything(tmp_path):
-    report.write(rows_of_a_run(), tmp_path)
+    results.write(rows_of_a_run(), tmp_path)
     text = (tmp_path / "report.html").read_text()
     for expected in ("2.00x", "a processor", "why it is predicted", "sdpa[flash] strided", "3 us", "~"):
         assert expected in text, expected
@@ -63,7 +64,7 @@ def test_the_page_says_everything(tmp_path):
 
 
 def test_a_run_that_was_interrupted_at_once_has_a_report(tmp_path):
-    assert [path.name for path in report.write([], tmp_path)] == ["report.html"]
+    assert [path.name for path in results.write([], tmp_path)] == ["report.html"]
     assert "There are no rows." in (tmp_path / "report.html").read_text()
 
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from small import row
 
-from vdcore_bench.results import FILE, Journal, Row, load, parse
+from vdcore_bench.measure.journal import FILE, Journal, Row, load, parse
 
 
 def test_a_row_survives_its_file():

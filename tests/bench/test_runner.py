@@ -8,10 +8,11 @@ import pytest
 import torch
 from small import tiny_job
 
-from vdcore_bench import runner, summary
+from vdcore_bench.measure.journal import FILE, Journal, Watch, parse
+from vdcore_bench.measure.timing import Contender, Sample
 from vdcore_bench.peers import Peer
-from vdcore_bench.results import FILE, Journal, parse
-from vdcore_bench.timing import Contender, Sample
+from vdcore_bench.report import summary
+from vdcore_bench.suites import runner
 
 
 class FakeClock:
@@ -30,7 +31,7 @@ QUICK = runner.Settings(seconds=0.1, slow_start=False)
 
 def run(tmp_path, job, settings=QUICK, clock=None):
     journal = Journal(tmp_path / FILE)
-    rows = runner.run_job(job, settings, journal, runner.Watch(), clock or FakeClock())
+    rows = runner.run_job(job, settings, journal, Watch(), clock or FakeClock())
     journal.close()
     assert parse((tmp_path / FILE).read_text()) == rows
     return rows
@@ -198,8 +199,8 @@ def test_peers_that_had_no_time_left_are_rows_and_ours_is_measured(tmp_path, few
 def test_an_interrupted_job_is_shown(tmp_path, few_peers):
     shown = []
 
-    class Shown(runner.Watch):
-        def finish(self, job, rows):
+    class Shown(Watch):
+        def done(self, rows):
             shown.extend(rows)
 
     few_peers(peer("impatient", interrupt))

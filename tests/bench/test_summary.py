@@ -3,7 +3,7 @@
 import pytest
 from small import row
 
-from vdcore_bench import summary
+from vdcore_bench.report import summary
 
 TIMES = [
     row(p50=2.0),
@@ -49,7 +49,7 @@ def test_the_bar_is_the_geometric_mean_and_the_minimum_over_workloads():
 def test_bars_are_apart_by_dtype_mode_and_case():
     rows = TIMES + other(TIMES, dtype="bfloat16") + other(TIMES, mode="fwd+bwd") + other(TIMES, case="norm + rope")
     found = summary.bars(summary.lines(rows))
-    assert [(bar.what, bar.dtype) for bar in found] == [
+    assert [(bar.what, bar.job.dtype) for bar in found] == [
         ("fwd", "float32"),
         ("fwd", "bfloat16"),
         ("fwd+bwd", "float32"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vdcore_bench.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
+from vdcore_bench.measure.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
 
 
 class FakeEvent:

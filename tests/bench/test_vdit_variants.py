@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import vdcore
-from vdcore_bench import vdit
-from vdcore_bench.memory import ATTENTIONS
-from vdcore_bench.profile import Settings
-from vdcore_bench.results import Journal
+from vdcore_bench.measure.journal import Journal, Watch
+from vdcore_bench.suites.memory import ATTENTIONS
+from vdcore_bench.suites.models import vdit
+from vdcore_bench.suites.sweep import Settings
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_providers_compute_the_same(variant, small):
 def test_predicted_rows(small, tmp_path):
     """A limit that nothing fits: all rows are predictions, naive full attention needs the most, and nothing is run."""
     journal = Journal(tmp_path / "results.jsonl")
-    vdit.run(("vdit-full", "vdit-windowed"), Settings(frames=(2, 64), memory_limit=1), journal)
+    vdit.run(("vdit-full", "vdit-windowed"), Settings(frames=(2, 64), memory_limit=1), journal, Watch())
     assert len(journal.rows) == 2 * 3 * 2 * 2
     assert {row.status for row in journal.rows} == {"predicted"}
     need = {(r.workload, r.provider, r.x): r.p50 for r in journal.rows if r.metric == "memory"}

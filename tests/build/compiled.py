@@ -11,7 +11,6 @@ import json
 import pkgutil
 import re
 import sys
-from types import SimpleNamespace
 
 import triton
 import triton.language as tl
@@ -72,19 +71,24 @@ def stride_places(args):
     from vdcore_kernels.core.gate import Gate
     from vdcore_kernels.core.tile import Angles, Rows
     from vdcore_kernels.patchify.products import Matrix, Tokens, Video
-    from vdcore_kernels.qk_norm_rope.forward import Live
+    from vdcore_kernels.qk_norm_rope.backward import Live
 
     kinds = (Rows, Angles, Gate, Video, Tokens, Matrix, Live)
     places, n = [], 0
-    for arg in args:
-        flat = [x for x in aot._flat([arg]) if x is not None]
-        for x in flat:
-            # None and 1 become constants, and are no arguments.
-            if isinstance(x, int) and x == 1 and not isinstance(arg, int):
-                continue
-            if isinstance(arg, kinds) and isinstance(x, int):
+
+    def visit(arg, inside, of_kind):
+        nonlocal n
+        if isinstance(arg, tuple):
+            for x in arg:
+                visit(x, True, of_kind or isinstance(arg, kinds))
+        # None and, in tuples, 1 become constants, and are no arguments.
+        elif arg is not None and not (inside and isinstance(arg, int) and arg == 1):
+            if of_kind and isinstance(arg, int):
                 places.append(n)
             n += 1
+
+    for arg in args:
+        visit(arg, False, False)
     return places
 
 
@@ -97,15 +101,16 @@ def careless_kernel(x, p_y, S: tl.constexpr):
 def narrow(arch):
     import torch
 
-    from vdcore_kernels.core.launch import Config
+    from vdcore_kernels.core.launch import Config, Launch
     from vdcore_kernels.core.tile import Rows
 
     x = torch.empty(8, device="meta")
-    args = (Rows(x, 8, 8, 8, 8), x)
-    careless = SimpleNamespace(kernel=careless_kernel, config=Config("", 4, 1, ""), args=args, constants={"S": 4})
-    found = {"careless_kernel": narrow_products(aot._compile(careless, arch), stride_places(args))}
-    for _, launch in aot.collect(arch, few=True):
-        lines = narrow_products(aot._compile(launch, arch), stride_places(launch.args))
+    arguments = {"x": Rows(x, 8, 8, 8, 8), "p_y": x, "S": 4}
+    careless = Launch(careless_kernel, 1, Config("", 4, 1, ""), arguments)
+    found = {}
+    for launch in (careless, *(launch for _, launch in aot.collect(arch, few=True))):
+        places = stride_places(aot.arguments_of(launch)[0])
+        lines = narrow_products(aot.compile_launch(launch, arch), places)
         found[launch.kernel.__name__] = found.get(launch.kernel.__name__, []) + lines
     return found
 

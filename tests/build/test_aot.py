@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.compile(
-    *("kernels/**/*.py", "vdcore/aot.py", "vdcore/ops/**/*.py", "tests/build/compiled.py"),
+    *("kernels/**/*.py", "bench/vdcore_bench/aot.py", "vdcore/ops/**/*.py", "tests/build/compiled.py"),
     tools=["triton"],
 )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from vdcore.diffusion import Process, blended, chunk_starts, drawing, interleaved, keyframes, sample, splice
+from vdcore.diffusion import Process, blended, chunk_starts, interleaved, keyframes, make_sampler, sample, splice
 
 LONG = 64
 
@@ -67,7 +67,7 @@ def test_splicing_an_oracle_denoiser(scheduler, truth, generator):
     def denoise(video, timestep):
         return truth[:, :, at["positions"]]
 
-    inner = drawing(denoise, process, (2, 3, 4, 4), 4, generator=generator)
+    inner = make_sampler(denoise, process, (2, 3, 4, 4), 4, generator=generator)
 
     def draw(positions, *known):
         at["positions"] = positions

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from vdcore.diffusion import Process, drawing, guided, pyramid, sample, sample_frames, timesteps
+from vdcore.diffusion import Process, guided, make_sampler, pyramid, sample, sample_frames, timesteps
 
 SHAPE = (2, 3, 6, 4, 4)
 SCHEDULERS = {
@@ -64,7 +64,7 @@ def test_one_frame_after_another(name, generator):
             t[:, :frame], t[:, frame] = process.clean, now
             to = t.clone()
             to[:, frame] = then
-            video = process.move(network(video, process.shown(t)), video, t, to)
+            video = process.move(network(video, process.model_timestep(t)), video, t, to)
     torch.testing.assert_close(found, video)
 
 
@@ -137,7 +137,9 @@ def test_drawing_tells_positions_from_the_first(generator):
         told.append(positions)
         return network(video, timestep)
 
-    draw = drawing(denoise, Process(SCHEDULERS["flow"]()), (1, 3, 4, 4), 2, generator=generator, tell_positions=True)
+    draw = make_sampler(
+        denoise, Process(SCHEDULERS["flow"]()), (1, 3, 4, 4), 2, generator=generator, tell_positions=True
+    )
     assert draw(torch.tensor((40, 44, 48))).shape == (1, 3, 3, 4, 4)
     assert all(torch.equal(positions, torch.tensor((0, 4, 8))) for positions in told) and told
 

@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 def tables():
     """(operator, row) for every row of the attention kernels' tables that serves this GPU."""
     import vdcore_kernels
-    from vdcore_kernels.core.launch import Config, _device_arch
+    from vdcore_kernels.core.launch import Config, arch_of
 
     if not torch.cuda.is_available():
         return []
-    arch = _device_arch(torch.cuda.current_device())
+    arch = arch_of(torch.empty(0, device="cuda"))
     found = []
     for info in pkgutil.walk_packages(vdcore_kernels.__path__, "vdcore_kernels."):
         room = info.name.removeprefix("vdcore_kernels.")

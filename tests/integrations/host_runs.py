@@ -4,11 +4,11 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from inside import AttentionCalls
 from torch.overrides import TorchFunctionMode
+from zoo import MODELS, L, T, output
 
-from vdcore.integrations.diffusers.exact import Float64
-from vdcore.integrations.diffusers.zoo import MODELS, L, T, output
-from vdcore_bench.inside import AttentionCalls
+from vdcore_bench.measure.float64 import Float64
 
 
 def run(model, name, dtype=torch.float32):

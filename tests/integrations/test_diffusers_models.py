@@ -20,11 +20,11 @@ from host_runs import (
 
 from vdcore import FrameMask
 from vdcore.integrations.diffusers import swap_in, swap_out
-from vdcore.integrations.diffusers._families import GRIDS
+from vdcore.integrations.diffusers.registry import GRIDS
 from vdcore.testing import error_ratio
 
-FACTORISED = [name for name, tiny in MODELS.items() if tiny.factorised]
-FRAMES_KNOWN = [name for name, tiny in MODELS.items() if tiny.factorised or type(tiny.build()) in GRIDS]
+FACTORIZED = [name for name, tiny in MODELS.items() if tiny.factorized]
+FRAMES_KNOWN = [name for name, tiny in MODELS.items() if tiny.factorized or type(tiny.build()) in GRIDS]
 MASKED = [name for name in FRAMES_KNOWN if name != "SkyReelsV2 causal"]  # it has a mask of its own
 
 # Calls that stay with the host, and why: (its class, words of the reason). SanaVideo's self-attention is linear.
@@ -106,7 +106,7 @@ JOINT_TEXT = {"HunyuanVideo 1.5": L + 3 + 2}
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("name", MASKED)
 def test_mask_equals_the_dense_one(name, mask):
-    tokens = None if MODELS[name].factorised else TOKENS.get(name, T * 6)
+    tokens = None if MODELS[name].factorized else TOKENS.get(name, T * 6)
     sees = "text" if mask.future == 0 else "all"
     dense = DenseMask(mask, tokens, JOINT_TEXT.get(name, L), name in TEXT_FIRST, sees)
     with dense:
@@ -127,7 +127,7 @@ def test_mask_is_refused_where_frames_are_unknown(name):
         swap_in(MODELS[name].model(), mask=FrameMask.causal())
 
 
-@pytest.mark.parametrize("name", FACTORISED)
+@pytest.mark.parametrize("name", FACTORIZED)
 def test_frames_are_not_permuted(name):
     """All temporal attention runs on ``(B, T, S, C)``, also at run time."""
     model = MODELS[name].model()

@@ -11,7 +11,7 @@ import diffusers
 from host_runs import MODELS
 
 import vdcore.integrations.diffusers as package
-from vdcore.integrations.diffusers import TESTED, _families, _host, _inference
+from vdcore.integrations.diffusers import TESTED, factorized, families, fingerprints, inference
 
 
 def test_fingerprints(monkeypatch):
@@ -19,20 +19,20 @@ def test_fingerprints(monkeypatch):
     asked = {}
 
     def note(*functions):
-        asked.update({_host.name_of(function): _host.fingerprint(function) for function in functions})
+        asked.update({fingerprints.name_of(function): fingerprints.fingerprint(function) for function in functions})
 
-    for module in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(module.name)
         if hasattr(module, "unknown_source"):
             monkeypatch.setattr(module, "unknown_source", note)
     for tiny in MODELS.values():
         package.swap_in(tiny.build())
-    note(*_inference.RELIES)
-    for host in _families._frames.HOSTS:
+    note(*inference.RELIES)
+    for host in factorized.HOSTS:
         note(host.__call__)
-    for host, fused in _families.PROCESSORS.items():
+    for host, fused in families.PROCESSORS.items():
         note(host.__call__, *fused.RELIES)
     if diffusers.__version__ in TESTED:
-        assert dict(sorted(asked.items())) == _host.FINGERPRINTS
+        assert dict(sorted(asked.items())) == fingerprints.FINGERPRINTS
     else:
-        assert set(asked) == set(_host.FINGERPRINTS)
+        assert set(asked) == set(fingerprints.FINGERPRINTS)

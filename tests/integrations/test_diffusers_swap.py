@@ -15,7 +15,8 @@ from swapping import KINDS, check, state, swapped
 
 import vdcore
 from vdcore import FrameMask
-from vdcore.integrations.diffusers import _host, _swap, swap_in, swap_out
+from vdcore.integrations import swap
+from vdcore.integrations.diffusers import fingerprints, swap_in, swap_out
 from vdcore.testing import error_ratio
 
 # ---- What it touches ----
@@ -72,7 +73,7 @@ def test_another_mask_replaces_the_first():
 def test_an_error_on_the_way_restores(name, at, monkeypatch):
     model = MODELS[name].model()
     before = state(model)
-    make, made = _swap.Change.make, []
+    make, made = swap.Change.make, []
 
     def fails(change):
         made.append(change)
@@ -80,7 +81,7 @@ def test_an_error_on_the_way_restores(name, at, monkeypatch):
             raise KeyboardInterrupt
         make(change)
 
-    monkeypatch.setattr(_swap.Change, "make", fails)
+    monkeypatch.setattr(swap.Change, "make", fails)
     with pytest.raises(KeyboardInterrupt):
         swap_in(model)
     assert state(model) == before
@@ -328,8 +329,8 @@ def test_another_major_version_is_an_error(monkeypatch):
 def test_code_that_changed_is_run_as_it_is(monkeypatch):
     """A newer diffusers with other code in a block: its own code runs, with its attention alone served."""
     for name in ("Latte", "Wan", "AnimateDiff"):
-        monkeypatch.setattr(_host, "FINGERPRINTS", {})
-        monkeypatch.setattr(_host, "TESTED", ("0.42.0",))
+        monkeypatch.setattr(fingerprints, "FINGERPRINTS", {})
+        monkeypatch.setattr(fingerprints, "TESTED", ("0.42.0",))
         model = MODELS[name].model()
         report = swap_in(model)
         with AttentionCalls() as calls:

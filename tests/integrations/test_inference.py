@@ -9,13 +9,13 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
 from host_runs import MODELS, as_host, exact, run
 
-from vdcore.integrations.diffusers import _inference, swap_in
-from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
+from vdcore.integrations.diffusers import inference, swap_in
 from vdcore.testing import error_ratio
-from vdcore_bench import hosts
-from vdcore_bench.hosts import HostPoint
+from vdcore_bench.suites.models import hosts
+from vdcore_bench.suites.models.host_blocks import BLOCKS
+from vdcore_bench.suites.models.hosts import HostPoint
 
-FACTORISED = [name for name, tiny in MODELS.items() if tiny.factorised]
+FACTORIZED = [name for name, tiny in MODELS.items() if tiny.factorized]
 TEMPORAL = [name for name in BLOCKS if name != "Wan 1.3B block"]
 
 
@@ -25,18 +25,18 @@ def few_tokens(monkeypatch):
     runs = []
 
     def noted(x, count, attentions, stages):
-        runs.append(_inference.pieces(x, count)[1])
+        runs.append(inference.pieces(x, count)[1])
         return real(x, count, attentions, stages)
 
-    real = _inference.run
-    monkeypatch.setattr(_inference, "LEAST_TOKENS", 4)
-    monkeypatch.setattr(_inference, "CACHE_BYTES", 0)
-    monkeypatch.setattr(_inference, "run", noted)
+    real = inference.run
+    monkeypatch.setattr(inference, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(inference, "CACHE_BYTES", 0)
+    monkeypatch.setattr(inference, "run", noted)
     return runs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FACTORISED)
+@pytest.mark.parametrize("name", FACTORIZED)
 def test_models_are_the_hosts(name, dtype, few_tokens):
     model = MODELS[name].model(dtype)
     swap_in(model)
@@ -48,7 +48,7 @@ def test_models_are_the_hosts(name, dtype, few_tokens):
 @pytest.mark.parametrize("tokens", [9, 100], ids=["parts of frames", "several frames"])
 @pytest.mark.parametrize("name", TEMPORAL)
 def test_blocks_of_real_width_are_the_hosts(name, tokens, few_tokens, monkeypatch):
-    monkeypatch.setattr(_inference, "LEAST_TOKENS", tokens)
+    monkeypatch.setattr(inference, "LEAST_TOKENS", tokens)
     before, after = (HostPoint(name, provider, 5, grid=(7, 5)) for provider in ("diffusers", "vdcore"))
     ratio = error_ratio(after.make().call(), hosts.exact(before), [before.make().call()])
     assert few_tokens
@@ -60,7 +60,7 @@ def test_blocks_of_real_width_are_the_hosts(name, tokens, few_tokens, monkeypatc
 def test_pieces_are_all_tokens_in_order(size, count):
     x = torch.empty(size)
     B, T, S, _ = size
-    places, sizes = _inference.pieces(x, count)
+    places, sizes = inference.pieces(x, count)
     of_token = [(b, t) for b in range(B) for t in range(T) for _ in range(S)]
     assert sum(sizes) == len(of_token)
     start = 0
@@ -113,7 +113,7 @@ def test_feed_forward_of_pieces(kind, rows):
     x, gate = torch.randn(rows, 8), torch.randn(8)
     for given in (None, gate):
         with torch.no_grad():
-            layer = _inference.FeedForwardResidual(ff, rows, _inference.Hidden(), given)
+            layer = inference.FeedForwardResidual(ff, rows, inference.Hidden(), given)
             expected, out = x + (1 if given is None else given) * ff(2 * x), torch.empty_like(x)
             for piece, result in zip(x.split([2, rows - 2]), out.split([2, rows - 2])):
                 layer.write(piece, 2 * piece, result)
@@ -121,14 +121,14 @@ def test_feed_forward_of_pieces(kind, rows):
 
 
 @pytest.mark.parametrize("kind", [torch.nn.LayerNorm, RMSNorm], ids=["layer", "rms"])
-@pytest.mark.parametrize("place", [_inference.Piece(0, 1, 1), _inference.Piece(0, 1, 3)], ids=["a frame", "frames"])
+@pytest.mark.parametrize("place", [inference.Piece(0, 1, 1), inference.Piece(0, 1, 3)], ids=["a frame", "frames"])
 def test_norm_with_a_shift_of_every_frame(kind, place):
     torch.manual_seed(0)
     norm, scale, shift = kind(8, eps=1e-6), torch.randn(8), torch.randn(5, 8)
     x = torch.randn(place.last - place.first + 1, 6, 8)
     expected = norm(x) * (1 + scale) + shift[place.first : place.last + 1, None]
     with torch.no_grad():
-        result = _inference.Norm(norm, scale, shift)(x.flatten(0, 1), place)
+        result = inference.Norm(norm, scale, shift)(x.flatten(0, 1), place)
     torch.testing.assert_close(result.view(x.shape), expected)
 
 
@@ -140,8 +140,8 @@ def test_layer_norm_of_pieces():
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(17, 20)
     with torch.no_grad():
-        steps = _inference.Norm(norm, scale, shift), _inference.Norm(norm)
+        steps = inference.Norm(norm, scale, shift), inference.Norm(norm)
         expected = norm(x) * (1 + scale) + shift, norm(x)
         for step, right in zip(steps, expected):
-            results = [step(piece, _inference.Piece(0, 0, 0)) for piece in x.split([1, 9, 7])]
+            results = [step(piece, inference.Piece(0, 0, 0)) for piece in x.split([1, 9, 7])]
             torch.testing.assert_close(torch.cat(results), right)

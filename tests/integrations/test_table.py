@@ -5,14 +5,14 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import table
 from host_runs import MODELS
+from inside import breakdown
 
-from vdcore.integrations.diffusers.zoo.blocks import BLOCKS
 from vdcore.testing import error_ratio
-from vdcore_bench import swap as table
-from vdcore_bench.hosts import HostPoint, exact
-from vdcore_bench.inside import breakdown
-from vdcore_bench.memory import peak_of, predicted_peak
+from vdcore_bench.measure.memory import peak_of, predicted_peak
+from vdcore_bench.suites.models.host_blocks import BLOCKS
+from vdcore_bench.suites.models.hosts import HostPoint, exact
 
 
 def test_rows(capsys):

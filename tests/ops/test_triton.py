@@ -31,15 +31,21 @@ REGISTERS = {
     "rms, rope": lambda d: {**qkv(d, 2, 5, 3, 2, 24), "norm": norm(d, 24, "rms"), "rope": constant_rope(5, 1, 24)},
     "layer, half rope of some channels, window": lambda d: {
         **qkv(d, 1, 7, 3, 2, 40),
-        **{"norm": norm(d, 40, "layer"), "rope": constant_rope(7, 1, 24, "half"), "mask": FrameMask.window(2)},
+        "norm": norm(d, 40, "layer"),
+        "rope": constant_rope(7, 1, 24, "half"),
+        "mask": FrameMask.window(2),
     },
-    "rope a token, grouped heads, lengths": lambda d: {
+    "rope per token, grouped heads, lengths": lambda d: {
         **qkv(d, 2, 4, 5, 4, 16, G=2),
-        **{"norm": norm(d, 16, "rms"), "rope": constant_rope(4, 5, 16), "lengths": d.integers(4, 2)},
+        "norm": norm(d, 16, "rms"),
+        "rope": constant_rope(4, 5, 16),
+        "lengths": d.integers(4, 2),
     },
     "norm alone, a cache": lambda d: {
         **qkv(d, 1, 2, 4, 2, 72, T_k=6),
-        **{"norm": norm(d, 72, "layer"), "mask": FrameMask.causal(), "return_lse": True},
+        "norm": norm(d, 72, "layer"),
+        "mask": FrameMask.causal(),
+        "return_lse": True,
     },
     "rope alone": lambda d: {**qkv(d, 1, 6, 3, 2, 16), "rope": constant_rope(6, 3, 8)},
 }
@@ -47,7 +53,7 @@ REGISTERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", REGISTERS)
-def test_norm_and_rope_taken_back_in_registers(name, dtype):
+def test_norm_and_rope_backward_in_registers(name, dtype):
     """A constant table: the gradient of the raw q and k never goes through memory."""
     check(Case("temporal_attention", name, REGISTERS[name]), "triton", dtype)
 
@@ -95,7 +101,7 @@ def test_one_prompt_read_differently_by_every_frame():
             "norm": norm(d, 16, "rms"),
         }
 
-    check(Case("cross_attention", "lengths a frame", build), "triton")
+    check(Case("cross_attention", "lengths per frame", build), "triton")
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
@@ -121,8 +127,11 @@ def test_gate_over_a_long_video():
     def build(d):
         triples = [tuple(d(f"{p}{n}", 1, 130, 2, 1, 16) for n in "qkv") for p in ("", "temporal_")]
         return {
-            **{"spatial": triples[0], "temporal": triples[1], "gate": d("gate", 16, around=0.5, spread=0.2)},
-            **{"mask": FrameMask.window(9), "lengths": d.integers(128)},
+            "spatial": triples[0],
+            "temporal": triples[1],
+            "gate": d("gate", 16, around=0.5, spread=0.2),
+            "mask": FrameMask.window(9),
+            "lengths": d.integers(128),
         }
 
     check(Case("gated_attention", "long", build), "triton")

@@ -19,12 +19,12 @@ KINDS = (
 def one_shape(center, half, corner=0.0, size=(16, 16), angle=None, pan=None) -> Scene:
     """A white shape without texture on black; center is (T, 2)."""
     T = len(center)
-    colour = np.ones((1, 1, 2, 3))
+    color = np.ones((1, 1, 2, 3))
     layers = Layers(
         np.array(center, float).reshape(1, 1, T, 2),
         np.array(half, float).reshape(1, 1, 2),
         np.full((1, 1), corner),
-        colour,
+        color,
         np.zeros((1, 1, 2)),
         np.zeros((1, 1, 2)),
         None if angle is None else np.array(angle, float).reshape(1, 1, T),
@@ -120,7 +120,7 @@ def test_what_goes_behind_and_comes_out_is_marked():
 
 @pytest.mark.parametrize("shapes", KINDS)
 def test_flow_and_occlusion_explain_the_next_frame(shapes):
-    """Every point that stays in sight is found, in its colours, where its flow leads."""
+    """Every point that stays in sight is found, in its colors, where its flow leads."""
     scene = shapes.batch(range(16))
     frames = scene.video.transpose(1, 2)
     error = (frames[:, :-1] - warp(frames[:, 1:], scene.flow)).square().mean(2)

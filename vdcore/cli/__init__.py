@@ -37,7 +37,7 @@ def _without_the_extra(missing: Sequence[str], arguments: Sequence[str]) -> int:
         print(f"\nOnly doctor runs without the extra: {advice}")
         return 0 if arguments else 2
     if arguments[0] == "doctor":
-        from vdcore_bench import doctor
+        from vdcore.cli import doctor
 
         return doctor.main(arguments[1:])
     print(f"vdcore: {advice}", file=sys.stderr)

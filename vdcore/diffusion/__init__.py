@@ -7,21 +7,21 @@ takes one, and what makes a denoiser do more (guidance, blended chunks, interlea
 from vdcore.diffusion.long import blended, chunk_starts, interleaved, keyframes, splice
 from vdcore.diffusion.process import KINDS, Denoise, Process, hold_timesteps
 from vdcore.diffusion.rolling import horizon, roll, roll_by_recomputing
-from vdcore.diffusion.sampling import Draw, drawing, guided, pyramid, sample, sample_frames, timesteps
+from vdcore.diffusion.sampling import Sampler, guided, make_sampler, pyramid, sample, sample_frames, timesteps
 
 __all__ = [
     "KINDS",
     "Denoise",
-    "Draw",
     "Process",
+    "Sampler",
     "blended",
     "chunk_starts",
-    "drawing",
     "guided",
     "hold_timesteps",
     "horizon",
     "interleaved",
     "keyframes",
+    "make_sampler",
     "pyramid",
     "roll",
     "roll_by_recomputing",

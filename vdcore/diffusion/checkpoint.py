@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Path:
-    """Writes beside the path, then renames: whoever reads it, whatever happens, finds the old file or the new one.
+    """Atomic: readers see either the old or the new file.
 
     Args:
         path: folders are made.

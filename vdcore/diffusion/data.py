@@ -81,14 +81,8 @@ class Clips:
         return torch.stack(videos)
 
     def describe(self) -> dict[str, Any]:
-        files = [str(path) for path in self.paths]
-        return {
-            "kind": "clips",
-            "paths": files,
-            "frames": self.frames,
-            "size": list(self.size),
-            "stride": self.stride,
-        }
+        window = {"frames": self.frames, "size": list(self.size), "stride": self.stride}
+        return {"kind": "clips", "paths": [str(path) for path in self.paths], **window}
 
 
 def source_of(description: dict[str, Any]) -> Source:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vdcore.diffusion.process import Denoise
-from vdcore.diffusion.sampling import Draw
+from vdcore.diffusion.sampling import Sampler
 
 
 def _check_chunks(what: str, frames: int, chunk: int, overlap: int) -> None:
@@ -19,7 +19,7 @@ def _check_chunks(what: str, frames: int, chunk: int, overlap: int) -> None:
         raise ValueError(f"{what}: overlap must be at least 0 and below the chunk of {chunk} frames, got {overlap}")
 
 
-def splice(draw: Draw, frames: int, chunk: int, overlap: int) -> Iterator[Tensor]:
+def splice(sampler: Sampler, frames: int, chunk: int, overlap: int) -> Iterator[Tensor]:
     """Latent splicing: chunk after chunk, each with the last ``overlap`` frames of the one before it held clean.
 
     Yields the new frames of every chunk, ``(B, C, n, H, W)``, ``frames`` in all: 64 frames in chunks of 8 with an
@@ -27,12 +27,12 @@ def splice(draw: Draw, frames: int, chunk: int, overlap: int) -> Iterator[Tensor
     """
     _check_chunks("splice", frames, chunk, overlap)
     held = torch.arange(chunk) < overlap
-    clip = draw(torch.arange(chunk))
+    clip = sampler(torch.arange(chunk))
     yield clip[:, :, :frames]
     for start in range(chunk - overlap, frames - overlap, chunk - overlap):
         known = torch.zeros_like(clip)
         known[:, :, :overlap] = clip[:, :, chunk - overlap :]
-        clip = draw(torch.arange(start, start + chunk), *((held, known) if overlap else ()))
+        clip = sampler(torch.arange(start, start + chunk), *((held, known) if overlap else ()))
         yield clip[:, :, overlap : frames - start]
 
 
@@ -73,11 +73,11 @@ def _ramp(frames: int, overlap: int) -> Tensor:
     return (torch.minimum(inside, inside.flip(0)) / (overlap + 1)).clamp(max=1)
 
 
-def keyframes(draw: Draw, frames: int, every: int, keys: int | None = None) -> Tensor:
+def keyframes(sampler: Sampler, frames: int, every: int, keys: int | None = None) -> Tensor:
     """Every ``every``-th frame first, then the frames between two of them with both held clean.
 
     Args:
-        draw: is told the frames' positions: keyframes lie ``every`` apart.
+        sampler: is told the frames' positions: keyframes lie ``every`` apart.
         frames: length of the video ``(B, C, frames, H, W)`` that is returned.
         keys: keyframes in a clip; ``None``: all in one. More follow by :func:`splice`, with an overlap of one keyframe.
     """
@@ -88,7 +88,7 @@ def keyframes(draw: Draw, frames: int, every: int, keys: int | None = None) -> T
     gaps = -(-(frames - 1) // every)
 
     def far(positions: Tensor, held: Tensor | None = None, known: Tensor | None = None) -> Tensor:
-        return draw(positions * every, held, known)
+        return sampler(positions * every, held, known)
 
     key = torch.cat(tuple(splice(far, gaps + 1, keys or gaps + 1, overlap=min(gaps, 1))), 2)
     if every == 1 or not gaps:
@@ -101,7 +101,7 @@ def keyframes(draw: Draw, frames: int, every: int, keys: int | None = None) -> T
         known = key.new_zeros(B, C, every + 1, H, W)
         known[:, :, [0, -1]] = key[:, :, gap : gap + 2]
         between = slice(gap * every, gap * every + every + 1)
-        video[:, :, between] = draw(torch.arange(between.start, between.stop), held, known)
+        video[:, :, between] = sampler(torch.arange(between.start, between.stop), held, known)
     return video[:, :, :frames]
 
 
@@ -109,7 +109,7 @@ def interleaved(denoise: Denoise, every: int, scale: float = 1.0) -> Denoise:
     """A denoiser of ``every`` times the length: frames ``i, i + every, i + 2 every, ...`` make a clip, for every ``i``.
 
     Every clip spans the whole video, so distant frames see one another at the cost of a clip; alternate with
-    :func:`blended`, which sees neighbours, for instance by timestep.
+    :func:`blended`, which sees neighbors, for instance by timestep.
 
     Args:
         scale: of the positions that the denoiser is told. 1 tells the truth, frames that lie ``every`` apart;

@@ -20,7 +20,7 @@ class Comparison:
     """Means over the videos of both sets.
 
     Args:
-        samples, real: by measure: ``warping_error``, ``mean_flow`` (pixels a frame), ``flicker`` (VBench's score),
+        samples, real: by measure: ``warping_error``, ``mean_flow`` (pixels per frame), ``flicker`` (VBench's score),
             ``residual`` and ``acceleration`` of the flow (pixels).
         temporal_fid: of the samples against the real clips.
         temporal_fid_of_real: of one half of the real clips against the other: what chance alone gives.

@@ -58,8 +58,8 @@ class Process:
         """The timestep of a frame without noise: 0 of a flow, -1 of discrete timesteps, whose 0 is noisy already."""
         return 0.0 if self._alphas_cumprod is None else -1.0
 
-    def shown(self, timestep: Tensor) -> Tensor:
-        """Timesteps as the denoiser is told them: never below 0."""
+    def model_timestep(self, timestep: Tensor) -> Tensor:
+        """Timesteps as the model takes them: never below 0."""
         return timestep.clamp(min=0)
 
     def level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ class Process:
         if held is not None:
             timestep = hold_timesteps(timestep, held, self.clean)
         noisy = self.add_noise(clean, noise, timestep)
-        error = (denoise(noisy, self.shown(timestep), **conditions) - self.target(clean, noise, timestep)) ** 2
+        error = (denoise(noisy, self.model_timestep(timestep), **conditions) - self.target(clean, noise, timestep)) ** 2
         weight = per_frame(self.loss_weight(timestep))
         if held is None:
             return (weight * error).mean()

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vdcore.diffusion.data import Source, source_of
 from vdcore.diffusion.long import splice
-from vdcore.diffusion.sampling import drawing
+from vdcore.diffusion.sampling import make_sampler
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
+from vdcore.extras import need
 
 CHECKPOINT, LOSSES = "checkpoint.safetensors", "losses.jsonl"
 # Of the scheduler. A small model that predicts the clean video adds an error of its own at every step, which differs
@@ -135,7 +136,7 @@ def draw_videos(
     patch = recipe.model.patch[0]
     if frames > recipe.frames and overlap % patch:
         raise ValueError(f"draw_videos: overlap must be a multiple of the {patch} frames of a token, got {overlap}")
-    draw = drawing(
+    sampler = make_sampler(
         trained.model,
         process_for(recipe.target, recipe.sampling_shift),
         (count, recipe.model.in_channels, *recipe.size),
@@ -144,7 +145,7 @@ def draw_videos(
         device=device,
     )
     parts: list[Tensor] = []
-    for part in splice(draw, frames, recipe.frames, overlap if frames > recipe.frames else 0):
+    for part in splice(sampler, frames, recipe.frames, overlap if frames > recipe.frames else 0):
         parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)
@@ -199,3 +200,18 @@ def _read_losses(path: Path) -> dict[int, float]:
             break
         losses[row["step"]] = row["loss"]
     return losses
+
+
+def plot_losses(losses: dict[int, float], path: Path) -> None:
+    """A PNG of the losses by step and of their running mean; nothing for fewer than two."""
+    if len(losses) < 2:
+        return
+    figure = need("matplotlib.figure", "bench", "plot_losses").Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    steps, values = list(losses), list(losses.values())
+    axes.plot(steps, values, linewidth=0.5, alpha=0.4, label="loss")
+    window = max(len(values) // 50, 1)
+    means = [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
+    axes.plot(steps[window - 1 :], means, label=f"mean of {window}")
+    axes.legend()
+    figure.savefig(path, dpi=130)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vdcore.diffusion.process import Denoise, Process, hold_timesteps, per_frame
 
 
-class Draw(Protocol):
+class Sampler(Protocol):
     """Draws a clip of frames at the given positions; what is held comes out as it went in.
 
     Args:
@@ -63,7 +63,7 @@ def sample(
         timestep = t.to(torch.float32).expand(len(video))
         if held is not None:
             timestep = hold_timesteps(timestep, held, process.clean)
-        output = denoise(video, process.shown(timestep), **conditions)
+        output = denoise(video, process.model_timestep(timestep), **conditions)
         output = process.output_for_scheduler(output, video, timestep)
         video = scheduler.step(output, t, video, **extra).prev_sample
         if held is not None:
@@ -112,7 +112,7 @@ def sample_frames(
     video = noise if video is None else video
     for now, then in pairwise(levels):
         now, then = now.expand(len(video), -1), then.expand(len(video), -1)
-        output = denoise(video, process.shown(now), **conditions)
+        output = denoise(video, process.model_timestep(now), **conditions)
         video = process.move(output, video, now, then)
     return video
 
@@ -133,7 +133,7 @@ def guided(denoise: Denoise, scale: float, **pairs: tuple[Tensor, Tensor]) -> De
     return both
 
 
-def drawing(
+def make_sampler(
     denoise: Denoise,
     process: Process,
     shape: tuple[int, int, int, int],
@@ -143,14 +143,14 @@ def drawing(
     device: torch.device | str | None = None,
     tell_positions: bool = False,
     **conditions: Any,
-) -> Draw:
-    """A :class:`Draw` by :func:`sample`: what splicing and keyframes are made of.
+) -> Sampler:
+    """A :class:`Sampler` by :func:`sample`: what splicing and keyframes are made of.
 
     Args:
         shape: ``(B, C, H, W)``.
         generator: of the noise, on the CPU or the device.
         tell_positions: pass ``positions`` on to the denoiser, counted from the clip's first frame, so that a clip far
-            into a video looks like those of training. Frames need not be neighbours then.
+            into a video looks like those of training. Frames need not be neighbors then.
     """
     B, C, H, W = shape
 

@@ -20,7 +20,7 @@ from vdcore.extras import need
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.video.scenes import MovingShapes
 
-# Smooth shades of few colours: fine textures and all hues take a model this small most of its training, and tell
+# Smooth shades of few colors: fine textures and all hues take a model this small most of its training, and tell
 # nothing of motion.
 SCENES = MovingShapes(
     frames=8,
@@ -40,12 +40,12 @@ SMALL = VDiTConfig(
     width=96,
     depth=6,
     heads=3,
-    # Of 256 tokens, what moves is found where it went: 0.6 of real motion after 800 steps, where factorised layers of
+    # Of 256 tokens, what moves is found where it went: 0.6 of real motion after 800 steps, where factorized layers of
     # this width came to 0.4 after 1500 and no further.
     attention="full",
     position="rope",
     rope_theta=100.0,  # the grid has 8 rows: the slow turns of 1e4 would tell its tokens apart in nothing
-    beside=True,  # else samples are mosaics until neighbours have found one another, most of the training later
+    beside=True,  # else samples are mosaics until neighbors have found one another, most of the training later
     qk_norm=True,
 )
 

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations import _rebind
+from vdcore.integrations.report import Report
+from vdcore.integrations.swap import Renamed, swap_model, swap_out
+
+__all__ = ["attention", "swap_in", "swap_out"]
 
 
 def attention(
@@ -62,14 +65,13 @@ def attention(
     return served.squeeze(1).flatten(2)
 
 
-_rebind.TABLES[__name__] = {"attention": attention}
+NAMES = Renamed((("attention", attention),), "cross_attention")
 
 
-def swap_in(model: nn.Module) -> list[str]:
-    """Puts a HunyuanVideo model on vdcore; returns the paths of the modules that changed."""
-    return _rebind.swap_names(model, __name__)
+def swap_in(model: nn.Module) -> Report:
+    """Puts a HunyuanVideo model on vdcore: modules whose forward calls the host's attention.
 
-
-def swap_out(model: nn.Module) -> None:
-    """Undoes :func:`swap_in`, bit for bit."""
-    _rebind.restore_names(model)
+    Raises:
+        TypeError: if it is no module.
+    """
+    return swap_model(model, NAMES.find)

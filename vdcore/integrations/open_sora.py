@@ -6,40 +6,37 @@ the attributes and calls of ``opensora/models/stdit/stdit3.py``; the repository 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import vdcore
+from vdcore.integrations.report import Report
+from vdcore.integrations.swap import Change, changed_forward, swap_model, swap_out
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
+
+__all__ = ["swap_in", "swap_out", "why_not"]
 
 BLOCK = "STDiT3Block"
 
 
-def swap_in(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Puts the blocks of an STDiT3 on vdcore; returns the paths of those served, and of those left with the reason."""
-    served, left = [], {}
-    for path, module in model.named_modules():
-        host: Any = type(module)
-        if host.__name__ != BLOCK:
-            continue
-        reason = None if issubclass(host, _Served) else why_not(module)
-        if reason is None:
-            served.append(path)
-            module.__class__ = host if issubclass(host, _Served) else _served(host)
-        else:
-            left[path] = reason
-    return served, left
+def swap_in(model: nn.Module) -> Report:
+    """Puts the blocks of an STDiT3 on vdcore.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    return swap_model(model, _find)
 
 
-def swap_out(model: nn.Module) -> None:
-    """Undoes :func:`swap_in`, bit for bit."""
-    for module in model.modules():
-        if isinstance(module, _Served):
-            module.__class__ = type(module).host  # type: ignore[attr-defined]
+def _find(name: str, module: Any) -> list[Change] | str | None:
+    if type(module).__name__ != BLOCK:
+        return None
+    attention = "temporal_attention" if module.temporal else "spatial_attention"
+    serves = f"{attention}, modulate, gate_residual"
+    return why_not(module) or [Change.of_forward(module, forward, serves)]
 
 
 def why_not(block: Any) -> str | None:
@@ -53,30 +50,14 @@ def why_not(block: Any) -> str | None:
         return "its attention is causal or drops out probabilities"
     if type(block.norm1) is not nn.LayerNorm or type(block.norm2) is not nn.LayerNorm:
         return f"its norm is {type(block.norm1).__name__}"
-    if "forward" in block.__dict__ or "forward" in attn.__dict__:
-        return "its forward is replaced already"
+    reason = changed_forward(block) or changed_forward(attn)
+    if reason is not None:
+        return reason
     if type(attn.q_norm) is not type(attn.k_norm) or (
         type(attn.q_norm) is not nn.Identity and not (hasattr(attn.q_norm, "weight") and _eps(attn.q_norm) is not None)
     ):
         return f"its norm of queries is {type(attn.q_norm).__name__}"
     return None
-
-
-class _Served:
-    """Base of the classes that replace a host's."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).host,), self.__dict__.copy()  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=8)
-def _served(host: Any) -> Any:
-    return type(host.__name__, (_Served, host), {"forward": forward, "host": host, "__module__": host.__module__})
-
-
-def _rebuild(host: Any) -> Any:
-    cls = _served(host)
-    return cls.__new__(cls)
 
 
 def forward(
@@ -89,10 +70,10 @@ def forward(
     t0: Tensor | None = None,
     T: int | None = None,
     S: int | None = None,
-) -> Tensor:
+) -> Tensor | str:
     """A block on tokens ``(B, T*S, C)``; with frames that are given, ``x_mask``, it is the host's."""
     if x_mask is not None or T is None or S is None:
-        return type(self).host.forward(self, x, y, t, mask, x_mask, t0, T, S)
+        return "frames that are given (x_mask)" if x_mask is not None else "a call that names no T and S"
     table = self.scale_shift_table[None] + t.reshape(x.shape[0], 6, -1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)  # (B, C)
     x = x.unflatten(1, (T, S))

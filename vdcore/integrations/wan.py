@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations import _rebind
+from vdcore.integrations.report import Report
+from vdcore.integrations.swap import Renamed, swap_model, swap_out
+
+__all__ = ["attention", "flash_attention", "swap_in", "swap_out"]
 
 
 def flash_attention(
@@ -63,14 +66,13 @@ def attention(*args: Any, fa_version: int | None = None, **kwargs: Any) -> Tenso
     return flash_attention(*args, **kwargs)
 
 
-_rebind.TABLES[__name__] = {"flash_attention": flash_attention, "attention": attention}
+NAMES = Renamed((("flash_attention", flash_attention), ("attention", attention)), "cross_attention")
 
 
-def swap_in(model: nn.Module) -> list[str]:
-    """Puts a Wan model on vdcore; returns the paths of the modules that changed. Nothing else of the host changes."""
-    return _rebind.swap_names(model, __name__)
+def swap_in(model: nn.Module) -> Report:
+    """Puts a Wan model on vdcore: modules whose forward calls the host's attention. Nothing else of the host changes.
 
-
-def swap_out(model: nn.Module) -> None:
-    """Undoes :func:`swap_in`, bit for bit."""
-    _rebind.restore_names(model)
+    Raises:
+        TypeError: if it is no module.
+    """
+    return swap_model(model, NAMES.find)

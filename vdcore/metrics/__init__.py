@@ -1,7 +1,7 @@
-"""Do frames talk to each other? Measures of motion and its consistency, for clips ``(B, C, T, H, W)`` in [0, 1].
+"""Temporal consistency and motion metrics of clips ``(B, C, T, H, W)`` in [0, 1].
 
 A flow is ``(B, T-1, 2, H, W)`` in pixels, x then y; it is OpenCV's, or given. All but the temporal loss are measures
-only, without gradients, one value a clip (:func:`temporal_fid`: one a pair of sets).
+only, without gradients, one value per clip (:func:`temporal_fid`: one per pair of sets).
 """
 
 from vdcore.metrics.consistency import FlowConsistency, flow_consistency, temporal_flicker, warping_error

@@ -36,11 +36,11 @@ def optical_flow(video: Tensor) -> Flow:
     cv2 = need("cv2", "video", "optical_flow")
     B, C, T, H, W = video.shape
     weights = video.new_tensor((0.299, 0.587, 0.114) if C == 3 else (1.0,))  # ITU-R BT.601
-    grey = torch.einsum("bcthw,c->bthw", video, weights).clamp(0, 1)
+    gray = torch.einsum("bcthw,c->bthw", video, weights).clamp(0, 1)
     zoom = max(math.ceil(LEAST_SIDE / min(H, W)), 1)
     if zoom > 1:
-        grey = F.interpolate(grey, scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 1)
-    pictures = grey.mul(255).round().to(torch.uint8).cpu().numpy()
+        gray = F.interpolate(gray, scale_factor=zoom, mode="bicubic", align_corners=False).clamp(0, 1)
+    pictures = gray.mul(255).round().to(torch.uint8).cpu().numpy()
     estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     estimator.setFinestScale(0 if zoom == 1 else int(math.log2(zoom)))
     forward = np.empty((B, T - 1, zoom * H, zoom * W, 2), np.float32)
@@ -113,7 +113,7 @@ def visible(flow: Flow) -> Tensor:
 
 
 def stays_inside(flow: Tensor) -> Tensor:
-    """Where a pixel's centre is led to another's, or between some: ``(B, T-1, H, W)`` bool."""
+    """Where a pixel's center is led to another's, or between some: ``(B, T-1, H, W)`` bool."""
     H, W = flow.shape[-2:]
     x = flow[..., 0, :, :] + torch.arange(W, device=flow.device)
     y = flow[..., 1, :, :] + torch.arange(H, device=flow.device)[:, None]
@@ -131,7 +131,7 @@ def _gradient(flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_flow(video: Tensor, flow: Flow | tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """How much moves: the mean length of the forward flow, pixels a frame, ``(B,)``.
+    """How much moves: the mean length of the forward flow, pixels per frame, ``(B,)``.
 
     A still video has the best of warping errors, flicker and consistency: read those beside this.
 

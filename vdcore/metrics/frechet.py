@@ -35,17 +35,17 @@ def temporal_fid(real: Tensor, fake: Tensor, *, grid: int = 4) -> Tensor:
     """Frechet distance between two sets of videos over their frame differences. Ours, and not calibrated.
 
     A sample is a pair of consecutive frames; its features are the difference's mean and its mean absolute value in each
-    cell of a ``grid x grid`` and each channel, in grey levels of 255: what moves or fades where, and what flickers. No
+    cell of a ``grid x grid`` and each channel, in gray levels of 255: what moves or fades where, and what flickers. No
     network is in it, so it judges change over time and knows nothing of what is shown. It is no FID or FVD: compare its
     values only with values from as many pairs of frames, and with the distance between two halves of the real set.
 
     Args:
         real, fake: ``(B, C, T, H, W)`` in [0, 1], of equal C; pairs of frames should outnumber the
             ``2 * C * grid^2`` features by far.
-        grid: cells a side.
+        grid: cells per side.
 
     Returns:
-        A float64 scalar, squared grey levels; lower is better.
+        A float64 scalar, squared gray levels; lower is better.
     """
     real, fake = check_video("temporal_fid", "real", real), check_video("temporal_fid", "fake", fake)
     if real.shape[1] != fake.shape[1]:

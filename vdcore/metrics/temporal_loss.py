@@ -25,7 +25,7 @@ def lucas_kanade(
 
     On every level of a pyramid, coarse to fine, ``w += (G + ridge I)^-1 sum_window grad a (a - b(p + w))`` with
     ``G = sum_window grad a grad a^T``, the window a Gaussian, b sampled by cubic interpolation, and no threshold
-    anywhere: once continuously differentiable in both pictures. Right for motions of a few pixels a frame in small,
+    anywhere: once continuously differentiable in both pictures. Right for motions of a few pixels per frame in small,
     textured pictures; where there is no texture the ridge leaves the flow of the coarser level as it is.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vdcore.models.cache import Place, Ring
 from vdcore.models.config import VDiTConfig
-from vdcore.models.position import Rotations, beside, full_channels, space_channels
+from vdcore.models.position import Rotations, full_channels, neighbor_bias, space_channels
 from vdcore.norm import QKNorm
 from vdcore.ops import (
     cross_attention,
@@ -69,17 +70,17 @@ class SelfAttention(nn.Module):
         weights = [nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None for _ in range(2 * branches)]
         self.q_norm, self.k_norm = (nn.ParameterList(w for w in weights[i::2] if w is not None) for i in (0, 1))
 
-    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
-        """Channels of a head that turn with each axis, by branch; empty where nothing turns."""
+    def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+        """Channels of a head that rotate with each axis, by branch; empty without rotary embedding."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def look_beside(self, config: VDiTConfig) -> None:
-        """Biases of q and k that make the layer start at the tokens beside."""
+    def init_neighbor_bias(self, config: VDiTConfig) -> None:
+        """Biases of q and k with which attention starts at the neighboring tokens."""
         bias = self.qkv.bias.unflatten(0, (self.branches, -1, self.head_dim))
-        for rows, channels in zip(bias, self.turning(config)):
+        for rows, channels in zip(bias, self.rotary_dims(config)):
             if channels:
-                q, k = beside([n // 2 for n in channels], config.rope_theta, self.heads)
+                q, k = neighbor_bias([n // 2 for n in channels], config.rope_theta, self.heads)
                 rows[: self.heads] = q
                 rows[self.heads : self.heads + self.kv_heads] = k
 
@@ -110,11 +111,21 @@ class SelfAttention(nn.Module):
         k, v = ring.write(k, v, place)
         return q, k.to(q.dtype), v.to(q.dtype)
 
+    def across_frames(
+        self, operator: Callable[..., Any], x: Tensor, context: Context, ring: Ring | None, rope: Rope | None
+    ) -> Tensor:
+        """The operator on all frames of ``x``, or with a ring on its new frames and those that the ring holds."""
+        if ring is None or context.place is None:
+            out = operator(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
+        else:
+            out = operator(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+        return self.proj(merged(out))
+
 
 class SpatialAttention(SelfAttention):
     """The tokens of a frame among themselves."""
 
-    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+    def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [space_channels(self.head_dim) if config.position == "rope" else ()]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
@@ -125,31 +136,21 @@ class SpatialAttention(SelfAttention):
 class TemporalAttention(SelfAttention):
     """Every position across the frames that the mask shows."""
 
-    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+    def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [(self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        rope = context.rotations.time
-        if ring is None or context.place is None:
-            out = temporal_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
-        else:
-            out = temporal_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
-        return self.proj(merged(out))
+        return self.across_frames(temporal_attention, x, context, ring, context.rotations.time)
 
 
 class FullAttention(SelfAttention):
     """All tokens of the frames that the mask shows."""
 
-    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+    def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        rope = context.rotations.full
-        if ring is None or context.place is None:
-            out = video_attention(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
-        else:
-            out = video_attention(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
-        return self.proj(merged(out))
+        return self.across_frames(video_attention, x, context, ring, context.rotations.full)
 
 
 class GatedAttention(SelfAttention):
@@ -165,7 +166,7 @@ class GatedAttention(SelfAttention):
         self.mix = nn.Linear(config.width, 1) if per_token else nn.Identity()
         self.mix_factor = None if per_token else nn.Parameter(torch.zeros(size, 1))
 
-    def turning(self, config: VDiTConfig) -> list[tuple[int, ...]]:
+    def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [space_channels(self.head_dim) if config.position == "rope" else (), (self.head_dim,)]
 
     def alpha(self, x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class VDiTConfig:
             added over space, rotated over time (STDiT3).
         base_size: with sincos, rows (columns) ``i`` of ``n`` have the position ``i * base_size / n``; None: ``i``.
         rope_theta: base of the rotary frequencies.
-        beside: with rope, attention starts at the token beside, in every direction that it looks: see
-            :func:`vdcore.models.position.beside`.
+        beside: with rope, biases of queries and keys initialize attention to the neighboring token along every axis:
+            see :func:`vdcore.models.position.neighbor_bias`.
         qk_norm: RMS norm per head on queries and keys.
         text_width: channels of text tokens; None: no text. Text comes by cross-attention.
         temporal_cross: with ``"alternating"``, temporal blocks attend to the text too (STDiT3).
@@ -75,12 +75,8 @@ class VDiTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))
-        for name, known in (
-            ("attention", ATTENTION),
-            ("modulation", MODULATION),
-            ("position", POSITION),
-            ("gate", GATE),
-        ):
+        choices = {"attention": ATTENTION, "modulation": MODULATION, "position": POSITION, "gate": GATE}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"VDiTConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("in_channels", "width", "depth", "heads"):

@@ -56,19 +56,17 @@ class DepthControl(nn.Module):
         timestep: Tensor,
         depth: Tensor,
         *,
-        text: Tensor | None = None,
-        text_lengths: Tensor | None = None,
-        label: Tensor | None = None,
-        positions: Tensor | None = None,
         cache: FrameCache | None = None,
         keep: bool = False,
+        **given: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """What to add after each of the model's first blocks, the ``control`` of :meth:`VDiT.forward`.
 
         Args:
-            video, timestep, text, text_lengths, label, positions, keep: what the model gets.
+            video, timestep, keep: what the model gets.
             depth: ``(B, channels, T, H, W)``, of the video's size.
             cache: of this control's :meth:`new_cache`.
+            given: ``text``, ``text_lengths``, ``label`` and ``positions`` that the model gets.
 
         Returns:
             ``(B, T', S, C)`` per copied block.
@@ -80,15 +78,7 @@ class DepthControl(nn.Module):
         if depth.shape != expected:
             shape = tuple(depth.shape)
             raise ValueError(f"DepthControl: depth must be (B, channels, T, H, W) = {expected}, got {shape}")
-        x, context = self.copy.embed(
-            video,
-            timestep,
-            text=text,
-            text_lengths=text_lengths,
-            label=label,
-            positions=positions,
-            cache=cache,
-        )
+        x, context = self.copy.embed(video, timestep, cache=cache, **given)
         x = x + self.hint(depth)
         found = []
         for i, output in enumerate(self.outputs):

@@ -21,8 +21,7 @@ def sincos(position: Tensor, width: int) -> Tensor:
 
     ``(N,)`` to ``(N, width)``, in float64.
     """
-    frequency = 1e4 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=position.device) / width)
-    angle = position.double()[:, None] * frequency
+    angle = _angles(position, width, 1e4)
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 
@@ -69,29 +68,29 @@ def _angles(position: Tensor, channels: int, theta: float) -> Tensor:
     return position.double()[:, None] * frequency
 
 
-def _turn(angle: Tensor) -> tuple[Tensor, Tensor]:
+def _table(angle: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
 def time_rope(positions: Tensor, head_dim: int, theta: float) -> Rope:
-    """All channels turn with the frame. ``positions`` ``(T,)``; table ``(T, 1, head_dim / 2)``."""
-    return Rope(*_turn(_angles(positions, head_dim, theta)[:, None]))
+    """All channels rotate with the frame. ``positions`` ``(T,)``; table ``(T, 1, head_dim / 2)``."""
+    return Rope(*_table(_angles(positions, head_dim, theta)[:, None]))
 
 
 def space_channels(head_dim: int) -> tuple[int, int]:
-    """How many channels turn with the row, and with the column."""
+    """How many channels rotate with the row, and with the column."""
     columns = head_dim // 4 * 2
     return head_dim - columns, columns
 
 
 def full_channels(head_dim: int) -> tuple[int, int, int]:
-    """How many channels turn with the frame, the row and the column."""
+    """How many channels rotate with the frame, the row and the column."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
 
 def space_rope(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> Rope:
-    """Half of the channels (rounded to pairs) turn with the row, half with the column: ``(1, H*W, R/2)``."""
+    """Half of the channels (rounded to pairs) rotate with the row, half with the column: ``(1, H*W, R/2)``."""
     cos, sin = (
         _over_grid(row[:, None], column[None, :], grid)[None]
         for row, column in _axis_tables(grid, space_channels(head_dim), theta, device)
@@ -100,9 +99,9 @@ def space_rope(grid: tuple[int, int], head_dim: int, theta: float, device: torch
 
 
 def full_rope(positions: Tensor, grid: tuple[int, int], head_dim: int, theta: float) -> Rope:
-    """Rows and columns turn ``2 * (head_dim // 6)`` channels each, frames the rest, as in Wan: ``(T, H*W, R/2)``."""
-    turning, *sides = full_channels(head_dim)
-    frames = _turn(_angles(positions, turning, theta))
+    """Rows and columns rotate ``2 * (head_dim // 6)`` channels each, frames the rest, as in Wan: ``(T, H*W, R/2)``."""
+    of_frames, *sides = full_channels(head_dim)
+    frames = _table(_angles(positions, of_frames, theta))
     parts = _axis_tables(grid, (sides[0], sides[1]), theta, positions.device)
     tables = []
     for frame, (row, column) in zip(frames, parts):
@@ -118,21 +117,21 @@ def _axis_tables(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Cosines, then sines, of rows ``(H, *)`` and columns ``(W, *)``."""
     row, column = (
-        _turn(_angles(torch.arange(n, dtype=torch.float64, device=device), d, theta)) for n, d in zip(grid, channels)
+        _table(_angles(torch.arange(n, dtype=torch.float64, device=device), d, theta)) for n, d in zip(grid, channels)
     )
     return (row[0], column[0]), (row[1], column[1])
 
 
-def beside(axes: Sequence[int], theta: float, heads: int, strength: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Biases of queries ``(heads, D)`` and keys ``(D,)`` with which rotary attention looks at the token beside.
+def neighbor_bias(axes: Sequence[int], theta: float, heads: int, strength: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Biases of queries ``(heads, D)`` and keys ``(D,)`` that initialize rotary attention to the neighboring token.
 
-    Keys get a vector in the two fastest turning pairs of every axis, queries the same vector turned by the angle of
+    Keys get a vector in the two fastest rotating pairs of every axis, queries the same vector rotated by the angle of
     one token: the product peaks one token ahead or back along the head's axis. So positional attention starts as a
     convolution would, which ConViT (d'Ascoli et al. 2021) did with relative positions; left to itself, a small model
-    takes most of its training to find that neighbours belong together.
+    takes most of its training to find that neighbors belong together.
 
     Args:
-        axes: pairs of channels that turn with each axis, in their order; together ``D / 2``.
+        axes: pairs of channels that rotate with each axis, in their order; together ``D / 2``.
         theta: base of the frequencies.
         heads: take turns in both directions of every axis.
         strength: of each channel pair, beside projections of unit size.
@@ -145,8 +144,8 @@ def beside(axes: Sequence[int], theta: float, heads: int, strength: float = 3.0)
             at, frequency = 2 * (first + j), theta ** (-j / pairs)
             k[at] = strength
             for head in range(heads):
-                turn, ahead = head // 2 % len(axes), 1 if head % 2 == 0 else -1
-                angle = frequency * ahead if turn == axis else 0.0
+                own, ahead = head // 2 % len(axes), 1 if head % 2 == 0 else -1
+                angle = frequency * ahead if own == axis else 0.0
                 q[head, at], q[head, at + 1] = strength * math.cos(angle), strength * math.sin(angle)
         first += pairs
     return q, k

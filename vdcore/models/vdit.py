@@ -51,7 +51,7 @@ class VDiT(nn.Module):
         self.final = FinalLayer(config)
         # Where the frame's embedding is added: before the first block that looks across frames (Latte).
         self.first_temporal = next((i for i, p in enumerate(parts) if looks_across_frames(p)), -1)
-        initialise(self)
+        initialize(self)
 
     def forward(
         self,
@@ -87,15 +87,8 @@ class VDiT(nn.Module):
         Raises:
             ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
         """
-        x, context = self.embed(
-            video,
-            timestep,
-            text=text,
-            text_lengths=text_lengths,
-            label=label,
-            positions=positions,
-            cache=cache,
-        )
+        given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions}
+        x, context = self.embed(video, timestep, cache=cache, **given)
         if control is not None and len(control) > len(self.blocks):
             _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
         for i in range(len(self.blocks)):
@@ -165,13 +158,7 @@ class VDiT(nn.Module):
         return block(x, context, ring)
 
     def new_cache(
-        self,
-        batch: int,
-        height: int,
-        width: int,
-        *,
-        frames: int | None = None,
-        dtype: torch.dtype | None = None,
+        self, batch: int, height: int, width: int, *, frames: int | None = None, dtype: torch.dtype | None = None
     ) -> FrameCache:
         """A cache for streams of chunks of ``mask.chunk`` frames.
 
@@ -195,10 +182,8 @@ class VDiT(nn.Module):
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.patch.weight.dtype
         shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
-        rings = [
-            new_ring(shape, dtype, device) if looks_across_frames(config.parts(i)) else None
-            for i in range(config.depth)
-        ]
+        needed = (looks_across_frames(config.parts(i)) for i in range(config.depth))
+        rings = [new_ring(shape, dtype, device) if ring else None for ring in needed]
         return FrameCache(config.mask, slots, batch, grid, rings)
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -248,7 +233,7 @@ class VDiT(nn.Module):
         return Rotations(space=space, time=time_rope(positions, D, config.rope_theta))
 
 
-def initialise(model: VDiT) -> None:
+def initialize(model: VDiT) -> None:
     """DiT's initial weights: every gate of AdaLN-Zero, every text attention and the prediction start at 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -265,10 +250,8 @@ def initialise(model: VDiT) -> None:
             nn.init.normal_(module.table, std=model.config.width**-0.5)
         elif isinstance(module, CrossAttention):
             nn.init.zeros_(module.proj.weight)
-    if model.config.beside:
-        for module in model.modules():
-            if isinstance(module, SelfAttention):
-                module.look_beside(model.config)
+        elif isinstance(module, SelfAttention) and model.config.beside:
+            module.init_neighbor_bias(model.config)
     if model.final.modulation is not None:
         nn.init.zeros_(model.final.modulation.weight)
 

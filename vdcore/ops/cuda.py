@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcore.norm import QKNorm
-from vdcore.ops.native import KINDS, STYLES, capsule
-from vdcore.rope import Rope
+from vdcore.norm import KINDS, QKNorm
+from vdcore.ops.native import capsule
+from vdcore.rope import STYLES, Rope
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

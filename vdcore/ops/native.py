@@ -6,18 +6,17 @@ import importlib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore.norm import KINDS, QKNorm
+from vdcore.rope import STYLES, Rope
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = {"rms": 1, "layer": 2}
-STYLES = {"interleaved": 1, "half": 2}
 
 # Sums over positions (gradients of weights and of shared rope tables) are taken in this many parts, whatever the number
 # of threads: the same bits on every machine.
@@ -67,16 +66,16 @@ def capsule(x: Tensor | None) -> object:
     return None if x is None else to_dlpack(x)
 
 
-class NormRope:
-    """Norm and rope as the native module takes them. Keeps alive what it points to."""
-
-    def __init__(self, norm: QKNorm | None, rope: Rope | None) -> None:
-        self.norm = self.rope = None
-        if norm is not None:
-            self.weights = [float_weights(x) for x in (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)]
-            self.norm = (KINDS[norm.kind], norm.over == "all", norm.eps, *map(capsule, self.weights))
-        if rope is not None:
-            tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
-            # The engine reads both in one dtype.
-            self.tables = [x.float() for x in tables] if tables[0].dtype != tables[1].dtype else tables
-            self.rope = (STYLES[rope.style], *map(capsule, self.tables))
+def norm_rope(norm: QKNorm | None, rope: Rope | None) -> dict[str, Any]:
+    """Norm and RoPE as the native module takes them; capsules keep alive what they point to."""
+    found: dict[str, Any] = {"norm": None, "rope": None}
+    if norm is not None:
+        weights = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+        over_all = norm.over == "all"
+        found["norm"] = (KINDS[norm.kind], over_all, norm.eps, *(capsule(float_weights(x)) for x in weights))
+    if rope is not None:
+        tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+        if tables[0].dtype != tables[1].dtype:  # the engine reads both in one dtype
+            tables = [x.float() for x in tables]
+        found["rope"] = (STYLES[rope.style], *map(capsule, tables))
+    return found

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vdcore import extras
+from vdcore.norm import QKNorm
 from vdcore.ops.call import AttentionCall, Triple, empty_like, unpack
+from vdcore.ops.check import unit_stride
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,13 +59,27 @@ def why_not_head(q: Tensor) -> str | None:
     return None if q.shape[-1] <= MAX_HEAD_DIM else f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
 
 
+def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
+    from vdcore_kernels.core.tile import MAX_TOKEN, norm_fits
+
+    if all(norm_fits(x.shape[-2], x.shape[-1], norm) for x in (q, k)):
+        return None
+    return f"a norm over all heads holds at most {MAX_TOKEN} channels of a token"
+
+
 def why_not_tokens(*tensors: Tensor) -> str | None:
     """Limits of tiles of tokens: their numbers, and their offsets in a tile, have 32 bits."""
     if any(x.shape[1] * x.shape[2] >= 2**31 - 2**16 for x in tensors):
         return "it counts the tokens of a sample in 32 bits"
     if any(x.shape[3] * x.shape[4] >= 2**22 for x in tensors):
-        return "it has less than 2**22 channels a token, all heads together"
+        return "it has less than 2**22 channels per token, all heads together"
     return None
+
+
+def output_gradients(out: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """dout of unit stride, zeros where there is none, and dlse, contiguous."""
+    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
+    return dout, None if grads[1] is None else grads[1].contiguous()
 
 
 def qkv_gradients(c: AttentionCall) -> tuple[dict[str, Tensor], Triple]:

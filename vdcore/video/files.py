@@ -102,7 +102,7 @@ def write_video(path: str | os.PathLike[str], video: Tensor, fps: float = 8, *, 
         path: ends in ``.mp4`` or ``.gif``; folders are made.
         video: ``(3, T, H, W)`` or ``(1, T, H, W)`` in [0, 1]; what lies outside is cut off. H.264 takes even sizes: an
             odd one gets its last row or column twice.
-        fps: frames a second.
+        fps: frames per second.
         scale: every pixel is drawn as ``scale x scale`` pixels, so that small clips can be looked at.
 
     Raises:
@@ -141,7 +141,7 @@ def _encode_mp4(container: Any, pictures: np.ndarray, rate: Fraction) -> None:
 
 
 def _encode_gif(container: Any, pictures: np.ndarray, rate: Fraction) -> None:
-    """With the 256 colours that suit this clip best, not the codec's fixed ones."""
+    """With the 256 colors that suit this clip best, not the codec's fixed ones."""
     av = need("av", "video", "write_video")
     stream = container.add_stream("gif", rate=rate)
     stream.height, stream.width = pictures.shape[1:3]
@@ -180,7 +180,7 @@ def contact_sheet(
     frames: int = 8,
     scale: int | None = None,
 ) -> Path:
-    """A PNG with a row a clip, its frames from left to right.
+    """A PNG with a row per clip, its frames from left to right.
 
     Args:
         path: ends in ``.png``; folders are made.
@@ -199,7 +199,7 @@ def contact_sheet(
     if not clips or len({clip.shape[1:] for clip in clips}) > 1:
         raise ValueError(f"contact_sheet: videos must be clips of one size, got {[c.shape[1:3] for c in clips]}")
     if labels is not None and len(labels) != len(clips):
-        raise ValueError(f"contact_sheet: labels must be {len(clips)}, one a clip, got {len(labels)}")
+        raise ValueError(f"contact_sheet: labels must be {len(clips)}, one per clip, got {len(labels)}")
     if frames < 1:
         raise ValueError(f"contact_sheet: frames must be at least 1, got {frames}")
     cv2 = need("cv2", "video", "contact_sheet")

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = np.ndarray
 PIECE = 32768  # pixels drawn together: what lies between two operations stays in a processor's cache
@@ -23,22 +26,34 @@ ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
-class Layers:
+class Arrays:
+    """What holds arrays or None for each of B clips: float32, and a slice of the clips has a slice of each."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, None if value is None else np.asarray(value, np.float32))
+
+    def __getitem__(self, clips: slice) -> Self:
+        return type(self)(**{name: None if x is None else x[clips] for name, x in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Arrays):
     """K shapes in each of B clips of T frames, float32; a later one is nearer to the camera.
 
     Args:
         center: ``(B, K, T, 2)``, pixels, x then y.
         half: ``(B, K, 2)``, half the width and height, pixels.
         corner: ``(B, K)``, radius of the corners, pixels; at most the smaller half.
-        colour: ``(B, K, 2, 3)``, the two RGB colours in [0, 1] that the texture goes between.
-        wave, phase: ``(B, K, 2)``, radians a pixel and radians, of the texture ``1/2 + (sin_x + sin_y) / 4``.
+        color: ``(B, K, 2, 3)``, the two RGB colors in [0, 1] that the texture goes between.
+        wave, phase: ``(B, K, 2)``, radians per pixel and radians, of the texture ``1/2 + (sin_x + sin_y) / 4``.
         angle: ``(B, K, T)``, radians, from the x axis towards the y axis; None: nothing is ever turned.
     """
 
     center: Array
     half: Array
     corner: Array
-    colour: Array
+    color: Array
     wave: Array
     phase: Array
     angle: Array | None = None
@@ -50,7 +65,7 @@ class Layers:
         shapes: dict[str, tuple[int, ...]] = {
             "half": (B, K, 2),
             "corner": (B, K),
-            "colour": (B, K, 2, 3),
+            "color": (B, K, 2, 3),
             "wave": (B, K, 2),
             "phase": (B, K, 2),
             "angle": (B, K, T),
@@ -59,19 +74,14 @@ class Layers:
             value = getattr(self, name)
             if value is not None and value.shape != expected:
                 raise ValueError(f"Layers: {name} must be {expected}, got {value.shape}")
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, None if value is None else np.asarray(value, np.float32))
+        super().__post_init__()
 
     @property
     def count(self) -> int:
         return self.center.shape[1]
 
-    def __getitem__(self, clips: slice) -> Layers:
-        part: dict[str, Any] = {name: None if x is None else x[clips] for name, x in vars(self).items()}
-        return Layers(**part)
-
     def local(self, x: Array, y: Array, k: int, frames: slice = ALL) -> tuple[Array, Array]:
-        """Points as layer k has them, from its centre and turned back; x and y broadcast to ``(B, T, H, W)``."""
+        """Points as layer k has them, from its center and turned back; x and y broadcast to ``(B, T, H, W)``."""
         x = x - self.center[:, k, frames, 0, None, None]
         y = y - self.center[:, k, frames, 1, None, None]
         return (x, y) if self.angle is None else _turn(x, y, -self.angle[:, k, frames, None, None])
@@ -88,38 +98,30 @@ class Layers:
         return distance
 
     def texture(self, x: Array, y: Array, k: int) -> Array:
-        """Share of the second colour at local points, in [0, 1]."""
+        """Share of the second color at local points, in [0, 1]."""
         wave, phase = self.wave[:, k, :, None, None, None], self.phase[:, k, :, None, None, None]
         quarter = np.float32(0.25)
         return (quarter * np.sin(x * wave[:, 0] + phase[:, 0]) + 0.5) + quarter * np.sin(y * wave[:, 1] + phase[:, 1])
 
 
 @dataclass(frozen=True, eq=False)
-class Background:
-    """A texture behind all layers, ``1/2 + mean_n sin(wave_n . p + phase_n) / 2`` between two colours, float32.
+class Background(Arrays):
+    """A texture behind all layers, ``1/2 + mean_n sin(wave_n . p + phase_n) / 2`` between two colors, float32.
 
     Args:
-        colour: ``(B, 2, 3)``.
-        wave: ``(B, n, 2)``, radians a pixel.
+        color: ``(B, 2, 3)``.
+        wave: ``(B, n, 2)``, radians per pixel.
         phase: ``(B, n)``, radians.
         offset: ``(B, T, 2)``, pixels by which it has moved in a frame; None: it stands still.
     """
 
-    colour: Array
+    color: Array
     wave: Array
     phase: Array
     offset: Array | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, None if value is None else np.asarray(value, np.float32))
-
-    def __getitem__(self, clips: slice) -> Background:
-        part: dict[str, Any] = {name: None if x is None else x[clips] for name, x in vars(self).items()}
-        return Background(**part)
-
     def texture(self, x: Array, y: Array, frames: slice = ALL) -> Array:
-        """Share of the second colour at points, ``(B, T or 1, H, W)``."""
+        """Share of the second color at points, ``(B, T or 1, H, W)``."""
         if self.offset is not None:
             x, y = x - self.offset[:, frames, 0, None, None], y - self.offset[:, frames, 1, None, None]
         n = self.wave.shape[1]
@@ -134,7 +136,7 @@ class Background:
 class Scene:
     """Clips and the truth about them; each is drawn or worked out when it is first asked for.
 
-    What is the truth about a pixel is the truth about the point at its centre.
+    What is the truth about a pixel is the truth about the point at its center.
     """
 
     background: Background
@@ -247,7 +249,7 @@ def _draw(background: Background, layers: Layers, x: Array, y: Array, frames: sl
     """Into ``(B, 3, T, H, W)``."""
     share = background.texture(x, y, frames)
     for c in range(3):
-        first, second = background.colour[:, :, c, None, None, None].swapaxes(0, 1)
+        first, second = background.color[:, :, c, None, None, None].swapaxes(0, 1)
         out[:, c] = first + (second - first) * share
     for k in range(layers.count):
         points = layers.local(x, y, k, frames)
@@ -256,9 +258,9 @@ def _draw(background: Background, layers: Layers, x: Array, y: Array, frames: sl
         bare = 1 - cover  # exactly 0 or 1 away from edges: what is covered leaves no trace, not in the last bit
         share = layers.texture(*points, k)
         for c in range(3):
-            first, second = layers.colour[:, k, :, c, None, None, None].swapaxes(0, 1)
-            colour = share * (second - first)
-            colour += first
-            colour *= cover
+            first, second = layers.color[:, k, :, c, None, None, None].swapaxes(0, 1)
+            color = share * (second - first)
+            color += first
+            color *= cover
             out[:, c] *= bare
-            out[:, c] += colour
+            out[:, c] += color

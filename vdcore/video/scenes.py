@@ -24,22 +24,22 @@ class MovingShapes:
     """Clips without end, one for every index below 2**63, each a function of ``(seed, index)`` alone.
 
     Objects keep a velocity of any direction, below a pixel included; where they meet, a later one covers an earlier
-    one. Occluders are vertical grey bars that stand still, in front of everything.
+    one. Occluders are vertical gray bars that stand still, in front of everything.
 
     Args:
         frames: T.
         size: ``(H, W)``, pixels.
         objects, occluders: how many in a clip.
         radius: least and most half width of an object, pixels.
-        speed: least and most pixels a frame.
-        spin: most radians a frame that an object turns.
+        speed: least and most pixels per frame.
+        spin: most radians per frame that an object turns.
         bounce: objects turn back at the border. Otherwise they pass through the picture: halfway through the clip
-            their centres are inside.
-        pan: most pixels a frame, in each direction, that the background moves.
+            their centers are inside.
+        pan: most pixels per frame, in each direction, that the background moves.
         object_wave, background_wave: shortest and longest wave of the textures, pixels; waves much longer than the
             picture leave smooth shades.
         object_hue, background_hue: least and most hue, in turns from red over green and blue; a narrow range leaves
-            shapes and motion to learn, and little of colour.
+            shapes and motion to learn, and little of color.
         seed: another seed is another set.
 
     Raises:
@@ -67,18 +67,16 @@ class MovingShapes:
                 raise ValueError(f"MovingShapes: {name} must be at least {least}, got {getattr(self, name)}")
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"MovingShapes: size must be two positive numbers (H, W), got {self.size}")
-        if not 0 < self.radius[0] <= self.radius[1]:
-            raise ValueError(f"MovingShapes: radius must be a range of positive pixels, got {self.radius}")
-        for name in ("object_wave", "background_wave"):
-            wave = getattr(self, name)
-            if not 0 < wave[0] <= wave[1]:
-                raise ValueError(f"MovingShapes: {name} must be a range of positive pixels, got {wave}")
+        for name in ("radius", "object_wave", "background_wave"):
+            least, most = getattr(self, name)
+            if not 0 < least <= most:
+                raise ValueError(f"MovingShapes: {name} must be a range of positive pixels, got {(least, most)}")
         for name in ("object_hue", "background_hue"):
             hue = getattr(self, name)
             if not hue[0] <= hue[1] <= hue[0] + 1:
                 raise ValueError(f"MovingShapes: {name} must be a range of at most one turn, got {hue}")
         if not 0 <= self.speed[0] <= self.speed[1]:
-            raise ValueError(f"MovingShapes: speed must be a range of pixels a frame, got {self.speed}")
+            raise ValueError(f"MovingShapes: speed must be a range of pixels per frame, got {self.speed}")
 
     def batch(self, indices: int | Sequence[int] | Tensor, generator: torch.Generator | None = None) -> Scene:
         """Clips and the truth about them.
@@ -96,9 +94,8 @@ class MovingShapes:
             raise ValueError(f"MovingShapes.batch: indices must be a list, got shape {index.shape}")
         draws = self.objects * OBJECT_DRAWS + self.occluders * OCCLUDER_DRAWS + BACKGROUND_DRAWS
         u = uniform(self.seed, index, draws)
-        objects, occluders, background = np.split(
-            u, (self.objects * OBJECT_DRAWS, self.objects * OBJECT_DRAWS + self.occluders * OCCLUDER_DRAWS), axis=1
-        )
+        occluder_draws = self.occluders * OCCLUDER_DRAWS
+        objects, occluders, background = np.split(u, np.cumsum((self.objects * OBJECT_DRAWS, occluder_draws)), axis=1)
         layers = _stack(
             self._objects(objects.reshape(len(u), self.objects, OBJECT_DRAWS)),
             self._occluders(occluders.reshape(len(u), self.occluders, OCCLUDER_DRAWS)),
@@ -115,7 +112,7 @@ class MovingShapes:
         heading = 2 * math.pi * u[..., 3]
         velocity = _between(u[..., 4:5], *self.speed) * np.stack((np.cos(heading), np.sin(heading)), -1)
         reach = np.array((W - 1.0, H - 1.0))
-        start = u[..., 5:7] * reach  # the middle frame's centre
+        start = u[..., 5:7] * reach  # the middle frame's center
         time = np.arange(self.frames) - (self.frames - 1) / 2
         center = start[:, :, None] + velocity[:, :, None] * time[:, None]
         if self.bounce:
@@ -125,40 +122,32 @@ class MovingShapes:
         if self.spin:
             angle = 2 * math.pi * u[..., 7:8] + (2 * u[..., 8:9] - 1) * self.spin * time
         hue, other = _hues(u[..., 9], 0.12 + 0.2 * u[..., 10], self.object_hue)
-        colour = np.stack((_rgb(hue, 0.9, 0.8), _rgb(other, 0.7, 0.35)), -2)
+        color = np.stack((_rgb(hue, 0.9, 0.8), _rgb(other, 0.7, 0.35)), -2)
         wave = 2 * math.pi / _between(u[..., 11:13], *self.object_wave)
-        return Layers(center, half, corner, colour, wave, 2 * math.pi * u[..., 13:15], angle)
+        return Layers(center, half, corner, color, wave, 2 * math.pi * u[..., 13:15], angle)
 
     def _occluders(self, u: Array) -> Layers:
         B, K, _ = u.shape
         H, W = self.size
         half = np.stack((_between(u[..., 0], 0.04 * W, 0.1 * W), np.full((B, K), float(H))), -1)
         center = np.stack((u[..., 1] * (W - 1), np.full((B, K), (H - 1) / 2)), -1)
-        grey = np.broadcast_to(_between(u[..., 2:3], 0.15, 0.6), (B, K, 3))
-        colour = np.stack((grey, grey + 0.15), -2)
+        gray = np.broadcast_to(_between(u[..., 2:3], 0.15, 0.6), (B, K, 3))
+        color = np.stack((gray, gray + 0.15), -2)
         wave = 2 * math.pi / _between(u[..., 3:5], 5.0, 10.0)
         phase = 2 * math.pi * u[..., 5:7]
         angle = np.zeros((B, K, self.frames)) if self.spin else None
-        return Layers(
-            np.broadcast_to(center[:, :, None], (B, K, self.frames, 2)),
-            half,
-            np.zeros((B, K)),
-            colour,
-            wave,
-            phase,
-            angle,
-        )
+        still = np.broadcast_to(center[:, :, None], (B, K, self.frames, 2))
+        return Layers(still, half, np.zeros((B, K)), color, wave, phase, angle)
 
     def _background(self, u: Array) -> Background:
         n = BACKGROUND_WAVES
         hue, other = _hues(u[:, 0], 0.3 * u[:, 1], self.background_hue)
-        colour = np.stack((_rgb(hue, 0.35, 0.25), _rgb(other, 0.35, 0.75)), 1)
-        heading, length = 2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave)
-        wave = np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
+        color = np.stack((_rgb(hue, 0.35, 0.25), _rgb(other, 0.35, 0.75)), 1)
+        wave = waves(2 * math.pi * u[:, 8 : 8 + n], _between(u[:, 8 + n : 8 + 2 * n], *self.background_wave))
         offset = None
         if self.pan:
             offset = (2 * u[:, None, 2:4] - 1) * self.pan * np.arange(self.frames)[:, None]
-        return Background(colour, wave, 2 * math.pi * u[:, 8 + 2 * n :], offset)
+        return Background(color, wave, 2 * math.pi * u[:, 8 + 2 * n :], offset)
 
 
 def uniform(seed: int, indices: Array, draws: int) -> Array:
@@ -171,6 +160,11 @@ def uniform(seed: int, indices: Array, draws: int) -> Array:
         counter = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
         bits = _mix(key[:, None] + counter)
     return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def waves(heading: Array, length: Array) -> Array:
+    """Wave vectors ``(..., 2)``, radians per pixel, from directions in radians and lengths in pixels."""
+    return np.stack((np.cos(heading), np.sin(heading)), -1) * (2 * math.pi / length)[..., None]
 
 
 def _mix(z: Array | np.uint64) -> Array:
@@ -191,7 +185,7 @@ def _reflect(x: Array, length: Array) -> Array:
 
 
 def _hues(u: Array, apart: Array, hues: tuple[float, float]) -> tuple[Array, Array]:
-    """The hues of a texture's two colours, which in a narrow range lie closer together."""
+    """The hues of a texture's two colors, which in a narrow range lie closer together."""
     hue = _between(u, *hues)
     return hue, hue + apart * (hues[1] - hues[0])
 

@@ -1,18 +1,47 @@
-"""FrameMask inside kernels: a mask is four numbers, and every frame's partners are at most two runs of frames."""
+"""Frames inside kernels: FrameMask as four numbers, and sequences of frames, which temporal attention's kernels share.
+
+A mask lets every frame see, and be seen by, at most two runs of frames. A sequence is one position and key/value head
+of a sample with all its frames; a program holds several, as a batch of small matrices in registers.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from vdcore.mask import FrameMask
-from vdcore_kernels.core.launch import Config, launch
+from vdcore_kernels.core.tile import (
+    affine,
+    by_weight,
+    center,
+    load_angles,
+    load_rows,
+    materialize_before_dot,
+    rotate,
+    scale,
+    standardize,
+    standardize_backward,
+    store_rows,
+    to,
+)
 
 
-def mask_numbers(mask: FrameMask, T: int, T_k: int, q_start: int) -> tuple[tuple[int, int, int, int], bool]:
-    """``(past, future, chunk, sink)`` for kernels, -1 for no bound, and whether anything at all is hidden.
+class Frames(NamedTuple):
+    """How many frames q and k have, the key frame of the first query frame, and a mask's numbers, -1 for no bound."""
+
+    T: Any
+    T_k: Any
+    q_start: Any
+    past: Any
+    future: Any
+    chunk: Any
+    sink: Any
+
+
+def frame_bounds(mask: FrameMask, T: int, T_k: int, q_start: int) -> tuple[Frames, bool]:
+    """Frames and mask for kernels, and whether anything at all is hidden.
 
     Numbers beyond the video are cut down, so that products of two of them stay inside 32 bits.
     """
@@ -20,26 +49,28 @@ def mask_numbers(mask: FrameMask, T: int, T_k: int, q_start: int) -> tuple[tuple
     chunk = min(mask.chunk, frames)
     chunks = -(-frames // chunk)
     past, future = (-1 if n is None or n >= chunks else n for n in (mask.past, mask.future))
-    masked = past >= 0 or future >= 0
-    return ((past, future, chunk, min(mask.sink, frames)) if masked else (-1, -1, frames, 0)), masked
+    if past < 0 and future < 0:
+        return Frames(T, T_k, q_start, -1, -1, frames, 0), False
+    return Frames(T, T_k, q_start, past, future, chunk, min(mask.sink, frames)), True
 
 
 @triton.jit
-def visible_runs(q, valid, past, future, chunk, sink):
+def visible_runs(q, valid, frames):
     """Key frames that query frames q see, of the first ``valid`` ones: [0, sink) and [begin, end)."""
-    c = q // chunk
-    end = tl.where(future < 0, valid, tl.minimum(valid, (c + future + 1) * chunk))
-    begin = tl.where(past < 0, 0, tl.minimum(tl.maximum(c - past, 0) * chunk, end))
-    return tl.minimum(sink, begin), begin, end
+    c = q // frames.chunk
+    end = tl.where(frames.future < 0, valid, tl.minimum(valid, (c + frames.future + 1) * frames.chunk))
+    begin = tl.where(frames.past < 0, 0, tl.minimum(tl.maximum(c - frames.past, 0) * frames.chunk, end))
+    return tl.minimum(frames.sink, begin), begin, end
 
 
 @triton.jit
-def seeing_run(k, first, last, past, future, chunk, sink):
-    """Query frames among [first, last) that see key frames k: one run [begin, end), empty where end <= begin."""
-    c = k // chunk
-    begin = tl.where(future < 0, first, tl.maximum(first, (c - future) * chunk))
-    end = tl.where((past < 0) | (k < sink), last, tl.minimum(last, (c + past + 1) * chunk))
-    return begin, end
+def seeing_run(k, last, frames):
+    """Query frames among [q_start, last) that see key frames k: one run [begin, end), empty where end <= begin."""
+    first = frames.q_start
+    c = k // frames.chunk
+    begin = tl.where(frames.future < 0, first, tl.maximum(first, (c - frames.future) * frames.chunk))
+    in_reach = tl.minimum(last, (c + frames.past + 1) * frames.chunk)
+    return begin, tl.where((frames.past < 0) | (k < frames.sink), last, in_reach)
 
 
 @triton.jit
@@ -49,87 +80,246 @@ def load_length(p_len, i, most):
 
 
 @triton.jit
-def valid_frames(p_len, i_b, T, T_k, q_start):
+def valid_frames(p_len, i_b, frames):
     """Of sample i_b: the first key frame that is invisible, and the first query frame (q_start + t) that is dead.
 
     Where no query frame is alive, no key frame is visible.
     """
-    last = q_start + T
-    valid = T_k + 0
+    last = frames.q_start + frames.T
+    valid = frames.T_k + 0
     if p_len is not None:
-        length = load_length(p_len, i_b, tl.maximum(T_k, last))
+        length = load_length(p_len, i_b, tl.maximum(frames.T_k, last))
         last = tl.minimum(last, length)
-        valid = tl.where(last > q_start, tl.minimum(valid, length), 0)
+        valid = tl.where(last > frames.q_start, tl.minimum(valid, length), 0)
     return valid, last
 
 
-@triton.jit(do_not_specialize=["frames"])
-def live_frames_kernel(
-    p_q,  # (B, T), int8: query frames that see anything
-    p_k,  # (B, T_k), int8: key frames that anyone sees
-    p_len,  # (B,), or None
-    p_text,  # (B,): valid text tokens; None: all L
-    frames,  # T, T_k, q_start, past, future, chunk, sink
-    L,  # text tokens; 0: no text
-    TEXT_SEES: tl.constexpr,  # text sees the video
-    BT: tl.constexpr,
-):
-    T, T_k, q_start, past, future, chunk, sink = frames
-    i_b = tl.program_id(0).to(tl.int64)
-    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
-    text = L + 0
-    if p_text is not None:
-        text = load_length(p_text, i_b, L)
-    for i in range(0, T, BT):
-        o = i + tl.arange(0, BT)
-        low, begin, end = visible_runs(q_start + o, valid, past, future, chunk, sink)
-        live = (q_start + o < last) & ((low > 0) | (begin < end) | (text > 0))
-        tl.store(p_q + i_b * T + o, tl.where(live, 1, 0), mask=o < T)
-    of_text = 0
-    if TEXT_SEES:
-        of_text = T_k
-        if p_len is not None:
-            of_text = load_length(p_len, i_b, T_k)
-        of_text = tl.where(text > 0, of_text, 0)
-    for i in range(0, T_k, BT):
-        o = i + tl.arange(0, BT)
-        first, past_last = seeing_run(o, q_start, last, past, future, chunk, sink)
-        live = ((o < valid) & (first < past_last)) | (o < of_text)
-        tl.store(p_k + i_b * T_k + o, tl.where(live, 1, 0), mask=o < T_k)
+@triton.jit
+def frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED: tl.constexpr):
+    """Of query frames o_t [BQ] those that see something, of key frames o_f [BK] those that are seen, and who sees
+    whom [1, BQ, BK]."""
+    valid, last = valid_frames(p_len, i_b, frames)
+    m_t = (frames.q_start + o_t < last) & (valid > 0)
+    m_f = o_f < valid
+    seen = m_t[:, None] & m_f[None, :]
+    if MASKED:
+        low, begin, end = visible_runs(frames.q_start + o_t, valid, frames)
+        m_t = m_t & ((low > 0) | (begin < end))
+        seen = seen & (o_f[None, :] < end[:, None])
+        seen = seen & ((o_f[None, :] >= begin[:, None]) | (o_f[None, :] < low[:, None]))
+        first, past_last = seeing_run(o_f, last, frames)
+        m_f = m_f & (first < past_last)
+    return m_t, m_f, seen[None, :, :]
 
 
-LIVE = Config("", 4, 1, "a few numbers a sample: the launch is all it costs")
+class Sequences(NamedTuple):
+    """Sequences that a program holds: their sample, and position, head and existence of each, [BP]."""
+
+    b: Any
+    s: Any
+    h: Any
+    m: Any
 
 
-def live_frames(
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Tensor | None,
-    text: int = 0,
-    text_lengths: Tensor | None = None,
-    text_sees: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Frames of q ``(B, T, ...)`` and of k ``(B, T_k, ...)`` that take part, ``(B, T)``; None where all do.
+class Shape(NamedTuple):
+    """Constants of temporal kernels.
 
     Args:
-        text: text tokens that the video sees, of which ``text_lengths`` ``(B,)`` are valid.
-        text_sees: they see the video.
+        ROW, V: rows of q and k, and of v and out.
+        A: elements per step of a stride.
+        R: query heads per key/value head.
+        BP, BQ, BK: sequences of a program; places for their query and key frames, powers of two.
+        MASKED: something is hidden.
+        GATE_ROWS: a gate varies with the channel.
+        PER_SEQUENCE: sequences are rotated by angles of their own.
+        NR: norm and rotary embedding.
     """
-    B, T, T_k = q.shape[0], q.shape[1], k.shape[1]
-    numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    if not masked and lengths is None:
-        return None, None
-    live = tuple(torch.empty(B, n, dtype=torch.int8, device=q.device) for n in (T, T_k))
-    launch(
-        live_frames_kernel,
-        B,
-        q,
-        LIVE,
-        *(*live, lengths, text_lengths, (T, T_k, q_start, *numbers), text),
-        TEXT_SEES=text_sees,
-        BT=128,
-    )
-    return live
+
+    ROW: Any
+    V: Any
+    A: int
+    R: int
+    BP: int
+    BQ: int
+    BK: int
+    MASKED: bool
+    GATE_ROWS: bool
+    PER_SEQUENCE: bool
+    NR: Any
+
+
+class Side(NamedTuple):
+    """q or k: its Rows, its norm, the rotary table's row for its frame 0, and its frames."""
+
+    x: Any
+    norm: Any
+    start: Any
+    T: Any
+
+
+@triton.jit
+def sequence_block(i, S, G, BP: tl.constexpr):
+    """The sequences (position, key/value head) of the i-th of all samples' blocks."""
+    blocks = tl.cdiv(S * G, BP)
+    o_n = (i % blocks) * BP + tl.arange(0, BP)
+    return Sequences((i // blocks).to(tl.int64), (o_n // G).to(tl.int64), (o_n % G).to(tl.int64), o_n < S * G)
+
+
+@triton.jit
+def query_head(at, i_r, R: tl.constexpr):
+    """The same positions with the i_r-th of the R query heads that share the key/value head."""
+    return Sequences(at.b, at.s, at.h * R + i_r, at.m)
+
+
+@triton.jit
+def row_offsets(at, o_t, T, S, H):
+    """[BP, BT]: rows of sequences at frames o_t [BT] in a contiguous (B, T, S, H)."""
+    return ((at.b * T + o_t)[None, :] * S + at.s[:, None]) * H + at.h[:, None]
+
+
+@triton.jit
+def load_frames(x, at, o_t, m_t, A: tl.constexpr, ROW: tl.constexpr):
+    """Rows of sequences at frames o_t [BT] of Rows x: tiles [BP, BT, W]; 0 where masked."""
+    o = (at.s * x.s + at.h * x.h)[:, None] + (o_t.to(tl.int64) * x.t)[None, :]
+    return load_rows(x.p + at.b * x.b * A, o * A, at.m[:, None] & m_t[None, :], ROW)
+
+
+@triton.jit
+def store_frames(x, at, o_t, T, b_x, A: tl.constexpr, ROW: tl.constexpr):
+    """Stores rows of sequences at all of T frames."""
+    o = (at.s * x.s + at.h * x.h)[:, None] + (o_t.to(tl.int64) * x.t)[None, :]
+    store_rows(x.p + at.b * x.b * A, o * A, at.m[:, None] & (o_t < T)[None, :], b_x, ROW)
+
+
+@triton.jit
+def _angles(angles, at, o_t, m_t, SIGN, SHAPE: tl.constexpr):
+    """Cosines and SIGN times sines [BP, BT, W/2]; [BT, W/2] where sequences share them."""
+    ROW: tl.constexpr = SHAPE.ROW
+    NR: tl.constexpr = SHAPE.NR
+    if SHAPE.PER_SEQUENCE:
+        o_cos = (at.s * angles.cs + at.h * angles.ch)[:, None] + (o_t * angles.cf)[None, :]
+        o_sin = (at.s * angles.ss + at.h * angles.sh)[:, None] + (o_t * angles.sf)[None, :]
+        m = at.m[:, None] & m_t[None, :]
+    else:
+        o_cos = o_t.to(tl.int64) * angles.cf
+        o_sin = o_t.to(tl.int64) * angles.sf
+        m = m_t
+    b_cos = load_angles(angles.cos, o_cos, m, 1.0, ROW, NR.STYLE, NR.R2)
+    return b_cos, scale(load_angles(angles.sin, o_sin, m, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
+
+
+@triton.jit
+def _normalized(b_x, side, at, o_t, m, S, ROW: tl.constexpr, NR: tl.constexpr):
+    """float32 rows [BP, BT, W] under the norm: by statistics of whole tokens with ALL, else by their own."""
+    if NR.ALL:
+        p_row = side.norm.stats + ((at.b * side.T + o_t)[None, :] * S + at.s[:, None]) * 2
+        b_x = center(b_x, tl.load(p_row, mask=m, other=0.0)[:, :, None], m, ROW)
+        b_x = scale(b_x, tl.load(p_row + 1, mask=m, other=0.0)[:, :, None])
+        return affine(b_x, side.norm, (at.h * ROW.D)[:, None], m, ROW, 1)
+    else:
+        b_x, _ = standardize(b_x, m, ROW.D, side.norm.eps, ROW, NR.KIND, 0)
+        return affine(b_x, side.norm, at.h, m, ROW, 0)
+
+
+@triton.jit
+def normalized_rotated(b_x, side, angles, at, o_t, m_t, S, SHAPE: tl.constexpr):
+    """Rows [BP, BT, W] of q or k after norm and RoPE, in their dtype."""
+    ROW: tl.constexpr = SHAPE.ROW
+    NR: tl.constexpr = SHAPE.NR
+    if NR.KIND > 0 or NR.STYLE > 0:
+        b_y = to(b_x, tl.float32)
+        if NR.KIND > 0:
+            b_y = _normalized(b_y, side, at, o_t, at.m[:, None] & m_t[None, :], S, ROW, NR)
+        if NR.STYLE > 0:
+            b_cos, b_sin = _angles(angles, at, side.start + o_t, m_t, 1.0, SHAPE)
+            b_y = rotate(b_y, b_cos, b_sin, NR.STYLE)
+        return materialize_before_dot(to(b_y, b_x[0].dtype))
+    else:
+        return b_x
+
+
+@triton.jit
+def normalized_rotated_backward(b_g, side, angles, at, o_t, m_t, SHAPE: tl.constexpr):
+    """From the gradient b_g [BP, BT, W] of rows after norm and RoPE to that of the raw rows, all float32.
+
+    Also standardized rows and the gradient before the norm's weight, of which weight and bias sum up products.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    NR: tl.constexpr = SHAPE.NR
+    if NR.STYLE > 0:
+        b_cos, b_sin = _angles(angles, at, side.start + o_t, m_t, -1.0, SHAPE)
+        b_g = rotate(b_g, b_cos, b_sin, NR.STYLE)
+    b_h = b_g
+    b_b = b_g
+    if NR.KIND > 0:
+        m = at.m[:, None] & m_t[None, :]
+        b_x = load_frames(side.x, at, o_t, m_t, SHAPE.A, ROW)
+        b_h, rstd = standardize(to(b_x, tl.float32), m, ROW.D, side.norm.eps, ROW, NR.KIND, 0)
+        b_g = standardize_backward(by_weight(b_b, side.norm, at.h, m, ROW, 0), b_h, rstd, m, ROW.D, ROW, NR.KIND, 0)
+    return b_g, b_h, b_b
+
+
+@triton.jit
+def product(a, b):
+    """[P, M, K] x [P, K, N]. One position alone is a plain product, which a warpgroup's instructions can serve."""
+    if a.shape[0] == 1:
+        b_a = tl.reshape(a, (a.shape[1], a.shape[2]))
+        c = tl.dot(b_a, tl.reshape(b, (b.shape[1], b.shape[2])), input_precision="ieee")
+        return tl.reshape(c, (1, a.shape[1], b.shape[2]))
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def transposed(x):
+    """[P, M, N] -> [P, N, M]."""
+    return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def inner(a, b):
+    """Rows [P, M, D] times rows [P, N, D]: [P, M, N]."""
+    s = product(a[0], transposed(b[0]))
+    if len(a) > 1:
+        s += product(a[1], transposed(b[1]))
+    return s
+
+
+@triton.jit
+def _hidden_apart(p, x, seen):
+    """[P, M, K] x [P, K, N] where seen [P or 1, M, K]: what is hidden takes no part, whatever x holds there.
+
+    A hidden NaN or infinity must not come in as 0 * NaN, and one that is seen must. So x goes through the product
+    without such values, and where there are any, which is rare, they are added pair by pair.
+    """
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    total = product(p, tl.where(finite, x, 0.0))
+    if tl.sum(tl.where(finite, 0, 1)) > 0:
+        o = tl.arange(0, p.shape[2])
+        for i in range(p.shape[2]):
+            one = (o == i)[None, None, :]
+            weight = tl.sum(tl.where(one, p, 0.0).to(tl.float32), 2, keep_dims=True)  # [P, M, 1]
+            shown = tl.sum(tl.where(one & seen, 1, 0), 2, keep_dims=True) > 0
+            strange = (o == i)[None, :, None] & ~finite
+            row = tl.sum(tl.where(strange, x, 0.0).to(tl.float32), 1, keep_dims=True)  # [P, 1, N]
+            some = tl.sum(tl.where(strange, 1, 0), 1, keep_dims=True) > 0
+            total += tl.where(shown & some, weight * row, 0.0)
+    return total
+
+
+@triton.jit
+def _weighted(p, x, seen, MASKED: tl.constexpr):
+    if MASKED:
+        return _hidden_apart(p, x, seen)
+    else:
+        return product(p, x)
+
+
+@triton.jit
+def weighted(p, x, seen, MASKED: tl.constexpr):
+    """p [P, M, K], 0 where hidden, times rows x [P, K, D]; MASKED: some rows of p see what others do not."""
+    p = p.to(x[0].dtype)
+    if len(x) > 1:
+        return _weighted(p, x[0], seen, MASKED), _weighted(p, x[1], seen, MASKED)
+    else:
+        return (_weighted(p, x[0], seen, MASKED),)

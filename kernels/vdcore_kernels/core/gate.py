@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from vdcore_kernels.core.tile import load_rows, to
 
 
 class Gate(NamedTuple):
@@ -21,6 +24,12 @@ class Gate(NamedTuple):
     s: Any
     h: Any
     d: Any
+
+
+def gate_arguments(gate: Tensor, a: Tensor) -> Gate:
+    """The gate of the result a ``(B, T, S, H, D)``, which it broadcasts to."""
+    gate = gate.expand(a.shape)
+    return Gate(gate, a, *gate.stride())
 
 
 @triton.jit
@@ -51,3 +60,11 @@ def mix(g, a, b):
         return g[0] * a[0] + (1 - g[0]) * b[0], g[1] * a[1] + (1 - g[1]) * b[1]
     else:
         return (g[0] * a[0] + (1 - g[0]) * b[0],)
+
+
+@triton.jit
+def gated(b_o, gate, at, o_t, o_row, m_row, m_gate, ROW: tl.constexpr, GATE_ROWS: tl.constexpr):
+    """Rows b_o [BP, BT, W] of sequences at frames o_t, mixed with the rows of the gate's result at o_row [BP, BT]."""
+    b_a = to(load_rows(gate.a, o_row * ROW.D, m_row, ROW), tl.float32)
+    o_gate = (at.s * gate.s + at.h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
+    return mix(load_gate(gate.p + at.b * gate.b, o_gate, m_gate, gate.d, ROW, GATE_ROWS), b_a, b_o)

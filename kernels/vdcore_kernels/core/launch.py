@@ -40,14 +40,20 @@ class Config:
 
 
 @dataclass(frozen=True)
+class ValuesConfig(Config):
+    """values: of a row's channels, times rows, that a program holds at a time."""
+
+    values: int = 4096
+
+
+@dataclass(frozen=True)
 class Launch:
-    """What would have been launched."""
+    """What would have been launched; the arguments by the kernel's names."""
 
     kernel: Any
     programs: int
     config: Config
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 class _State(threading.local):
@@ -101,8 +107,8 @@ Row = TypeVar("Row", bound=Config)
 
 def pick(table: Sequence[Row], arch: str, fits: Any = None) -> Row:
     """The first row that serves the architecture and for which ``fits(row)`` holds."""
-    for row in _state.forced:
-        if row in table:
+    for row in table:
+        if row in _state.forced:
             return row
     for row in table:
         if row.serves(arch) and (fits is None or fits(row)):
@@ -114,17 +120,20 @@ def _guard(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
-def launch(kernel: Any, programs: int, like: Tensor, config: Config, *args: Any, **constants: Any) -> None:
-    """Runs ``programs`` programs on the device of ``like``, on its current stream. None: nothing to do."""
+def launch(kernel: Any, programs: int, *, like: Tensor, config: Config, **arguments: Any) -> None:
+    """Runs ``programs`` programs on the device of ``like``, on its current stream; 0: nothing to do.
+
+    ``arguments``: the kernel's, constants included, by its names.
+    """
     if programs == 0:
         return
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{kernel.__name__}: {programs} programs, and a grid holds {MAX_PROGRAMS}")
     if _state.launches is not None:
-        _state.launches.append(Launch(kernel, programs, config, args, constants))
+        _state.launches.append(Launch(kernel, programs, config, arguments))
         return
     with _guard(like):
-        kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 
 def _prepare_interpreter() -> None:
@@ -171,6 +180,11 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The next power of two, at least 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def how_many(values: int, size: int) -> int:
+    """The largest power of two of things of ``size`` values that ``values`` hold, at least 1."""
+    return max(power_of_2(values // size + 1) // 2, 1)
 
 
 def parts(D: int) -> tuple[int, int]:

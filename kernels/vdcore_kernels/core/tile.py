@@ -1,9 +1,9 @@
-"""Tiles of rows in registers: how a row of D channels is split, loaded, normed, rotated and stored.
+"""Tiles of rows in registers: how a row of D channels is split, loaded, normalized, rotated and stored.
 
 A row is held as one or two power-of-two tiles, so that 72 channels cost 64 + 16 and not 128: a tuple ``(x0,)`` or
 ``(x0, x1)``. Tile 0 holds the first C0 channels in W0 places, tile 1 the other D - C0 in W1 places. With a "half"
-rotary table channel r turns with channel r + R/2: then tile 0 holds the first and tile 1 the second of every pair, and
-turning is elementwise. Places beyond the channels hold 0.
+rotary table channel r is rotated with channel r + R/2: then tile 0 holds the first and tile 1 the second of every pair,
+and rotation is elementwise. Places beyond the channels hold 0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.norm import QKNorm
-from vdcore.rope import Rope
+from vdcore.norm import KINDS, QKNorm
+from vdcore.rope import STYLES, Rope
 from vdcore_kernels.core.launch import parts, power_of_2, steps
 
-KINDS = {"rms": 1, "layer": 2}
-STYLES = {"interleaved": 1, "half": 2}
+MAX_TOKEN = 8192  # heads times channels, each as wide as its tile, of a norm over all heads
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Row(NamedTuple):
@@ -61,20 +62,27 @@ def rows(x: Tensor, A: int) -> Rows:
 
 
 class Norm(NamedTuple):
-    """Weight and bias ``(D,)``, or ``(heads*D,)`` over all heads, each or None."""
+    """Weight and bias ``(D,)``, or ``(heads*D,)`` over all heads, each or None.
+
+    stats: ``(B, T, S, 2)``, mean and 1 / deviation over all heads, where a kernel holds less than a token; or None.
+    """
 
     w: Any
     b: Any
     eps: Any
+    stats: Any = None
 
 
-def norm_arguments(norm: QKNorm | None, role: str) -> tuple[Norm, dict[str, int]]:
-    """What a kernel takes for the norm of q or of k, and its constants."""
+def norm_arguments(norm: QKNorm | None, role: str, stats: Tensor | None = None) -> Norm:
+    """What a kernel takes for the norm of q or of k."""
     if norm is None:
-        return Norm(None, None, 0.0), {"KIND": 0, "ALL": 0}
+        return Norm(None, None, 0.0)
     weight, bias = (norm.q_weight, norm.q_bias) if role == "q" else (norm.k_weight, norm.k_bias)
-    tensors = (None if x is None else x.contiguous() for x in (weight, bias))
-    return Norm(*tensors, norm.eps), {"KIND": KINDS[norm.kind], "ALL": int(norm.over == "all")}
+    return Norm(contiguous(weight), contiguous(bias), norm.eps, stats)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 class Angles(NamedTuple):
@@ -90,16 +98,32 @@ class Angles(NamedTuple):
     sh: Any
 
 
-def rope_arguments(rope: Rope | None) -> tuple[Angles, dict[str, int]]:
-    """What a kernel takes for a rotary table, and its constants."""
+def rope_arguments(rope: Rope | None) -> Angles:
+    """What a kernel takes for a rotary table."""
     if rope is None:
-        return Angles(None, None, 0, 0, 0, 0, 0, 0), {"STYLE": 0, "R2": 0}
-    tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
-    strides = [s if n > 1 else 0 for x in tables for n, s in zip(x.shape[:3], x.stride()[:3])]
-    return Angles(*tables, *strides), {"STYLE": STYLES[rope.style], "R2": rope.cos.shape[-1]}
+        return Angles(None, None, 0, 0, 0, 0, 0, 0)
+    cos, sin = (x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin))
+    return Angles(cos, sin, *(s if n > 1 else 0 for x in (cos, sin) for n, s in zip(x.shape[:3], x.stride()[:3])))
 
 
-# ---- Tiles, elementwise ----
+class NormRope(NamedTuple):
+    """Which norm and rotary embedding a kernel applies, a constant; 0: none. R2: pairs of channels that are rotated."""
+
+    KIND: int
+    ALL: int
+    STYLE: int
+    R2: int
+
+
+def norm_rope_constants(norm: QKNorm | None, rope: Rope | None) -> NormRope:
+    kind, over_all = (KINDS[norm.kind], int(norm.over == "all")) if norm is not None else (0, 0)
+    style, pairs = (STYLES[rope.style], rope.cos.shape[-1]) if rope is not None else (0, 0)
+    return NormRope(kind, over_all, style, pairs)
+
+
+def norm_fits(heads: int, D: int, norm: QKNorm | None) -> bool:
+    """A norm over all heads holds a token in registers; other calls always fit."""
+    return norm is None or norm.over != "all" or power_of_2(heads) * power_of_2(D) <= MAX_TOKEN
 
 
 @triton.jit
@@ -127,12 +151,12 @@ def mul(a, b):
 
 
 @triton.jit
-def scale(a, factor):
-    """Every row times its factor [..., 1], or all times one."""
+def scale(a, by):
+    """Every row times its number [..., 1], or all times one."""
     if len(a) > 1:
-        return a[0] * factor, a[1] * factor
+        return a[0] * by, a[1] * by
     else:
-        return (a[0] * factor,)
+        return (a[0] * by,)
 
 
 @triton.jit
@@ -145,20 +169,20 @@ def keep(x, m):
 
 
 @triton.jit
-def settle(x):
+def materialize_before_dot(x):
     """x, computed where it was loaded.
 
     The compiler moves elementwise work on a dot's operand behind its change of layout, where warps repeat one another's
     rows and values no longer lie as they were read; a sum over one element is where that stops, and costs nothing.
     """
     if len(x) > 1:
-        return _settle(x[0]), _settle(x[1])
+        return _materialize(x[0]), _materialize(x[1])
     else:
-        return (_settle(x[0]),)
+        return (_materialize(x[0]),)
 
 
 @triton.jit
-def _settle(x):
+def _materialize(x):
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 1)), 3).to(x.dtype)
 
 
@@ -199,9 +223,6 @@ def row_sum(x, ALL: tl.constexpr):
     if ALL:
         total = tl.sum(total, 0, keep_dims=True)
     return total
-
-
-# ---- Memory ----
 
 
 @triton.jit
@@ -258,9 +279,6 @@ def store_rows(p, o_row, m_row, x, ROW: tl.constexpr):
         tl.store(p + (o + _channels_1(ROW)), x[1].to(p.dtype.element_ty), mask=_mask_1(m_row, ROW))
 
 
-# ---- Norm ----
-
-
 @triton.jit
 def center(x, mean, m_row, ROW: tl.constexpr):
     """Rows minus their mean [..., 1]; places that hold no channel, and rows where m_row [...] is false, stay 0."""
@@ -274,7 +292,7 @@ def center(x, mean, m_row, ROW: tl.constexpr):
 
 @triton.jit
 def standardize(x, m_row, count, eps, ROW: tl.constexpr, KIND: tl.constexpr, ALL: tl.constexpr):
-    """float32 rows over their root mean square (KIND 1) or, centred, over their deviation (2); and 1 over that."""
+    """float32 rows over their root mean square (KIND 1) or, centered, over their deviation (2); and 1 over that."""
     if KIND == 2:
         x = center(x, row_sum(x, ALL) / count, m_row, ROW)
     rstd = tl.rsqrt(row_sum(mul(x, x), ALL) / count + eps)
@@ -324,12 +342,9 @@ def affine(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
     return x
 
 
-# ---- Rope ----
-
-
 @triton.jit
 def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr):
-    """float32 table rows for the tiles; pairs and rows that do not turn get REST (1 for cos, 0 for sin)."""
+    """float32 table rows for the tiles; pairs and rows that are not rotated get REST (1 for cos, 0 for sin)."""
     o = tl.expand_dims(o_row, -1)
     m = tl.expand_dims(m_row, -1)
     if STYLE == 2:
@@ -346,7 +361,7 @@ def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, STYLE: tl.constexpr, R
 
 
 @triton.jit
-def neighbours(x):
+def neighbors(x):
     """[..., W] -> the first and the second of every pair, [..., W/2] each."""
     if len(x.shape) == 3:
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
@@ -355,18 +370,18 @@ def neighbours(x):
 
 
 @triton.jit
-def _turn(x, cos, sin):
-    """Neighbours (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = neighbours(x)
+def _rotate(x, cos, sin):
+    """Neighbors (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = neighbors(x)
     return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
 
 
 @triton.jit
 def rotate(x, cos, sin, STYLE: tl.constexpr):
-    """Rows turned; by the negative angle with -sin."""
+    """Rows rotated; by the negative angle with -sin."""
     if STYLE == 2:
         return x[0] * cos[0] - x[1] * sin[0], x[1] * cos[0] + x[0] * sin[0]
     elif len(x) > 1:
-        return _turn(x[0], cos[0], sin[0]), _turn(x[1], cos[1], sin[1])
+        return _rotate(x[0], cos[0], sin[0]), _rotate(x[1], cos[1], sin[1])
     else:
-        return (_turn(x[0], cos[0], sin[0]),)
+        return (_rotate(x[0], cos[0], sin[0]),)

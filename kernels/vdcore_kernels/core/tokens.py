@@ -18,24 +18,12 @@ from vdcore_kernels.core.tile import Rows, load_rows, store_rows
 
 
 class Sizes(NamedTuple):
-    """Frames of q and k, tokens a frame of q and of k, text tokens, query heads."""
+    """Tokens per frame of q and of k, text tokens, query heads."""
 
-    T: Any
-    T_k: Any
     S_q: Any
     S_k: Any
     L: Any
     H: Any
-
-
-class Mask(NamedTuple):
-    """Numbers of a FrameMask, as mask_numbers gives them, and the key frame of the first query frame."""
-
-    q_start: Any
-    past: Any
-    future: Any
-    chunk: Any
-    sink: Any
 
 
 class Lengths(NamedTuple):
@@ -46,22 +34,62 @@ class Lengths(NamedTuple):
     text: Any
 
 
+class Pair(NamedTuple):
+    """Rows of the video ``(B, T, S, heads, D)`` and of the text ``(B, L, heads, D)``, its pointer None without text."""
+
+    video: Any
+    text: Any
+
+
+class Tile(NamedTuple):
+    """Constants of kernels over tiles of tokens.
+
+    Args:
+        ROW, A: rows, and elements per step of a stride.
+        R: query heads per key/value head.
+        BM, BN: queries and keys of a tile.
+        FLAT: tokens are evenly spaced through all frames.
+        TEXT: there is text.
+        TEXT_FIRST: it comes before the video in the result, else after it.
+        TEXT_SEES: it sees the video.
+    """
+
+    ROW: Any
+    A: int
+    R: int
+    BM: int
+    BN: int
+    FLAT: bool
+    TEXT: bool
+    TEXT_FIRST: bool
+    TEXT_SEES: bool
+
+
+class At(NamedTuple):
+    """Where a tile's rows are: in the text or in all frames, which sample and head, the first token."""
+
+    is_text: Any
+    b: Any
+    h: Any
+    start: Any
+
+
+class Runs(NamedTuple):
+    """Tokens that a tile sees or is seen by: [0, low) and [begin, end) of the video, and so many of the text."""
+
+    low: Any
+    begin: Any
+    end: Any
+    n_text: Any
+
+
 # Tokens less than so many elements apart: a tile's offsets fit 32 bits, half the registers.
 NEAR = 2**22
 
 
-def token_rows_of(x: Tensor, A: int) -> tuple[Rows, bool]:
-    """Rows of ``(B, T, S, heads, D)``, and whether its tokens are evenly spaced through all frames, and near."""
-    B, T, S, H, _ = x.shape
-    b, t, s, h = (n // A for n in x.stride()[:4])
-    s = t if S == 1 else s
-    flat = (T == 1 or t == S * s) and s * A < NEAR
-    return Rows(x, b if B > 1 else 0, t, s, h if H > 1 else 0), flat
-
-
-def near(x: Tensor | None) -> Tensor | None:
+def near(x: Tensor) -> Tensor:
     """A sequence ``(B, L, heads, D)``, copied in the rare case that its tokens are far apart."""
-    return x if x is None or x.stride(1) < NEAR else x.contiguous()
+    return x if x.stride(1) < NEAR else x.contiguous()
 
 
 def sequence_rows(x: Tensor | None, A: int) -> Rows:
@@ -71,65 +99,96 @@ def sequence_rows(x: Tensor | None, A: int) -> Rows:
     return Rows(x, x.stride(0) // A, 0, x.stride(1) // A, x.stride(2) // A)
 
 
+def token_pair(x: Tensor, text: Tensor | None, A: int) -> Pair:
+    """Of ``(B, T, S, heads, D)`` and a near sequence."""
+    b, t, s, h = (n // A for n in x.stride()[:4])
+    return Pair(
+        Rows(x, b if x.shape[0] > 1 else 0, t, t if x.shape[2] == 1 else s, h if x.shape[3] > 1 else 0),
+        sequence_rows(text, A),
+    )
+
+
+def is_flat(x: Pair, A: int) -> bool:
+    """Whether the video's tokens are evenly spaced through all frames, and near."""
+    T, S = x.video.p.shape[1:3]
+    return (T == 1 or x.video.t == S * x.video.s) and x.video.s * A < NEAR
+
+
 @triton.jit
-def _place(
-    x, text, is_text, i_b, i_h, start, S, N: tl.constexpr, A: tl.constexpr, FLAT: tl.constexpr, TEXT: tl.constexpr
-):
-    """Pointer and offsets [N] of tokens start + [0, N): of the text, or of all frames with S tokens each."""
-    o_n = tl.arange(0, N)
-    p = x.p + (i_b * x.b + i_h * x.h) * A
-    if FLAT:
-        p += start.to(tl.int64) * x.s * A
-        o = o_n * x.s
+def times_rows(a, b):
+    """Rows [M, D] times rows [N, D]: [M, N]."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) > 1:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def rows_times(p, x, total):
+    """total [M, D] plus p [M, N] times rows [N, D]."""
+    if len(x) > 1:
+        first = tl.dot(p, x[0], total[0], input_precision="ieee")
+        return first, tl.dot(p, x[1], total[1], input_precision="ieee")
     else:
-        o = ((start + o_n) // S).to(tl.int64) * x.t + ((start + o_n) % S).to(tl.int64) * x.s
-    if TEXT:
-        p_text = text.p + (i_b * text.b + i_h * text.h + start.to(tl.int64) * text.s) * A
-        p = tl.where(is_text, p_text, p)
-        o = tl.where(is_text, o_n * text.s, o)
+        return (tl.dot(p, x[0], total[0], input_precision="ieee"),)
+
+
+@triton.jit
+def power(s, less, exponent):
+    """2 ** ((s - less) * exponent), one fused multiply and add per score."""
+    return tl.exp2(s * exponent - less * exponent)
+
+
+@triton.jit
+def _place(x, at, S, N: tl.constexpr, TILE: tl.constexpr):
+    """Pointer and offsets [N] of tokens from at.start on: of the text, or of all frames with S tokens each."""
+    A: tl.constexpr = TILE.A
+    o_n = tl.arange(0, N)
+    p = x.video.p + (at.b * x.video.b + at.h * x.video.h) * A
+    if TILE.FLAT:
+        p += at.start.to(tl.int64) * x.video.s * A
+        o = o_n * x.video.s
+    else:
+        o = ((at.start + o_n) // S).to(tl.int64) * x.video.t + ((at.start + o_n) % S).to(tl.int64) * x.video.s
+    if TILE.TEXT:
+        p_text = x.text.p + (at.b * x.text.b + at.h * x.text.h + at.start.to(tl.int64) * x.text.s) * A
+        p = tl.where(at.is_text, p_text, p)
+        o = tl.where(at.is_text, o_n * x.text.s, o)
     return p, o * A
 
 
 @triton.jit
-def load_tokens(
-    x,
-    text,
-    is_text,
-    i_b,
-    i_h,
-    start,
-    m,
-    S,
-    N: tl.constexpr,
-    A: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    ROW: tl.constexpr,
-):
-    """Rows of tokens start + [0, N): tiles [N, W]; 0 where m [N] is false."""
-    p, o = _place(x, text, is_text, i_b, i_h, start, S, N, A, FLAT, TEXT)
+def load_tokens(x, at, m, S, N: tl.constexpr, TILE: tl.constexpr):
+    """Rows of N tokens of a Pair: tiles [N, W]; 0 where m [N] is false."""
+    ROW: tl.constexpr = TILE.ROW
+    p, o = _place(x, at, S, N, TILE)
     return load_rows(p, o, m, ROW)
 
 
 @triton.jit
-def store_tokens(
-    x,
-    text,
-    is_text,
-    i_b,
-    i_h,
-    start,
-    m,
-    S,
-    b_x,
-    N: tl.constexpr,
-    A: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    ROW: tl.constexpr,
-):
-    p, o = _place(x, text, is_text, i_b, i_h, start, S, N, A, FLAT, TEXT)
+def store_tokens(x, at, m, S, b_x, N: tl.constexpr, TILE: tl.constexpr):
+    """Stores what load_tokens loads."""
+    ROW: tl.constexpr = TILE.ROW
+    p, o = _place(x, at, S, N, TILE)
     store_rows(p, o, m, b_x, ROW)
+
+
+@triton.jit
+def load_keys(k, v, at, stop, S, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    """Keys and values [BN, W] of one tile, and which are below ``stop`` [BN]; WHOLE: all."""
+    m = tl.full([TILE.BN], 1, tl.int1) if WHOLE else at.start + tl.arange(0, TILE.BN) < stop
+    return load_tokens(k, at, m, S, TILE.BN, TILE), load_tokens(v, at, m, S, TILE.BN, TILE), m
+
+
+@triton.jit
+def result_token(at, sizes, frames, TILE: tl.constexpr):
+    """A tile's first token in its sample of the result (B, N, H, D), and N."""
+    of_video = frames.T * sizes.S_q
+    if TILE.TEXT_FIRST:
+        first = tl.where(at.is_text, 0, sizes.L)
+    else:
+        first = tl.where(at.is_text, of_video, 0)
+    return (first + at.start).to(tl.int64), of_video + sizes.L
 
 
 @triton.jit
@@ -150,15 +209,18 @@ def valid_key_frames(lengths, i_b, T_k):
 
 
 @triton.jit
-def query_tile(i, lengths, i_b, sizes, mask, BM: tl.constexpr, TEXT: tl.constexpr, TEXT_SEES: tl.constexpr):
-    """Of the i-th tile of queries: whether it is text, its first token, how many rows it has, how many of them live,
-    and the key tokens they see: [0, low), [begin, end), and so many of the text.
-    """
-    T, T_k, S_q, S_k, L, H = sizes
-    q_start, past, future, chunk, sink = mask
+def query_tile(tiles, lengths, sizes, frames, TILE: tl.constexpr):
+    """The program's tile of queries: where it is, how many rows it has, how many of them live, what these see."""
+    i_bh = tl.program_id(0) // tiles
+    i_b = (i_bh // sizes.H).to(tl.int64)
+    i_h = (i_bh % sizes.H).to(tl.int64)
+    # The last frames of a causal mask see the most: they go first, so that no SM is left with one of them at the end.
+    i = tiles - 1 - tl.program_id(0) % tiles
+    BM: tl.constexpr = TILE.BM
+    T, S_q, q_start, chunk = frames.T, sizes.S_q, frames.q_start, frames.chunk
     per_group = tl.cdiv(tl.minimum(chunk, T) * S_q, BM)
     groups = (q_start + T - 1) // chunk - q_start // chunk + 1
-    valid, last = valid_frames(lengths.frames, i_b, T, T_k, q_start)
+    valid, last = valid_frames(lengths.frames, i_b, frames)
     c = q_start // chunk + i // per_group
     first = tl.maximum(c * chunk, q_start)
     stop = tl.minimum((c + 1) * chunk, q_start + T)
@@ -166,40 +228,41 @@ def query_tile(i, lengths, i_b, sizes, mask, BM: tl.constexpr, TEXT: tl.constexp
     start = (first - q_start) * S_q + o
     n_rows = tl.minimum(tl.maximum((stop - first) * S_q - o, 0), BM)
     n_live = tl.minimum(tl.maximum((tl.minimum(stop, last) - first) * S_q - o, 0), BM)
-    low, begin, end = visible_runs(first, valid, past, future, chunk, sink)
-    low, begin, end = low * S_k, begin * S_k, end * S_k
+    low, begin, end = visible_runs(first, valid, frames)
+    low, begin, end = low * sizes.S_k, begin * sizes.S_k, end * sizes.S_k
     if lengths.tokens is not None:
-        shown = tl.load(lengths.tokens + i_b * T_k + begin // S_k, mask=begin < end, other=0)
+        shown = tl.load(lengths.tokens + i_b * frames.T_k + begin // sizes.S_k, mask=begin < end, other=0)
         end = begin + tl.minimum(tl.maximum(shown, 0), end - begin).to(tl.int32)
     is_text = i < 0
     n_text = 0
-    if TEXT:
-        n_text = text_length(lengths, i_b, L)
+    if TILE.TEXT:
+        n_text = text_length(lengths, i_b, sizes.L)
         is_text = i >= groups * per_group
         o_text = (i - groups * per_group) * BM
         start = tl.where(is_text, o_text, start)
-        n_rows = tl.where(is_text, tl.minimum(L - o_text, BM), n_rows)
+        n_rows = tl.where(is_text, tl.minimum(sizes.L - o_text, BM), n_rows)
         n_live = tl.where(is_text, tl.minimum(tl.maximum(n_text - o_text, 0), BM), n_live)
         seen = 0
-        if TEXT_SEES:
-            seen = valid_key_frames(lengths, i_b, T_k) * S_k
+        if TILE.TEXT_SEES:
+            seen = valid_key_frames(lengths, i_b, frames.T_k) * sizes.S_k
         low = tl.where(is_text, 0, low)
         begin = tl.where(is_text, 0, begin)
         end = tl.where(is_text, seen, end)
     if n_live <= 0:
         low, end, n_text = 0, begin, 0
-    return is_text, start, n_rows, n_live, low, begin, end, n_text
+    return At(is_text, i_b, i_h, start), n_rows, n_live, Runs(low, begin, end, n_text)
 
 
 def query_tiles(T: int, S_q: int, L: int, q_start: int, chunk: int, BM: int) -> int:
-    """How many tiles query_tile knows."""
+    """How many tiles query_tile knows, per sample and head."""
     groups = (q_start + T - 1) // chunk - q_start // chunk + 1
     return groups * -(-min(chunk, T) * S_q // BM) + -(-L // BM)
 
 
 @triton.jit
-def walk(low, begin, end, n_text, BN: tl.constexpr):
+def walk(runs, BN: tl.constexpr):
     """Whole tiles of the three runs, and how many runs leave a part of one over."""
+    low, begin, end, n_text = runs
     n_low = low // BN
     n_run = tl.maximum(end - begin, 0) // BN
     n_txt = n_text // BN
@@ -209,19 +272,20 @@ def walk(low, begin, end, n_text, BN: tl.constexpr):
 
 @triton.jit
 def whole_tile(i, n_low, n_run, begin, BN: tl.constexpr):
-    """First token of the i-th whole tile, and whether it is text."""
+    """Whether the i-th whole tile is text, and its first token."""
     is_text = i >= n_low + n_run
     start = tl.where(i < n_low, i * BN, begin + (i - n_low) * BN)
-    return tl.where(is_text, (i - n_low - n_run) * BN, start), is_text
+    return is_text, tl.where(is_text, (i - n_low - n_run) * BN, start)
 
 
 @triton.jit
-def left_tile(i, low, begin, end, n_text, BN: tl.constexpr):
-    """First token and end of the i-th part that is left, and whether it is text."""
+def left_tile(i, runs, BN: tl.constexpr):
+    """Whether the i-th part that is left is text, its first token, and its end."""
+    low, begin, end, n_text = runs
     has_low = low % BN > 0
     has_run = (end > begin) & ((end - begin) % BN > 0)
     is_low = has_low & (i == 0)
     is_run = has_run & (i == tl.where(has_low, 1, 0))
     stop = tl.where(is_low, low, tl.where(is_run, end, n_text))
     count = tl.where(is_low, low, tl.where(is_run, end - begin, n_text)) % BN
-    return stop - count, stop, ~(is_low | is_run)
+    return ~(is_low | is_run), stop - count, stop

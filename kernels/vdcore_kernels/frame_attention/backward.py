@@ -1,4 +1,4 @@
-"""Spatial, video and cross attention backward: delta, then the queries' gradient, then the keys' and values'.
+"""Spatial, video and cross attention backward: delta, then the keys' and values' gradient, then the queries'.
 
 Every gradient is summed by one program in a fixed order: no atomics, at the price of computing the scores twice (seven
 products for five). Probabilities come back from lse; tiles are walked through as forward walks.
@@ -7,17 +7,17 @@ products for five). Probabilities come back from lse; tiles are walked through a
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.mask import FrameMask
-from vdcore_kernels.core.frames import mask_numbers, seeing_run, valid_frames
+from vdcore_kernels.core.frames import Frames, seeing_run, valid_frames
 from vdcore_kernels.core.launch import Config, cdiv, launch, power_of_2, step
-from vdcore_kernels.core.products import power, rows_times, times_rows
 from vdcore_kernels.core.tile import (
+    LOG2_E,
     Row,
     add,
     column_sum,
@@ -32,26 +32,39 @@ from vdcore_kernels.core.tile import (
 )
 from vdcore_kernels.core.tokens import (
     NEAR,
-    Lengths,
-    Mask,
+    At,
+    Runs,
+    Sizes,
+    Tile,
+    is_flat,
     left_tile,
+    load_keys,
     load_tokens,
-    near,
+    power,
     query_tile,
-    query_tiles,
+    result_token,
+    rows_times,
     sequence_rows,
     store_tokens,
     text_length,
-    token_rows_of,
+    times_rows,
+    token_pair,
     valid_key_frames,
     walk,
     whole_tile,
 )
-from vdcore_kernels.frame_attention.forward import FrameConfig, base_2, frame_sizes, pick_for
+from vdcore_kernels.frame_attention.forward import (
+    FLOAT32,
+    NO_TEXT,
+    FrameConfig,
+    Triple,
+    base_2,
+    frame_arguments,
+    pick_for,
+    query_programs,
+    with_positive_scale,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-_FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"
 QUERIES = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "predicted: a warpgroup holds 64 rows' scores and their gradient", 64, 64, 64),
@@ -63,8 +76,8 @@ QUERIES = (
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "predicted: 64 KB of shared memory", 32, 16, 256),
-    FrameConfig("", 8, 1, _FLOAT32, 16, 32, 128, 4),
-    FrameConfig("", 8, 1, _FLOAT32, 32, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
+    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
 )
 # m: queries, walked through; n: keys, held.
 KEYS = (
@@ -77,28 +90,20 @@ KEYS = (
     FrameConfig("sm_8", 8, 1, "predicted: 163 KB of shared memory", 32, 32, 256),
     FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "predicted: 64 KB of shared memory", 16, 32, 256),
-    FrameConfig("", 8, 1, _FLOAT32, 16, 32, 128, 4),
-    FrameConfig("", 8, 1, _FLOAT32, 32, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
+    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
 )
-DELTA = Config("", 4, 1, "predicted: bound by memory: 16 values a thread of out and its gradient")
+DELTA = Config("", 4, 1, "predicted: bound by memory: 16 values per thread of out and its gradient")
 
 
-@triton.jit(do_not_specialize=["N", "H", "lines"])
-def row_delta_kernel(
-    p_o,  # (B, N, H, D), contiguous
-    do,  # Rows (B, N, H, D): t unused
-    p_dlse,  # (B, N, H), or None
-    p_delta,  # (B, N, H)
-    N,
-    H,
-    lines,  # B*N*H
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """delta = sum of out * dout over channels, less dlse."""
+@triton.jit(do_not_specialize=["N", "H", "count"])
+def row_delta_kernel(p_o, do, p_dlse, p_delta, N, H, count, ROW: tl.constexpr, A: tl.constexpr, BN: tl.constexpr):
+    """One program: delta of BN of all B*N*H rows (count), the sum of out * dout over channels, less dlse.
+
+    p_o: (B, N, H, D), contiguous. do: Rows (B, N, H, D), t unused. p_delta, p_dlse or None: (B, N, H).
+    """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    m_n = o_n < lines
+    m_n = o_n < count
     o_do = (o_n // H // N) * do.b + (o_n // H % N) * do.s + (o_n % H) * do.h
     b_o = to(load_rows(p_o, o_n * ROW.D, m_n, ROW), tl.float32)  # [BN, W]
     b_do = to(load_rows(do.p, o_do * A, m_n, ROW), tl.float32)
@@ -108,350 +113,194 @@ def row_delta_kernel(
     tl.store(p_delta + o_n, b_d, mask=m_n)
 
 
+class Given(NamedTuple):
+    """What both kernels know of the result: Rows (B, N, H, D) of its gradient, (B, N, H) of lse and of delta."""
+
+    do: Any
+    p_lse: Any
+    p_delta: Any
+
+
+class Queries(NamedTuple):
+    """A tile of queries, their dout, and lse, in units of the scores, and delta."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+
+
 @triton.jit
-def _mean_key(
-    k,
-    text_k,
-    i_b,
-    i_g,
-    low,
-    begin,
-    end,
-    n_text,
-    S,
-    N: tl.constexpr,
-    A: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    ROW: tl.constexpr,
-):
-    """The mean [1, W] of the first N keys in the longest of [0, low), [begin, end) and so many of the text."""
+def _load_queries(q, given, at, m, sizes, frames, exponent, NO_LSE: tl.constexpr, TILE: tl.constexpr):
+    """BM queries, and where their rows begin in (B, N, H); where m [BM] is false, 0, and NO_LSE for lse."""
+    ROW: tl.constexpr = TILE.ROW
+    A: tl.constexpr = TILE.A
+    H, do = sizes.H, given.do
+    o_m = tl.arange(0, TILE.BM)
+    b_q = load_tokens(q, at, m, sizes.S_q, TILE.BM, TILE)  # [BM, W]
+    first, N = result_token(at, sizes, frames, TILE)
+    b_do = load_rows(do.p + (at.b * do.b + at.h * do.h + first * do.s) * A, o_m * do.s * A, m, ROW)
+    row = (at.b * N + first) * H + at.h
+    b_lse = tl.load(given.p_lse + row + o_m * H, mask=m, other=NO_LSE) * (LOG2_E / exponent)
+    return Queries(b_q, b_do, b_lse, tl.load(given.p_delta + row + o_m * H, mask=m, other=0.0)), row
+
+
+@triton.jit
+def _mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
+    """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
+    low, begin, end, n_text = runs
     is_text = n_text > tl.maximum(low, end - begin)
     is_run = (end - begin >= low) & ~is_text
     start = tl.where(is_run, begin, 0)
     count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, low)), N)
-    b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, tl.arange(0, N) < count, S, N, A, FLAT, TEXT, ROW)
+    b_k = load_tokens(k, At(is_text, at.b, at.h, start), tl.arange(0, N) < count, S, N, TILE)
     return scale(column_sum(to(b_k, tl.float32)), 1.0 / tl.maximum(count, 1))
 
 
 @triton.jit
-def _to_queries(
-    b_dq,
-    b_sum,  # [BM]
-    b_q,
-    b_do,
-    b_lse,  # [BM], in units of the scores
-    b_delta,
-    k,
-    v,
-    text_k,
-    text_v,
-    is_text,
-    i_b,
-    i_g,
-    start,
-    stop,
-    S,
-    exponent,
-    BN: tl.constexpr,
-    A: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of the queries [BM, W], but for the scale, and row sums of dS, after keys [start, stop) of one tile."""
-    m = tl.full([BN], 1, tl.int1) if WHOLE else start + tl.arange(0, BN) < stop
-    b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)  # [BN, W]
-    b_v = load_tokens(v, text_v, is_text, i_b, i_g, start, m, S, BN, A, FLAT, TEXT, ROW)
-    b_p = power(times_rows(b_q, b_k, PRECISION), b_lse[:, None], exponent)  # [BM, BN]
+def _to_queries(state, queries, k, v, at, stop, S, exponent, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    """Gradient of the queries [BM, W], but for the scale, and row sums [BM] of dS, after keys [at.start, stop)."""
+    b_dq, b_sum = state
+    b_k, b_v, m = load_keys(k, v, at, stop, S, WHOLE, TILE)  # [BN, W]
+    b_p = power(times_rows(queries.q, b_k), queries.lse[:, None], exponent)  # [BM, BN]
     if not WHOLE:
         b_p = tl.where(m[None, :], b_p, 0.0)
-    b_ds = (b_p * (times_rows(b_do, b_v, PRECISION) - b_delta[:, None])).to(b_k[0].dtype)
-    return rows_times(b_ds, b_k, b_dq, PRECISION), b_sum + tl.sum(b_ds.to(tl.float32), 1)
+    b_ds = (b_p * (times_rows(queries.do, b_v) - queries.delta[:, None])).to(b_k[0].dtype)
+    return rows_times(b_ds, b_k, b_dq), b_sum + tl.sum(b_ds.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["sizes", "mask", "N", "o_video", "o_text", "tiles"])
+@triton.jit(do_not_specialize=["sizes", "frames", "tiles"])
 def frame_attention_bwd_q_kernel(
-    q,
-    k,
-    v,
-    text_q,
-    text_k,
-    text_v,
-    do,  # Rows (B, N, H, D): t unused
-    dq,
-    text_dq,
-    p_lse,  # (B, N, H)
-    p_delta,
-    p_dlse,  # or None
-    lengths,
-    sizes,
-    mask,
-    N,
-    o_video,
-    o_text,
-    tiles,
-    exponent,
-    factor,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    TEXT_SEES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, given, dq, p_dlse, lengths, sizes, frames, tiles, exponent, sm_scale, TILE: tl.constexpr
 ):
-    H = sizes.H
-    S_q, S_k = sizes.S_q, sizes.S_k
-    i_bh = tl.program_id(0) // tiles
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = (i_bh % H).to(tl.int64)
-    i_g = i_h // R
-    i_tile = tiles - 1 - tl.program_id(0) % tiles
-    is_text, start, n_rows, n_live, low, begin, end, n_text = query_tile(
-        i_tile, lengths, i_b, sizes, mask, BM, TEXT, TEXT_SEES
-    )
+    """One program: the gradient of a tile of BM queries of one sample and head, over all keys that they see.
+
+    given: Given. dq: as q. p_dlse: (B, N, H), or None. The others as frame_attention_fwd_kernel's.
+    """
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    ROW: tl.constexpr = TILE.ROW
+    at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
+    i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    b_q = load_tokens(q, text_q, is_text, i_b, i_h, start, m_live, S_q, BM, A, FLAT, TEXT, ROW)  # [BM, W]
-    i_row = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
-    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + i_row * do.s) * A, o_n * do.s * A, m_live, ROW)
-    row = (i_b * N + i_row) * H + i_h
-    b_lse = tl.load(p_lse + row + o_n * H, mask=m_live, other=0.0) * (LOG2_E / exponent)
-    b_delta = tl.load(p_delta + row + o_n * H, mask=m_live, other=0.0)
+    queries, row = _load_queries(q, given, at, m_live, sizes, frames, exponent, NO_LSE=0.0, TILE=TILE)
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
-        b_sum -= tl.load(p_dlse + row + o_n * H, mask=m_live, other=0.0)
-    n_low, n_run, n_txt, n_left = walk(low, begin, end, n_text, BN)
+        b_sum -= tl.load(p_dlse + row + o_n * sizes.H, mask=m_live, other=0.0)
+    n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
-        first, of_text = whole_tile(i, n_low, n_run, begin, BN)
-        b_dq, b_sum = _to_queries(
-            *(
-                b_dq,
-                b_sum,
-                b_q,
-                b_do,
-                b_lse,
-                b_delta,
-                k,
-                v,
-                text_k,
-                text_v,
-                of_text,
-                i_b,
-                i_g,
-                first,
-                first,
-                S_k,
-                exponent,
-            ),
-            *(BN, A, FLAT, TEXT, True, ROW, PRECISION),
-        )
+        is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
+        at_k = At(is_text, at.b, i_g, first)
+        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, first, sizes.S_k, exponent, WHOLE=True, TILE=TILE)
     for i in range(n_left):
-        first, stop, of_text = left_tile(i, low, begin, end, n_text, BN)
-        b_dq, b_sum = _to_queries(
-            *(
-                b_dq,
-                b_sum,
-                b_q,
-                b_do,
-                b_lse,
-                b_delta,
-                k,
-                v,
-                text_k,
-                text_v,
-                of_text,
-                i_b,
-                i_g,
-                first,
-                stop,
-                S_k,
-                exponent,
-            ),
-            *(BN, A, FLAT, TEXT, False, ROW, PRECISION),
-        )
+        is_text, first, stop = left_tile(i, runs, BN)
+        at_k = At(is_text, at.b, i_g, first)
+        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, stop, sizes.S_k, exponent, WHOLE=False, TILE=TILE)
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
     # a row of dS adds up to dlse, and what it does add up to tells the error.
-    b_mean = _mean_key(k, text_k, i_b, i_g, low, begin, end, n_text, S_k, 16, A, FLAT, TEXT, ROW)  # [1, W]
+    b_mean = _mean_key(k, At(False, at.b, i_g, 0), runs, sizes.S_k, 16, TILE)  # [1, W]
     b_dq = add(b_dq, scale(b_mean, -b_sum[:, None]))
-    b_dq = keep(scale(b_dq, factor), m_live[:, None])
-    store_tokens(dq, text_dq, is_text, i_b, i_h, start, o_n < n_rows, S_q, b_dq, BM, A, FLAT, TEXT, ROW)
+    b_dq = keep(scale(b_dq, sm_scale), m_live[:, None])
+    store_tokens(dq, at, o_n < n_rows, sizes.S_q, b_dq, BM, TILE)
 
 
 @triton.jit
-def key_tile(i, lengths, i_b, sizes, mask, group, BN: tl.constexpr, TEXT: tl.constexpr, TEXT_SEES: tl.constexpr):
-    """Of the i-th tile of keys: whether it is text, its first token, how many rows it has, how many of them live, and
-    the query tokens that see them: [begin, end), and so many of the text.
-    """
-    T, T_k, S_q, S_k, L, H = sizes
-    q_start, past, future, chunk, sink = mask
-    per_group = tl.cdiv(group * S_k, BN)
-    groups = tl.cdiv(T_k, group)
-    valid, last = valid_frames(lengths.frames, i_b, T, T_k, q_start)
+def key_tile(i, i_b, i_g, lengths, sizes, frames, group, TILE: tl.constexpr):
+    """The i-th tile of keys: where it is, how many rows it has, how many of them live, and the queries that see it."""
+    BN: tl.constexpr = TILE.BN
+    per_group = tl.cdiv(group * sizes.S_k, BN)
+    groups = tl.cdiv(frames.T_k, group)
+    valid, last = valid_frames(lengths.frames, i_b, frames)
     first = i // per_group * group
-    stop = tl.minimum(first + group, T_k)
+    stop = tl.minimum(first + group, frames.T_k)
     o = i % per_group * BN
-    start = first * S_k + o
-    n_rows = tl.minimum(tl.maximum((stop - first) * S_k - o, 0), BN)
-    shown = (tl.minimum(stop, valid_key_frames(lengths, i_b, T_k)) - first) * S_k
+    start = first * sizes.S_k + o
+    n_rows = tl.minimum(tl.maximum((stop - first) * sizes.S_k - o, 0), BN)
+    shown = (tl.minimum(stop, valid_key_frames(lengths, i_b, frames.T_k)) - first) * sizes.S_k
     if lengths.tokens is not None:
-        of_frame = tl.load(lengths.tokens + i_b * T_k + first, mask=first < T_k, other=0)
+        of_frame = tl.load(lengths.tokens + i_b * frames.T_k + first, mask=first < frames.T_k, other=0)
         shown = tl.minimum(tl.maximum(of_frame, 0), shown).to(tl.int32)
     n_live = tl.minimum(tl.maximum(shown - o, 0), BN)
-    begin, end = seeing_run(first, q_start, last, past, future, chunk, sink)
-    begin, end = (begin - q_start) * S_q, (end - q_start) * S_q
+    begin, end = seeing_run(first, last, frames)
+    begin, end = (begin - frames.q_start) * sizes.S_q, (end - frames.q_start) * sizes.S_q
     is_text = i < 0
     n_text = 0
-    if TEXT:
-        of_text = text_length(lengths, i_b, L)
+    if TILE.TEXT:
+        of_text = text_length(lengths, i_b, sizes.L)
         is_text = i >= groups * per_group
         o_text = (i - groups * per_group) * BN
         start = tl.where(is_text, o_text, start)
-        n_rows = tl.where(is_text, tl.minimum(L - o_text, BN), n_rows)
+        n_rows = tl.where(is_text, tl.minimum(sizes.L - o_text, BN), n_rows)
         n_live = tl.where(is_text, tl.minimum(tl.maximum(of_text - o_text, 0), BN), n_live)
         begin = tl.where(is_text, 0, begin)
-        end = tl.where(is_text, (last - q_start) * S_q, end)
+        end = tl.where(is_text, (last - frames.q_start) * sizes.S_q, end)
         n_text = of_text
-        if not TEXT_SEES:
+        if not TILE.TEXT_SEES:
             n_text = tl.where(is_text, of_text, 0)
     if n_live <= 0:
         end, n_text = begin, 0
-    return is_text, start, n_rows, n_live, begin, end, n_text
+    return At(is_text, i_b, i_g, start), n_rows, n_live, Runs(0, begin, end, n_text)
 
 
 @triton.jit
-def _to_keys(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    q,
-    text_q,
-    do,
-    p_lse,
-    p_delta,
-    is_text,
-    i_b,
-    i_h,
-    start,
-    stop,
-    S,
-    H,
-    N,
-    o_video,
-    o_text,
-    exponent,
-    BM: tl.constexpr,
-    A: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of keys, but for the scale, and of values [BN, W] after queries [start, stop) of one tile."""
-    m = tl.full([BM], 1, tl.int1) if WHOLE else start + tl.arange(0, BM) < stop
-    b_q = load_tokens(q, text_q, is_text, i_b, i_h, start, m, S, BM, A, FLAT, TEXT, ROW)  # [BM, W]
-    o_m = tl.arange(0, BM)
-    first = (tl.where(is_text, o_text, o_video) + start).to(tl.int64)
-    b_do = load_rows(do.p + (i_b * do.b + i_h * do.h + first * do.s) * A, o_m * do.s * A, m, ROW)
-    row = (i_b * N + first) * H + i_h
-    b_lse = tl.load(p_lse + row + o_m * H, mask=m, other=float("inf")) * (
-        LOG2_E / exponent
-    )  # beyond the end: probability 0
-    b_delta = tl.load(p_delta + row + o_m * H, mask=m, other=0.0)
-    b_p = power(times_rows(b_k, b_q, PRECISION), b_lse[None, :], exponent)  # [BN, BM]
-    b_dv = rows_times(b_p.to(b_do[0].dtype), b_do, b_dv, PRECISION)
-    b_ds = b_p * (times_rows(b_v, b_do, PRECISION) - b_delta[None, :])
-    return rows_times(b_ds.to(b_q[0].dtype), b_q, b_dk, PRECISION), b_dv
+def _to_keys(state, k, v, queries, exponent):
+    """Gradients of keys, but for the scale, and of values [BN, W] after a tile of queries."""
+    b_dk, b_dv = state
+    b_p = power(times_rows(k, queries.q), queries.lse[None, :], exponent)  # [BN, BM]
+    b_dv = rows_times(b_p.to(queries.do[0].dtype), queries.do, b_dv)
+    b_ds = b_p * (times_rows(v, queries.do) - queries.delta[None, :])
+    return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=["sizes", "mask", "N", "o_video", "o_text", "tiles", "group", "splits", "B"])
+@triton.jit(do_not_specialize=["sizes", "frames", "tiles", "group", "splits", "B"])
 def frame_attention_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    text_q,
-    text_k,
-    text_v,
-    do,  # Rows (B, N, H, D): t unused
-    dk,  # with splits, Rows (splits*B, ...) of partial sums
-    dv,
-    text_dk,
-    text_dv,
-    p_lse,
-    p_delta,
-    lengths,
-    sizes,
-    mask,
-    N,
-    o_video,
-    o_text,
-    tiles,  # of keys, a sample and head
-    group,  # frames whose keys the same queries see
-    splits,  # programs that share a tile's queries
-    B,
-    exponent,
-    factor,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    FLAT: tl.constexpr,
-    TEXT: tl.constexpr,
-    TEXT_SEES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, given, dk, dv, lengths, sizes, frames, tiles, group, splits, B, exponent, sm_scale, TILE: tl.constexpr
 ):
-    H = sizes.H
-    S_q, S_k = sizes.S_q, sizes.S_k
-    G = H // R
+    """One program: gradients of a tile of BN keys of one sample and key/value head, over all queries that see them.
+
+    given: Given. dk: as k, dv: as v, with splits (splits*B, ...) of partial sums. tiles: of keys, per sample and head.
+    group: frames whose keys the same queries see. splits: programs that share a tile's queries. B: samples. sm_scale:
+    its size. The others as frame_attention_fwd_kernel's.
+    """
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    R: tl.constexpr = TILE.R
+    ROW: tl.constexpr = TILE.ROW
+    G = sizes.H // R
     i_tile = tl.program_id(0) % tiles
     i_split = tl.program_id(0) // tiles % splits
     i_bg = tl.program_id(0) // tiles // splits
-    i_b = (i_bg // G).to(tl.int64)
-    i_g = (i_bg % G).to(tl.int64)
-    is_text, start, n_rows, n_live, begin, end, n_text = key_tile(
-        i_tile, lengths, i_b, sizes, mask, group, BN, TEXT, TEXT_SEES
-    )
+    i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
+    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, group, TILE)
     o_n = tl.arange(0, BN)
     m_live = o_n < n_live
-    b_k = load_tokens(k, text_k, is_text, i_b, i_g, start, m_live, S_k, BN, A, FLAT, TEXT, ROW)  # [BN, W]
-    b_v = load_tokens(v, text_v, is_text, i_b, i_g, start, m_live, S_k, BN, A, FLAT, TEXT, ROW)
+    b_k = load_tokens(k, at, m_live, sizes.S_k, BN, TILE)  # [BN, W]
+    b_v = load_tokens(v, at, m_live, sizes.S_k, BN, TILE)
     b_dk = filled(BN, 0.0, ROW)
     b_dv = filled(BN, 0.0, ROW)
-    n_low, n_run, n_txt, n_left = walk(0, begin, end, n_text, BM)
+    n_low, n_run, n_txt, n_left = walk(runs, BM)
     n_whole = n_run + n_txt
     for i in range(i_split, n_whole * R, splits):
         i_r = i // n_whole if R > 1 else 0
-        first, of_text = whole_tile(i - i_r * n_whole, 0, n_run, begin, BM)
-        i_h = i_g * R + i_r
-        b_dk, b_dv = _to_keys(
-            *(b_dk, b_dv, b_k, b_v, q, text_q, do, p_lse, p_delta, of_text, i_b, i_h, first, first),
-            *(S_q, H, N, o_video, o_text, exponent),
-            *(BM, A, FLAT, TEXT, True, ROW, PRECISION),
-        )
+        is_text, first = whole_tile(i - i_r * n_whole, 0, n_run, runs.begin, BM)
+        at_q = At(is_text, i_b, i_g * R + i_r, first)
+        m = tl.full([BM], 1, tl.int1)
+        queries, _ = _load_queries(q, given, at_q, m, sizes, frames, exponent, NO_LSE=float("inf"), TILE=TILE)
+        b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     for i in range(i_split, n_left * R, splits):
         i_r = i // n_left if R > 1 else 0
-        first, stop, of_text = left_tile(i - i_r * n_left, 0, begin, end, n_text, BM)
-        i_h = i_g * R + i_r
-        b_dk, b_dv = _to_keys(
-            *(b_dk, b_dv, b_k, b_v, q, text_q, do, p_lse, p_delta, of_text, i_b, i_h, first, stop),
-            *(S_q, H, N, o_video, o_text, exponent),
-            *(BM, A, FLAT, TEXT, False, ROW, PRECISION),
-        )
-    b_dk = keep(scale(b_dk, factor), m_live[:, None])
+        is_text, first, stop = left_tile(i - i_r * n_left, runs, BM)
+        at_q = At(is_text, i_b, i_g * R + i_r, first)
+        m = first + tl.arange(0, BM) < stop  # beyond: probability 0, by an infinite lse
+        queries, _ = _load_queries(q, given, at_q, m, sizes, frames, exponent, NO_LSE=float("inf"), TILE=TILE)
+        b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
+    b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
-    m_rows = o_n < n_rows
-    i_part = i_split * B + i_b
-    store_tokens(dk, text_dk, is_text, i_part, i_g, start, m_rows, S_k, b_dk, BN, A, FLAT, TEXT, ROW)
-    store_tokens(dv, text_dv, is_text, i_part, i_g, start, m_rows, S_k, b_dv, BN, A, FLAT, TEXT, ROW)
+    part = At(at.is_text, i_split * B + i_b, i_g, at.start)
+    store_tokens(dk, part, o_n < n_rows, sizes.S_k, b_dk, BN, TILE)
+    store_tokens(dv, part, o_n < n_rows, sizes.S_k, b_dv, BN, TILE)
 
 
 def _row(D: int) -> Row:
@@ -459,112 +308,104 @@ def _row(D: int) -> Row:
     return split_row(D) if D <= 128 else Row(D, D, power_of_2(D))
 
 
-def _group(chunk: int, sink: int, T_k: int) -> int:
-    """Frames that share a chunk and are sinks together or not: a sink may end inside a chunk."""
-    return min(math.gcd(chunk, sink) if sink else chunk, T_k)
+def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, row: Row, A: int) -> Tensor:
+    """Of dout ``(B, N, H, D)``: ``(B, N, H)``, float32."""
+    B, N, H, D = dout.shape
+    delta = torch.empty(B, N, H, dtype=torch.float32, device=out.device)
+    BN = max(2048 // power_of_2(D), 1)
+    tensors: dict[str, Any] = {"p_o": out, "do": sequence_rows(dout, A), "p_dlse": dlse, "p_delta": delta}
+    numbers: dict[str, Any] = {"N": N, "H": H, "count": B * N * H}
+    launch(row_delta_kernel, cdiv(B * N * H, BN), like=out, config=DELTA, ROW=row, A=A, BN=BN, **tensors, **numbers)
+    return delta
 
 
 # A kv program walks through all queries that see its keys: with few keys, as text has, they share the walk.
 _PROGRAMS = 512
 
 
+def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> dict[str, int]:
+    """How programs share out the keys and their queries.
+
+    Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk.
+    """
+    group = min(math.gcd(frames.chunk, frames.sink) if frames.sink else frames.chunk, frames.T_k)
+    tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
+    most = cdiv(frames.T * sizes.S_q, 8 * config.m)
+    splits = 1 if has_text else max(min(_PROGRAMS // (B * G * tiles), most), 1)
+    return {"tiles": tiles, "group": group, "splits": splits, "B": B}
+
+
 def frame_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text: tuple[Tensor, Tensor, Tensor] | None,
+    text: Triple | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    gradients: tuple[Tensor, Tensor, Tensor],
-    text_gradients: tuple[Tensor, Tensor, Tensor] | None,
+    gradients: Triple,
+    text_gradients: Triple | None,
     *,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Lengths,
     text_first: bool,
     text_sees: bool,
-    factor: float,
+    sm_scale: float,
+    **visible: Any,
 ) -> None:
     """Fills the gradients of what frame_forward takes, in its shapes; dout as out, any strides; dlse as lse."""
-    B, T, S_q, H, D = q.shape
-    T_k, S_k, G = k.shape[1:4]
-    L = 0 if text is None else text[0].shape[1]
-    N = T * S_q + L
-    if factor < 0:
-        # Scores of negated queries: the gradient of q turns its sign, that of k comes out right.
-        q, text = -q, None if text is None else (-text[0], *text[1:])
-    text = text and tuple(near(x) for x in text)  # type: ignore[assignment]
-    if dout.stride(1) >= NEAR:
-        dout = dout.contiguous()
-    numbers, _ = mask_numbers(mask, T, T_k, q_start)
-    row = _row(D)
-    texts, text_grads = text or (None,) * 3, text_gradients or (None,) * 3
+    B, G = q.shape[0], k.shape[3]
+    # Scores of negated queries: the gradient of q turns its sign, that of k comes out right.
+    q, words = with_positive_scale(q, text, sm_scale)
+    dout = dout if dout.stride(1) < NEAR else dout.contiguous()
+    arguments = frame_arguments(q, k, words, **visible)
     config = pick_for(KEYS, q)
-    group = _group(numbers[2], numbers[3], T_k)
-    tiles = cdiv(T_k, group) * cdiv(group * S_k, config.n) + cdiv(L, config.n)
-    splits = 1 if text is not None else max(min(_PROGRAMS // (B * G * tiles), cdiv(T * S_q, 8 * config.m)), 1)
-    dk, dv = gradients[1:]
+    shares: dict[str, Any] = _shares(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
+    splits = shares["splits"]
+    dq, dk, dv = gradients
     if splits > 1:
         dk, dv = (torch.empty(splits * B, *k.shape[1:], dtype=torch.float32, device=q.device) for _ in range(2))
     A = step(q, k, v, dout, *gradients, *(text or ()), *(text_gradients or ()), dk)
-    found = [token_rows_of(x, A) for x in (q, k, v, gradients[0], dk, dv)]
-    rows_q, rows_k, rows_v, rows_dq, rows_dk, rows_dv = (r for r, _ in found)
-    rows_text = [sequence_rows(x, A) for x in texts]
-    rows_do = sequence_rows(dout, A)
-    delta = torch.empty(B, N, H, dtype=torch.float32, device=q.device)
-    BL = max(2048 // power_of_2(D), 1)
-    launch(
-        row_delta_kernel,
-        cdiv(B * N * H, BL),
-        q,
-        DELTA,
-        *(out, rows_do, dlse, delta, N, H, B * N * H),
+    dq_text, dk_text, dv_text = text_gradients or NO_TEXT
+    sides = {name: token_pair(x, of_text, A) for name, x, of_text in zip("qkv", (q, k, v), words)}
+    of_q, of_k, of_v = token_pair(dq, dq_text, A), token_pair(dk, dk_text, A), token_pair(dv, dv_text, A)
+    row = _row(q.shape[4])
+    given = Given(sequence_rows(dout, A), lse, _delta(out, dout, dlse, row, A))
+    tile = Tile(
         ROW=row,
         A=A,
-        BN=BL,
-    )
-    offsets = (N, L if text_first else 0, 0 if text_first else T * S_q)
-    sizes, mask_args = frame_sizes(q, k, L), Mask(q_start, *numbers)
-    exponent = base_2(factor)
-    constants = {
-        **{"ROW": row, "A": A, "R": H // G, "FLAT": all(flat for _, flat in found)},
-        **{"TEXT": text is not None, "TEXT_SEES": text_sees, "PRECISION": "ieee"},
-    }
-    launch(
-        frame_attention_bwd_kv_kernel,
-        B * G * splits * tiles,
-        q,
-        config,
-        *(
-            rows_q,
-            rows_k,
-            rows_v,
-            *rows_text,
-            rows_do,
-            rows_dk,
-            rows_dv,
-            *(sequence_rows(x, A) for x in text_grads[1:]),
-        ),
-        *(lse, delta, lengths, sizes, mask_args, *offsets, tiles, group, splits, B, exponent, abs(factor)),
+        R=q.shape[3] // G,
         BM=config.m,
         BN=config.n,
-        **constants,
+        FLAT=all(is_flat(x, A) for x in (*sides.values(), of_q, of_k, of_v)),
+        TEXT=text is not None,
+        TEXT_FIRST=text_first,
+        TEXT_SEES=text_sees,
+    )
+    shared: dict[str, Any] = {"like": q, **sides, "given": given, "exponent": base_2(sm_scale), **arguments}
+    launch(
+        frame_attention_bwd_kv_kernel,
+        B * G * splits * shares["tiles"],
+        config=config,
+        dk=of_k,
+        dv=of_v,
+        sm_scale=abs(sm_scale),
+        TILE=tile,
+        **shares,
+        **shared,
     )
     if splits > 1:
         for whole, parts in zip(gradients[1:], (dk, dv)):
             whole.copy_(parts.unflatten(0, (splits, B)).sum(0))
     config = pick_for(QUERIES, q)
-    tiles = query_tiles(T, S_q, L, q_start, numbers[2], config.m)
+    programs, tiles = query_programs(B, arguments["sizes"], arguments["frames"], config.m)
     launch(
         frame_attention_bwd_q_kernel,
-        B * H * tiles,
-        q,
-        config,
-        *(rows_q, rows_k, rows_v, *rows_text, rows_do, rows_dq, sequence_rows(text_grads[0], A)),
-        *(lse, delta, dlse, lengths, sizes, mask_args, *offsets, tiles, exponent, factor),
-        BM=config.m,
-        BN=config.n,
-        **constants,
+        programs,
+        config=config,
+        dq=of_q,
+        p_dlse=dlse,
+        tiles=tiles,
+        sm_scale=sm_scale,
+        TILE=tile._replace(BM=config.m, BN=config.n),
+        **shared,
     )

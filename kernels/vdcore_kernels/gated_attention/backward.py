@@ -7,40 +7,30 @@ over it and both results; the gate's share is summed per program and then in a f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore_kernels.core.gate import Gate, load_gate
-from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
+from vdcore_kernels.core.gate import gate_arguments, load_gate
+from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
 from vdcore_kernels.core.tile import add, column_sum, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to
 
-
-@dataclass(frozen=True)
-class SplitConfig(Config):
-    """values: channels times tokens that a program holds."""
-
-    values: int = 4096
-
-
 SPLIT = (
-    SplitConfig("interpreter", 4, 1, "several programs in a small case", 256),
-    SplitConfig("", 4, 1, "predicted: three tensors in, two out: 4 loads of 16 bytes a thread and tensor", 4096),
+    ValuesConfig("interpreter", 4, 1, "several programs in a small case", 256),
+    ValuesConfig("", 4, 1, "predicted: three tensors in, two out: 4 loads of 16 bytes per thread and tensor", 4096),
 )
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "chunks"])
 def gate_bwd_kernel(
-    do,  # Rows (B, T, S, H, D)
-    p_a,  # (B, T, S, H, D), contiguous: the spatial result
-    p_b,  # the temporal result
+    do,
+    p_a,
+    p_b,
     gate,
-    p_da,  # (B, T, S, H, D), contiguous
+    p_da,
     p_db,
-    p_dg,  # (B, T, S or chunks, H, D or 1), float32; or None
+    p_dg,
     p_len,
     T,
     S,
@@ -52,6 +42,10 @@ def gate_bwd_kernel(
     GATE_ROWS: tl.constexpr,  # the gate varies with the channel
     GATE_TOKENS: tl.constexpr,  # and with the token
 ):
+    """One program: BR tokens of one frame and head. do: Rows (B, T, S, H, D). p_a, p_b, p_da, p_db: (B, T, S, H, D),
+    contiguous: the spatial and the temporal result, and their gradients. p_dg: (B, T, S or chunks, H, D or 1), float32;
+    or None. p_len: (B,), or None.
+    """
     i = tl.program_id(0)
     i_c = i % chunks
     i_h = (i // chunks % H).to(tl.int64)
@@ -98,10 +92,9 @@ def gate_backward(
     """
     B, T, S, H, D = dout.shape
     shape = (1,) * (5 - gate.ndim) + tuple(gate.shape)
-    expanded = gate.expand(dout.shape)
     row = split_row(D)
     config = pick(SPLIT, arch_of(dout))
-    BR = min(max(power_of_2(config.values // row.width + 1) // 2, 1), power_of_2(S))
+    BR = min(how_many(config.values, row.width), power_of_2(S))
     chunks = cdiv(S, BR)
     by_token, by_channel = shape[2] > 1, shape[4] > 1
     da, db = (torch.empty(dout.shape, dtype=dout.dtype, device=dout.device) for _ in range(2))
@@ -113,9 +106,20 @@ def gate_backward(
     launch(
         gate_bwd_kernel,
         B * T * H * chunks,
-        dout,
-        config,
-        *(rows(dout, A), a, b, Gate(expanded, a, *expanded.stride()), da, db, parts, lengths, T, S, H, chunks),
+        like=dout,
+        config=config,
+        do=rows(dout, A),
+        p_a=a,
+        p_b=b,
+        gate=gate_arguments(gate, a),
+        p_da=da,
+        p_db=db,
+        p_dg=parts,
+        p_len=lengths,
+        T=T,
+        S=S,
+        H=H,
+        chunks=chunks,
         ROW=row,
         A=A,
         BR=BR,

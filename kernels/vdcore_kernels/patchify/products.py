@@ -1,8 +1,8 @@
 """3D patches: a product that gathers its rows from the video itself, one that scatters into it, and one for the weight.
 
-A row is a token, and its K = channels x patch values lie in the video at offsets that are sums of one number a row and
-one a column, so no patches are ever written to memory. K is small (16 to 256) and a token's E channels are many: what
-counts is that tokens move once.
+A row is a token, and its K = channels x patch values lie in the video at offsets that are sums of one number per row
+and one per column, so no patches are ever written to memory. K is small (16 to 256) and a token's E channels are many:
+what counts is that tokens move once.
 
     tokens = patches @ weight^T + bias         gather: patchify; unpatchify's gradient of tokens
     patches = tokens @ weight + bias           scatter: unpatchify; patchify's gradient of the video
@@ -11,6 +11,7 @@ counts is that tokens move once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,16 +127,18 @@ def _columns(k, video, weight, PATCH: tl.constexpr):
 def gather_product_kernel(
     video,
     weight,
-    p_bias,  # (E,), or None
+    p_bias,
     tokens,
-    grid,  # B, T', H', W'
+    grid,
     E,
     PATCH: tl.constexpr,
-    BM: tl.constexpr,
-    BE: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr,  # tokens
+    BE: tl.constexpr,  # their channels
+    BK: tl.constexpr,  # places of a patch at a time
 ):
+    """One program: BE channels of BM tokens. video: Video, read; tokens: Tokens, written; weight: Matrix; p_bias: (E,),
+    or None; grid: B, T', H', W'.
+    """
     K: tl.constexpr = PATCH.C * PATCH.pt * PATCH.ph * PATCH.pw
     columns = tl.cdiv(E, BE)
     o_row, o_token, m_m = _rows(tl.program_id(0) // columns, grid, video, tokens, PATCH, BM)
@@ -149,7 +152,7 @@ def gather_product_kernel(
         b_x = tl.load(video.p + (o_row[:, None] + o_video[None, :]), mask=m_m[:, None] & m_k[None, :], other=0.0)
         o_w = o_weight[:, None] + o_e[None, :] * weight.e
         b_w = tl.load(weight.p + o_w, mask=m_k[:, None] & m_e[None, :], other=0.0)  # [BK, BE]
-        b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+        b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
     if p_bias is not None:
         b_y += tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     p_y = tokens.p + (o_token[:, None] + o_e[None, :])
@@ -160,16 +163,18 @@ def gather_product_kernel(
 def scatter_product_kernel(
     tokens,
     weight,
-    p_bias,  # one number a place of the patch, with the weight's strides over its number of channels; or None
+    p_bias,
     video,
     grid,
     E,
     PATCH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr,  # tokens
+    BN: tl.constexpr,  # places of a patch
+    BE: tl.constexpr,  # channels at a time
 ):
+    """One program: BN places of the patches of BM tokens. tokens: Tokens, read; video: Video, written; weight: Matrix;
+    p_bias: one number per place of the patch, with the weight's strides over its number of channels, or None.
+    """
     K: tl.constexpr = PATCH.C * PATCH.pt * PATCH.ph * PATCH.pw
     columns: tl.constexpr = (K + BN - 1) // BN
     o_row, o_token, m_m = _rows(tl.program_id(0) // columns, grid, video, tokens, PATCH, BM)
@@ -183,7 +188,7 @@ def scatter_product_kernel(
         b_x = tl.load(tokens.p + (o_token[:, None] + o_e[None, :]), mask=m_m[:, None] & m_e[None, :], other=0.0)
         o_w = o_weight[None, :] + o_e[:, None] * weight.e
         b_w = tl.load(weight.p + o_w, mask=m_e[:, None] & m_k[None, :], other=0.0)  # [BE, BN]
-        b_y = tl.dot(b_x, b_w, b_y, input_precision=PRECISION)
+        b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
     if p_bias is not None:
         b_y += tl.load(p_bias + o_weight // E, mask=m_k, other=0.0).to(tl.float32)[None, :]
     p_y = video.p + (o_row[:, None] + o_video[None, :])
@@ -194,17 +199,19 @@ def scatter_product_kernel(
 def weight_product_kernel(
     video,
     tokens,
-    weight,  # partial sums (splits, ...), float32
+    weight,
     grid,
     E,
     splits,
     size,  # numbers in the weight
     PATCH: tl.constexpr,
-    BK: tl.constexpr,
-    BE: tl.constexpr,
-    BM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr,  # places of a patch
+    BE: tl.constexpr,  # channels
+    BM: tl.constexpr,  # tokens at a time
 ):
+    """One program: the sum over every splits-th block of tokens of BK x BE products of patch and token. video, tokens:
+    read; weight: Matrix of partial sums (splits, ...), float32.
+    """
     K: tl.constexpr = PATCH.C * PATCH.pt * PATCH.ph * PATCH.pw
     rows: tl.constexpr = (K + BK - 1) // BK
     columns = tl.cdiv(E, BE)
@@ -220,20 +227,9 @@ def weight_product_kernel(
         o_row, o_token, m_m = _rows(i, grid, video, tokens, PATCH, BM)
         b_x = tl.load(video.p + (o_video[:, None] + o_row[None, :]), mask=m_k[:, None] & m_m[None, :], other=0.0)
         b_t = tl.load(tokens.p + (o_token[:, None] + o_e[None, :]), mask=m_m[:, None] & m_e[None, :], other=0.0)
-        b_w = tl.dot(b_x, b_t, b_w, input_precision=PRECISION)
+        b_w = tl.dot(b_x, b_t, b_w, input_precision="ieee")
     o_w = i_split.to(tl.int64) * size + o_weight[:, None] + o_e[None, :] * weight.e
     tl.store(weight.p + o_w, b_w, mask=m_k[:, None] & m_e[None, :])
-
-
-# ---- Launch ----
-
-
-def _video(x: Tensor) -> Video:
-    return Video(x, *x.stride())
-
-
-def _tokens(x: Tensor) -> Tokens:
-    return Tokens(x, *x.stride()[:3])
 
 
 def _matrix(x: Tensor, patch: Patch, order: str, like: Tensor | None = None) -> Matrix:
@@ -247,9 +243,12 @@ def _matrix(x: Tensor, patch: Patch, order: str, like: Tensor | None = None) -> 
     return Matrix(x, E, ph * pw * C * E, pw * C * E, C * E, 1)
 
 
-def _grid(video: Tensor, patch: Patch) -> tuple[int, int, int, int]:
+def _arguments(video: Tensor, tokens: Tensor, patch: Patch, config: PatchConfig) -> tuple[int, dict[str, Any]]:
+    """How many tokens there are, and what all three products take by the same names."""
     B, _, T, H, W = video.shape
-    return B, T // patch.pt, H // patch.ph, W // patch.pw
+    grid = (B, T // patch.pt, H // patch.ph, W // patch.pw)
+    both = {"video": Video(video, *video.stride()), "tokens": Tokens(tokens, *tokens.stride()[:3])}
+    return math.prod(grid), {"config": config, **both, "grid": grid, "E": tokens.shape[-1], "PATCH": patch}
 
 
 def _pick(table: tuple[PatchConfig, ...], x: Tensor) -> PatchConfig:
@@ -261,20 +260,11 @@ def gather_product(
 ) -> None:
     """Fills tokens ``(B, T', H'*W', E)`` from video ``(B, C, T, H, W)``; weight as _matrix takes it, bias ``(E,)``."""
     config = _pick(GATHER, video)
-    grid = _grid(video, patch)
-    E = tokens.shape[-1]
-    launch(
-        gather_product_kernel,
-        cdiv(grid[0] * grid[1] * grid[2] * grid[3], config.m) * cdiv(E, config.n),
-        video,
-        config,
-        *(_video(video), _matrix(weight.contiguous(), patch, order), bias, _tokens(tokens), grid, E),
-        PATCH=patch,
-        BM=config.m,
-        BE=config.n,
-        BK=config.k,
-        PRECISION="ieee",
-    )
+    count, shared = _arguments(video, tokens, patch, config)
+    programs = cdiv(count, config.m) * cdiv(tokens.shape[-1], config.n)
+    matrix = _matrix(weight.contiguous(), patch, order)
+    blocks: dict[str, Any] = {"BM": config.m, "BE": config.n, "BK": config.k}
+    launch(gather_product_kernel, programs, like=video, weight=matrix, p_bias=bias, **blocks, **shared)
 
 
 def scatter_product(
@@ -282,42 +272,22 @@ def scatter_product(
 ) -> None:
     """Fills video from tokens; bias: as the weight's rows, with an order only."""
     config = _pick(SCATTER, tokens)
-    grid = _grid(video, patch)
-    E = tokens.shape[-1]
-    launch(
-        scatter_product_kernel,
-        cdiv(grid[0] * grid[1] * grid[2] * grid[3], config.m)
-        * cdiv(patch.C * patch.pt * patch.ph * patch.pw, config.n),
-        tokens,
-        config,
-        *(_tokens(tokens), _matrix(weight.contiguous(), patch, order), bias, _video(video), grid, E),
-        PATCH=patch,
-        BM=config.m,
-        BN=config.n,
-        BE=config.k,
-        PRECISION="ieee",
-    )
+    count, shared = _arguments(video, tokens, patch, config)
+    programs = cdiv(count, config.m) * cdiv(math.prod(patch), config.n)
+    matrix = _matrix(weight.contiguous(), patch, order)
+    blocks: dict[str, Any] = {"BM": config.m, "BN": config.n, "BE": config.k}
+    launch(scatter_product_kernel, programs, like=tokens, weight=matrix, p_bias=bias, **blocks, **shared)
 
 
 def weight_product(video: Tensor, tokens: Tensor, weight: Tensor, patch: Patch, order: str = "") -> Tensor:
     """Gradient of the weight, float32, in its shape: the sum over tokens of patch times token."""
     config = _pick(WEIGHT, video)
-    grid = _grid(video, patch)
-    E = tokens.shape[-1]
-    tiles = cdiv(patch.C * patch.pt * patch.ph * patch.pw, config.m) * cdiv(E, config.n)
-    blocks = cdiv(grid[0] * grid[1] * grid[2] * grid[3], config.k)
-    splits = max(min(_PROGRAMS // tiles, cdiv(blocks, 8)), 1)
+    count, shared = _arguments(video, tokens, patch, config)
+    tiles = cdiv(math.prod(patch), config.m) * cdiv(tokens.shape[-1], config.n)
+    splits = max(min(_PROGRAMS // tiles, cdiv(cdiv(count, config.k), 8)), 1)
     parts = torch.empty(splits, *weight.shape, dtype=torch.float32, device=video.device)
-    launch(
-        weight_product_kernel,
-        splits * tiles,
-        video,
-        config,
-        *(_video(video), _tokens(tokens), _matrix(parts, patch, order, weight), grid, E, splits, weight.numel()),
-        PATCH=patch,
-        BK=config.m,
-        BE=config.n,
-        BM=config.k,
-        PRECISION="ieee",
-    )
+    matrix = _matrix(parts, patch, order, weight)
+    blocks: dict[str, Any] = {"BK": config.m, "BE": config.n, "BM": config.k}
+    numbers: dict[str, Any] = {"splits": splits, "size": weight.numel()}
+    launch(weight_product_kernel, splits * tiles, like=video, weight=matrix, **numbers, **blocks, **shared)
     return parts.sum(0)

@@ -1,12 +1,12 @@
 """Temporal attention with up to 128 frames a side, backward: one kernel, which reads and writes every row once.
 
 Probabilities are computed again, so that neither the result nor its lse is read: with all keys at hand, delta is the
-sum of P dP. Norm and rope are taken back in registers too, but where their gradients sum over heads or positions.
+sum of P dP. The backward of norm and RoPE is fused, but where their gradients sum over heads or positions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,38 +16,33 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
-from vdcore_kernels.core.frames import live_frames, mask_numbers
-from vdcore_kernels.core.launch import cdiv, launch, power_of_2, step
-from vdcore_kernels.core.products import inner, transposed, weighted
-from vdcore_kernels.core.sequences import (
+from vdcore_kernels.core.frames import (
+    Side,
+    frame_bounds,
     frame_pairs,
-    frame_rows,
-    gradient_back,
-    line_block,
-    normed_turned,
+    inner,
+    load_frames,
+    normalized_rotated,
+    normalized_rotated_backward,
+    query_head,
+    row_offsets,
+    sequence_block,
     store_frames,
+    transposed,
+    weighted,
 )
-from vdcore_kernels.core.tile import (
-    Row,
-    add,
-    column_sum,
-    keep,
-    mul,
-    norm_arguments,
-    rope_arguments,
-    rows,
-    split_row,
-    store_rows,
-)
-from vdcore_kernels.qk_norm_rope.forward import norm_rope_backward, norm_rope_forward
-from vdcore_kernels.temporal_attention.forward import LINE, LOG2_E, TemporalConfig, pick_lines, side, turns_by_line
+from vdcore_kernels.core.launch import ValuesConfig, cdiv, launch, power_of_2, step
+from vdcore_kernels.core.tile import LOG2_E, Row, add, column_sum, keep, mul, rows, split_row, store_rows
+from vdcore_kernels.qk_norm_rope.backward import live_frames, norm_rope_backward
+from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward
+from vdcore_kernels.temporal_attention.forward import ONE_SEQUENCE, pick_sequences, temporal_arguments
 from vdcore_kernels.temporal_attention.long import temporal_long_backward
 
 BACKWARD = (
-    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),
-    TemporalConfig("interpreter", 8, 1, LINE, 16384),
-    TemporalConfig("", 4, 1, "predicted: four tensors in and three out of 4,096 values at 115 to 250 registers", 4096),
-    TemporalConfig("sm_", 8, 1, LINE, 8192),
+    ValuesConfig("interpreter", 4, 1, "several sequences and several programs in a small case", 4096),
+    ValuesConfig("interpreter", 8, 1, ONE_SEQUENCE, 16384),
+    ValuesConfig("", 4, 1, "predicted: four tensors in and three out of 4,096 values at 115 to 250 registers", 4096),
+    ValuesConfig("sm_", 8, 1, ONE_SEQUENCE, 8192),
 )
 
 
@@ -69,143 +64,96 @@ def _store_sums(p_sums, i, n, b_b, b_h, norm, ROW: tl.constexpr):
         store_rows(p_sums, o_p + ROW.D, o_p >= 0, _all_rows(b_b), ROW)
 
 
+class Heads(NamedTuple):
+    """What all query heads of a program share: q's side, gradients in and out, and the numbers of the kernel."""
+
+    q: Any
+    do: Any
+    dq: Any
+    p_dlse: Any
+    p_sums: Any
+    angles: Any
+    S: Any
+    G: Any
+    sm_scale: Any
+
+
 @triton.jit
-def _one_head(
-    i_r,
-    b_k,  # [BP, BK, W]
-    b_v,
-    q,
-    do,
-    dq,
-    p_dlse,
-    q_norm,
-    angles,
-    p_sums,
-    pairs,  # what frame_pairs says
-    lines,  # what line_block says
-    frames,
-    S,
-    G,
-    factor,
-    ROW: tl.constexpr,
-    V: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BQ: tl.constexpr,
-    MASKED: tl.constexpr,
-    LINES: tl.constexpr,
-    KIND: tl.constexpr,
-    STYLE: tl.constexpr,
-    R2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Writes dq of the i_r-th query head of every line; returns what it adds to dk and dv, [BP, BK, W]."""
-    T, q_start = frames[0], frames[2]
+def _store_gradient(b_g, dx, side, i, heads, at, o_t, m_t, SHAPE: tl.constexpr):
+    """Gradient of the raw rows of q or k from that after norm and RoPE; and what they add to the i-th of the sums."""
+    ROW: tl.constexpr = SHAPE.ROW
+    if SHAPE.NR.KIND > 0 or SHAPE.NR.STYLE > 0:
+        b_g, b_h, b_b = normalized_rotated_backward(b_g, side, heads.angles, at, o_t, m_t, SHAPE)
+        if heads.p_sums is not None:
+            _store_sums(heads.p_sums, i, SHAPE.R + 1, b_b, b_h, side.norm, ROW)
+    store_frames(dx, at, o_t, side.T, b_g, SHAPE.A, ROW)
+
+
+@triton.jit
+def _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE: tl.constexpr):
+    """Writes dq of the i_r-th query head of every sequence; returns what it adds to dk and dv, [BP, BK, W].
+
+    pairs: what frame_pairs returns.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    V: tl.constexpr = SHAPE.V
     m_t, m_f, seen = pairs
-    i_b, o_s, o_g, m_n = lines
-    o_t = tl.arange(0, BQ)
-    o_h = o_g * R + i_r
-    b_q = normed_turned(
-        frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW),
-        *(q_norm, None, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t),
-        *(LINES, ROW, KIND, 0, STYLE, R2),
-    )
-    b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, V)
-    b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * (factor * LOG2_E), -float("inf"))  # [BP, BQ, BK]
+    o_t = tl.arange(0, SHAPE.BQ)
+    head = query_head(at, i_r, SHAPE.R)
+    b_q = load_frames(heads.q.x, head, o_t, m_t, SHAPE.A, ROW)
+    b_q = normalized_rotated(b_q, heads.q, heads.angles, head, o_t, m_t, heads.S, SHAPE)
+    b_do = load_frames(heads.do, head, o_t, m_t, SHAPE.A, V)
+    b_s = tl.where(seen, inner(b_q, b_k) * (heads.sm_scale * LOG2_E), -float("inf"))  # [BP, BQ, BK]
     b_m = tl.max(b_s, 2, keep_dims=True)
     b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
     b_l = tl.sum(b_p, 2, keep_dims=True)
     b_p = tl.where(seen, b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l), 0.0)
     seeing = tl.permute(seen, (0, 2, 1))
-    b_dv = weighted(transposed(b_p).to(b_do[0].dtype), b_do, seeing, MASKED, PRECISION)
-    b_ds = tl.where(seen, inner(b_do, b_v, PRECISION), 0.0)
+    b_dv = weighted(transposed(b_p).to(b_do[0].dtype), b_do, seeing, SHAPE.MASKED)
+    b_ds = tl.where(seen, inner(b_do, b_v), 0.0)
     b_delta = tl.sum(b_p * b_ds, 2, keep_dims=True)
-    if p_dlse is not None:
-        o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
-        b_dlse = tl.load(p_dlse + o_row, mask=m_n[:, None] & m_t[None, :], other=0.0)
+    if heads.p_dlse is not None:
+        o_row = row_offsets(head, o_t, heads.q.T, heads.S, heads.G * SHAPE.R)  # [BP, BQ]
+        b_dlse = tl.load(heads.p_dlse + o_row, mask=at.m[:, None] & m_t[None, :], other=0.0)
         b_delta -= b_dlse[:, :, None]
-    b_ds = tl.where(seen, b_p * (b_ds - b_delta) * factor, 0.0)
-    b_g = keep(weighted(b_ds, b_k, seen, MASKED, PRECISION), m_t[None, :, None])
-    if KIND > 0 or STYLE > 0:
-        b_g, b_h, b_b = gradient_back(
-            *(b_g, q, q_norm, angles, q_start, i_b, o_s, o_h, o_t, m_n, m_t),
-            *(LINES, A, ROW, KIND, STYLE, R2),
-        )
-        if p_sums is not None:
-            _store_sums(p_sums, i_r, R + 1, b_b, b_h, q_norm, ROW)
-    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_g, A, ROW)
-    return weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, MASKED, PRECISION), b_dv
+    b_ds = tl.where(seen, b_p * (b_ds - b_delta) * heads.sm_scale, 0.0)
+    b_g = keep(weighted(b_ds, b_k, seen, SHAPE.MASKED), m_t[None, :, None])
+    _store_gradient(b_g, heads.dq, heads.q, i_r, heads, head, o_t, m_t, SHAPE)
+    return weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, SHAPE.MASKED), b_dv
 
 
 @triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_bwd_kernel(
-    q,  # Rows (B, T, S, G*R, D)
-    k,  # Rows (B, T_k, S, G, D)
-    v,
-    do,
-    dq,
-    dk,
-    dv,
-    p_dlse,  # (B, T, S, G*R), or None
-    p_len,
-    q_norm,
-    k_norm,
-    angles,
-    p_sums,  # (programs, R + 1, 2, D), float32: for the norm's weight and bias of q and, last, of k; or None
-    frames,
-    S,
-    G,
-    factor,  # scale of the scores
-    ROW: tl.constexpr,
-    V: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BP: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    MASKED: tl.constexpr,
-    LINES: tl.constexpr,
-    KIND: tl.constexpr,
-    STYLE: tl.constexpr,
-    R2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, dq, dk, dv, p_dlse, p_len, q_norm, k_norm, angles, p_sums, frames, S, G, sm_scale, SHAPE: tl.constexpr
 ):
-    T_k = frames[1]
-    o_t = tl.arange(0, BQ)
-    o_f = tl.arange(0, BK)
-    i_b, o_s, o_g, m_n = line_block(tl.program_id(0), S, G, BP)
-    m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-    b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)  # [BP, BK, W]
-    b_k = normed_turned(
-        frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW),
-        *(k_norm, None, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f),
-        *(LINES, ROW, KIND, 0, STYLE, R2),
-    )
-    pairs = (m_t, m_f, seen)
-    lines = (i_b, o_s, o_g, m_n)
-    b_dk, b_dv = _one_head(
-        *(0, b_k, b_v, q, do, dq, p_dlse, q_norm, angles, p_sums, pairs, lines, frames, S, G, factor),
-        *(ROW, V, A, R, BQ, MASKED, LINES, KIND, STYLE, R2, PRECISION),
-    )
+    """One program: all gradients of BP sequences (position, key/value head), R query heads each.
+
+    q, do, dq: Rows (B, T, S, G*R, D). k, v, dk, dv: Rows (B, T_k, S, G, D). p_dlse: (B, T, S, G*R), or None. p_len:
+    (B,), or None. p_sums: (programs, R + 1, 2, D), float32: gradients of the norm's weight and bias of q, per query
+    head, and, last, of k; or None.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    V: tl.constexpr = SHAPE.V
+    R: tl.constexpr = SHAPE.R
+    o_f = tl.arange(0, SHAPE.BK)
+    at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
+    pairs = frame_pairs(p_len, at.b, frames, tl.arange(0, SHAPE.BQ), o_f, SHAPE.MASKED)
+    m_f = pairs[1]
+    of_q, of_k = Side(q, q_norm, frames.q_start, frames.T), Side(k, k_norm, 0, frames.T_k)
+    heads = Heads(of_q, do, dq, p_dlse, p_sums, angles, S=S, G=G, sm_scale=sm_scale)
+    b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)  # [BP, BK, W]
+    b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)
+    b_k = normalized_rotated(b_k, of_k, angles, at, o_f, m_f, S, SHAPE)
+    b_dk, b_dv = _one_head(0, b_k, b_v, heads, pairs, at, SHAPE)
     for i_r in range(1, R):
-        b_k_more, b_v_more = _one_head(
-            *(i_r, b_k, b_v, q, do, dq, p_dlse, q_norm, angles, p_sums, pairs, lines, frames, S, G, factor),
-            *(ROW, V, A, R, BQ, MASKED, LINES, KIND, STYLE, R2, PRECISION),
-        )
+        b_k_more, b_v_more = _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE)
         b_dk, b_dv = add(b_dk, b_k_more), add(b_dv, b_v_more)
-    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, V)
-    if KIND > 0 or STYLE > 0:
-        b_dk, b_h, b_b = gradient_back(
-            *(b_dk, k, k_norm, angles, 0, i_b, o_s, o_g, o_f, m_n, m_f),
-            *(LINES, A, ROW, KIND, STYLE, R2),
-        )
-        if p_sums is not None:
-            _store_sums(p_sums, R, R + 1, b_b, b_h, k_norm, ROW)
-    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, A, ROW)
+    store_frames(dv, at, o_f, frames.T_k, b_dv, SHAPE.A, V)
+    _store_gradient(b_dk, dk, of_k, R, heads, at, o_f, m_f, SHAPE)
 
 
-def _moved_row(D: int, rope: Rope | None) -> Row:
-    """Rows that are normed or turned and taken back: one tile, unless turning needs two, where 72 is 64 + 16.
+def _fused_row(D: int, rope: Rope | None) -> Row:
+    """Rows under the backward of norm and RoPE: one tile, unless "half" pairs need two, where 72 is 64 + 16.
 
     Found by compiling: a narrow second tile takes more registers than the places it saves.
     """
@@ -226,7 +174,7 @@ def temporal_backward(
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
 ) -> dict[str, Tensor]:
@@ -235,46 +183,44 @@ def temporal_backward(
     Returns the wanted among ``"q_weight"``, ``"k_weight"``, ``"q_bias"``, ``"k_bias"``, ``"cos"``, ``"sin"``, float32.
     """
     T, T_k, D = q.shape[1], k.shape[1], q.shape[4]
-    _, masked = mask_numbers(mask, T, T_k, q_start)
+    _, masked = frame_bounds(mask, T, T_k, q_start)
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
     moves = norm is not None or rope is not None
-    dq, dk, dv = gradients
-    # Norm and rope are taken back in registers, but for what sums over heads or positions, and for long lines.
-    picked = None
     shared = 2 if q.shape[3] > k.shape[3] else 1  # heads that share keys: two more sums
+    # The backward of norm and RoPE is fused, but for what sums over heads or positions, and for long sequences.
     if moves and not wanted & {"cos", "sin"} and (norm is None or norm.over == "head"):
-        picked = pick_lines(BACKWARD, q, T, T_k, _moved_row(D, rope), 2 * shared)
-    back = picked is not None
-    q_seen, k_seen = q, k
-    if moves and not back:
+        row = _fused_row(D, rope)
+        picked = pick_sequences(BACKWARD, q, T, T_k, row, 2 * shared)
+        if picked is not None:
+            of_norm = wanted & {"q_weight", "k_weight", "q_bias", "k_bias"}
+            moving: dict[str, Any] = {**frames, "norm": norm, "rope": rope}
+            return _short_backward(
+                q, k, v, dout, dlse, gradients, of_norm, picked, row=row, sm_scale=sm_scale, **moving
+            )
+    q_seen, k_seen, (dq, dk, dv) = q, k, gradients
+    if moves:
         q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    if not back:
-        picked = pick_lines(BACKWARD, q, T, T_k, split_row(D), (2 if masked else 1) * shared)
-    sums = None
+    row = split_row(D)
+    picked = pick_sequences(BACKWARD, q, T, T_k, row, (2 if masked else 1) * shared)
+    grads = (dq, dk, dv)
     if picked is None:
-        temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, dq, dk, dv, scale=scale, **frames)
+        temporal_long_backward(q_seen, k_seen, v, out, lse, dout, dlse, grads, sm_scale=sm_scale, **frames)
     else:
-        learns = back and bool(wanted & {"q_weight", "k_weight", "q_bias", "k_bias"})
-        moved = (norm, rope) if back else (None, None)
-        sums = _short_backward(q_seen, k_seen, v, dout, dlse, dq, dk, dv, picked, learns, scale, *moved, frames)
+        nothing: frozenset[str] = frozenset()
+        _short_backward(q_seen, k_seen, v, dout, dlse, grads, nothing, picked, row=row, sm_scale=sm_scale, **frames)
     found: dict[str, Tensor] = {}
-    if sums is not None:
-        total = sums.sum(0)
-        of_q, of_k = total[:-1].sum(0), total[-1]
-        names = {"q_weight": of_q[0], "k_weight": of_k[0], "q_bias": of_q[1], "k_bias": of_k[1]}
-        found = {name: x for name, x in names.items() if name in wanted}
-    if moves and not back:
+    if moves:
         live = live_frames(q, k, **frames)
         for role, x, dy, dx, start, alive in (
             ("q", q, dq, gradients[0], q_start, live[0]),
             ("k", k, dk, gradients[1], 0, live[1]),
         ):
-            behind = {"weight": f"{role}_weight", "bias": f"{role}_bias", "cos": "cos", "sin": "sin"}
-            asked = frozenset(short for short, name in behind.items() if name in wanted)
+            names = {"weight": f"{role}_weight", "bias": f"{role}_bias", "cos": "cos", "sin": "sin"}
+            asked = frozenset(short for short, name in names.items() if name in wanted)
             part = norm_rope_backward(x, dy, norm, role, rope, start, asked, dx=dx, live=alive)
             for short in sorted(asked & part.keys()):
-                name = behind[short]
+                name = names[short]
                 found[name] = found[name] + part[short] if name in found else part[short]
     return found
 
@@ -285,47 +231,43 @@ def _short_backward(
     v: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    picked: tuple[TemporalConfig, int],
-    sums: bool,
-    scale: float,
-    norm: QKNorm | None,
-    rope: Rope | None,
-    frames: dict[str, Any],
-) -> Tensor | None:
-    """All frames in one pass; returns partial sums ``(programs, R + 1, 2, D)`` of the norm's gradients, if wanted."""
-    B, T, S, H, D = q.shape
-    T_k, G = k.shape[1], k.shape[3]
-    row = split_row(D) if norm is None and rope is None else _moved_row(D, rope)
+    gradients: tuple[Tensor, Tensor, Tensor],
+    wanted: frozenset[str],
+    picked: tuple[ValuesConfig, int],
+    *,
+    row: Row,
+    sm_scale: float,
+    **arguments: Any,
+) -> dict[str, Tensor]:
+    """All frames in one pass; returns the wanted gradients of the norm's weights and biases, by their names."""
     config, BP = picked
-    numbers, masked = mask_numbers(frames["mask"], T, T_k, frames["q_start"])
-    A = step(q, k, v, dout, dq, dk, dv)
-    q_norm, norm_constants = norm_arguments(norm, "q")
-    k_norm, _ = norm_arguments(norm, "k")
-    angles, rope_constants = rope_arguments(rope)
-    programs = B * cdiv(S * G, BP)
-    partial = torch.empty(programs, H // G + 1, 2, D, dtype=torch.float32, device=q.device) if sums else None
+    G = k.shape[3]
+    programs = q.shape[0] * cdiv(q.shape[2] * G, BP)
+    sums = None
+    if wanted:
+        sums = torch.empty(programs, q.shape[3] // G + 1, 2, q.shape[4], dtype=torch.float32, device=q.device)
+    A = step(q, k, v, dout, *gradients)
+    dq, dk, dv = (rows(x, A) for x in gradients)
     launch(
         temporal_attention_bwd_kernel,
         programs,
-        q,
-        config,
-        *(rows(x, A) for x in (q, k, v, dout, dq, dk, dv)),
-        *(dlse, frames["lengths"], q_norm, k_norm, angles, partial),
-        *((T, T_k, frames["q_start"], *numbers), S, G, scale),
-        ROW=row,
-        V=split_row(D),
-        A=A,
-        R=H // G,
-        BP=BP,
-        BQ=side(T),
-        BK=side(T_k),
-        MASKED=masked,
-        LINES=turns_by_line(rope),
-        PRECISION="ieee",
-        KIND=norm_constants["KIND"],
-        **rope_constants,
+        like=q,
+        config=config,
+        q=rows(q, A),
+        k=rows(k, A),
+        v=rows(v, A),
+        do=rows(dout, A),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        p_dlse=dlse,
+        p_sums=sums,
+        sm_scale=sm_scale,
+        **temporal_arguments(q, k, row=row, A=A, BP=BP, **arguments),
     )
-    return partial
+    if sums is None:
+        return {}
+    total = sums.sum(0)
+    of_q, of_k = total[:-1].sum(0), total[-1]
+    names = {"q_weight": of_q[0], "k_weight": of_k[0], "q_bias": of_q[1], "k_bias": of_k[1]}
+    return {name: x for name, x in names.items() if name in wanted}

@@ -1,13 +1,13 @@
 """Temporal attention with up to 128 frames a side, forward: positions and heads side by side, each row read once.
 
-Bound by memory: T/2 FLOP a byte forward. A program holds BP lines (position, key/value head) of a sample with all their
-frames, as a batch of small matrices: q, k and v are read through their strides, normed and rotated in registers, and
-the result is written. Nothing is permuted, and lines share nothing.
+Bound by memory: T/2 FLOP per byte. A program holds BP sequences (position, key/value head) of a sample with all their
+frames, as a batch of small matrices: q, k and v are read through their strides, normalized and rotated in registers,
+and the result is written. Nothing is permuted, and sequences share nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -16,129 +16,95 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
-from vdcore_kernels.core.frames import mask_numbers
-from vdcore_kernels.core.gate import Gate, load_gate, mix
-from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore_kernels.core.products import inner, weighted
-from vdcore_kernels.core.sequences import (
+from vdcore_kernels.core.frames import (
+    Shape,
+    Side,
+    frame_bounds,
     frame_pairs,
-    frame_rows,
-    line_block,
-    normed_turned,
+    inner,
+    load_frames,
+    normalized_rotated,
+    query_head,
+    row_offsets,
+    sequence_block,
+    weighted,
 )
+from vdcore_kernels.core.gate import Gate, gated
+from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
 from vdcore_kernels.core.tile import (
+    LN_2,
+    LOG2_E,
     Row,
     keep,
-    load_rows,
     norm_arguments,
+    norm_rope_constants,
     rope_arguments,
     rows,
     scale,
     split_row,
     store_rows,
-    to,
 )
 from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward, row_stats
 from vdcore_kernels.temporal_attention.long import temporal_long_forward
 
 MAX_FRAMES = 128
-LOG2_E = tl.constexpr(1.4426950408889634)
 
-
-@dataclass(frozen=True)
-class TemporalConfig(Config):
-    """values: of q, of k and of v each, that a program holds at a time: lines x frames x channels."""
-
-    values: int = 5120
-
-
-_FLIGHT = "predicted: q, k and v of 5,120 values are 30 KB in flight at 110 registers, so 120 KB an SM"
-LINE = "one line; predicted: its scores and result spread over twice the threads stay clear of spilling"
+# values: of q, of k and of v each: sequences x frames x channels.
+_FLIGHT = "predicted: q, k and v of 5,120 values are 30 KB in flight at 110 registers, so 120 KB per SM"
+ONE_SEQUENCE = "one sequence; predicted: its scores and result spread over twice the threads stay clear of spilling"
 FORWARD = (
-    TemporalConfig("interpreter", 4, 1, "several lines and several programs in a small case", 4096),
-    TemporalConfig("interpreter", 8, 1, LINE, 65536),
-    TemporalConfig("", 4, 1, _FLIGHT, 5120),
-    TemporalConfig("", 8, 1, LINE, 8192),
-    TemporalConfig("", 8, 1, LINE, 16384),
-    TemporalConfig("", 8, 1, LINE, 32768),
+    ValuesConfig("interpreter", 4, 1, "several sequences and several programs in a small case", 4096),
+    ValuesConfig("interpreter", 8, 1, ONE_SEQUENCE, 65536),
+    ValuesConfig("", 4, 1, _FLIGHT, 5120),
+    ValuesConfig("", 8, 1, ONE_SEQUENCE, 8192),
+    ValuesConfig("", 8, 1, ONE_SEQUENCE, 16384),
+    ValuesConfig("", 8, 1, ONE_SEQUENCE, 32768),
 )
-
-# ---- Forward ----
 
 
 @triton.jit(do_not_specialize=["frames", "S", "G"])
 def temporal_attention_fwd_kernel(
-    q,  # Rows (B, T, S, G*R, D)
-    k,  # Rows (B, T_k, S, G, D)
-    v,
-    gate,  # Gate: it weighs another result, and this one is added; or None
-    p_o,  # (B, T, S, G*R, D), contiguous
-    p_lse,  # (B, T, S, G*R), or None
-    p_len,  # (B,), or None
-    q_norm,
-    k_norm,
-    p_qstats,  # (B, T, S, 2) with ALL
-    p_kstats,
-    angles,
-    frames,  # T, T_k, q_start, past, future, chunk, sink
-    S,
-    G,
-    exponent,  # scale of the scores, times log2 e
-    ROW: tl.constexpr,  # of q and k
-    V: tl.constexpr,  # of v and out
-    A: tl.constexpr,
-    R: tl.constexpr,  # query heads a key/value head
-    BP: tl.constexpr,  # lines
-    BQ: tl.constexpr,  # frames
-    BK: tl.constexpr,
-    MASKED: tl.constexpr,
-    LINES: tl.constexpr,  # lines turn by angles of their own
-    GATE_ROWS: tl.constexpr,  # the gate varies with the channel
-    KIND: tl.constexpr,
-    ALL: tl.constexpr,
-    STYLE: tl.constexpr,
-    R2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, gate, p_o, p_lse, p_len, q_norm, k_norm, angles, frames, S, G, exponent, SHAPE: tl.constexpr
 ):
-    T, T_k, q_start = frames[0], frames[1], frames[2]
-    i_b, o_s, o_g, m_n = line_block(tl.program_id(0), S, G, BP)
-    o_t = tl.arange(0, BQ)
-    o_f = tl.arange(0, BK)
-    m_t, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-    b_k = frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)  # [BP, BK, W]
-    b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, V)
-    b_q = frame_rows(q, i_b, o_s, o_g * R, o_t, m_n, m_t, A, ROW)  # [BP, BQ, W]
-    b_k = normed_turned(
-        b_k, k_norm, p_kstats, angles, 0, i_b, T_k, S, o_s, o_g, o_f, m_n, m_f, LINES, ROW, KIND, ALL, STYLE, R2
-    )
+    """One program: all frames of BP sequences (position, key/value head), R query heads each, one after another.
+
+    q: Rows (B, T, S, G*R, D). k, v: Rows (B, T_k, S, G, D). p_o: (B, T, S, G*R, D), contiguous. p_lse: (B, T, S, G*R),
+    or None. p_len: (B,), or None. gate: a Gate that weighs another result, to which this one is added; or None. Norms
+    have statistics with ALL. exponent: scale of the scores, times log2 e.
+    """
+    V: tl.constexpr = SHAPE.V
+    ROW: tl.constexpr = SHAPE.ROW
+    R: tl.constexpr = SHAPE.R
+    T = frames.T
+    of_q = Side(q, q_norm, frames.q_start, T)
+    at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
+    o_t = tl.arange(0, SHAPE.BQ)
+    o_f = tl.arange(0, SHAPE.BK)
+    m_t, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
+    b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)  # [BP, BK, W]
+    b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)
+    b_q = load_frames(q, query_head(at, 0, R), o_t, m_t, SHAPE.A, ROW)  # [BP, BQ, W]
+    b_k = normalized_rotated(b_k, Side(k, k_norm, 0, frames.T_k), angles, at, o_f, m_f, S, SHAPE)
     for i_r in range(R):
-        o_h = o_g * R + i_r
+        head = query_head(at, i_r, R)
         if R > 1:
-            b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
-        b_q = normed_turned(
-            b_q, q_norm, p_qstats, angles, q_start, i_b, T, S, o_s, o_h, o_t, m_n, m_t, LINES, ROW, KIND, ALL, STYLE, R2
-        )
-        b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * exponent, -float("inf"))  # [BP, BQ, BK]
+            b_q = load_frames(q, head, o_t, m_t, SHAPE.A, ROW)
+        b_q = normalized_rotated(b_q, of_q, angles, head, o_t, m_t, S, SHAPE)
+        b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [BP, BQ, BK]
         b_m = tl.max(b_s, 2, keep_dims=True)
         b_m = tl.where(b_m == -float("inf"), 0.0, b_m)
         b_p = tl.exp2(b_s - b_m)
         b_l = tl.sum(b_p, 2, keep_dims=True)  # [BP, BQ, 1]; 0 where a row sees nothing
-        b_o = weighted(b_p, b_v, seen, MASKED, PRECISION)
+        b_o = weighted(b_p, b_v, seen, SHAPE.MASKED)
         b_o = keep(scale(b_o, 1 / b_l), m_t[None, :, None])
-        o_row = (((i_b * T + o_t)[None, :] * S + o_s[:, None]) * G * R) + o_h[:, None]  # [BP, BQ]
-        m_row = m_n[:, None] & (o_t < T)[None, :]
+        o_row = row_offsets(head, o_t, T, S, G * R)  # [BP, BQ]
+        m_row = at.m[:, None] & (o_t < T)[None, :]
         if gate is not None:
-            b_a = to(load_rows(gate.a, o_row * V.D, m_row, V), tl.float32)
-            o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
-            b_g = load_gate(gate.p + i_b * gate.b, o_gate, m_row & m_t[None, :], gate.d, V, GATE_ROWS)
-            b_o = mix(b_g, b_a, b_o)
+            b_o = gated(b_o, gate, head, o_t, o_row, m_row, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
-            b_lse = tl.where(m_t[None, :, None], b_m * 0.6931471805599453 + tl.log(b_l), -float("inf"))
+            b_lse = tl.where(m_t[None, :, None], b_m * LN_2 + tl.log(b_l), -float("inf"))
             tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row[:, :, None])
-
-
-# ---- Launch ----
 
 
 def side(T: int) -> int:
@@ -146,25 +112,57 @@ def side(T: int) -> int:
     return max(power_of_2(T), 16)
 
 
-def pick_lines(
-    table: tuple[TemporalConfig, ...], q: Tensor, T: int, T_k: int, row: Row, weight: int
-) -> tuple[TemporalConfig, int] | None:
-    """Config and lines a program; None where none holds a line. ``weight``: registers a value takes, to a plain one."""
-    line = max(side(T), side(T_k)) * row.width * weight * q.element_size() // 2
+def pick_sequences(
+    table: tuple[ValuesConfig, ...], q: Tensor, T: int, T_k: int, row: Row, weight: int
+) -> tuple[ValuesConfig, int] | None:
+    """Config and sequences per program; None where none holds one. ``weight``: registers per value, to a plain one."""
+    size = max(side(T), side(T_k)) * row.width * weight * q.element_size() // 2
     arch = arch_of(q)
-    if max(T, T_k) > MAX_FRAMES or not any(c.serves(arch) and c.values >= line for c in table):
+    if max(T, T_k) > MAX_FRAMES or not any(c.serves(arch) and c.values >= size for c in table):
         return None
-    config = pick(table, arch, lambda c: c.values >= line)
-    return config, max(power_of_2(config.values // line + 1) // 2, 1)
+    config = pick(table, arch, lambda c: c.values >= size)
+    return config, how_many(config.values, size)
 
 
-def _stats(x: Tensor, norm: QKNorm | None) -> Tensor | None:
-    """Statistics of a norm over all heads: one pass over x."""
-    return row_stats(x, norm) if norm is not None and norm.over == "all" else None
-
-
-def turns_by_line(rope: Rope | None) -> bool:
+def rope_per_sequence(rope: Rope | None) -> bool:
+    """Whether angles vary with the position or the head."""
     return rope is not None and rope.cos.shape[1] * (rope.cos.shape[2] if rope.cos.ndim == 4 else 1) > 1
+
+
+def temporal_arguments(
+    q: Tensor,
+    k: Tensor,
+    *,
+    row: Row,
+    A: int,
+    BP: int,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Tensor | None,
+    norm: QKNorm | None = None,
+    rope: Rope | None = None,
+    gate: Gate | None = None,
+) -> dict[str, Any]:
+    """What the kernels of both directions take by the same names."""
+    (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
+    frames, masked = frame_bounds(mask, T, T_k, q_start)
+    q_stats, k_stats = (row_stats(x, norm) for x in (q, k))
+    shape = Shape(
+        ROW=row,
+        V=split_row(D),
+        A=A,
+        R=H // G,
+        BP=BP,
+        BQ=side(T),
+        BK=side(T_k),
+        MASKED=masked,
+        GATE_ROWS=gate is not None and gate.d != 0,
+        PER_SEQUENCE=rope_per_sequence(rope),
+        NR=norm_rope_constants(norm, rope),
+    )
+    norms = {"q_norm": norm_arguments(norm, "q", q_stats), "k_norm": norm_arguments(norm, "k", k_stats)}
+    angles = rope_arguments(rope)
+    return {"p_len": lengths, **norms, "angles": angles, "frames": frames, "S": S, "G": G, "SHAPE": shape}
 
 
 def temporal_forward(
@@ -177,7 +175,7 @@ def temporal_forward(
     mask: FrameMask,
     q_start: int,
     lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
     gate: Gate | None = None,
@@ -186,40 +184,27 @@ def temporal_forward(
 
     With a gate, out becomes ``gate * gate.a + (1 - gate) * temporal attention``; it may be ``gate.a`` itself.
     """
-    B, T, S, H, D = q.shape
-    T_k, G = k.shape[1], k.shape[3]
-    row = split_row(D, rope)
-    numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    found = pick_lines(FORWARD, q, T, T_k, row, 3 if masked else 1)
+    T, T_k = q.shape[1], k.shape[1]
+    row = split_row(q.shape[4], rope)
+    frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
+    _, masked = frame_bounds(mask, T, T_k, q_start)
+    found = pick_sequences(FORWARD, q, T, T_k, row, 3 if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
-        return temporal_long_forward(
-            q, k, v, out, lse, mask=mask, q_start=q_start, lengths=lengths, scale=scale, gate=gate
-        )
+        return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)
     config, BP = found
     A = step(q, k, v)
-    q_norm, norm_constants = norm_arguments(norm, "q")
-    k_norm, _ = norm_arguments(norm, "k")
-    angles, rope_constants = rope_arguments(rope)
     launch(
         temporal_attention_fwd_kernel,
-        B * cdiv(S * G, BP),
-        q,
-        config,
-        *(rows(q, A), rows(k, A), rows(v, A), gate),
-        *(out, lse, lengths, q_norm, k_norm, _stats(q, norm), _stats(k, norm), angles),
-        *((T, T_k, q_start, *numbers), S, G, scale * LOG2_E.value),
-        ROW=row,
-        V=split_row(D),
-        A=A,
-        R=H // G,
-        BP=BP,
-        BQ=side(T),
-        BK=side(T_k),
-        MASKED=masked,
-        LINES=turns_by_line(rope),
-        GATE_ROWS=gate is not None and gate.d != 0,
-        PRECISION="ieee",
-        **norm_constants,
-        **rope_constants,
+        q.shape[0] * cdiv(q.shape[2] * k.shape[3], BP),
+        like=q,
+        config=config,
+        q=rows(q, A),
+        k=rows(k, A),
+        v=rows(v, A),
+        gate=gate,
+        p_o=out,
+        p_lse=lse,
+        exponent=sm_scale * LOG2_E.value,
+        **temporal_arguments(q, k, row=row, A=A, BP=BP, norm=norm, rope=rope, gate=gate, **frames),
     )

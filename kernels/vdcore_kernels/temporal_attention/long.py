@@ -1,12 +1,13 @@
 """Temporal attention over more frames than fit in registers: a loop over blocks of them, and two kernels backward.
 
-From a hundred frames on it is bound by arithmetic as much as by memory; q and k come normed and rotated. A program
-holds one line (position, head) and a block of its frames; blocks that no row of it sees are skipped.
+From a hundred frames on it is bound by arithmetic as much as by memory; q and k come normalized and rotated. A program
+holds one sequence (position, head) and a block of its frames; blocks that no row of it sees are skipped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore.mask import FrameMask
-from vdcore_kernels.core.frames import mask_numbers, seeing_run, valid_frames, visible_runs
-from vdcore_kernels.core.gate import Gate, load_gate, mix
+from vdcore_kernels.core.frames import (
+    Sequences,
+    frame_bounds,
+    frame_pairs,
+    inner,
+    load_frames,
+    row_offsets,
+    seeing_run,
+    store_frames,
+    transposed,
+    valid_frames,
+    visible_runs,
+    weighted,
+)
+from vdcore_kernels.core.gate import Gate, gated
 from vdcore_kernels.core.launch import Config, arch_of, cdiv, launch, pick, power_of_2, step
-from vdcore_kernels.core.products import inner, transposed, weighted
-from vdcore_kernels.core.sequences import frame_pairs, frame_rows, store_frames
 from vdcore_kernels.core.tile import (
+    LN_2,
+    LOG2_E,
     Row,
     add,
     keep,
@@ -33,8 +47,6 @@ from vdcore_kernels.core.tile import (
     to,
     zeros,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -75,23 +87,39 @@ def _cost(row: Row, masked: bool) -> int:
     return row.width * (3 if masked else 1) + (64 if row.W1 else 0)
 
 
+class LongShape(NamedTuple):
+    """Constants: rows and elements per step of a stride, query heads per key/value head, frames of a block."""
+
+    ROW: Row
+    A: int
+    R: int
+    BT: int
+    MASKED: bool
+    GATE_ROWS: bool
+
+
 @triton.jit
-def _line(i, S, H, blocks):
-    """Block of frames, sample, position [1] and head [1] of the i-th program."""
+def _sequence(i, S, H, blocks):
+    """Of the i-th program: its block of frames and its sequence."""
     i_n = i // blocks
     one = tl.arange(0, 1)
-    return i % blocks, (i_n // H // S).to(tl.int64), (i_n // H % S + one).to(tl.int64), (i_n % H + one).to(tl.int64)
+    o_s, o_h = (i_n // H % S + one).to(tl.int64), (i_n % H + one).to(tl.int64)
+    return i % blocks, Sequences((i_n // H // S).to(tl.int64), o_s, o_h, o_s < S)
+
+
+@triton.jit
+def _key_head(at, R: tl.constexpr):
+    return Sequences(at.b, at.s, at.h // R, at.m)
 
 
 @triton.jit
 def _key_blocks(p_len, i_b, i_q, frames, BQ: tl.constexpr, BK: tl.constexpr):
     """Blocks of keys that a block of queries sees: so many from 0 on, and so many from the third number on."""
-    T, T_k, q_start, past, future, chunk, sink = frames
-    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
-    first_q = q_start + i_q * BQ
+    valid, last = valid_frames(p_len, i_b, frames)
+    first_q = frames.q_start + i_q * BQ
     last_q = tl.minimum(first_q + BQ, last) - 1
-    _, begin, _ = visible_runs(first_q, valid, past, future, chunk, sink)
-    low, _, end = visible_runs(last_q, valid, past, future, chunk, sink)
+    _, begin, _ = visible_runs(first_q, valid, frames)
+    low, _, end = visible_runs(last_q, valid, frames)
     start = begin // BK
     n_low = tl.minimum(tl.cdiv(low, BK), start)
     n_run = tl.maximum(tl.cdiv(end, BK) - start, 0)
@@ -105,108 +133,81 @@ def _block_at(i, n_low, start):
 
 
 @triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
-def temporal_long_fwd_kernel(
-    q,  # Rows (B, T, S, H, D)
-    k,  # Rows (B, T_k, S, H/R, D)
-    v,
-    gate,
-    p_o,  # (B, T, S, H, D), contiguous
-    p_lse,  # (B, T, S, H), or None
-    p_len,
-    frames,
-    S,
-    H,
-    blocks,  # of query frames
-    exponent,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,
-    MASKED: tl.constexpr,
-    GATE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_q, i_b, o_s, o_h = _line(tl.program_id(0), S, H, blocks)
-    T = frames[0]
-    m_n = o_s < S
+def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blocks, exponent, SHAPE: tl.constexpr):
+    """One program: BT query frames of one sequence (position, head), and all key frames that these see.
+
+    q: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse: (B, T, S, H), or
+    None. blocks: of query frames. gate, exponent: as temporal_attention_fwd_kernel's.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
+    i_q, at = _sequence(tl.program_id(0), S, H, blocks)
+    at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t = o_t < T
-    b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)  # [1, BT, W]
+    m_t = o_t < frames.T
+    b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
     b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
     b_l = tl.zeros([1, BT, 1], tl.float32)
     b_o = zeros(1, BT, ROW)
-    n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
+    n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-        b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
-        b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
-        b_s = tl.where(seen, inner(b_q, b_k, PRECISION) * exponent, -float("inf"))  # [1, BT, BT]
+        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
+        b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
+        b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
+        b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [1, BT, BT]
         b_new = tl.maximum(b_m, tl.max(b_s, 2, keep_dims=True))
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_p = tl.exp2(b_s - b_safe)
         b_c = tl.exp2(b_m - b_safe)
         b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
-        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, MASKED, PRECISION))
+        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, SHAPE.MASKED))
         b_m = b_new
-    m_row = m_n[:, None] & m_t[None, :]
-    o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * H + o_h[:, None]  # [1, BT]
+    m_row = at.m[:, None] & m_t[None, :]
+    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
     none = b_m == -float("inf")
     b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
     if gate is not None:
-        b_a = to(load_rows(gate.a, o_row * ROW.D, m_row, ROW), tl.float32)
-        o_gate = (o_s * gate.s + o_h * gate.h)[:, None] + (o_t.to(tl.int64) * gate.t)[None, :]
-        b_g = load_gate(gate.p + i_b * gate.b, o_gate, m_row, gate.d, ROW, GATE_ROWS)
-        b_o = keep(mix(b_g, b_a, b_o), ~none)
+        b_o = keep(gated(b_o, gate, at, o_t, o_row, m_row, m_row, ROW, SHAPE.GATE_ROWS), ~none)
     store_rows(p_o, o_row * ROW.D, m_row, b_o, ROW)
     if p_lse is not None:
-        b_lse = tl.where(none, -float("inf"), b_m * 0.6931471805599453 + tl.log(b_l))
+        b_lse = tl.where(none, -float("inf"), b_m * LN_2 + tl.log(b_l))
         tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row[:, :, None])
 
 
 @triton.jit
-def _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION: tl.constexpr):
+def _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale):
     """P and dS [1, BT, BT] from lse (to base 2) and delta [1, BT, 1]."""
-    b_s = inner(b_q, b_k, PRECISION) * (factor * LOG2_E)
+    b_s = inner(b_q, b_k) * (sm_scale * LOG2_E)
     b_p = tl.where(seen, tl.exp2(b_s - b_lse), 0.0)
-    b_ds = tl.where(seen, b_p * (inner(b_do, b_v, PRECISION) - b_delta) * factor, 0.0)
+    b_ds = tl.where(seen, b_p * (inner(b_do, b_v) - b_delta) * sm_scale, 0.0)
     return b_p, b_ds
 
 
 @triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
 def temporal_long_bwd_q_kernel(
-    q,
-    k,
-    v,
-    do,
-    dq,
-    p_o,
-    p_lse,
-    p_dlse,  # or None
-    p_delta,  # (B, T, S, H): filled here, for the other kernel
-    p_len,
-    frames,
-    S,
-    H,
-    blocks,
-    factor,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, dq, p_o, p_lse, p_dlse, p_delta, p_len, frames, S, H, blocks, sm_scale, SHAPE: tl.constexpr
 ):
-    i_q, i_b, o_s, o_h = _line(tl.program_id(0), S, H, blocks)
-    T = frames[0]
-    m_n = o_s < S
+    """One program: the gradient of BT query frames of one sequence (position, head), and their delta.
+
+    q, do, dq: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse, p_delta,
+    p_dlse or None: (B, T, S, H); p_delta is filled, for the other kernel. blocks: of query frames.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
+    i_q, at = _sequence(tl.program_id(0), S, H, blocks)
+    at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t, _, _ = frame_pairs(p_len, i_b, frames, o_t, tl.arange(0, BT), MASKED)
-    m_t = m_t & (o_t < T)
-    m_row = m_n[:, None] & m_t[None, :]
-    o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * H + o_h[:, None]  # [1, BT]
-    b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)  # [1, BT, W]
-    b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
+    m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
+    m_t = m_t & (o_t < frames.T)
+    m_row = at.m[:, None] & m_t[None, :]
+    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
+    b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
+    b_do = load_frames(do, at, o_t, m_t, A, ROW)
     b_o = load_rows(p_o, o_row * ROW.D, m_row, ROW)
     b_delta = row_sum(mul(to(b_do, tl.float32), to(b_o, tl.float32)), 0)  # [1, BT, 1]
     if p_dlse is not None:
@@ -216,92 +217,111 @@ def temporal_long_bwd_q_kernel(
     b_dq = zeros(1, BT, ROW)
     b_sum = tl.zeros([1, BT, 1], tl.float32)
     if p_dlse is not None:
-        b_sum -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None] * factor
-    n_low, n_run, start = _key_blocks(p_len, i_b, i_q, frames, BT, BT)
+        b_sum -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None] * sm_scale
+    n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(n_low + n_run):
         o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-        m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-        b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
-        b_v = frame_rows(v, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
-        b_p, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
+        b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
+        b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
+        b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         b_sum += tl.sum(b_ds.to(b_k[0].dtype).to(tl.float32), 2, keep_dims=True)
-        b_dq = add(b_dq, weighted(b_ds, b_k, seen, MASKED, PRECISION))
+        b_dq = add(b_dq, weighted(b_ds, b_k, seen, SHAPE.MASKED))
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
     # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
     # block that a row sees: one block for all rows, or two where windows are small.
     b_left = m_t[None, :, None]
-    n = n_low + n_run if MASKED else tl.minimum(n_run, 1)
+    n = n_low + n_run if SHAPE.MASKED else tl.minimum(n_run, 1)
     for i in range(n):
         if tl.max(b_left.to(tl.int32)) > 0:
             o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
-            m_s, m_f, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-            b_k = frame_rows(k, i_b, o_s, o_h // R, o_f, m_n, m_f, A, ROW)
+            m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
+            b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
             seen = seen & b_left
             b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
-            b_dq = add(b_dq, weighted(b_share, b_k, seen, MASKED, PRECISION))
+            b_dq = add(b_dq, weighted(b_share, b_k, seen, SHAPE.MASKED))
             b_left = b_left & (b_n == 0.0)
-    store_frames(dq, i_b, o_s, o_h, o_t, m_n, T, b_dq, A, ROW)
+    store_frames(dq, at, o_t, frames.T, b_dq, A, ROW)
 
 
 @triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
 def temporal_long_bwd_kv_kernel(
-    q,
-    k,
-    v,
-    do,
-    dk,
-    dv,
-    p_lse,
-    p_delta,
-    p_len,
-    frames,
-    S,
-    G,
-    blocks,  # of key frames
-    factor,
-    ROW: tl.constexpr,
-    A: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, do, dk, dv, p_lse, p_delta, p_len, frames, S, G, blocks, sm_scale, SHAPE: tl.constexpr
 ):
-    i_k, i_b, o_s, o_g = _line(tl.program_id(0), S, G, blocks)
-    T, T_k, q_start, past, future, chunk, sink = frames
-    m_n = o_s < S
+    """One program: the gradients of BT key frames of one sequence (position, key/value head), after R query heads.
+
+    q, do: Rows (B, T, S, G*R, D). k, v, dk, dv: Rows (B, T_k, S, G, D). p_lse, p_delta: (B, T, S, G*R). blocks: of key
+    frames.
+    """
+    ROW: tl.constexpr = SHAPE.ROW
+    A: tl.constexpr = SHAPE.A
+    R: tl.constexpr = SHAPE.R
+    BT: tl.constexpr = SHAPE.BT
+    i_k, at = _sequence(tl.program_id(0), S, G, blocks)
     o_f = i_k * BT + tl.arange(0, BT)
-    valid, last = valid_frames(p_len, i_b, T, T_k, q_start)
+    valid, last = valid_frames(p_len, at.b, frames)
     m_f = o_f < valid
-    if MASKED:
-        first_t, past_t = seeing_run(o_f, q_start, last, past, future, chunk, sink)
+    if SHAPE.MASKED:
+        first_t, past_t = seeing_run(o_f, last, frames)
         m_f = m_f & (first_t < past_t)
-    b_k = frame_rows(k, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)  # [1, BT, W]
-    b_v = frame_rows(v, i_b, o_s, o_g, o_f, m_n, m_f, A, ROW)
+    b_k = load_frames(k, at, o_f, m_f, A, ROW)  # [1, BT, W]
+    b_v = load_frames(v, at, o_f, m_f, A, ROW)
     b_dk = zeros(1, BT, ROW)
     b_dv = zeros(1, BT, ROW)
-    begin, end_first = seeing_run(i_k * BT, q_start, last, past, future, chunk, sink)
-    _, end_last = seeing_run(i_k * BT + BT - 1, q_start, last, past, future, chunk, sink)
-    i_first = (begin - q_start) // BT
-    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - q_start, BT) - i_first, 0)
+    begin, end_first = seeing_run(i_k * BT, last, frames)
+    _, end_last = seeing_run(i_k * BT + BT - 1, last, frames)
+    i_first = (begin - frames.q_start) // BT
+    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - frames.q_start, BT) - i_first, 0)
     n = tl.where(i_k * BT < valid, n, 0)
     for i in range(n * R):
-        o_h = o_g * R + i // n
+        head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
         o_t = (i_first + i % n) * BT + tl.arange(0, BT)
-        m_t, m_s, seen = frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED)
-        m_t = m_t & (o_t < T)
-        m_row = m_n[:, None] & m_t[None, :]
-        o_row = ((i_b * T + o_t)[None, :] * S + o_s[:, None]) * (G * R) + o_h[:, None]
-        b_q = frame_rows(q, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
-        b_do = frame_rows(do, i_b, o_s, o_h, o_t, m_n, m_t, A, ROW)
+        m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
+        m_t = m_t & (o_t < frames.T)
+        m_row = at.m[:, None] & m_t[None, :]
+        o_row = row_offsets(head, o_t, frames.T, S, G * R)
+        b_q = load_frames(q, head, o_t, m_t, A, ROW)
+        b_do = load_frames(do, head, o_t, m_t, A, ROW)
         b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)[:, :, None]
-        b_p, b_ds = _scores_back(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, factor, PRECISION)
+        b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         seeing = tl.permute(seen, (0, 2, 1))
-        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, MASKED, PRECISION))
-        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, MASKED, PRECISION))
-    store_frames(dk, i_b, o_s, o_g, o_f, m_n, T_k, b_dk, A, ROW)
-    store_frames(dv, i_b, o_s, o_g, o_f, m_n, T_k, b_dv, A, ROW)
+        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, SHAPE.MASKED))
+        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, SHAPE.MASKED))
+    store_frames(dk, at, o_f, frames.T_k, b_dk, A, ROW)
+    store_frames(dv, at, o_f, frames.T_k, b_dv, A, ROW)
+
+
+def _long_arguments(
+    table: tuple[LongConfig, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: tuple[Tensor, ...] = (),
+    *,
+    gate: Gate | None = None,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Tensor | None,
+) -> tuple[LongConfig, dict[str, Any]]:
+    """The config, and what all three kernels take by the same names; ``others``: tensors with the same steps."""
+    T_k, G = k.shape[1], k.shape[3]
+    frames, masked = frame_bounds(mask, q.shape[1], T_k, q_start)
+    row = _row(q.shape[4], masked)
+    config = pick(table, arch_of(q), lambda c: c.channels >= _cost(row, masked))
+    A = step(q, k, v, *others)
+    shape = LongShape(row, A, q.shape[3] // G, config.block, masked, gate is not None and gate.d != 0)
+    sides = {"q": rows(q, A), "k": rows(k, A), "v": rows(v, A)}
+    return config, {
+        "like": q,
+        "config": config,
+        **sides,
+        "p_len": lengths,
+        "frames": frames,
+        "S": q.shape[2],
+        "SHAPE": shape,
+    }
 
 
 def temporal_long_forward(
@@ -311,34 +331,24 @@ def temporal_long_forward(
     out: Tensor,
     lse: Tensor | None,
     *,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
     gate: Gate | None,
+    **frames: Any,
 ) -> None:
-    """As temporal_attention.temporal_forward, of q and k that are normed and rotated."""
-    B, T, S, H, D = q.shape
-    T_k, G = k.shape[1], k.shape[3]
-    numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    row = _row(D, masked)
-    config = pick(FORWARD, arch_of(q), lambda c: c.channels >= _cost(row, masked))
+    """As temporal_forward, of q and k that are normalized and rotated; ``frames``: its mask, q_start and lengths."""
+    B, T, S, H, _ = q.shape
+    config, shared = _long_arguments(FORWARD, q, k, v, gate=gate, **frames)
     blocks = cdiv(T, config.block)
-    A = step(q, k, v)
     launch(
         temporal_long_fwd_kernel,
         B * S * H * blocks,
-        q,
-        config,
-        *(rows(q, A), rows(k, A), rows(v, A), gate, out, lse, lengths),
-        *((T, T_k, q_start, *numbers), S, H, blocks, scale * LOG2_E.value),
-        ROW=row,
-        A=A,
-        R=H // G,
-        BT=config.block,
-        MASKED=masked,
-        GATE_ROWS=gate is not None and gate.d != 0,
-        PRECISION="ieee",
+        gate=gate,
+        p_o=out,
+        p_lse=lse,
+        H=H,
+        blocks=blocks,
+        exponent=sm_scale * LOG2_E.value,
+        **shared,
     )
 
 
@@ -350,45 +360,20 @@ def temporal_long_backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
     *,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Tensor | None,
-    scale: float,
+    sm_scale: float,
+    **frames: Any,
 ) -> None:
-    """Fills dq, dk, dv: the gradients of normed and rotated q and k, and of v."""
-    B, T, S, H, D = q.shape
+    """Fills the gradients of normalized and rotated q and k, and of v; ``frames`` as forward's."""
+    B, T, S, H, _ = q.shape
     T_k, G = k.shape[1], k.shape[3]
-    numbers, masked = mask_numbers(mask, T, T_k, q_start)
-    row = _row(D, masked)
-    config = pick(BACKWARD, arch_of(q), lambda c: c.channels >= _cost(row, masked))
-    A = step(q, k, v, dout, dq, dk, dv)
+    config, shared = _long_arguments(BACKWARD, q, k, v, (dout, *gradients), **frames)
+    A = shared["SHAPE"].A
+    dq, dk, dv = (rows(x, A) for x in gradients)
     delta = torch.empty(B, T, S, H, dtype=torch.float32, device=q.device)
-    inputs = (rows(q, A), rows(k, A), rows(v, A), rows(dout, A))
-    out_q, out_k, out_v = (rows(x, A) for x in (dq, dk, dv))
-    frames = (T, T_k, q_start, *numbers)
-    constants = {
-        **{"ROW": row, "A": A, "R": H // G, "BT": config.block},
-        **{"MASKED": masked, "PRECISION": "ieee"},
-    }
+    shared |= {"do": rows(dout, A), "p_lse": lse, "p_delta": delta, "sm_scale": sm_scale}
     blocks = cdiv(T, config.block)
-    launch(
-        temporal_long_bwd_q_kernel,
-        B * S * H * blocks,
-        q,
-        config,
-        *(*inputs, out_q, out, lse, dlse, delta, lengths, frames, S, H, blocks, scale),
-        **constants,
-    )
+    launch(temporal_long_bwd_q_kernel, B * S * H * blocks, dq=dq, p_o=out, p_dlse=dlse, H=H, blocks=blocks, **shared)
     blocks = cdiv(T_k, config.block)
-    launch(
-        temporal_long_bwd_kv_kernel,
-        B * S * G * blocks,
-        q,
-        config,
-        *(*inputs, out_k, out_v, lse, delta, lengths, frames, S, G, blocks, scale),
-        **constants,
-    )
+    launch(temporal_long_bwd_kv_kernel, B * S * G * blocks, dk=dk, dv=dv, G=G, blocks=blocks, **shared)

@@ -11,25 +11,21 @@ Tested with the versions in :data:`TESTED`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vdcore.integrations.diffusers import _families, patches
-from vdcore.integrations.diffusers._clip import Clip
-from vdcore.integrations.diffusers._host import TESTED, check_version
-from vdcore.integrations.diffusers._report import Entry, Report
-from vdcore.integrations.diffusers._swap import (
-    Change,
-    Processor,
-    ServedModule,
-    is_served,
-    make_all,
-    named_modules,
-    restore,
-)
+from vdcore.integrations.diffusers import families, registry
+from vdcore.integrations.diffusers.blocks import patches
+from vdcore.integrations.diffusers.clip import Clip, Watch
+from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
+from vdcore.integrations.diffusers.processor import Processor
+from vdcore.integrations.diffusers.registry import grid_of
+from vdcore.integrations.report import Entry, Report
+from vdcore.integrations.swap import Change, Find, is_served, names_used, swap
+from vdcore.integrations.swap import swap_out as swap_module_out
 from vdcore.mask import FrameMask
 
 __all__ = ["TESTED", "Entry", "Report", "swap_in", "swap_out"]
@@ -55,33 +51,32 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
     check_version()
     if mask is not None and not isinstance(mask, FrameMask):
         raise TypeError(f"swap_in: mask must be a FrameMask or None, got {type(mask).__name__}")
-    report, changes, clips = Report(), [], []
-    for path, model in _models(model_or_pipeline, report):
+    report, models, hooks = Report(), [], []
+    for path, model in _models(model_or_pipeline, report, "swap_in"):
         before = _mask_of(model)
         if before is not None and before != (mask,):
             swap_out(model)
+            before = None
         clip = Clip(mask)
-        changes += _plan(model, path, clip, report)
-        if mask is not None and type(model) in _families.GRIDS and not is_served_model(model):
-            clips.append((clip, model))
-    make_all(changes)
-    report.note_processors()
-    for clip, model in clips:
-        clip.watch(model, _families.GRIDS[type(model)])
-    return report
+        models.append((path, model, _finder(model, path, clip)))
+        if mask is not None and before is None:
+            if type(model) in registry.GRIDS:
+                hooks.append(Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)]))))
+            elif not any(type(module) in registry.FACTORIZED for module in model.modules()):
+                raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
+    return swap(models, report, hooks)
 
 
 def swap_out(model_or_pipeline: Any) -> None:
     """Undoes :func:`swap_in`, bit for bit. A model that was never swapped stays as it is."""
-    for _, model in _models(model_or_pipeline, Report()):
-        for module in list(model.modules()):
-            restore(module)
+    for _, model in _models(model_or_pipeline, Report(), "swap_out"):
+        swap_module_out(model)
 
 
 # ---- What is to be changed ----
 
 
-def _models(model_or_pipeline: Any, report: Report) -> Iterator[tuple[str, nn.Module]]:
+def _models(model_or_pipeline: Any, report: Report, verb: str) -> Iterator[tuple[str, nn.Module]]:
     """The models to swap, with the prefix of their modules' names."""
     if isinstance(model_or_pipeline, nn.Module):
         yield "", model_or_pipeline
@@ -89,7 +84,7 @@ def _models(model_or_pipeline: Any, report: Report) -> Iterator[tuple[str, nn.Mo
     components = getattr(model_or_pipeline, "components", None)
     if not isinstance(components, dict):
         raise TypeError(
-            f"swap_in: model_or_pipeline must be a model or a pipeline of diffusers, "
+            f"{verb}: model_or_pipeline must be a model or a pipeline of diffusers, "
             f"got {type(model_or_pipeline).__name__}"
         )
     for name, component in components.items():
@@ -103,66 +98,34 @@ def _models(model_or_pipeline: Any, report: Report) -> Iterator[tuple[str, nn.Mo
         yield f"{name}.", component
 
 
-def _plan(model: nn.Module, path: str, clip: Clip, report: Report) -> list[Change]:
-    """The changes of one model, entered into the report."""
-    changes: list[Change] = []
-    planned: set[nn.Module] = set()
+def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
+    """Finds the changes of one model's modules."""
     embeddings = patches.find(model)
-    frames_known = type(model) in _families.GRIDS or any(type(m) in _families.FACTORISED for m in model.modules())
-    if clip.mask is not None and not frames_known and not is_served_model(model):
-        raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
-    for name, module in named_modules(model):
-        kind = type(module).__name__
-        if module in planned or is_served(module):
-            _enter(report, path + name, module, changes)
-            continue
-        found: list[Change] | str | None = None
-        if type(module) in _families.FACTORISED:
-            found = _families.FACTORISED[type(module)](module, clip)
+
+    def find(name: str, module: nn.Module) -> list[Change] | str | None:
+        found: list[Change] | Change | str | None = None
+        if type(module) in registry.FACTORIZED:
+            found = registry.FACTORIZED[type(module)](module, clip)
             if isinstance(found, str) and clip.mask is not None:
                 raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
-        elif type(module) in _families.FORWARDS:
-            change = _families.change_of_forward(module)
-            found = change if isinstance(change, str) else [change]
+        elif type(module) in registry.FORWARDS:
+            found = families.change_of_forward(module)
         elif module in embeddings:
-            found = embeddings[module] or patches.plan(module, clip)
+            found = embeddings[module] or patches.change(module)
         elif hasattr(module, "processor"):
-            change = _families.change_of(module, name, clip)
-            found = change if isinstance(change, str) else [change]
+            found = families.change_of_attention(module, name, clip)
         elif _attends(module):
             found = "its attention is written into its forward"
-        if isinstance(found, str):
-            report.add_left(path + name, kind, found)
-        elif found:
-            changes += found
-            planned |= {change.module for change in found}
-            if module in planned:
-                _enter(report, path + name, module, changes)
-    return changes
+        return [found] if isinstance(found, Change) else found
 
-
-def _enter(report: Report, name: str, module: nn.Module, changes: list[Change]) -> None:
-    kind = type(module).__name__
-    for change in changes:
-        if change.module is module:
-            report.add_served(name, kind, change.serves, module)
-            return
-    processor = getattr(module, "processor", None)
-    serves = processor.SERVES if isinstance(processor, Processor) else type(module).serves  # type: ignore[attr-defined]
-    report.add_served(name, kind, serves, module)
+    return find
 
 
 def _attends(module: nn.Module) -> bool:
     """A module computes attention itself, without a processor."""
     if list(module.children()) and type(module).__module__.startswith("torch."):
         return False
-    names = inspect.unwrap(type(module).forward)
-    code = getattr(names, "__code__", None)
-    return code is not None and bool({"scaled_dot_product_attention", "softmax"} & set(code.co_names))
-
-
-def is_served_model(model: nn.Module) -> bool:
-    return any(is_served(module) for module in model.modules())
+    return bool({"scaled_dot_product_attention", "softmax"} & names_used(type(module).forward))
 
 
 def _mask_of(model: nn.Module) -> tuple[FrameMask | None] | None:
@@ -171,4 +134,4 @@ def _mask_of(model: nn.Module) -> tuple[FrameMask | None] | None:
         processor = getattr(module, "processor", None)
         if isinstance(processor, Processor):
             return (processor.clip.mask,)
-    return (None,) if any(isinstance(module, ServedModule) for module in model.modules()) else None
+    return (None,) if any(is_served(module) for module in model.modules()) else None

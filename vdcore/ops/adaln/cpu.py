@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vdcore.norm import KINDS
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.native import KINDS, SUM_PARTS, capsule, float_weights, native, why_not
+from vdcore.ops.native import SUM_PARTS, capsule, float_weights, native, why_not
 
 if TYPE_CHECKING:
     from vdcore.ops.adaln import GateResidualCall, ModulateCall

@@ -1,4 +1,4 @@
-"""Adaptive norm: kernels/adaln.py."""
+"""Adaptive norm."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _why_not_channels(c: ModulateCall | GateResidualCall) -> str | None:
 def _modulate(c: ModulateCall) -> tuple[Tensor, ...]:
     from vdcore_kernels.adaln.forward import modulate_forward
 
-    return (modulate_forward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps),)
+    return (modulate_forward(c.x, c.shift, c.scale, c.weight, c.bias, kind=c.kind, eps=c.eps),)
 
 
 def _modulate_backward(c: ModulateCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any) -> Gradients:
-    from vdcore_kernels.adaln.forward import modulate_backward
+    from vdcore_kernels.adaln.backward import modulate_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
-    return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, c.kind, c.eps, dy, wanted)
+    return modulate_backward(c.x, c.shift, c.scale, c.weight, c.bias, kind=c.kind, eps=c.eps, dy=dy, wanted=wanted)
 
 
 def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ def _gate_residual(c: GateResidualCall) -> tuple[Tensor, ...]:
 def _gate_residual_backward(
     c: GateResidualCall, outputs: Any, grads: tuple[Tensor | None, ...], wanted: Any
 ) -> Gradients:
-    from vdcore_kernels.adaln.forward import gate_residual_backward
+    from vdcore_kernels.adaln.backward import gate_residual_backward
 
     dy = unit_stride(grads[0]) if grads[0] is not None else torch.zeros_like(c.x)
     return gate_residual_backward(c.x, c.gate, dy, wanted)

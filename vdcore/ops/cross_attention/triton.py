@@ -1,4 +1,4 @@
-"""Cross attention: frame attention whose key frames are prompts, one for all frames or one a frame."""
+"""Cross attention: frame attention whose key frames are prompts, one for all frames or one per frame."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore.ops.call import empty_like
-from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
-from vdcore.ops.triton import why_not, why_not_head, why_not_tokens
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
+from vdcore.ops.triton import output_gradients, why_not, why_not_head, why_not_norm, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.cross_attention import CrossCall
@@ -35,7 +34,7 @@ def _prompts(c: CrossCall) -> tuple[Tensor, Tensor, Tensor | None, FrameMask]:
 
 
 def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[str, Any]:
-    from vdcore_kernels.frame_attention.forward import Lengths
+    from vdcore_kernels.core.tokens import Lengths
 
     return {
         "mask": mask,
@@ -43,7 +42,7 @@ def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[st
         "lengths": Lengths(None, lengths, None),
         "text_first": False,
         "text_sees": False,
-        "factor": c.scale,
+        "sm_scale": c.scale,
     }
 
 
@@ -52,7 +51,7 @@ def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
 
     out, lse = c.empty_outputs()
     k, v, lengths, mask = _prompts(c)
-    q, k = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
+    q, k = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
     frame_forward(q, k, v, None, out, lse, **_arguments(c, lengths, mask))
     return out, lse
 
@@ -63,16 +62,16 @@ def _backward(
     from vdcore_kernels.frame_attention.backward import frame_backward
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
-    dlse = None if grads[1] is None else grads[1].contiguous()
+    dout, dlse = output_gradients(out, grads)
     k, v, lengths, mask = _prompts(c)
-    q_seen, k_seen = seen_by_scores(c.q, c.norm, "q"), seen_by_scores(k, c.norm, "k")
+    q_seen, k_seen = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
     # One prompt that frames see differently much of: its gradients are summed over frames.
     shared = c.k.shape[:-2] != k.shape[:-2] and k.shape[1] > 1
     dq = empty_like(c.q)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32 if shared else k.dtype, device=k.device) for _ in range(2))
     more = _arguments(c, lengths, mask)
-    frame_backward(q_seen, k_seen, v, None, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv), None, **more)
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout.flatten(1, 2), "dlse": dlse}
+    frame_backward(q_seen, k_seen, v, None, gradients=(dq, dk, dv), text_gradients=None, **given, **more)
     found: Gradients = {"q": dq, "k": dk, "v": dv}
     if c.norm is not None:
         L = k.shape[2]

@@ -1,4 +1,4 @@
-"""Spatial and video attention: kernels/frame_attention.py and kernels/frame_attention_backward.py."""
+"""Spatial and video attention: norm and rope in a pass of their own, then kernels over tiles of tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from vdcore.ops.call import Triple, empty_like
-from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
-from vdcore.ops.triton import qkv_gradients, why_not, why_not_head, why_not_tokens
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
+from vdcore.ops.triton import output_gradients, qkv_gradients, why_not, why_not_head, why_not_norm, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
@@ -28,16 +27,17 @@ def _as_frames(text: Tensor) -> Tensor:
 
 
 def _seen(c: VideoCall) -> tuple[Tensor, Tensor, Tensor, Triple | None]:
-    """q, k, v and text as the scores see them."""
+    """q, k, v and text after norm and RoPE."""
     text = None
     if c.text is not None:
-        q, k = (seen_by_scores(_as_frames(x), c.text_norm, role, None).squeeze(2) for role, x in zip("qk", c.text))
+        q, k = (normalized_rotated(_as_frames(x), c.text_norm, role, None).squeeze(2) for role, x in zip("qk", c.text))
         text = (q, k, c.text[2])
-    return seen_by_scores(c.q, c.norm, "q", c.rope, c.q_start), seen_by_scores(c.k, c.norm, "k", c.rope), c.v, text
+    q = normalized_rotated(c.q, c.norm, "q", c.rope, c.q_start)
+    return q, normalized_rotated(c.k, c.norm, "k", c.rope), c.v, text
 
 
 def _visibility(c: VideoCall) -> dict[str, Any]:
-    from vdcore_kernels.frame_attention.forward import Lengths
+    from vdcore_kernels.core.tokens import Lengths
 
     return {
         "mask": c.mask,
@@ -45,7 +45,7 @@ def _visibility(c: VideoCall) -> dict[str, Any]:
         "lengths": Lengths(c.lengths, None, c.text_lengths),
         "text_first": c.text_first,
         "text_sees": c.text_sees == "all",
-        "factor": c.scale,
+        "sm_scale": c.scale,
     }
 
 
@@ -61,12 +61,11 @@ def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
 def _frame_backward(
     c: VideoCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore_kernels.core.frames import live_frames
     from vdcore_kernels.frame_attention.backward import frame_backward
+    from vdcore_kernels.qk_norm_rope.backward import live_frames
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
-    dlse = None if grads[1] is None else grads[1].contiguous()
+    dout, dlse = output_gradients(out, grads)
     found, gradients = qkv_gradients(c)
     text_gradients: Any = None
     if c.text is not None:
@@ -78,7 +77,8 @@ def _frame_backward(
     if c.text_norm is not None:
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
     q, k, v, text = _seen(c)
-    frame_backward(q, k, v, text, out, lse, dout, dlse, (dq, dk, gradients[2]), filled_text, **_visibility(c))
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, **_visibility(c)}
+    frame_backward(q, k, v, text, gradients=(dq, dk, gradients[2]), text_gradients=filled_text, **given)
     if c.norm or c.rope:
         L = 0 if c.text is None else c.text[0].shape[1]
         live = live_frames(

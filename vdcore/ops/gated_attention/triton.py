@@ -1,4 +1,4 @@
-"""Gated attention: kernels/gated_attention.py between spatial and temporal attention."""
+"""Gated attention: spatial attention, and temporal attention whose kernel mixes the two."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vdcore.mask import FrameMask
 from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, seen_by_scores, why_not_norm
-from vdcore.ops.triton import why_not, why_not_head, why_not_tokens
+from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
+from vdcore.ops.triton import why_not, why_not_head, why_not_norm, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.gated_attention import GatedCall
@@ -24,13 +24,13 @@ def _why_not(c: GatedCall) -> str | None:
 
 
 def _seen(c: GatedCall) -> Triple:
-    """Spatial q, k, v as the scores see them."""
-    q, k = (seen_by_scores(x, c.spatial_norm, role, c.spatial_rope) for role, x in zip("qk", c.spatial))
+    """Spatial q, k, v after norm and RoPE."""
+    q, k = (normalized_rotated(x, c.spatial_norm, role, c.spatial_rope) for role, x in zip("qk", c.spatial))
     return q, k, c.spatial[2]
 
 
 def _spatial_arguments(c: GatedCall) -> dict[str, Any]:
-    from vdcore_kernels.frame_attention.forward import Lengths
+    from vdcore_kernels.core.tokens import Lengths
 
     return {
         "mask": FrameMask.same_frame(),
@@ -38,7 +38,7 @@ def _spatial_arguments(c: GatedCall) -> dict[str, Any]:
         "lengths": Lengths(c.lengths, None, None),
         "text_first": False,
         "text_sees": False,
-        "factor": c.scale,
+        "sm_scale": c.scale,
     }
 
 
@@ -47,7 +47,7 @@ def _temporal_arguments(c: GatedCall) -> dict[str, Any]:
         "mask": c.mask,
         "q_start": 0,
         "lengths": c.lengths,
-        "scale": c.scale,
+        "sm_scale": c.scale,
         "norm": c.temporal_norm,
         "rope": c.temporal_rope,
     }
@@ -59,25 +59,23 @@ def _empty_gradients(qkv: Triple) -> Triple:
 
 
 def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
-    from vdcore_kernels.core.gate import Gate
+    from vdcore_kernels.core.gate import gate_arguments
     from vdcore_kernels.frame_attention.forward import frame_forward
     from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     out, kept, lse_a, lse_b = c.empty_outputs()
     a = out if kept is None else kept
     frame_forward(*_seen(c), None, a, lse_a, **_spatial_arguments(c))
-    gate = c.gate.expand(out.shape)
-    mixed = Gate(gate, a, *gate.stride())
-    temporal_forward(*c.temporal, out, lse_b, gate=mixed, **_temporal_arguments(c))
+    temporal_forward(*c.temporal, out, lse_b, gate=gate_arguments(c.gate, a), **_temporal_arguments(c))
     return out, kept, lse_a, lse_b
 
 
 def _backward(
     c: GatedCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore_kernels.core.frames import live_frames
     from vdcore_kernels.frame_attention.backward import frame_backward
     from vdcore_kernels.gated_attention.backward import gate_backward
+    from vdcore_kernels.qk_norm_rope.backward import live_frames
     from vdcore_kernels.temporal_attention.backward import temporal_backward
     from vdcore_kernels.temporal_attention.forward import temporal_forward
 
@@ -91,12 +89,16 @@ def _backward(
     gradients = _empty_gradients(c.temporal)
     found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
-    more = temporal_backward(*c.temporal, b, lse_b, db, None, gradients, names, **_temporal_arguments(c))
+    given: dict[str, Any] = {"out": b, "lse": lse_b, "dout": db, "dlse": None, "gradients": gradients}
+    q, k, v = c.temporal
+    more = temporal_backward(q, k, v, wanted=names, **given, **_temporal_arguments(c))
     found |= {f"temporal_{name}": dx for name, dx in more.items()}
 
     gradients = _empty_gradients(c.spatial)
     found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
-    frame_backward(*_seen(c), None, a, lse_a, da.flatten(1, 2), None, gradients, None, **_spatial_arguments(c))
+    given = {"out": a, "lse": lse_a, "dout": da.flatten(1, 2), "dlse": None, "gradients": gradients}
+    q, k, v = _seen(c)
+    frame_backward(q, k, v, None, text_gradients=None, **given, **_spatial_arguments(c))
     if c.spatial_norm or c.spatial_rope:
         live = live_frames(c.main, c.spatial[1], mask=FrameMask.same_frame(), q_start=0, lengths=c.lengths)
         for role, x, dx, alive in zip("qk", c.spatial, gradients, live):

@@ -1,4 +1,4 @@
-"""Patches: kernels/patchify.py."""
+"""Patches: products that gather from the video and scatter into it."""
 
 from __future__ import annotations
 

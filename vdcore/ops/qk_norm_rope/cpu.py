@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.norm import QKNorm
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.native import SUM_PARTS, NormRope, capsule, native, why_not
+from vdcore.ops.native import SUM_PARTS, capsule, native, norm_rope, why_not
 from vdcore.ops.operator import recording
 from vdcore.rope import Rope
 
@@ -52,13 +52,7 @@ class SharedGradients:
 
 def _shared(norm: QKNorm | None, rope: Rope | None, start: int) -> dict[str, Any]:
     """What both directions of the engine take beside their tensors."""
-    shared = NormRope(norm, rope)
-    return {
-        "frame_start": start,
-        "norm": shared.norm,
-        "rope": shared.rope,
-        "threads": torch.get_num_threads(),
-    }
+    return {"frame_start": start, **norm_rope(norm, rope), "threads": torch.get_num_threads()}
 
 
 def _run_forward(

@@ -1,4 +1,4 @@
-"""Norm and rope alone, and before and behind kernels that have none: kernels/qk_norm_rope.py."""
+"""Norm and rope alone, and before and after kernels that have none."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from torch import Tensor
 from vdcore.norm import QKNorm
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.triton import why_not
+from vdcore.ops.triton import why_not, why_not_norm
 from vdcore.rope import Rope
 
 if TYPE_CHECKING:
     from vdcore.ops.qk_norm_rope import QKNormRopeCall
 
 
-def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
-    from vdcore_kernels.qk_norm_rope.forward import MAX_TOKEN, fits
-
-    if all(fits(x.shape[-2], x.shape[-1], norm) for x in (q, k)):
-        return None
-    return f"a norm over all heads holds at most {MAX_TOKEN} channels of a token"
-
-
-def seen_by_scores(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None = None, start: int = 0) -> Tensor:
-    """Queries (role ``"q"``) or keys as the scores see them: normed and rotated."""
+def normalized_rotated(x: Tensor, norm: QKNorm | None, role: str, rope: Rope | None = None, start: int = 0) -> Tensor:
+    """Queries (role ``"q"``) or keys after norm and RoPE."""
     from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward
 
     return x if norm is None and rope is None else norm_rope_forward(x, norm, role, rope, start)
@@ -47,7 +39,7 @@ def norm_rope_gradients(
     **where: Any,
 ) -> None:
     """Adds what the norm and rope of q or k give their tensors, under the names of the call; x's too with ``keep``."""
-    from vdcore_kernels.qk_norm_rope.forward import norm_rope_backward
+    from vdcore_kernels.qk_norm_rope.backward import norm_rope_backward
 
     names = {"weight": f"{prefix}{role}_weight", "bias": f"{prefix}{role}_bias"}
     names |= {"cos": f"{prefix}cos", "sin": f"{prefix}sin"}

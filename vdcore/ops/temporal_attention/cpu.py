@@ -10,14 +10,14 @@ from torch import Tensor
 from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.native import SUM_PARTS, NormRope, capsule, native, why_not
+from vdcore.ops.native import SUM_PARTS, capsule, native, norm_rope, why_not
 from vdcore.ops.qk_norm_rope.cpu import SharedGradients
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
 
 
-def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRope) -> dict[str, Any]:
+def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
     """What both directions of the engine take."""
     q, k, v, _ = c.qkv
     return {
@@ -30,15 +30,14 @@ def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None, shared: NormRop
         "mask": mask_numbers(c.mask),
         "q_start": c.q_start,
         "scale": c.scale,
-        "norm": shared.norm,
-        "rope": shared.rope,
+        **norm_rope(c.norm, c.rope),
         "threads": torch.get_num_threads(),
     }
 
 
 def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
     """Fills out and lse."""
-    native().temporal_attention_forward(**_arguments(c, out, lse, NormRope(c.norm, c.rope)))
+    native().temporal_attention_forward(**_arguments(c, out, lse))
 
 
 def _forward(c: TemporalCall) -> tuple[Tensor | None, ...]:
@@ -80,7 +79,7 @@ def run_backward(
     units = c.q.shape[2] if sums.per_position else c.q.shape[0] * c.q.shape[2]
     parts = min(units, SUM_PARTS if sums.wanted else max(64 * torch.get_num_threads(), units // 64))
     native().temporal_attention_backward(
-        **_arguments(c, out, lse, NormRope(c.norm, c.rope)),
+        **_arguments(c, out, lse),
         dout=capsule(dout),
         dlse=capsule(dlse),
         dq=capsule(dq),

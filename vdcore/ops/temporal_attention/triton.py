@@ -1,16 +1,13 @@
-"""Temporal attention: kernels/temporal_attention.py, with '_backward' and '_long' beside it."""
+"""Temporal attention: kernels of its room, the long ones where frames do not fit in registers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.qk_norm_rope.triton import why_not_norm
-from vdcore.ops.triton import qkv_gradients, why_not, why_not_head
+from vdcore.ops.triton import output_gradients, qkv_gradients, why_not, why_not_head, why_not_norm
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
@@ -20,15 +17,17 @@ def _temporal_why_not(c: TemporalCall) -> str | None:
     return why_not(c.q) or why_not_head(c.q) or why_not_norm(c.q, c.k, c.norm)
 
 
-def _frames(c: TemporalCall) -> dict[str, Any]:
-    return {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
+def _arguments(c: TemporalCall) -> dict[str, Any]:
+    frames = {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
+    return {"norm": c.norm, "rope": c.rope, "sm_scale": c.scale, **frames}
 
 
 def _temporal(c: TemporalCall) -> tuple[Tensor | None, ...]:
     from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     out, lse = c.empty_outputs()
-    temporal_forward(c.q, c.k, c.v, out, lse, norm=c.norm, rope=c.rope, scale=c.scale, **_frames(c))
+    assert out is not None
+    temporal_forward(c.q, c.k, c.v, out, lse, **_arguments(c))
     return out, lse
 
 
@@ -38,13 +37,10 @@ def _temporal_backward(
     from vdcore_kernels.temporal_attention.backward import temporal_backward
 
     out, lse = outputs
-    dout = torch.zeros_like(out) if grads[0] is None else unit_stride(grads[0])
-    dlse = None if grads[1] is None else grads[1].contiguous()
+    dout, dlse = output_gradients(out, grads)
     found, gradients = qkv_gradients(c)
-    more = temporal_backward(
-        *(c.q, c.k, c.v, out, lse, dout, dlse, gradients, wanted),
-        **{"norm": c.norm, "rope": c.rope, "scale": c.scale, **_frames(c)},
-    )
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "gradients": gradients}
+    more = temporal_backward(c.q, c.k, c.v, wanted=wanted, **given, **_arguments(c))
     return {**found, **more}
 
 

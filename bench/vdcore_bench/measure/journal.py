@@ -1,0 +1,221 @@
+"""One row per measurement, one line per row: results.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdcore_bench.measure import machine
+from vdcore_bench.measure.timing import Spread
+
+FILE = "results.jsonl"
+PROFILE, MASKS = "profile: ", "masks: "  # how the case of a row against frames, and of one of the masks, begins
+JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of one provider.
+
+    Args:
+        op: the public function, or ``"spatial + temporal"`` in the profile.
+        workload: its name in workloads.json.
+        case: what else belongs to the job: its mask, norm and rope.
+        provider: ``"vdcore[cpu]"``, ``"sdpa[flash]"``, ``"copy"``, ...
+        variant: how the provider was called, e.g. ``"strided"``; ``"auto"`` for the backend that vdcore chooses.
+        mode: ``"fwd"``, ``"bwd"`` or ``"fwd+bwd"``.
+        metric: ``"time"``, ``"memory"`` (peak beyond the inputs) or ``"overhead"`` (time of a tiny call).
+        unit: ``"s"`` or ``"bytes"``.
+        x: frames.
+        p20, p50, p80: of the samples; a prediction stands in p50 alone.
+        samples: how many there are.
+        error_ratio: error over what vdcore.testing.error_ratio allows, fine up to 1; None where it was not taken.
+        status: ``"ok"``, ``"skipped"`` (not usable here), ``"predicted"`` (would not fit) or ``"failed"``.
+        reason: why it is not ok, or what to know about it.
+        page_faults: minor faults per call, CPU only; many mean that the allocator was measured.
+        flops, bytes: work of the job, visible pairs only, and its least traffic: inputs read, outputs written.
+        original, shape: sizes of the workload, and those that ran; ``scaling`` is both in words.
+    """
+
+    op: str
+    workload: str
+    provider: str
+    mode: str
+    metric: str = "time"
+    unit: str = "s"
+    case: str = "plain"
+    variant: str = ""
+    x: float | None = None
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    samples: int = 0
+    error_ratio: float | None = None
+    status: str = "ok"
+    reason: str = ""
+    page_faults: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    allocator: str = ""
+    original: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int] = field(default_factory=dict)
+    scaling: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
+    commit: str | None = None
+    time: str = field(default_factory=now)
+
+    def job(self) -> tuple[Any, ...]:
+        """What makes two rows measurements of the same job."""
+        sizes = tuple(sorted(self.shape.items()))
+        return (self.op, self.workload, self.case, self.mode, self.dtype, self.device, self.threads, self.x, sizes)
+
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (*self.job(), self.provider, self.variant, self.metric)
+
+    def measured(self, spread: Spread, **rest: Any) -> Row:
+        """With the numbers of some samples, and other changes."""
+        s = spread
+        return replace(self, p20=s.p20, p50=s.p50, p80=s.p80, samples=s.samples, **rest)
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        ratio = self.error_ratio  # JSON has no infinity
+        values["error_ratio"] = ratio if ratio is None or math.isfinite(ratio) else str(ratio)
+        return json.dumps(values, allow_nan=False)
+
+    @staticmethod
+    def from_json(line: str) -> Row:
+        """Reads rows of other versions too: fields it does not know are left out."""
+        known = {f.name for f in fields(Row)}
+        values = {key: value for key, value in json.loads(line).items() if key in known}
+        if isinstance(values.get("error_ratio"), str):
+            values["error_ratio"] = float(values["error_ratio"])
+        return Row(**values)
+
+
+def row_here(device: str, dtype: torch.dtype, **values: Any) -> Row:
+    """A row with what this machine says: threads, allocator, versions, commit."""
+    here: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "allocator": "torch" if device.startswith("cuda") else machine.heap(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    return Row(device=device, dtype=str(dtype).removeprefix("torch."), **{**here, **values})
+
+
+def text_of(*parts: str) -> str:
+    """The parts that say something, as one reason."""
+    return "; ".join(filter(None, parts))
+
+
+class Journal:
+    """Appends every row to a file the moment it exists, and remembers it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, list[Row]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # the run before this one stays, for --compare
+            path.replace(path.with_name("results.previous.jsonl"))
+        self._file = path.open("a", buffering=1)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.rows.append(row)
+            self._file.write(row.to_json() + "\n")
+        self._file.flush()
+
+    def of(self, row: Row) -> list[Row]:
+        """Rows of the same job."""
+        return [other for other in self.rows if other.job() == row.job()]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Watch:
+    """Is told how a run goes; this one keeps silent."""
+
+    def part(self, title: str) -> AbstractContextManager[Any]:
+        """Inside, a part of the run with a title is under way."""
+        return nullcontext()
+
+    def step(self, what: str, number: int, total: int) -> None:
+        """The step of this number begins."""
+
+    def doing(self, what: str) -> None:
+        """Within a step."""
+
+    def done(self, rows: Sequence[Row]) -> None:
+        """All rows of what a step measured, also those of an earlier race."""
+
+
+def parse(text: str) -> list[Row]:
+    """Rows of JSON lines; a last line that a crash cut off is left out."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(Row.from_json(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise
+    return rows
+
+
+def newest(rows: Iterable[Row], key: Callable[[Row], Hashable] = Row.key) -> list[Row]:
+    """Of several measurements of the same thing the last, where the first one stood."""
+    return list({key(row): row for row in rows}.values())
+
+
+def load(source: str, root: Path | None = None) -> list[Row]:
+    """Rows of a file, of a folder, or of ``bench/results`` at a commit.
+
+    Args:
+        source: a path, or anything that git understands as a commit.
+        root: the repository; default: the working directory.
+
+    Raises:
+        ValueError: if it is none of these, or holds no rows.
+    """
+    path = Path(source)
+    if path.is_file():
+        rows = parse(path.read_text())
+    elif path.is_dir():
+        files = [path / FILE] if (path / FILE).exists() else sorted(path.rglob("*.jsonl"))
+        rows = [row for file in files for row in parse(file.read_text())]
+    else:
+        rows = _load_commit(source, root or Path.cwd())
+    if not rows:
+        raise ValueError(f"{source}: no results in it")
+    return rows
+
+
+def _load_commit(name: str, root: Path) -> list[Row]:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
+        files = git("ls-tree", "-r", "--name-only", commit, "--", "bench/results").splitlines()
+        texts = [git("show", f"{commit}:{file}") for file in files if file.endswith(".jsonl")]
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError(f"{name}: neither a file, nor a folder, nor a commit of this repository") from None
+    return [row for text in texts for row in parse(text)]

@@ -1,0 +1,209 @@
+"""The tables of README.md and docs/, made from the backends and from the results committed under bench/results.
+
+``vdcore bench --readme README.md`` fills what stands between ``<!-- table:NAME -->`` and ``<!-- /table -->``: in that
+file and in the pages of docs/ beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vdcore_bench.jobs import operator_table
+from vdcore_bench.measure.journal import Row, newest, parse
+from vdcore_bench.report import curves, results, summary
+from vdcore_bench.report.table import Table
+
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+RESULTS = Path("bench") / "results"
+
+# Operator, workload, dtype and mode of the README's rows: what the engine is for, what is about even, and a loss.
+HEADLINE = (
+    ("temporal_attention", "latte-1-512", "bfloat16", "fwd"),
+    ("video_attention", "long-video-60f", "float32", "fwd+bwd"),
+    ("patchify", "latte-1-512", "float32", "fwd"),
+    ("spatial_attention", "latte-1-512", "float32", "fwd+bwd"),
+    ("video_attention", "wan2.2-5b-704p", "float32", "fwd"),
+)
+HEADLINE_HEADER = ("operator", "workload", "dtype, mode", "vdcore", "best peer", "speed-up", "error ratio")
+MOST_LOSSES = 6  # that the README names
+
+
+def committed(root: Path) -> list[Row]:
+    """The newest row of every measurement in ``bench/results`` of the repository."""
+    rows = [row for file in sorted((root / RESULTS).rglob("*.jsonl")) for row in parse(file.read_text())]
+    in_time = sorted(rows, key=lambda row: row.time)
+    return newest(in_time, lambda row: (*row.key(), row.versions.get("cpu"), row.versions.get("gpu")))
+
+
+def operators(root: Path) -> str:
+    """Operators x backends: forward, backward."""
+    table = operator_table()
+    names = list(next(iter(table.values())))
+    rows = ((f"`{op}`", *(has[name] or "-" for name in names)) for op, has in table.items())
+    return Table.of(("operator", *(f"`{name}`" for name in names)), rows, text=True).markdown()
+
+
+def _measured(root: Path, device: str) -> list[Row]:
+    return [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+
+
+def headline(root: Path) -> str:
+    """The rows of :data:`HEADLINE`, where they were measured, and how to measure them again."""
+    found: dict[tuple[str, ...], summary.Line] = {}
+    rows = _measured(root, "cpu")
+    for line in summary.lines(rows):
+        job = line.job
+        if line.speedup is not None and "norm" not in job.case:
+            found.setdefault((job.op, job.workload, job.dtype, job.mode), line)
+    shown = [found[key] for key in HEADLINE if key in found]
+    if not shown:
+        return "No results of a CPU are committed.\n"
+    ops = ",".join(dict.fromkeys(line.job.op for line in shown))
+    return "\n".join(
+        [
+            *_noise(rows),
+            Table.of(HEADLINE_HEADER, map(_headline_cells, shown)).markdown(),
+            f"{_machine([line.job for line in shown])[:-2]}; `vdcore bench --op {ops}` measures them again.\n",
+        ]
+    )
+
+
+def _headline_cells(line: summary.Line) -> tuple[str, ...]:
+    job, best = line.job, line.best
+    who = f"{summary.time_of(best)} {summary.name_of(best)}" if best else "-"
+    return (
+        _operator(line),
+        job.workload,
+        f"{job.dtype}, {job.mode}",
+        summary.time_of(line.ours),
+        who,
+        summary.speedup_text(line),
+        summary.error_text(line.ours),
+    )
+
+
+def losses(root: Path) -> str:
+    """The measured jobs in which the best peer is faster, the worst ones first."""
+    found = [line for line in summary.lines(_measured(root, "cpu")) if line.speedup is not None]
+    lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
+    parts = [f"The best peer is faster in {len(lost)} of {len(found)} jobs measured on a CPU:\n\n"]
+    for line in lost[:MOST_LOSSES]:
+        job, name = line.job, "" if line.best is None else summary.name_of(line.best)
+        what = f"{_operator(line)}, {job.workload}, {job.dtype}, {job.mode}"
+        parts.append(f"- {what}: {summary.speedup_text(line)} ({name})\n")
+    if len(lost) > MOST_LOSSES:
+        parts.append(f"- and {len(lost) - MOST_LOSSES} more, less far behind\n")
+    return "".join(parts)
+
+
+def _results(device: str) -> Callable[[Path], str]:
+    def made(root: Path) -> str:
+        rows = _measured(root, device)
+        if not any(row.status == "ok" for row in rows):
+            return "No results of such a machine are committed.\n"
+        found = [line for line in summary.lines(rows) if line.ours is not None]
+        parts = [*_noise(rows), _machine(rows)]
+        tables = (results.bar_table(found), results.job_table(found, code="`"))
+        parts += [table.markdown() for table in tables if table.rows]
+        parts.append(f"{summary.LEGEND}\n")
+        return "\n".join(parts)
+
+    return made
+
+
+def _operator(line: summary.Line) -> str:
+    return f"`{line.job.op}`{summary.case_of(line)}"
+
+
+def _noise(rows: Sequence[Row]) -> list[str]:
+    """The first line, if these rows are noisy."""
+    said = summary.noise(rows)
+    return [f"{said}\n"] if said else []
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    last = max(rows, key=lambda row: row.time)
+    v = last.versions
+    where = v.get("gpu") if last.device.startswith("cuda") else f"{v.get('cpu')} ({v.get('isa')})"
+    threads = max(row.threads or 1 for row in rows)
+    return f"{where}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
+
+
+def _all(tables: Sequence[Table], otherwise: str) -> str:
+    """The tables below their titles, and what the last one says of them."""
+    if not any(table.rows for table in tables):
+        return f"{otherwise}\n"
+    parts = [f"{table.title}\n\n{table.markdown()}" if table.title else table.markdown() for table in tables]
+    return "\n".join([*parts, f"{tables[-1].note}\n"]) if tables[-1].note else "\n".join(parts)
+
+
+def memory(root: Path) -> str:
+    """The profiles: peak memory and time against frames."""
+    rows = [row for row in committed(root) if not curves.is_model(row)]
+    return _all(results.profile_tables(rows), "No profile is committed.")
+
+
+def models(root: Path) -> str:
+    """Whole models and blocks of them against frames: ``vdcore profile --model``."""
+    table = Table.of(curves.MODEL_HEADER, curves.model_cells(committed(root)), note=curves.LEGEND)
+    return _all([table], "No profile of a model is committed.")
+
+
+def mask_tables(root: Path) -> str:
+    """Time per visible pair of frame masks."""
+    return _all(results.mask_tables(committed(root)), "No sweep over masks is committed.")
+
+
+def blocks(root: Path) -> str:
+    """A whole V-DiT block."""
+    return _all([replace(results.block_table(committed(root)), title="")], "No results of a block are committed.")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "operators": operators,
+    "headline": headline,
+    "losses": losses,
+    "cpu": _results("cpu"),
+    "gpu": _results("cuda"),
+    "masks": mask_tables,
+    "block": blocks,
+    "memory": memory,
+    "models": models,
+}
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with every marked table made anew.
+
+    Args:
+        root: the repository.
+
+    Raises:
+        ValueError: if a table's name is none of :data:`TABLES`, or its end is missing.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        begin, name, _, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"table {name!r} is not known; known are {', '.join(TABLES)}")
+        return f"{begin}{TABLES[name](root)}{end}"
+
+    filled, count = _MARKED.subn(made, text)
+    if count != text.count("<!-- table:"):
+        raise ValueError("a table has no <!-- /table -->")
+    return filled
+
+
+def write(file: Path) -> None:
+    """Fills a file of the repository's root, and the pages in docs/ beside it; where one is wrong, none is written.
+
+    Raises:
+        ValueError: as :func:`fill`.
+    """
+    root = file.resolve().parent
+    filled = {page: fill(page.read_text(), root) for page in (file, *sorted((root / "docs").glob("*.md")))}
+    for page, text in filled.items():
+        page.write_text(text)

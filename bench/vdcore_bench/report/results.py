@@ -1,0 +1,162 @@
+"""The tables of any rows, and the report of a run: plots and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vdcore_bench.measure.journal import MASKS, Row
+from vdcore_bench.report import curves, page, pictures, summary
+from vdcore_bench.report.table import Table
+from vdcore_bench.suites import gpu, masks
+from vdcore_bench.suites.models import block, hosts
+
+# ---- Tables ----
+
+
+def measured(title: str, rows: Sequence[Row]) -> list[Table]:
+    """The tables of a part of a run; operators under its title, the other suites under their own."""
+    found = [line for line in summary.lines(rows) if line.ours or line.backends or line.peers]
+    return ([job_table(found, title)] if found else []) + [table for section in others(rows) for table in section]
+
+
+def job_table(found: Iterable[summary.Line], title: str = "", code: str = "") -> Table:
+    """A line per job.
+
+    Args:
+        code: what stands around an operator's name.
+    """
+    cells = ((f"{code}{line.job.op}{code}{summary.case_of(line)}", *summary.cells(line)) for line in found)
+    return Table.of(("operator", *summary.HEADER), cells, title)
+
+
+def bar_table(found: Sequence[summary.Line]) -> Table:
+    cells = map(summary.bar_cells, summary.bars(found))
+    return Table.of(summary.BAR_HEADER, cells, "Temporal attention over all workloads that were measured")
+
+
+def absent(found: Sequence[summary.Line]) -> Table:
+    cells = ((", ".join(who), why) for why, who in summary.absent(found).items())
+    return Table.of(("who", "why"), cells, "Not measured", text=True)
+
+
+def overhead_table(rows: Sequence[Row]) -> Table:
+    cells = summary.overhead_cells(rows)
+    return Table.of(summary.OVERHEAD_HEADER, cells, "Time of a call on 16 tokens, one thread")
+
+
+def mask_tables(rows: Sequence[Row]) -> list[Table]:
+    return _with_note(
+        [Table.of(masks.HEADER, cells, title) for title, cells in masks.tables(rows).items()], masks.LEGEND
+    )
+
+
+def block_table(rows: Sequence[Row]) -> Table:
+    return Table.of(block.HEADER, block.cells(rows), "A V-DiT block")
+
+
+def swap_table(rows: Sequence[Row]) -> Table:
+    swapped = [row for row in rows if row.op in ("model", "block") and not curves.is_profile(row)]
+    return Table.of(hosts.HEADER, hosts.cells(swapped), "Models before and after the swap")
+
+
+def profile_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table per workload and pattern: frames down, attentions across, each as peak memory and time."""
+    grids = curves.grids(rows)
+    return _with_note([Table.of(("frames", *g.columns), g.rows, g.title) for g in grids], curves.LEGEND)
+
+
+def _with_note(tables: list[Table], note: str) -> list[Table]:
+    """The last table explains them all."""
+    return [*tables[:-1], *(replace(table, note=note) for table in tables[-1:])]
+
+
+def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
+    """The tables of every suite but the operators'; suites without rows are left out."""
+    for one in (overhead_table(rows), block_table(rows), swap_table(rows)):
+        if one.rows:
+            yield [one]
+    for several in (gpu.tables(rows), mask_tables(rows), profile_tables(rows)):
+        if several:
+            yield several
+
+
+def unmeasured(rows: Iterable[Row], statuses: Sequence[str] = ("predicted", "skipped", "failed")) -> Table:
+    """Points over frames and of masks without a number of their own, and why."""
+    cells = [
+        (f"{summary.name_of(row)}, {row.case.removeprefix(curves.PROFILE)}", row.x, row.metric, row.status, row.reason)
+        for row in rows
+        if row.status in statuses and (curves.is_profile(row) or row.case.startswith(MASKS))
+    ]
+    header = ("point", "frames", "metric", "status", "why")
+    return Table.of(header, cells, "What did not run, and what it would need", text=True)
+
+
+def every_row(found: Iterable[summary.Line]) -> Table:
+    cells = [
+        (
+            f"{line.job.op}{summary.case_of(line)}, {line.job.workload}, {line.job.dtype}, {line.job.mode}",
+            line.job.scaling,
+            summary.name_of(row),
+            summary.time_of(row, spread=True),
+            str(row.samples),
+            summary.error_text(row),
+            "-" if row.page_faults is None else f"{row.page_faults:.0f}",
+            row.reason,
+        )
+        for line in found
+        for row in (line.ours, *line.backends, line.copy, *line.peers)
+        if row is not None
+    ]
+    header = ("job", "scaled", "provider", "time", "samples", "error", "page faults", "note")
+    return Table.of(header, cells, "Every measurement")
+
+
+# ---- The report ----
+
+
+def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> str:
+    """The page: ``drawn`` are PNGs by file stem, with their titles; those of the profile begin with profile."""
+    found = summary.lines(rows)
+    images = {name: page.image(png, title) for name, (title, png) in drawn.items()}
+    parts = [page.note(noise) + (_machine(rows).html() if rows else page.note("There are no rows."))]
+    wrong = summary.wrong(found)
+    if wrong:
+        parts.append("<ul>" + "".join(f'<li class="no">{page.escaped(x)}</li>' for x in wrong) + "</ul>")
+    if summary.bars(found):
+        parts.append(page.titled(bar_table(found), 2))
+    parts += [image for name, image in images.items() if not name.startswith("profile")]
+    if found:
+        parts.append(page.heading("Operators") + page.note(summary.LEGEND))
+        parts += [
+            page.titled(Table.of(summary.HEADER, map(summary.cells, group), title))
+            for title, group in summary.groups(found).items()
+        ]
+    for tables in others(rows):
+        parts += [page.titled(table, 2) for table in tables]
+    parts += [image for name, image in images.items() if name.startswith("profile")]
+    for table in (unmeasured(rows), absent(found), every_row(found)):
+        if table.rows:
+            parts.append(page.titled(table, 2))
+    return page.page("vdcore benchmark", parts)
+
+
+def _machine(rows: Sequence[Row]) -> Table:
+    last = rows[-1]
+    facts = [(name, str(value)) for name, value in last.versions.items() if value]
+    facts += [("commit", str(last.commit)), ("threads", str(last.threads)), ("measured until", last.time)]
+    facts += [("allocator", "; ".join(dict.fromkeys(row.allocator for row in rows if row.status == "ok")))]
+    return Table.of(("machine", ""), facts, text=True)
+
+
+def write(rows: Sequence[Row], out: Path, noise: str = "") -> list[Path]:
+    """PNG plots and ``report.html`` into the folder; returns their paths. ``noise`` is the report's first line."""
+    drawn = pictures.draw(rows)
+    written = []
+    for name, (_, png) in drawn.items():
+        written.append(out / f"{name}.png")
+        written[-1].write_bytes(png)
+    written.append(out / "report.html")
+    page.write_whole(written[-1], report(rows, drawn, noise))
+    return written

@@ -1,0 +1,226 @@
+"""What a mask costs: time per visible pair of frame masks over numbers of frames, against dense attention's.
+
+A kernel that loops over runs of visible frames takes the same time for a pair, whatever the mask and however long
+the video. All masks and lengths run in one race, so that a drift of the machine hits all alike; SDPA, which gets the
+same mask as a boolean matrix, takes part where its score matrix is small enough.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vdcore
+from vdcore import FrameMask
+from vdcore.testing import TORCH_FORMS, error_ratio
+from vdcore_bench.jobs import make
+from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job, Tensors, mask_text
+from vdcore_bench.measure.journal import MASKS, Journal, Row, Watch
+from vdcore_bench.measure.machine import seconds_text
+from vdcore_bench.measure.timing import Contender, clock_for, race
+from vdcore_bench.peers.adapter import Function, masked
+from vdcore_bench.suites import Options
+from vdcore_bench.suites.memory import function_of
+from vdcore_bench.suites.operators import BOTH
+from vdcore_bench.suites.runner import LATE, blank
+from vdcore_bench.workloads import Shape, load
+
+TAKES = frozenset({"dtypes", "until"})
+WORKLOAD = "latte-1-512"
+TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
+FRAMES = (16, 32, 64, 128)
+ROUNDS, FEW_ROUNDS = 7, 3  # alone 50 s per dtype on 2 cores, in the default set 25
+SWEEP: dict[str, FrameMask] = {
+    "dense": FrameMask.full(),
+    "causal": FrameMask.causal(),
+    "chunk-causal": FrameMask(future=0, chunk=4),
+    "window": FrameMask.window(2),  # at 32 frames a tenth of the pairs
+    "symmetric window": FrameMask.symmetric(2),
+    "window + sink": FrameMask(past=2, future=0, sink=1),
+}
+# Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
+FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
+SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
+
+
+@dataclass
+class _Entry:
+    """One mask at one length, computed by one provider."""
+
+    name: str
+    job: Job
+    provider: str
+    contender: Contender
+    error_ratio: float | None = None
+
+
+def run(options: Options, journal: Journal, watch: Watch) -> None:
+    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+
+
+def sweep(
+    journal: Journal,
+    watch: Watch,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    *,
+    frames: Sequence[int] = FRAMES,
+    tokens: tuple[int, int] | None = None,
+    rounds: int = ROUNDS,
+    until: float = math.inf,
+) -> None:
+    """Measures every mask at every length; rows of an interrupted race are kept.
+
+    Args:
+        until: of time.monotonic(); nothing begins after it, but the fewest rounds of a race.
+    """
+    kind = torch.device(device).type
+    whole = load()[WORKLOAD].shape()
+    rows, columns = tokens or TOKENS[kind]
+    heads = 2 if kind == "cpu" else whole.H
+    shapes = [Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D) for T in frames]
+    for dtype in dtypes:
+        with watch.part("What a mask costs"):
+            begin = len(journal.rows)
+            try:
+                _sweep_one(journal, watch, device, dtype, shapes, rounds=rounds, until=until)
+            finally:
+                watch.done(journal.rows[begin:])
+
+
+def _sweep_one(
+    journal: Journal,
+    watch: Watch,
+    device: str,
+    dtype: torch.dtype,
+    shapes: Sequence[Shape],
+    *,
+    rounds: int,
+    until: float,
+) -> None:
+    what, entries = f"masks, {DTYPE_NAMES[dtype]}", list[_Entry]()
+    for shape in shapes:
+        if time.monotonic() > until:
+            row = blank(make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape))
+            row = replace(row, case=f"{MASKS}all", provider="all", status="skipped")
+            journal.add([replace(row, reason=f"{LATE}: measure it with `vdcore bench masks`")])
+            continue
+        watch.doing(f"{what}: warming up {shape.T} frames")
+        entries += _entries(device, dtype, shape)
+    watch.doing(f"{what}: {rounds} rounds of {len(entries)} calls")
+    contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
+    try:
+        race(contenders, dict.fromkeys(contenders, rounds), clock_for(device), until)
+    finally:
+        journal.add(_row(entry) for entry in entries if entry.contender.samples)
+
+
+def _entries(device: str, dtype: torch.dtype, shape: Shape) -> list[_Entry]:
+    """Every mask on every provider that supports it, after warm-up, checked against the reference."""
+    kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    for name, mask in SWEEP.items():
+        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, mask=mask, shape=shape)
+        if job.forward_flops() > FLOPS[kind] * threads:
+            continue
+        tensors = tensors or job.tensors()
+        calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
+        if 0 < job.forward_flops() / mask.density(shape.T) <= SDPA_FLOPS[kind] * threads:
+            variant = "dense mask" if masked(job) else "strided"
+            calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
+        ratios = _judge(job, tensors, [call(None) for call in calls.values()])
+        entries += [
+            _Entry(name, job, provider, Contender(call), ratio)
+            for (provider, call), ratio in zip(calls.items(), ratios)
+        ]
+    return entries
+
+
+def _call(job: Job, tensors: Tensors, function: Function) -> Callable[[Any], Tensor]:
+    """Of what a contender has prepared, which is nothing."""
+    arguments = job.arguments(tensors)
+
+    def call(_: Any) -> Tensor:
+        with torch.no_grad():
+            return function(**arguments)
+
+    return call
+
+
+def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]:
+    """The error ratios of the last frame of one head, which is a problem of its own."""
+    T = job.shape.T
+    q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
+    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+    wide: dict[str, Any] = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
+    exact = vdcore.video_attention(**wide, backend="reference")
+    forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
+    return [error_ratio(out[:, -1:, :, :1], exact, forms).worst for out in results]
+
+
+def _row(entry: _Entry) -> Row:
+    return blank(entry.job).measured(
+        entry.contender.spread,
+        case=MASKS + entry.name,
+        provider=entry.provider,
+        variant="" if entry.provider == "vdcore" else "dense mask",
+        reason=mask_text(entry.job.mask),
+        error_ratio=entry.error_ratio,
+    )
+
+
+# ---- Tables ----
+
+HEADER: tuple[str, ...] = ("mask", "frames", "visible", "vdcore", "time per visible pair", "relative to dense")
+HEADER += ("SDPA, dense mask", "speed-up", "error")
+LEGEND = (
+    "Forward. Time per visible pair: the time over the number of (query, key) pairs of all heads that the mask leaves "
+    "visible. Relative to dense: that, over the same of dense attention at the greatest length measured, in one race."
+)
+
+
+def _pair(row: Row) -> float:
+    """Seconds per visible pair: a pair takes 4 D operations."""
+    assert row.p50 and row.flops
+    return row.p50 / (row.flops / (4 * row.shape["D"]))
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
+    """Cells as :data:`HEADER` names them, by a title: one table per dtype and device."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.case.startswith(MASKS) and row.status == "ok" and row.p50:
+            groups.setdefault((row.dtype, row.device), []).append(row)
+    made = {}
+    for (dtype, device), group in groups.items():
+        ours = [row for row in group if row.provider == "vdcore"]
+        theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
+        dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
+        s = ours[0].shape if ours else group[0].shape
+        title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
+        made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
+    return made
+
+
+def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
+    assert row.p50 and row.flops and row.x
+    s = row.shape
+    pairs = row.flops / (4 * s["D"] * s["H"] * s["B"])
+    name = row.case.removeprefix(MASKS)
+    return (
+        f"{name} ({row.reason})" if row.reason else name,
+        f"{row.x:g}",
+        f"{pairs / (s['S'] * row.x) ** 2:.1%}",
+        seconds_text(row.p50),
+        f"{_pair(row) * 1e9:.3g} ns",
+        "-" if dense is None else f"{_pair(row) / _pair(dense):.2f}",
+        "-" if sdpa is None or not sdpa.p50 else seconds_text(sdpa.p50),
+        "-" if sdpa is None or not sdpa.p50 else f"{sdpa.p50 / row.p50:.1f}x",
+        "-" if row.error_ratio is None else f"{row.error_ratio:.2f}",
+    )

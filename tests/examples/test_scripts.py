@@ -1,0 +1,48 @@
+"""Every script in examples/ runs and shows what its docstring says, with small arguments."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from vdcore.video import read_clip
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def script(capsys):
+    def run(name, *arguments):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]([str(a) for a in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_swap_in(script):
+    output = script("swap_in", "--layers", 1, "--latent", 8, "--calls", 1)
+    assert "bit for bit as before after swap_out: yes" in output and "Attention" in output
+    difference, largest = map(float, re.search(r"difference (\S+) of values up to (\S+)", output).groups())
+    assert difference < 1e-4 * largest
+
+
+def test_train_and_sample(script, tmp_path):
+    checkpoint = tmp_path / "model.safetensors"
+    output = script("train", "--steps", 12, "--width", 48, "--out", checkpoint)
+    first, last = map(float, re.findall(r"loss (\S+)", output))
+    assert 0 < last < first and str(checkpoint) in output
+    script("sample", checkpoint, "--count", 2, "--frames", 12, "--steps", 1, "--out", tmp_path)
+    assert read_clip(tmp_path / "samples.gif").shape == (3, 12, 4 * 24, 2 * 4 * 24)
+
+
+def test_long_video(script):
+    output = script("long_video", "--frames", 64, "--width", 32)
+    assert re.findall(r"frame (\d+)", output) == [str(n) for n in range(8, 65, 8)]
+    assert len(set(re.findall(r"cache (\S+) MiB", output))) == 1
+
+
+def test_every_script_is_tested():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    tested = re.findall(r'script\("(\w+)"', Path(__file__).read_text())
+    assert names == {*tested, "peer"}  # which joins the benchmark: tests/bench

@@ -1,0 +1,205 @@
+"""``vdcore doctor``: what can run here and why not. It needs torch and numpy alone, and imports no peer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+import vdcore
+from vdcore import extras
+from vdcore.testing import cases_of
+from vdcore_bench.jobs import JOBS, operator_table
+from vdcore_bench.measure import machine
+from vdcore_bench.peers import PEERS
+from vdcore_bench.report.table import Table
+
+EXTRAS = {
+    "bench": "the other commands of vdcore",
+    "models": "models of diffusers, checkpoints: swap_in, train, sample, demo",
+    "video": "video files, contact sheets, optical flow: train, sample, demo",
+}
+ALLOCATOR_ADVICE = (
+    "glibc gives every tensor over 32 MB fresh pages, and page faults then take longer than a memory-bound kernel: "
+    f"start Python with {machine.ADVICE}, or preload tcmalloc or jemalloc"
+)
+
+
+def chosen() -> dict[str, dict[str, str]]:
+    """Operator -> device -> the backend that `auto` takes for a plain float32 call with gradients."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    found: dict[str, dict[str, str]] = {}
+    for op in JOBS:
+        case = next(case for case in cases_of(op) if "plain" in case.tags)
+        for device in devices:
+            inputs = case.inputs(torch.float32, requires_grad=True, device=device)
+            found.setdefault(op, {})[device] = vdcore.explain(op, **inputs.args)[0][0]
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": p.name,
+                "capability": f"sm_{p.major}{p.minor}",
+                "memory": p.total_memory,
+                "multiprocessors": p.multi_processor_count,
+            }
+        )
+    return found
+
+
+def peers() -> dict[str, str | None]:
+    """Libraries to be measured against -> version, or None where not installed."""
+    modules = sorted({peer.module for peer in PEERS})
+    return {
+        module: (machine.version_of(module) or machine.version_of(module.replace("_", "-")) or "installed")
+        if extras.installed(module)
+        else None
+        for module in modules
+    }
+
+
+def cores() -> int | None:
+    """Physical cores; logical ones where psutil is missing or cannot tell."""
+    if extras.installed("psutil"):
+        import psutil
+
+        return psutil.cpu_count(logical=False) or os.cpu_count()
+    return os.cpu_count()
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes of main memory; None where psutil is missing."""
+    if not extras.installed("psutil"):
+        return {"available": None, "total": None}
+    import psutil
+
+    return {"available": machine.available_memory(), "total": psutil.virtual_memory().total}
+
+
+def facts() -> dict[str, Any]:
+    """Everything that ``vdcore doctor`` prints; sizes in bytes, extras with what is missing of them."""
+    return {
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "threads": {"torch": torch.get_num_threads(), "cores": cores()},
+        "memory": memory(),
+        "gpus": gpus(),
+        "allocator": {"name": machine.allocator(), "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None},
+        "extras": {extra: extras.missing(extra) for extra in extras.EXTRAS},
+        "backends": vdcore.backends(),
+        "operators": operator_table(),
+        "chosen": chosen(),
+        "peers": peers(),
+    }
+
+
+# ---- The same as text ----
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    return Table.of(header, rows, title).plain()
+
+
+def text(facts: dict[str, Any]) -> str:
+    """:func:`facts` for people."""
+    advice = facts["allocator"]["advice"]
+    return "\n".join(
+        [
+            _table("Machine", ("what", "is"), _machine(facts)),
+            *([f"Advice: {advice}\n"] if advice else []),
+            _table("Extras", ("extra", "for", "here"), _extras(facts)),
+            _table("Backends", ("backend", "here"), ((n, why or "usable") for n, why in facts["backends"].items())),
+            _table("Operators", *_operators(facts)),
+            _table("Peers", ("library", "version"), ((n, v or "not installed") for n, v in facts["peers"].items())),
+        ]
+    )
+
+
+def _machine(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    versions, available = facts["versions"], facts["memory"]["available"]
+    return [
+        *((name, value) for name, value in versions.items() if value),
+        ("commit", facts["commit"] or "not a checkout"),
+        ("threads", f"{facts['threads']['torch']} of torch on {facts['threads']['cores']} cores"),
+        ("memory", "unknown without psutil" if available is None else f"{machine.bytes_text(available)} available"),
+        ("allocator", facts["allocator"]["name"]),
+        *((f"GPU {i}", _gpu(gpu)) for i, gpu in enumerate(facts["gpus"])),
+        *((name, "none") for name, value in versions.items() if not value),
+    ]
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, {gpu['capability']}, {machine.bytes_text(gpu['memory'])}"
+
+
+def _extras(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (extra, EXTRAS[extra], f"{', '.join(missing)} missing: {extras.install(extra)}" if missing else "installed")
+        for extra, missing in facts["extras"].items()
+    ]
+
+
+def _operators(facts: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: what each backend has of an operator, and which of them `auto` takes."""
+    names, devices = list(facts["backends"]), list(next(iter(facts["chosen"].values())))
+    header = ("operator", *names, *(f"auto on {device}" for device in devices))
+    rows = [
+        (op, *(has[name] or "-" for name in names), *(facts["chosen"][op][device] for device in devices))
+        for op, has in facts["operators"].items()
+    ]
+    return header, rows
+
+
+# ---- The command ----
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``vdcore doctor`` with these arguments; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "vdcore doctor", description="What can run on this machine, and why the rest cannot."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile every Triton kernel ahead of time; needs no GPU"
+    )
+    parser.add_argument("--arch", action="append", default=[], help="of --compile, such as sm_90 or sm_80,gfx942")
+    given = parser.parse_args(arguments)
+    if not given.compile:
+        found = facts()
+        print(json.dumps(found, indent=1) if given.json else text(found))
+        return 0
+    try:
+        records = _compiled([arch.strip() for value in given.arch for arch in value.split(",") if arch.strip()])
+    except ValueError as error:
+        parser.error(f"--arch: {error}")
+    except ModuleNotFoundError as error:
+        print(f"vdcore: kernels cannot be compiled ahead of time here: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(records, indent=1) if given.json else _records(records))
+    return 1 if any(record["problem"] for record in records) else 0
+
+
+def _compiled(archs: Sequence[str]) -> list[dict[str, Any]]:
+    """A record for every kernel, config and architecture."""
+    aot = importlib.import_module("vdcore_bench.aot")  # needs triton
+    return [dataclasses.asdict(record) for record in aot.compile_report(tuple(archs) or None)]
+
+
+def _records(records: Sequence[dict[str, Any]]) -> str:
+    header = tuple(records[0]) if records else ("nothing",)
+    rows = (["-" if value is None else str(value) for value in record.values()] for record in records)
+    return _table("Kernels compiled ahead of time", header, rows)

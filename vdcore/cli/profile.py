@@ -1,0 +1,62 @@
+"""``vdcore profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vdcore.cli import options
+from vdcore.cli.options import several, split
+
+
+def profile(
+    workload: options.WORKLOAD = None,
+    model: Annotated[list[str] | None, several("Instead: VDiT variants, or blocks of diffusers.")] = None,
+    frames: Annotated[str | None, typer.Option(help="Numbers of frames, such as 8,16,32.")] = None,
+    attention: Annotated[list[str] | None, several("naive, sdpa, vdcore.")] = None,
+    mode: Annotated[str, typer.Option(help="fwd, bwd or fwd+bwd.")] = "fwd",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: options.DEVICE = None,
+    threads: options.THREADS = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Such as 8GiB; default: what is available.")] = None,
+    time_limit: Annotated[float, typer.Option(min=0, help="Seconds of one call; what takes longer is predicted.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
+) -> None:
+    """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
+    from vdcore_bench import workloads
+    from vdcore_bench.jobs.base import DTYPES, MODES
+    from vdcore_bench.suites import Options, memory, models, sweep
+
+    names = options.known("--workload", workload, workloads.load())
+    device = options.device_named(device)
+    (mode,) = options.known("--mode", [mode], MODES)
+    (dtype,) = options.known("--dtype", [dtype], DTYPES)
+    limit = None if memory_limit is None else options.parse_bytes("--memory-limit", memory_limit)
+    settings: dict[str, Any] = {
+        "frames": _parse_frames(frames) or sweep.FRAMES,
+        "attentions": options.known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
+        "mode": mode,
+        "dtype": DTYPES[dtype],
+        "time_limit": time_limit,
+    }
+    whole = options.models_named(model, device, blocks_alone=True)
+    if set(whole) - set(models.PROFILED) and mode != "fwd":
+        raise typer.BadParameter("blocks of diffusers are profiled forward", param_hint="--mode")
+    given = Options(device=device, memory_limit=limit)
+    options.prepare(device, threads)
+    if whole:
+        limits = sweep.Settings(device=device, memory_limit=given.limit, **settings)
+        options.record(out, lambda journal, watch: models.profile(whole, limits, journal, watch))
+    else:
+        options.record(out, lambda journal, watch: memory.profile(names, given, journal, watch, **settings))
+
+
+def _parse_frames(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    numbers = [int(n) if n.isdecimal() else 0 for n in split([text])]
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r}: not numbers of frames such as 8,16,32", param_hint="--frames")
+    return tuple(sorted(set(numbers)))

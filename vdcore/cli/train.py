@@ -1,0 +1,106 @@
+"""``vdcore train``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vdcore.cli.options import THREADS
+from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors, set_threads
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def train(
+    clips: Annotated[
+        list[Path] | None, typer.Argument(help="Video files, or folders of them; none: synthetic scenes.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the losses.")] = TRAIN_OUT,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips per step.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate.")] = None,
+    frames: Annotated[int | None, typer.Option(min=2, help="Frames per clip.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width of a clip, pixels.")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Of files, every stride-th frame.")] = 1,
+    patch: Annotated[int | None, typer.Option(min=1, help="Height and width of a token, pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels per token.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads; they divide the width.")] = None,
+    attention: Annotated[str | None, typer.Option(help="factorized, gated or full.")] = None,
+    target: Annotated[str | None, typer.Option(help="sample, flow, v_prediction or epsilon.")] = None,
+    hold: Annotated[float | None, typer.Option(min=0, max=1, help="Share of clips with frames held clean.")] = None,
+    forcing: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of clips with a timestep of its own for every frame.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of all that is drawn.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 250,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing the checkpoint in --out.")] = False,
+    threads: THREADS = None,
+    device: DEVICE = "cpu",
+) -> None:
+    """Trains a small video diffusion transformer, by default on synthetic scenes: minutes on two cores.
+
+    Continues from the checkpoint in --out as if it had never stopped; Ctrl-C loses nothing.
+    """
+    from vdcore.diffusion import runs
+    from vdcore.diffusion.data import Clips, Scenes
+    from vdcore.diffusion.training import SCENES, Recipe
+    from vdcore_bench.report.terminal import progress
+
+    set_threads(threads)
+    with plain_errors():
+        default = Recipe()
+        token = None if patch is None else (default.model.patch[0], patch, patch)
+        model = _given(default.model, patch=token, width=width, depth=depth, heads=heads, attention=attention)
+        clip = {"frames": frames, "size": None if size is None else (size, size)}
+        training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
+        recipe = _given(default, model=model, target=target, **clip, **training)
+        source = (
+            Clips(clips, recipe.frames, recipe.size, stride)
+            if clips
+            else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
+        )
+        with progress() as bar:
+            meter = Meter(bar, recipe.steps)
+            run = runs.train(recipe, source, out, fresh=fresh, save_every=save_every, device=device, on_step=meter)
+        runs.plot_losses(run.losses, out / "losses.png")
+    last = list(run.losses.values())[-100:]
+    print(f"{run.checkpoint}: step {run.step} of {recipe.steps}, loss {sum(last) / max(len(last), 1):.4f}")
+    if not run.finished:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130)
+    print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _given(value: Any, **changes: Any) -> Any:
+    """A dataclass with those changes that are not None."""
+    return replace(value, **{name: change for name, change in changes.items() if change is not None})
+
+
+class Meter:
+    """Shows the progress of training: a bar on a terminal, elsewhere a line every 20 s."""
+
+    def __init__(self, bar: Progress, steps: int) -> None:
+        self.bar, self.steps = bar, steps
+        self.task = bar.add_task("training", total=steps)
+        self.mean, self.begin, self.first, self.said = math.nan, time.monotonic(), 0, 0.0
+
+    def __call__(self, step: int, loss: float) -> None:
+        if math.isnan(loss):
+            self.first = step
+        else:
+            self.mean = loss if math.isnan(self.mean) else 0.98 * self.mean + 0.02 * loss
+        self.bar.update(self.task, completed=step, description=f"training, loss {self.mean:.4f}")
+        now = time.monotonic()
+        if not self.bar.disable or now - self.said < 20 or step == self.first:
+            return
+        self.said = now
+        left = (now - self.begin) / (step - self.first) * (self.steps - step)
+        print(f"step {step} of {self.steps}, loss {self.mean:.4f}, {left:.0f} s to go", file=sys.stderr, flush=True)

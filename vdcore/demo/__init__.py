@@ -1,1 +1,0 @@
-"""Experiments that show what this engine is for, one figure a claim."""

@@ -1,0 +1,71 @@
+"""Patch embeddings: convolutions whose stride is their kernel, in the modules that flatten what they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models import embeddings
+from diffusers.models.transformers import (
+    transformer_easyanimate,
+    transformer_hunyuan_video,
+    transformer_hunyuan_video15,
+    transformer_motif_video,
+    transformer_sana_video,
+    transformer_skyreels_v2,
+    transformer_wan,
+)
+from torch import Tensor, nn
+
+import vdcore
+from vdcore.integrations.swap import Change, changed_forward
+
+# The name of the convolution in each module that has one, and uses its result by flattening it only.
+HOSTS: dict[type[nn.Module], str] = {
+    embeddings.PatchEmbed: "proj",
+    embeddings.CogVideoXPatchEmbed: "proj",
+    transformer_easyanimate.EasyAnimateTransformer3DModel: "proj",
+    transformer_hunyuan_video.HunyuanVideoPatchEmbed: "proj",
+    transformer_hunyuan_video15.HunyuanVideo15PatchEmbed: "proj",
+    transformer_motif_video.MotifVideoPatchEmbed: "proj",
+    transformer_sana_video.SanaVideoTransformer3DModel: "patch_embedding",
+    transformer_skyreels_v2.SkyReelsV2Transformer3DModel: "patch_embedding",
+    transformer_wan.WanTransformer3DModel: "patch_embedding",
+}
+
+
+def find(model: nn.Module) -> dict[nn.Module, str | None]:
+    """The patch embeddings of a model, each with the reason why it is not served, or None."""
+    found: dict[nn.Module, str | None] = {}
+    for module in model.modules():
+        conv = getattr(module, HOSTS.get(type(module), ""), None) if type(module) in HOSTS else None
+        if isinstance(conv, (nn.Conv2d, nn.Conv3d)):
+            found[conv] = why_not(conv)
+    return found
+
+
+def why_not(conv: Any) -> str | None:
+    if type(conv) not in (nn.Conv2d, nn.Conv3d):
+        return f"{type(conv).__name__} is not torch's convolution"
+    if conv.stride != conv.kernel_size or conv.groups != 1 or set(conv.dilation) != {1}:
+        return "its stride is not its kernel"
+    if conv.padding in ("same", "valid") or any(conv.padding):
+        return "it pads"
+    return changed_forward(conv)
+
+
+def change(conv: nn.Module) -> Change:
+    return Change.of_forward(conv, forward, "patchify")
+
+
+def forward(self: Any, video: Tensor) -> Tensor | str:
+    """The convolution; its result is a view of token rows."""
+    dims = len(self.kernel_size)
+    if video.ndim != dims + 2 or any(n % p for n, p in zip(video.shape[2:], self.kernel_size)):
+        return "a size that its patch does not divide"
+    weight = self.weight
+    if dims == 2:  # a batch of frames
+        video, weight = video.unsqueeze(2), weight.unsqueeze(2)
+    tokens = vdcore.patchify(video, weight, self.bias)  # (B, T', H'*W', E)
+    grid = video.shape[3] // weight.shape[3], video.shape[4] // weight.shape[4]
+    out = tokens.unflatten(2, grid).permute(0, 4, 1, 2, 3)  # (B, E, T', H', W')
+    return out.squeeze(2) if dims == 2 else out

@@ -1,0 +1,229 @@
+"""Factorized models: their spatial, temporal and cross attention on ``(B, T, S, C)``, and how their blocks are served.
+
+diffusers gives its default processor sequences ``(N, n, C)``; a sequence is then a frame on its own. Blocks that are
+served as a whole hand over ``(B, T, S, C)``, which that processor never gets, and say by the processor's class along
+which axis self-attention runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor
+
+import vdcore
+from vdcore.integrations.diffusers.attention import heads, is_plain, output_projection, project, qk_norm
+from vdcore.integrations.diffusers.clip import Clip, TextPairs, text_pairs
+from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.processor import Processor, why_not_processor
+from vdcore.integrations.swap import Change, changed_forward
+
+HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+def why_not(attn: Any) -> str | None:
+    """Why an attention module is not one that this file serves."""
+    if type(attn) is not Attention:
+        return f"{type(attn).__name__} is not diffusers' Attention"
+    processor = type(attn.processor)
+    if processor not in HOSTS:
+        return f"its processor is {processor.__name__}"
+    reason = unknown_source(processor.__call__) or why_not_processor(attn)
+    if reason is not None:
+        return reason
+    for name in ("spatial_norm", "group_norm", "norm_cross", "added_kv_proj_dim"):
+        if getattr(attn, name) is not None:
+            return f"it has {name}"
+    if attn.residual_connection or attn.rescale_output_factor != 1:
+        return "it adds or rescales its input"
+    if attn.inner_kv_dim != attn.inner_dim:
+        return "its keys have other heads than its queries, which diffusers' processor does not serve either"
+    return None
+
+
+class SpatialAttention(Processor):
+    """Tokens of a frame attend to one another, or to a text."""
+
+    SERVES = "spatial_attention, cross_attention"
+    TEMPORAL = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``hidden_states``: ``(B, T, S, C)``, or ``(N, n, C)`` as the host has it: N frames of their own."""
+        as_sequences = hidden_states.ndim == 3
+        reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
+        lengths, pairs = None, None
+        if reason is None and attention_mask is not None and encoder_hidden_states is None and as_sequences:
+            pairs = self.clip.once(text_pairs, attention_mask)
+            reason = pairs if isinstance(pairs, str) else None
+        elif reason is None and attention_mask is not None:
+            found = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
+            lengths, reason = (None, found) if isinstance(found, str) else (found, None)
+        if reason is not None:
+            if not as_sequences:
+                return self._leave_video(reason, attn, hidden_states, encoder_hidden_states)
+            given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
+            return self.leave(reason, attn, *given, **kwargs)
+        x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
+        if pairs is not None:
+            out = output_projection(attn, self.attended_pairs(attn, x, pairs))
+        elif encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
+            out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
+        else:
+            out = output_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
+        return out.squeeze(1) if as_sequences else out
+
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Attention of ``(B, T, S, C)`` before its last projection: ``(B, T, S, H, D)``."""
+        q, k, v = project(attn, x, context)
+        if context is None:
+            return self.attend_normed(attn, q, k, v)
+        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+        return vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+
+    def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
+        """Self-attention of padded texts ``(B, 1, n, C)`` before its last projection: ``(B, 1, n, H, D)``."""
+        q, k, v = project(attn, x)
+        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+        out = vdcore.cross_attention(q, k.squeeze(1), v.squeeze(1), lengths=pairs.lengths, norm=norm)
+        padding = torch.arange(x.shape[2], device=x.device) >= pairs.lengths[:, None]
+        seen = v[:, :, :1] if pairs.first else torch.zeros_like(v[:, :, :1])
+        return torch.where(padding[:, None, :, None, None], seen, out)
+
+    def attend_normed(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of ``(B, T, S, H, D)``, with the norms of q and k that the module has."""
+        return self.attend(*qk_norm(q, k, attn.norm_q, attn.norm_k), v)
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        """Self-attention of ``(B, T, S, H, D)``."""
+        return vdcore.spatial_attention(q, k, v, norm=norm)
+
+    def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> Tensor | str | None:
+        if context is None:
+            return "self-attention of a clip with an attention mask"
+        if mask.shape[0] != x.shape[0] or mask.shape[-1] != context.shape[1]:
+            return "an attention mask that the host repeats or pads"
+        return self.clip.key_lengths(mask)
+
+    def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, context, self.TEMPORAL)
+
+
+class TemporalAttention(SpatialAttention):
+    """A token attends to its position in the other frames, or to a text. Sequences ``(N, n, C)`` are the host's."""
+
+    SERVES = "temporal_attention, cross_attention"
+    TEMPORAL = True
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states.ndim == 3:
+            return self.leave_unmasked("its block runs in the host's layout", attn, hidden_states, *args, **kwargs)
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        return vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
+
+
+class FrameSequenceAttention(SpatialAttention):
+    """Temporal attention of a host that keeps rows ``(N, T, C)``, each the frames of one position."""
+
+    SERVES = "temporal_attention, cross_attention"
+
+    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, T, 1, H, D)
+        out = vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
+        return out.transpose(1, 2)
+
+
+# ---- One key ----
+
+
+def sees_one_key(attn: Any, context: Tensor) -> bool:
+    """Attention to a context ``(B, 1, C)`` of one token, whose weight is 1 whatever the query is.
+
+    With gradients the projection of queries has some, of 0; a hook on it wants its call.
+    """
+    return context.shape[1] == 1 and not torch.is_grad_enabled() and is_plain(attn.to_q)
+
+
+def one_key_attention(attn: Any, context: Tensor) -> Tensor:
+    """What every query gets from a context ``(B, 1, C)``: ``(B, 1, 1, C)``. The key stands in for the queries."""
+    k, v = (heads(projection(context), attn.heads) for projection in (attn.to_k, attn.to_v))
+    out = vdcore.cross_attention(k.unsqueeze(1), k, v)
+    return output_projection(attn, out)
+
+
+# ---- Blocks in (B, T, S, C) ----
+
+HOSTS_LAYOUT = "called by a module in the host's layout"  # a reason to leave the call of a block
+
+
+def changes_of_block(
+    block: Any,
+    kind: Any,
+    forward: Callable[..., Any],
+    serves: str,
+    attention: type[SpatialAttention],
+    clip: Clip,
+    why_not_block: Callable[[Any], str | None] = lambda block: None,
+) -> list[Change] | str:
+    """The changes that serve a block of this class with both of its attention modules, or why not."""
+    if type(block) is not kind:
+        return f"its block is a {type(block).__name__}"
+    reason = unknown_source(kind.forward) or changed_forward(block) or why_not_block(block)
+    attentions = [attn for attn in (block.attn1, block.attn2) if attn is not None]
+    for attn in attentions:
+        reason = reason or why_not(attn)
+    changes = [attention.change(attn, clip) for attn in attentions]
+    return reason or [Change.of_forward(block, forward, serves), *changes]
+
+
+def changes_of_module(
+    module: Any, forward: Callable[..., Any], serves: str, blocks: Iterable[list[Change] | str]
+) -> list[Change] | str:
+    """Those of a module and of all its blocks, or why not one of them."""
+    changes = [Change.of_forward(module, forward, serves)]
+    for found in blocks:
+        if isinstance(found, str):
+            return found
+        changes += found
+    return changes
+
+
+def feed_forward(block: Any, ff: Any, x: Tensor) -> Tensor:
+    """The feed-forward layer on ``(B, T, S, C)``, in chunks as large as the host's of ``(B*S, T, C)``."""
+    if block._chunk_size is None:
+        return ff(x)
+    B, T, S, _ = x.shape
+    tokens = block._chunk_size * (B * S if block._chunk_dim == 1 else T)
+    return torch.cat([ff(chunk) for chunk in x.flatten(0, 2).split(tokens)]).view(B, T, S, -1)
+
+
+def attend(attn: Any, x: Tensor, context: Tensor | None = None, *, temporal: bool) -> Tensor:
+    """Calls an attention module with ``(B, T, S, C)`` and a text ``(B, L, C)``.
+
+    If someone gave it a processor of another kind since the swap, it gets rows, as the host would give it.
+    """
+    if isinstance(attn.processor, SpatialAttention):
+        return attn(x, encoder_hidden_states=context)
+    return in_rows(lambda rows, text: attn(rows, encoder_hidden_states=text), x, context, temporal)
+
+
+def in_rows(call: Callable[..., Tensor], x: Tensor, context: Tensor | None, temporal: bool) -> Tensor:
+    """A function of sequences, as hosts have them, on ``(B, T, S, C)``."""
+    rows = x.transpose(1, 2) if temporal else x
+    if context is not None:
+        context = context.repeat_interleave(rows.shape[1], 0)
+    out = call(rows.flatten(0, 1), context).unflatten(0, rows.shape[:2])
+    return out.transpose(1, 2) if temporal else out

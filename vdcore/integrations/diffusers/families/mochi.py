@@ -1,0 +1,69 @@
+"""Mochi: joint attention over the clip and the valid tokens of a text, and the pooling of that text.
+
+The host loops over the samples, and finds the valid tokens of each. Here they are a length, and padding is 0 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import MochiAttnProcessor2_0
+from diffusers.models.embeddings import MochiAttentionPool
+from diffusers.models.transformers import transformer_mochi as mochi
+from torch import Tensor
+
+from vdcore.integrations.diffusers import registry
+from vdcore.integrations.diffusers.attention import cross, heads, is_plain
+from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
+from vdcore.integrations.diffusers.clip import padding_lengths
+from vdcore.integrations.diffusers.fused import Call, Fused
+
+registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
+
+
+@registry.processor(MochiAttnProcessor2_0)
+class MochiAttention(Fused):
+    """Joint attention with a norm per head and a learned interleaved rotation of every head."""
+
+    SERVES = "video_attention"
+
+    def fused(self, attn: Any, call: Call) -> Any:
+        lengths = "no mask" if call.mask is None else self.clip.once(marked_lengths, call.mask)
+        return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
+
+    def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary  # (N, H, D/2)
+
+
+def marked_lengths(mask: Tensor) -> Tensor | str | None:
+    """As :func:`padding_lengths`, of a mask whose valid tokens are those that are not 0."""
+    return padding_lengths(mask != 0)
+
+
+@registry.forward(MochiAttentionPool, serves="cross_attention", relies=(MochiAttentionPool.pool_tokens,))
+def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
+    """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
+    lengths = marked_lengths(mask)
+    if isinstance(lengths, str):
+        return lengths
+    mean = self.pool_tokens(x, mask, keepdim=True)
+    k, v = self.to_kv(torch.cat((mean, x), 1)).chunk(2, -1)
+    q, k, v = (heads(y, self.num_attention_heads) for y in (self.to_q(mean), k, v))
+    pooled = cross(q, k, v, lengths=None if lengths is None else lengths + 1)
+    return self.to_out(pooled.flatten(1))
+
+
+@registry.forward(mochi.MochiRMSNormZero, serves="modulate")
+def norm_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> Any:
+    scale, gate, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(4, 1)
+    normed = modulated_rows(self.norm, hidden_states, torch.zeros_like(scale), scale)
+    return normed, gate, scale_mlp, gate_mlp
+
+
+@registry.forward(mochi.MochiLayerNormContinuous, serves="modulate")
+def norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor | str:
+    if not is_plain(self.norm):
+        return "its norm has hooks"
+    scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
+    return modulated_rows(self.norm.norm, x, torch.zeros_like(scale), scale)

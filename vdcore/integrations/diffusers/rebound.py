@@ -1,0 +1,161 @@
+"""Any processor that calls torch's attention or diffusers' dispatcher, with that one call served by vdcore.
+
+The processor's own code runs, projections, norms and rotations included: as a copy of its function in which the names
+of the attention functions mean ours. Nothing outside of that copy sees them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from types import FunctionType, SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdcore.integrations.diffusers.attention import cross, video
+from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.processor import Processor, why_not_processor
+from vdcore.integrations.report import note_left
+from vdcore.integrations.swap import MadeAtRunTime, names_used, rebind
+
+DISPATCH, TORCH = "dispatch_attention_fn", "scaled_dot_product_attention"
+
+
+def why_not(attn: nn.Module) -> str | None:
+    """Why the attention calls of a module's processor cannot be taken over."""
+    processor: Any = attn.processor
+    name = type(processor).__name__
+    if isinstance(processor, nn.Module):
+        return f"its processor {name} has parameters of its own"
+    call = type(processor).__call__
+    if not isinstance(inspect.unwrap(call), FunctionType):
+        return f"its processor {name} is not Python code"
+    if not {DISPATCH, TORCH} & names_used(call):
+        return f"its processor {name} calls no softmax attention of torch or diffusers"
+    return why_not_processor(attn)
+
+
+@lru_cache(maxsize=256)
+def rebound_class(host: Any, base: Any) -> type[Rebound]:
+    """The base with the signature of the host's processor, by which diffusers chooses what to pass on."""
+
+    @wraps(host.__call__)
+    def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.serve(attn, *args, **kwargs)
+
+    names = tuple(inspect.signature(host.__call__).parameters)[2:]
+    made = {"__call__": call, "HOST": host, "NAMES": names, "MADE_BY": (rebound_class, (host, base))}
+    return type(base.__name__, (base,), made)
+
+
+class Options(NamedTuple):
+    """What follows query, key and value in calls of torch's attention and of diffusers' dispatcher."""
+
+    attn_mask: Any = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    attention_kwargs: Any = None
+    backend: Any = None
+    parallel_config: Any = None
+
+
+class Rebound(MadeAtRunTime, Processor):
+    """The host's processor with its attention calls served."""
+
+    SERVES = "video_attention, cross_attention"
+    HOST: ClassVar[type]
+    NAMES: ClassVar[tuple[str, ...]]  # of the arguments of the host's processor, after the attention module
+
+    def __init__(self, host: Any, clip: Clip) -> None:
+        super().__init__(host, clip)
+        self._call = self._rebind()
+        self._to_context = False
+
+    def state(self) -> dict[str, Any]:
+        # The copied function belongs to this object: a copy makes its own.
+        return {**self.__dict__, "_call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._call = self._rebind()
+
+    def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """One call of the processor. Derived classes take more than attention over, where they know the call."""
+        return self.as_host(attn, *args, **kwargs)
+
+    def as_host(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's own code, with its attention served."""
+        reason = self.why_not_now()
+        if reason is not None:
+            return self.leave_unmasked(reason, attn, *args, **kwargs)
+        context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        self._to_context = context is not None
+        return self._call(self.host, attn, *args, **kwargs)
+
+    def _rebind(self) -> Callable[..., Any]:
+        torch_functions = SimpleNamespace(**{**F.__dict__, TORCH: self.torch_attention})
+        return rebind(self.HOST.__call__, {DISPATCH: self.dispatch, "F": torch_functions})
+
+    # ---- the two functions, with the arguments of those that they stand for ----
+
+    def dispatch(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """diffusers' dispatcher: ``(B, N, H, D)``."""
+        served = self._served(query, key, value, Options(*args, **kwargs))
+        if not isinstance(served, str):
+            return served
+        self._leave(served, query, key)
+        return inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH](query, key, value, *args, **kwargs)
+
+    def torch_attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """torch's attention: ``(B, H, N, D)``."""
+        served: Tensor | str = "attention of other than four dimensions"
+        if query.ndim == 4:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            served = self._served(q, k, v, Options(*args, **kwargs))
+        if not isinstance(served, str):
+            return served.transpose(1, 2)
+        self._leave(served, query.transpose(1, -2), key.transpose(1, -2))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+    def _leave(self, reason: str, q: Tensor, k: Tensor) -> None:
+        if self.clip.mask is not None and not self._is_cross(q, k):
+            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+        note_left(self, reason)
+
+    def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | str:
+        """Attention of ``(B, N, H, D)``, or the reason why it is the host's."""
+        if not q.dtype == k.dtype == v.dtype:
+            return "queries, keys and values of several dtypes"
+        if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
+            return "queries, keys and values of shapes that do not fit"
+        if options.dropout_p or options.is_causal:
+            return "dropout of probabilities" if options.dropout_p else "a causal mask of tokens"
+        if options.parallel_config is not None or options.attention_kwargs:
+            return "arguments of the dispatcher that vdcore does not know"
+        lengths, scale = self._lengths(options.attn_mask, q, k), options.scale
+        if isinstance(lengths, str):
+            return lengths
+        if self._is_cross(q, k) or (self.clip.mask is None and not (lengths is None and scale is None)):
+            return cross(q, k, v, lengths=lengths, scale=scale)
+        if lengths is not None or scale is not None:
+            return "padding of video tokens, or a scale of its own"
+        return video(self.clip, q, k, v, None, None)
+
+    def _is_cross(self, q: Tensor, k: Tensor) -> bool:
+        """Attention to other tokens than the clip's own, which no mask is for, also where there are as many."""
+        return q.shape[1] != k.shape[1] or (self._to_context and self.clip.has(q.shape[1]))
+
+    def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> Tensor | str | None:
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            return f"an attention mask of type {type(mask).__name__}"
+        if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
+            return "an attention mask of another shape"
+        lengths = self.clip.key_lengths(mask)
+        return lengths.expand(q.shape[0]) if isinstance(lengths, Tensor) else lengths
