@@ -67,7 +67,7 @@ SPILLS = {
     ("temporal_long_backward_kernel", 4, 0): 32,  # chunks alone, here and below
     ("temporal_long_backward_kernel", 8, 0): 160,
     ("rows_norm_rope_backward_kernel", 8, 0): 256,  # 256 channels with norm or rope: no workload has them
-    ("spatial_gated_kernel", 8, 0): 16,  # 256 channels, on sm_80 only
+    ("spatial_gated_kernel", 8, 0): 16,  # 256 channels
 }
 
 

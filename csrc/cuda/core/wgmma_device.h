@@ -14,7 +14,8 @@ struct Wgmma {
 };
 
 // clang-format off
-#define VDCORE_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define VDCORE_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
 #define VDCORE_NAMES_30 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " VDCORE_TEN(1) ", " VDCORE_TEN(2)
 #define VDCORE_NAMES_64 VDCORE_NAMES_30 ", %30, %31"
 #define VDCORE_NAMES_72 VDCORE_NAMES_30 ", %30, %31, %32, %33, %34, %35"
