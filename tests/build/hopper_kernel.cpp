@@ -5,9 +5,9 @@
 #include <cstdio>
 #include <vector>
 
-#include "emulator/emulator.h"
-#include "cuda/frame_attention/forward_sm90.cuh"
 #include "cuda/core/tensor_map.h"
+#include "cuda/frame_attention/forward_sm90.cuh"
+#include "emulator/emulator.h"
 
 using namespace vdcore;
 using namespace vdcore::cuda;

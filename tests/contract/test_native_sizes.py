@@ -179,6 +179,12 @@ def wrong_ones(x):
     yield "float64", x.double()
 
 
+def test_every_function_of_the_engine_is_called_here():
+    beside = {"cpu_isa", "share_openmp", "frame_runs", "frame_groups", "prompt_groups", "TokenGroups"}
+    functions = {name for name in dir(native()) if not name.startswith("_")} - beside
+    assert functions == {function for function, _ in CALLS.values()}
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_every_tensor_is_held_against_the_others(name):
     function, make = CALLS[name]

@@ -3,7 +3,6 @@
 
 #include "cpu/core/arena.h"
 #include "cpu/core/items.h"
-#include "cpu/core/kernels.h"
 #include "cpu/core/token_rows.h"
 
 namespace vdcore::cpu::VDCORE_ISA {

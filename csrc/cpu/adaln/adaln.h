@@ -17,13 +17,6 @@ struct Modulate {
   int threads = 1;
 };
 
-// Sums over tokens: one row of channels for each part of each group, a group being the tokens that share a shift and
-// scale: those of a sample, or of a frame. The caller adds them up in order: same bits for any number of threads.
-struct GroupSums {
-  bool per_frame = false;
-  int64_t parts = 1;  // of a group
-};
-
 struct ModulateBackward {
   Modulate forward;   // without y
   TensorView dy;      // as x

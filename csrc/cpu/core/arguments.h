@@ -32,4 +32,11 @@ struct NormRopeGradients {
   int64_t table_item_stride = 0;
 };
 
+// Sums over tokens: one row of channels for each part of each group, a group being the tokens that share a shift and
+// scale: those of a sample, or of a frame. The caller adds them up in order: same bits for any number of threads.
+struct GroupSums {
+  bool per_frame = false;
+  int64_t parts = 1;  // of a group
+};
+
 }  // namespace vdcore::cpu

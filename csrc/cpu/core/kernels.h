@@ -7,23 +7,29 @@
 #include "cpu/qk_norm_rope/qk_norm_rope.h"
 #include "cpu/temporal_attention/temporal_attention.h"
 
+// Every function of the engine, and what it takes.
+#define VDCORE_OPERATORS(X)                                 \
+  X(frame_attention_forward, FrameAttention)                \
+  X(frame_attention_backward, FrameAttention)               \
+  X(temporal_attention_forward, TemporalAttention)          \
+  X(temporal_attention_backward, TemporalAttentionBackward) \
+  X(qk_norm_rope_forward, QKNormRope)                       \
+  X(qk_norm_rope_backward, QKNormRopeBackward)              \
+  X(modulate_forward, Modulate)                             \
+  X(modulate_backward, ModulateBackward)                    \
+  X(gate_residual_forward, GateResidual)                    \
+  X(gate_residual_backward, GateResidualBackward)           \
+  X(tokens_from_patches, PatchProduct)                      \
+  X(patches_from_tokens, PatchProduct)                      \
+  X(patch_weight_gradient, PatchWeightGradient)
+
 namespace vdcore::cpu {
 
 struct Kernels {
   const char* isa;
-  void (*frame_attention_forward)(const FrameAttention&);
-  void (*frame_attention_backward)(const FrameAttention&);
-  void (*temporal_attention_forward)(const TemporalAttention&);
-  void (*temporal_attention_backward)(const TemporalAttentionBackward&);
-  void (*qk_norm_rope_forward)(const QKNormRope&);
-  void (*qk_norm_rope_backward)(const QKNormRopeBackward&);
-  void (*modulate_forward)(const Modulate&);
-  void (*modulate_backward)(const ModulateBackward&);
-  void (*gate_residual_forward)(const GateResidual&);
-  void (*gate_residual_backward)(const GateResidualBackward&);
-  void (*tokens_from_patches)(const PatchProduct&);
-  void (*patches_from_tokens)(const PatchProduct&);
-  void (*patch_weight_gradient)(const PatchWeightGradient&);
+#define VDCORE_POINTER(function, Arguments) void (*function)(const Arguments&);
+  VDCORE_OPERATORS(VDCORE_POINTER)
+#undef VDCORE_POINTER
 };
 
 }  // namespace vdcore::cpu

@@ -1,7 +1,7 @@
 // Rows of channels, one after another, for operators that read and write every token once.
 #pragma once
 
-#include "cpu/adaln/adaln.h"
+#include "cpu/core/arguments.h"
 #include "cpu/core/vec.h"
 
 namespace vdcore::cpu::VDCORE_ISA {

@@ -11,7 +11,7 @@
 #include <atomic>
 
 #include "common/threads.h"
-#include "cpu/core/kernels.h"
+#include "cpu/frame_attention/frame_attention.h"
 #include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {

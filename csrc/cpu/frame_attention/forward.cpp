@@ -5,7 +5,7 @@
 // Queries go in panels of three vectors: a panel's scores against a key tile stay in L1 from the first product through
 // the softmax to the second, and three vectors are what the register block of a product holds best.
 #include "common/threads.h"
-#include "cpu/core/kernels.h"
+#include "cpu/frame_attention/frame_attention.h"
 #include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {

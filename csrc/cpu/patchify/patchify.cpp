@@ -6,7 +6,6 @@
 
 #include "cpu/core/arena.h"
 #include "cpu/core/items.h"
-#include "cpu/core/kernels.h"
 #include "cpu/patchify/patches.h"
 
 namespace vdcore::cpu::VDCORE_ISA {

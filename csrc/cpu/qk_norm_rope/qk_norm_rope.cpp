@@ -6,7 +6,6 @@
 #include "cpu/core/arena.h"
 #include "cpu/core/head_rows.h"
 #include "cpu/core/items.h"
-#include "cpu/core/kernels.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

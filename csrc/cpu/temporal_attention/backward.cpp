@@ -6,8 +6,8 @@
 #include <initializer_list>
 
 #include "common/threads.h"
-#include "cpu/core/kernels.h"
 #include "cpu/qk_norm_rope/stage_norm_rope.h"
+#include "cpu/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

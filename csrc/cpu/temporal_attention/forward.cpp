@@ -4,8 +4,8 @@
 // Sequences are tiny (8 to 128 frames) and there are very many, so a head's whole problem lives in L1 and L2 and the
 // work is to feed it: see temporal_tiles.h. Longer sequences go block by block with the online softmax.
 #include "common/threads.h"
-#include "cpu/core/kernels.h"
 #include "cpu/qk_norm_rope/stage_norm_rope.h"
+#include "cpu/temporal_attention/temporal_attention.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {

@@ -11,17 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore.norm import KINDS
-from vdcore_kernels.adaln.forward import (
-    SMALL,
-    common_arguments,
-    contiguous_rows,
-    frame_block,
-    row_arguments,
-    rows_from,
-    table_arguments,
-    table_rows,
-    token_rows,
-)
+from vdcore_kernels.adaln.forward import SMALL, common_arguments, table_arguments, table_rows
 from vdcore_kernels.core.launch import ValuesConfig, cdiv, launch
 from vdcore_kernels.core.tile import (
     Norm,
@@ -37,6 +27,7 @@ from vdcore_kernels.core.tile import (
     store_rows,
     to,
 )
+from vdcore_kernels.core.token_rows import contiguous_rows, frame_block, row_arguments, rows_from, token_rows
 
 _SUMS = "predicted: two rows' tiles and up to four sums, 20 values per thread each, stay clear of spilling"
 BACKWARD_ROWS = (

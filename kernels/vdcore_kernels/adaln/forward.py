@@ -28,6 +28,7 @@ from vdcore_kernels.core.tile import (
     store_rows,
     to,
 )
+from vdcore_kernels.core.token_rows import contiguous_rows, frame_block, row_arguments, rows_from, token_rows
 
 _WARP = (
     "predicted: a row inside one warp needs no barrier; two rows of 1,152 channels are 9 loads of 16 bytes per thread, "
@@ -53,35 +54,6 @@ def table_rows(table, at, ROW: tl.constexpr, PER_TOKEN: tl.constexpr):
         return to(load_rows(p, o_s * table.s, m_s, ROW), tl.float32)
     else:
         return to(load_rows(p, tl.arange(0, 1), tl.full([1], 1, tl.int1), ROW), tl.float32)
-
-
-@triton.jit
-def frame_block(i, T, S, rows):
-    """Sample and frame of the i-th of all frames' blocks of ``rows`` rows, and its first row."""
-    blocks = tl.cdiv(S, rows)
-    i_bt = (i // blocks).to(tl.int64)
-    return i_bt // T, i_bt % T, (i % blocks) * rows
-
-
-@triton.jit
-def rows_from(i_b, i_t, first, S, BR: tl.constexpr):
-    """Sample, frame, BR tokens from ``first`` on, and which of them exist."""
-    o_s = first + tl.arange(0, BR)
-    return i_b, i_t, o_s.to(tl.int64), o_s < S
-
-
-@triton.jit
-def token_rows(x, at, ROW: tl.constexpr):
-    """Rows [BR, W] of Rows x (B, T, S, C)."""
-    i_b, i_t, o_s, m_s = at
-    return load_rows(x.p + i_b * x.b + i_t * x.t, o_s * x.s, m_s, ROW)
-
-
-@triton.jit
-def contiguous_rows(at, T, S, ROW: tl.constexpr):
-    """Their offsets [BR] in a contiguous (B, T, S, C)."""
-    i_b, i_t, o_s, m_s = at
-    return ((i_b * T + i_t) * S + o_s) * ROW.D
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -134,10 +106,6 @@ def table_arguments(x: Tensor) -> Rows:
     """A shift, scale or gate ``(B, C)``, ``(B, T, C)`` or ``(B, T, S, C)`` as rows of every token."""
     s = x.stride()
     return Rows(x, s[0], s[1] if x.ndim > 2 else 0, s[2] if x.ndim > 3 else 0, 0)
-
-
-def row_arguments(x: Tensor) -> Rows:
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2), 0)
 
 
 def common_arguments(table: tuple[ValuesConfig, ...], x: Tensor) -> tuple[int, dict[str, Any]]:
