@@ -95,9 +95,9 @@ class Patch(NamedTuple):
 
 
 @triton.jit
-def _rows(i, grid, video, tokens, PATCH: tl.constexpr, BM: tl.constexpr):
+def _rows(i, cells, video, tokens, PATCH: tl.constexpr, BM: tl.constexpr):
     """Of BM tokens from i * BM on: where their patches start in the video, where they are themselves, which exist."""
-    B, T, H, W = grid
+    B, T, H, W = cells
     o_m = i * BM + tl.arange(0, BM)
     m_m = o_m < B * T * H * W
     w = o_m % W
@@ -123,13 +123,13 @@ def _columns(k, video, weight, PATCH: tl.constexpr):
     return o_video, o_weight + dh.to(tl.int64) * weight.h + dw.to(tl.int64) * weight.w
 
 
-@triton.jit(do_not_specialize=["grid"])
+@triton.jit(do_not_specialize=["cells"])
 def gather_product_kernel(
     video,
     weight,
     p_bias,
     tokens,
-    grid,
+    cells,
     E,
     PATCH: tl.constexpr,
     BM: tl.constexpr,  # tokens
@@ -137,11 +137,11 @@ def gather_product_kernel(
     BK: tl.constexpr,  # places of a patch at a time
 ):
     """One program: BE channels of BM tokens. video: Video, read; tokens: Tokens, written; weight: Matrix; p_bias: (E,),
-    or None; grid: B, T', H', W'.
+    or None; cells: B, T', H', W'.
     """
     K: tl.constexpr = PATCH.C * PATCH.pt * PATCH.ph * PATCH.pw
     columns = tl.cdiv(E, BE)
-    o_row, o_token, m_m = _rows(tl.program_id(0) // columns, grid, video, tokens, PATCH, BM)
+    o_row, o_token, m_m = _rows(tl.program_id(0) // columns, cells, video, tokens, PATCH, BM)
     o_e = (tl.program_id(0) % columns).to(tl.int64) * BE + tl.arange(0, BE)
     m_e = o_e < E
     b_y = tl.zeros([BM, BE], tl.float32)
@@ -159,13 +159,13 @@ def gather_product_kernel(
     tl.store(p_y, b_y.to(tokens.p.dtype.element_ty), mask=m_m[:, None] & m_e[None, :])
 
 
-@triton.jit(do_not_specialize=["grid"])
+@triton.jit(do_not_specialize=["cells"])
 def scatter_product_kernel(
     tokens,
     weight,
     p_bias,
     video,
-    grid,
+    cells,
     E,
     PATCH: tl.constexpr,
     BM: tl.constexpr,  # tokens
@@ -177,7 +177,7 @@ def scatter_product_kernel(
     """
     K: tl.constexpr = PATCH.C * PATCH.pt * PATCH.ph * PATCH.pw
     columns: tl.constexpr = (K + BN - 1) // BN
-    o_row, o_token, m_m = _rows(tl.program_id(0) // columns, grid, video, tokens, PATCH, BM)
+    o_row, o_token, m_m = _rows(tl.program_id(0) // columns, cells, video, tokens, PATCH, BM)
     o_k = tl.program_id(0) % columns * BN + tl.arange(0, BN)
     m_k = o_k < K
     o_video, o_weight = _columns(o_k, video, weight, PATCH)
@@ -195,12 +195,12 @@ def scatter_product_kernel(
     tl.store(p_y, b_y.to(video.p.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
 
 
-@triton.jit(do_not_specialize=["grid", "splits"])
+@triton.jit(do_not_specialize=["cells", "splits"])
 def weight_product_kernel(
     video,
     tokens,
     weight,
-    grid,
+    cells,
     E,
     splits,
     size,  # numbers in the weight
@@ -223,8 +223,8 @@ def weight_product_kernel(
     m_e = o_e < E
     o_video, o_weight = _columns(o_k, video, weight, PATCH)
     b_w = tl.zeros([BK, BE], tl.float32)
-    for i in range(i_split, tl.cdiv(grid[0] * grid[1] * grid[2] * grid[3], BM), splits):
-        o_row, o_token, m_m = _rows(i, grid, video, tokens, PATCH, BM)
+    for i in range(i_split, tl.cdiv(cells[0] * cells[1] * cells[2] * cells[3], BM), splits):
+        o_row, o_token, m_m = _rows(i, cells, video, tokens, PATCH, BM)
         b_x = tl.load(video.p + (o_video[:, None] + o_row[None, :]), mask=m_k[:, None] & m_m[None, :], other=0.0)
         b_t = tl.load(tokens.p + (o_token[:, None] + o_e[None, :]), mask=m_m[:, None] & m_e[None, :], other=0.0)
         b_w = tl.dot(b_x, b_t, b_w, input_precision="ieee")
@@ -248,7 +248,7 @@ def _arguments(video: Tensor, tokens: Tensor, patch: Patch, config: PatchConfig)
     B, _, T, H, W = video.shape
     grid = (B, T // patch.pt, H // patch.ph, W // patch.pw)
     both = {"video": Video(video, *video.stride()), "tokens": Tokens(tokens, *tokens.stride()[:3])}
-    return math.prod(grid), {"config": config, **both, "grid": grid, "E": tokens.shape[-1], "PATCH": patch}
+    return math.prod(grid), {"config": config, **both, "cells": grid, "E": tokens.shape[-1], "PATCH": patch}
 
 
 def _pick(table: tuple[PatchConfig, ...], x: Tensor) -> PatchConfig:
