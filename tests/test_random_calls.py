@@ -26,6 +26,7 @@ SIZES = {
     "L": st.one_of(st.integers(1, 9), st.sampled_from((17, 40, 77))),
 }
 MOST = 40_000  # scores of a call: the reference in float64 holds them all
+MOST_PROGRAMS = 12
 MOST_INTERPRETED = 1_000  # an interpreted call of more takes ten seconds
 
 
@@ -42,6 +43,8 @@ def calls(draw, backends):
     rows = T * S if op == "video_attention" else max(T, S)
     values = B * T * S * L * max(D, 200) if "patchify" in op else B * T * S * H * D
     hypothesis.assume(rows * rows * H * B <= most and values <= 4 * most)
+    if backend not in FAST:  # a program per frame and head takes a second, forward and backward
+        hypothesis.assume(B * T * H <= MOST_PROGRAMS)
     if backend == "sdpa":  # its gradients of rows that see one key are not 0, as the naive form's are
         hypothesis.assume(min(T, S) > 1 and choice.get("mask") != FrameMask.same_frame())
     return op, choice, sizes, backend

@@ -73,6 +73,7 @@ def test_bench_of_a_model_from_the_command_line(tmp_path, invoke, small):
     assert {row.workload for row in rows} == {NAME}
 
 
+@pytest.mark.slow
 def test_profile_of_blocks_and_variants_from_the_command_line(tmp_path, invoke, in_this_process):
     """Of both kinds together; few frames are measured, many would not fit."""
     names = ["SVD temporal block", "vdit-windowed"]
