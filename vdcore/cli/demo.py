@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from vdcore.cli.options import THREADS
-from vdcore.cli.shared import plain_errors, set_threads
+from vdcore.cli.options import THREADS, set_threads
+from vdcore.cli.shared import plain_errors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

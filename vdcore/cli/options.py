@@ -68,14 +68,19 @@ def device_named(name: str | None) -> str:
     return name
 
 
-def prepare(device: str, threads: int | None) -> None:
-    """Sets the threads. On the CPU goes on in a child whose allocator keeps its memory, if this one's does not."""
+def set_threads(number: int | None) -> None:
+    """torch's threads; None: as they are."""
     import torch
 
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def prepare(device: str, threads: int | None) -> None:
+    """Sets the threads. On the CPU goes on in a child whose allocator keeps its memory, if this one's does not."""
     from vdcore_bench.measure import machine
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if device == "cpu" and machine.needs_relaunch():
         raise typer.Exit(machine.relaunch(sys.argv[1:]))
 

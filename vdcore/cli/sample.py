@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vdcore.cli.options import THREADS
-from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors, set_threads
+from vdcore.cli.options import THREADS, set_threads
+from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 
 if TYPE_CHECKING:
     from vdcore.diffusion.measure import Comparison

@@ -22,10 +22,3 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"vdcore: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-
-
-def set_threads(number: int | None) -> None:
-    import torch
-
-    if number is not None:
-        torch.set_num_threads(number)

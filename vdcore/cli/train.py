@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdcore.cli.options import THREADS
-from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors, set_threads
+from vdcore.cli.options import THREADS, set_threads
+from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -66,8 +66,8 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
                 hooks[model] = Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)])))
         return swap(models, report, [*hooks.values()])
     except BaseException:
-        for model, mask in before.items():
-            swap_in(model, mask)
+        for model, earlier in before.items():
+            swap_in(model, earlier)
         raise
 
 
