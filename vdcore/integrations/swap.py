@@ -13,10 +13,13 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
-from types import FunctionType
+from types import FunctionType, MethodType, new_class
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from vdcore.integrations.report import Report, note_left
 
@@ -29,6 +32,8 @@ class MadeAtRunTime:
     MADE_BY: ClassVar[tuple[Callable[..., type], tuple[Any, ...]]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if "MADE_BY" not in type(self).__dict__:  # derived by someone else
+            return super().__reduce_ex__(protocol)
         return _rebuild, type(self).MADE_BY, self.state()
 
     def state(self) -> dict[str, Any]:
@@ -37,10 +42,18 @@ class MadeAtRunTime:
 
 def _rebuild(make: Callable[..., type], arguments: tuple[Any, ...]) -> Any:
     cls: Any = make(*arguments)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
-class ServedModule(MadeAtRunTime):
+class _MakesHosts(type):
+    """Calling a class that replaces a host's makes a module of the host: what a swapped model's class is called for."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        served = _served_base(cls)
+        return super().__call__(*args, **kwargs) if served is None else _without(cls, served)(*args, **kwargs)
+
+
+class ServedModule(MadeAtRunTime, metaclass=_MakesHosts):
     """Base of the classes that replace a host's."""
 
     host: ClassVar[type[nn.Module]]
@@ -55,10 +68,37 @@ class ServedProcessor:
 
 
 class ServingHook:
-    """Base of forward pre-hooks that belong to the swap."""
+    """Base of hooks that belong to the swap: before every call of a module, and after it, however it ended."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise NotImplementedError
+
+
+class _After:
+    """The second half of a hook, which a module keeps in a dict of its own."""
+
+    def __init__(self, hook: ServingHook) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.hook.after(module, args, output)
+
+
+# Told of every class that takes the place of a host's, with the host's: hosts look classes up in tables of their own.
+MADE: list[Callable[[type, type], None]] = []
+
+
+IN_MODE = "called under a torch function mode, which may stand for functions that vdcore does not call"
+
+
+def in_function_mode() -> bool:
+    """Somebody takes torch's functions over, other than for a default device."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 @lru_cache(maxsize=256)
@@ -73,7 +113,9 @@ def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
 
     @wraps(host.forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = run(self, *args, **kwargs)
+        if not isinstance(self, ServedModule):  # swapped out since, called by a hook that kept its forward
+            return host.forward(self, *args, **kwargs)
+        out = IN_MODE if in_function_mode() else run(self, *args, **kwargs)
         if isinstance(out, str):
             note_left(self, out)
             return host.forward(self, *args, **kwargs)
@@ -88,7 +130,33 @@ def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
     }
-    return type(host.__name__, (ServedModule, host), names)
+    made = new_class(host.__name__, (ServedModule, host), {}, lambda space: space.update(names))
+    for tell in MADE:
+        tell(made, host)
+    return made
+
+
+# ---- Which class of a host a module is of ----
+
+
+def known_as(cls: type, known: Iterable[type], method: str = "forward") -> type | str | None:
+    """The class of those that are known whose method a class runs.
+
+    A class that is derived from a known one is as good as it as long as the method is inherited, such as those that
+    sharding makes. One with a method of its own is another thing: the reason says so. None: derived from none of them.
+    """
+    known = set(known)
+    for base in cls.__mro__:
+        if base in known:
+            if getattr(cls, method) is getattr(base, method):
+                return base
+            return f"{cls.__name__} is derived from {base.__name__} with a {method} of its own"
+    return None
+
+
+def is_of(module: Any, *known: type, method: str = "forward") -> bool:
+    """What runs in a module, served or not, is the method of one of these classes."""
+    return isinstance(known_as(host_type(module), known, method), type)
 
 
 # ---- A host's function in which names mean something else ----
@@ -134,6 +202,8 @@ class Renamed:
 
 # ---- Changes ----
 
+SHARED = "vdcore_shared"  # the name of what the modules of one swap share, in each of them
+
 
 @dataclass(frozen=True)
 class Change:
@@ -152,21 +222,33 @@ class Change:
         return Change(attn, lambda attn: setattr(attn, "processor", make(attn.processor, *args)), restore)
 
     @staticmethod
-    def of_forward(module: nn.Module, forward: Any, serves: str) -> Change:
-        """As :func:`served_class` has them."""
-        return Change(module, partial(_serve_with, forward=forward, serves=serves), restore)
+    def of_forward(module: nn.Module, forward: Any, serves: str, shared: Any = None) -> Change:
+        """As :func:`served_class` has them.
+
+        Args:
+            shared: what the forward finds in the module as :data:`SHARED`.
+        """
+        return Change(module, partial(_serve_with, forward=forward, serves=serves, shared=shared), restore)
 
     @staticmethod
     def of_hook(module: nn.Module, hook: ServingHook) -> Change:
-        return Change(module, lambda module: module.register_forward_pre_hook(hook, with_kwargs=True), restore)
+        return Change(module, partial(_watch_with, hook=hook), restore)
 
     def make(self) -> None:
         self.do(self.module)
 
 
-def _serve_with(module: Any, forward: Any, serves: str) -> None:
+def _serve_with(module: Any, forward: Any, serves: str, shared: Any) -> None:
+    if shared is not None:
+        module.__dict__[SHARED] = shared
+    module.__dict__.pop("forward", None)  # the class's own, as changed_forward() has found
     host: Any = type(module)
     module.__class__ = served_class(host, forward, serves)
+
+
+def _watch_with(module: nn.Module, hook: ServingHook) -> None:
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_hook(_After(hook), always_call=True)
 
 
 def make_all(changes: Sequence[Change]) -> None:
@@ -184,14 +266,22 @@ def make_all(changes: Sequence[Change]) -> None:
 
 def changed_forward(module: nn.Module) -> str | None:
     """A reason if the module's own forward is not the one that runs when it is called."""
-    if "forward" in module.__dict__:
-        return "its forward is replaced already, by a hook or by offloading"
-    return None
+    forward = module.__dict__.get("forward")
+    # A hook that was removed leaves the forward of the class on the module.
+    if forward is None or (isinstance(forward, MethodType) and forward.__func__ is type(module).forward):
+        return None
+    return "its forward is replaced already, by a hook or by offloading"
 
 
 def host_type(module: nn.Module) -> type[nn.Module]:
     """The host's class of a module, swapped or not."""
-    return type(module).host if isinstance(module, ServedModule) else type(module)
+    served = _served_base(type(module))
+    return type(module) if served is None else served.host
+
+
+def _served_base(cls: type) -> type[ServedModule] | None:
+    """The class of the swap that a class is, or is derived from."""
+    return next((base for base in cls.__mro__ if issubclass(base, ServedModule) and "host" in base.__dict__), None)
 
 
 def is_served(module: nn.Module) -> bool:
@@ -199,9 +289,14 @@ def is_served(module: nn.Module) -> bool:
 
 
 def restore(module: Any) -> None:
-    """Undoes the changes of one module. Restoring what was never changed does nothing."""
-    if isinstance(module, ServedModule):
-        module.__class__ = type(module).host  # type: ignore[assignment]
+    """Undoes the changes of one module. Restoring what was never changed does nothing, and others' changes stay."""
+    served: Any = _served_base(type(module))
+    if served is not None:
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__ is served.forward:
+            del module.__dict__["forward"]  # left there by a hook that was removed
+        module.__class__ = _without(type(module), served)
+        module.__dict__.pop(SHARED, None)
     processor = module.__dict__.get("processor")
     if isinstance(processor, ServedProcessor):
         module.processor = processor.host
@@ -209,6 +304,19 @@ def restore(module: Any) -> None:
         if isinstance(hook, ServingHook):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, _After):
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _without(cls: type, served: type[ServedModule]) -> type:
+    """A class with the host's in the place of ours, which others may have derived theirs from since."""
+    if cls is served:
+        return served.host
+    bases = tuple(_without(base, served) if issubclass(base, served) else base for base in cls.__bases__)
+    names = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return new_class(cls.__name__, bases, {}, lambda space: space.update(names))
 
 
 # ---- Swapping models ----

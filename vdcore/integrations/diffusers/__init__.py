@@ -11,20 +11,21 @@ Tested with the versions in :data:`TESTED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdcore.integrations.diffusers import families, registry
 from vdcore.integrations.diffusers.blocks import patches
-from vdcore.integrations.diffusers.clip import Clip, Watch
+from vdcore.integrations.diffusers.clip import Clip, Grid, Watch, checkpoint_as_host
 from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.processor import Processor
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
-from vdcore.integrations.swap import Change, Find, host_type, is_served, names_used, swap
+from vdcore.integrations.swap import Change, Find, host_type, is_served, known_as, names_used, swap
 from vdcore.integrations.swap import swap_out as swap_module_out
 from vdcore.mask import FrameMask
 
@@ -62,8 +63,8 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         for path, model in found:
             clip = Clip(mask)
             models.append((path, model, _finder(model, path, clip)))
-            if mask is not None and _mask_of(model) is None and type(model) in registry.GRIDS and model not in hooks:
-                hooks[model] = Change.of_hook(model, Watch(clip, partial(grid_of, registry.GRIDS[type(model)])))
+            if model not in hooks and _mask_of(model) is None:
+                hooks[model] = Change.of_hook(model, Watch(clip, _grid_of(model, mask)))
         return swap(models, report, [*hooks.values()])
     except BaseException:
         for model, earlier in before.items():
@@ -75,6 +76,7 @@ def swap_out(model_or_pipeline: Any) -> None:
     """Undoes :func:`swap_in`, bit for bit. A model that was never swapped stays as it is."""
     for _, model in _models(model_or_pipeline, Report(), "swap_out"):
         swap_module_out(model)
+        checkpoint_as_host(model)
 
 
 # ---- What is to be changed ----
@@ -83,7 +85,8 @@ def swap_out(model_or_pipeline: Any) -> None:
 def _models(model_or_pipeline: Any, report: Report, verb: str) -> Iterator[tuple[str, nn.Module]]:
     """The models to swap, with the prefix of their modules' names."""
     if isinstance(model_or_pipeline, nn.Module):
-        yield "", model_or_pipeline
+        # A block, or another part of a model, is swapped as it is.
+        yield from list(_models_inside(model_or_pipeline)) or [("", model_or_pipeline)]
         return
     components = getattr(model_or_pipeline, "components", None)
     if not isinstance(components, dict):
@@ -94,22 +97,41 @@ def _models(model_or_pipeline: Any, report: Report, verb: str) -> Iterator[tuple
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
-        module = type(component).__module__
-        if not module.startswith("diffusers.") or ".autoencoders." in module:
-            reason = "an autoencoder" if ".autoencoders." in module else "not a model of diffusers"
-            report.add_left(name, type(component).__name__, reason)
-            continue
-        yield f"{name}.", component
+        inside = list(_models_inside(component))
+        if not inside:
+            report.add_left(name, type(component).__name__, "not a model of diffusers")
+        for path, model in inside:
+            if any(".autoencoders." in base.__module__ for base in type(model).__mro__):
+                report.add_left(f"{name}.{path}".rstrip("."), type(model).__name__, "an autoencoder")
+            else:
+                yield f"{name}.{path}", model
+
+
+def _models_inside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost models of diffusers in a module, which may be one, or wrap one; each with a prefix for names."""
+    within: set[nn.Module] = set()
+    for name, child in module.named_modules():
+        if child not in within and isinstance(child, ModelMixin):
+            within.update(child.modules())
+            yield f"{name}." if name else "", child
 
 
 def _check_frames(model: nn.Module, mask: FrameMask | None) -> None:
     """A mask needs a model whose frames are known, before anything of it changes."""
-    kinds = {host_type(module) for module in model.modules()}
-    if mask is None or host_type(model) in registry.GRIDS or kinds & set(registry.FACTORIZED):
+    if mask is None:
         return
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("swap_in: mask must be None for a compiled model: swap it in, then call torch.compile")
-    raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known")
+    kind = known_as(host_type(model), registry.GRIDS)
+    if isinstance(kind, type):
+        return
+    if any(isinstance(known_as(host_type(module), registry.FACTORIZED), type) for module in model.modules()):
+        return
+    why = f": {kind}" if kind else ""
+    raise ValueError(f"swap_in: mask must be None for {type(model).__name__}, whose frames are not known{why}")
+
+
+def _grid_of(model: nn.Module, mask: FrameMask | None) -> Callable[..., Grid] | None:
+    kind = known_as(host_type(model), registry.GRIDS)
+    return None if mask is None or not isinstance(kind, type) else partial(grid_of, registry.GRIDS[kind])
 
 
 def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
@@ -118,11 +140,12 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:
         found: list[Change] | Change | str | None = None
-        if type(module) in registry.FACTORIZED:
-            found = registry.FACTORIZED[type(module)](module, clip)
+        kind = known_as(type(module), registry.FACTORIZED)
+        if kind is not None:
+            found = kind if isinstance(kind, str) else registry.FACTORIZED[kind](module, clip)
             if isinstance(found, str) and clip.mask is not None:
                 raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
-        elif type(module) in registry.FORWARDS:
+        elif known_as(type(module), registry.FORWARDS) is not None:
             found = families.change_of_forward(module)
         elif module in embeddings:
             found = embeddings[module] or patches.change(module)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from diffusers.models import normalization
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import vdcore
 from vdcore.integrations.diffusers.clip import Clip
@@ -56,9 +58,23 @@ def output_projection(attn: Any, x: Tensor) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Nothing but its forward runs when the module is called, so that its parameters may be used without it."""
+    """Nothing but its forward runs when the module is called, so that its parameters may be used without it.
+
+    They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks)
+    return "forward" not in module.__dict__ and not any(hooks) and has_plain_parameters(module)
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    return all(type(x) in (Tensor, nn.Parameter, FakeTensor) for x in module._parameters.values() if x is not None)
+
+
+def is_differentiated() -> bool:
+    """Derivatives may be taken through what runs now, of either mode."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _weight(x: Tensor | None, like: Tensor) -> bool:

@@ -1,8 +1,15 @@
-"""What the attention of one model shares: the mask, and how many frames the clip at hand has."""
+"""What the attention of one model shares: the mask, and how many frames the clip at hand has.
+
+What belongs to one call of the model, its grid above all, is in a context variable: two threads, or two clips whose
+backward runs after both, never see each other's.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -13,14 +20,34 @@ from vdcore.integrations.swap import ServingHook
 from vdcore.mask import FrameMask
 
 Grid = tuple[int, int, int]
+Seen = dict[str, tuple[Any, int, Any]]
+
+
+class Scope(NamedTuple):
+    """One call of a model.
+
+    Args:
+        grid: of its tokens, where a mask needs it.
+        seen: what values of inference tensors said.
+        outer: the call of another model that it is part of.
+    """
+
+    clip: Clip
+    grid: Grid | None
+    seen: Seen
+    outer: Scope | None
+
+
+_scope: ContextVar[Scope | None] = ContextVar("vdcore.integrations.diffusers.scope", default=None)
+_lock = threading.Lock()  # of what threads share
 
 
 class Clip:
     """Shared by all processors of one model.
 
     Without a mask nothing depends on frames, and a clip is one long frame. With a mask, the model's forward tells how
-    many frames its tokens are; attention looks that up by the number of tokens. So with gradient checkpointing run
-    backward before a clip with as many tokens but other frames.
+    many frames its tokens are. Attention that runs outside of a call of the model, as a block does that someone's
+    checkpointing runs again in backward, looks it up by the number of tokens, as long as that is not ambiguous.
 
     Args:
         mask: which frames a frame sees; None: all.
@@ -28,8 +55,8 @@ class Clip:
 
     def __init__(self, mask: FrameMask | None) -> None:
         self.mask = mask
-        self._frames: dict[int, int] = {}
-        self._seen: dict[str, tuple[Any, int, Any]] = {}
+        self._frames: dict[int, tuple[int, ...]] = {}  # of clips so far, by their tokens
+        self._seen: Seen = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": {}}  # a weak reference neither copies nor pickles
@@ -42,16 +69,23 @@ class Clip:
         """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens."""
         if self.mask is None:
             return 1, tokens
-        if tokens not in self._frames:
+        found = self._frames_of(tokens)
+        if not found:
             raise RuntimeError(
                 f"swap_in: attention over {tokens} tokens under {self.mask}, but the model's forward has announced "
                 f"clips of {sorted(self._frames)} tokens only: call the model, not its blocks"
             )
-        return self._frames[tokens], tokens // self._frames[tokens]
+        if len(found) > 1:
+            raise RuntimeError(
+                f"swap_in: attention over {tokens} tokens under {self.mask} outside of a call of the model, which had "
+                f"clips of so many tokens with {' and with '.join(map(str, found))} frames: call the model, not its "
+                f"blocks, and checkpoint with the model's own enable_gradient_checkpointing()"
+            )
+        return found[0], tokens // found[0]
 
     def has(self, tokens: int) -> bool:
         """The model has announced a clip of so many tokens."""
-        return tokens in self._frames
+        return bool(self._frames_of(tokens))
 
     @property
     def text_sees(self) -> str:
@@ -62,71 +96,217 @@ class Clip:
 
     def announce(self, grid: Grid) -> None:
         T, H, W = grid
-        self._frames[T * H * W] = T
+        self._frames[T * H * W] = tuple(sorted({*self._frames.get(T * H * W, ()), T}))
+
+    def _frames_of(self, tokens: int) -> tuple[int, ...]:
+        scope = self._scope()
+        if scope is not None and scope.grid is not None:
+            T, H, W = scope.grid
+            return (T,) if tokens == T * H * W else ()
+        return self._frames.get(tokens, ())
+
+    def _scope(self) -> Scope | None:
+        """The call of this clip's model that runs; none where a compiler traces it, which knows no such variables."""
+        scope = None if torch.compiler.is_compiling() else _scope.get()
+        while scope is not None and scope.clip is not self:
+            scope = scope.outer
+        return scope
 
     # ---- what values say ----
 
     def once(self, look: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """``look(x)``. The same tensor, as every block of a model gets it, is looked at once.
+        """``look(x)``; None where values must not be looked at.
 
-        Looking at values costs a synchronisation on a GPU, and is hidden from torch.compile.
+        The same tensor, as every block of a model gets it, is looked at once: that costs a synchronization on a GPU.
         """
-        return _once(self._seen, look, x)
+        if not may_look(x):
+            return None
+        seen, version = self._seen, 0
+        if not x.is_inference():
+            version = x._version
+        else:  # it may be written to, and no version would tell: what it said is good for one call
+            scope = self._scope()
+            seen = {} if scope is None else scope.seen
+        name = f"{look.__name__} {id(x)}"
+        with _lock:
+            known = seen.get(name)
+            if known is not None and known[0]() is x and known[1] == version:
+                return known[2]
+        found = look(x)
+        with _lock:
+            for gone in [key for key, (tensor, _, _) in seen.items() if tensor() is None]:
+                del seen[gone]
+            seen[name] = ref(x), version, found
+        return found
 
-    def key_lengths(self, mask: Tensor) -> Tensor | str | None:
-        """As :func:`padding_lengths`."""
-        return self.once(padding_lengths, mask)
+    def valid_keys(self, mask: Tensor) -> Keys | str | None:
+        """Which keys a mask ``(B, ..., n)`` leaves, None for all; or the reason why it is not one of keys to hide."""
+        return self.once(look_at_keys, mask) if may_look(mask) else keys_unseen(mask)
 
 
-@torch.compiler.disable
-def _once(seen: dict[str, tuple[Any, int, Any]], look: Callable[[Tensor], Any], x: Tensor) -> Any:
-    name = f"{look.__name__} {id(x)}"
-    if name in seen and seen[name][0]() is x and seen[name][1] == x._version:
-        return seen[name][2]
-    for gone in [key for key, (tensor, _, _) in seen.items() if tensor() is None]:
-        del seen[gone]
-    found = look(x)
-    seen[name] = ref(x), x._version, found
-    return found
+def may_look(x: Tensor) -> bool:
+    """The values of a tensor may be read here: nobody traces, captures or transforms the call."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter, nn.Buffer) or x.is_meta:
+        return False
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class Watch(ServingHook):
-    """Learns the grid of tokens from every call of a model, and announces it to the clip."""
+    """Opens a scope for every call of a model, with the grid of its tokens.
 
-    def __init__(self, clip: Clip, grid: Callable[..., Grid]) -> None:
+    Args:
+        grid: finds it from the arguments of the model's forward; None: no mask needs it.
+    """
+
+    def __init__(self, clip: Clip, grid: Callable[..., Grid] | None) -> None:
         self.clip = clip
         self.grid = grid
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.clip.announce(self.grid(model, *args, **kwargs))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grid = None if self.grid is None else self.grid(module, *args, **kwargs)
+        if grid is not None:
+            self.clip.announce(grid)
+        if torch.compiler.is_compiling():
+            return
+        if grid is not None and torch.is_grad_enabled():
+            checkpoint_in_scope(module)
+        _scope.set(Scope(self.clip, grid, {}, _scope.get()))
 
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        scope = None if torch.compiler.is_compiling() else _scope.get()
+        if scope is not None and scope.clip is self.clip:
+            _scope.set(scope.outer)
+
+
+# ---- Blocks that run again in backward ----
+
+CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class InScope:
+    """The host's gradient checkpointing; a block runs again in the call that it ran in."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.checkpoint(block, *args)
+        return self.checkpoint(partial(_run_in, _scope.get(), block), *args)
+
+
+def _run_in(scope: Scope | None, block: Callable[..., Any], *args: Any) -> Any:
+    token = _scope.set(scope)
+    try:
+        return block(*args)
+    finally:
+        _scope.reset(token)
+
+
+def checkpoint_in_scope(model: nn.Module) -> None:
+    for module in model.modules():
+        checkpoint = module.__dict__.get(CHECKPOINT)
+        if checkpoint is not None and not isinstance(checkpoint, InScope):
+            module.__dict__[CHECKPOINT] = InScope(checkpoint)
+
+
+def checkpoint_as_host(model: nn.Module) -> None:
+    """Undoes :func:`checkpoint_in_scope`."""
+    for module in model.modules():
+        checkpoint = module.__dict__.get(CHECKPOINT)
+        if isinstance(checkpoint, InScope):
+            module.__dict__[CHECKPOINT] = checkpoint.checkpoint
+
+
+# ---- Masks of keys ----
 
 # Biases up to this leave nothing of a key after softmax: hosts write -10000, -inf or the dtype's lowest number.
 _HIDDEN = -9000.0
 
 
-def padding_lengths(mask: Tensor) -> Tensor | str | None:
-    """Valid keys ``(B,)`` of a mask ``(B, ..., n)`` that hides the tail of each sample's keys, for all queries alike.
+class Keys(NamedTuple):
+    """The valid keys of each sample: the first ``lengths`` of them, once they are in this order.
 
-    The mask is boolean or a bias of 0 and very negative numbers. None if it hides nothing, the reason if it is of
-    another kind.
+    Attention does not mind the order of keys, so that a mask may hide any of them.
     """
+
+    lengths: Tensor  # (B,)
+    order: Tensor | None = None  # (B, n), valid ones first; None: they are
+
+    def expand(self, batch: int) -> Keys:
+        order = None if self.order is None else self.order.expand(batch, -1)
+        return Keys(self.lengths.expand(batch), order)
+
+    def sort(self, x: Tensor) -> Tensor:
+        """``(B, n, ...)`` in this order."""
+        if self.order is None:
+            return x
+        return x.gather(1, self._index(x))
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`sort`."""
+        return x if self.order is None else torch.empty_like(x).scatter(1, self._index(x), x)
+
+    def _index(self, x: Tensor) -> Tensor:
+        assert self.order is not None
+        return self.order.view(*self.order.shape, *[1] * (x.ndim - 2)).expand_as(x)
+
+
+def _rows(mask: Tensor) -> Tensor | str:
+    """A mask ``(B, ..., n)`` as ``(B, n)``, or as ``(B, H, n)`` where heads may differ; or why it has no such form."""
     if mask.ndim < 2 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
         return "the attention mask is not one of keys alone"
-    if mask.ndim > 2:
-        first = mask[:, :1]
-        if mask.shape[1] > 1 and not bool((mask == first).all()):
+    if mask.ndim == 2 or mask.shape[1] == 1 or mask.stride(1) == 0:
+        return mask if mask.ndim == 2 else mask[:, 0].reshape(mask.shape[0], mask.shape[-1])
+    return mask.reshape(mask.shape[0], mask.shape[1], mask.shape[-1])
+
+
+def look_at_keys(mask: Tensor) -> Keys | str | None:
+    """As :meth:`Clip.valid_keys`, from the mask's values: booleans, or biases of 0 and very negative numbers."""
+    rows = _rows(mask)
+    if isinstance(rows, str):
+        return rows
+    if rows.ndim == 3:
+        if not bool((rows == rows[:, :1]).all()):
             return "the attention mask differs between heads"
-        mask = first
-    rows = mask.reshape(mask.shape[0], mask.shape[-1])
+        rows = rows[:, 0]
     valid = rows if rows.dtype == torch.bool else rows == 0
     if bool(valid.all()):
         return None
-    if rows.dtype != torch.bool and not bool((valid | (rows <= _HIDDEN)).all()):
+    if rows.dtype != torch.bool and not bool(_hides(rows, valid).all()):
         return "the attention mask weighs keys instead of hiding them"
-    if bool((valid[:, 1:] & ~valid[:, :-1]).any()) or not bool(valid[:, :1].all()):
-        return "the attention mask hides keys that are not the last ones"
-    return valid.sum(-1)
+    in_order = not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+    return Keys(valid.sum(-1), None if in_order else _order(valid))
+
+
+def keys_unseen(mask: Tensor) -> Keys | str:
+    """As :meth:`Clip.valid_keys`, of a mask whose values nobody knows yet. One that weighs keys fails when it runs."""
+    rows = _rows(mask)
+    if isinstance(rows, str):
+        return rows
+    if rows.ndim == 3:
+        return "the attention mask may differ between heads, which its values would tell"
+    if rows.dtype == torch.bool:
+        return Keys(rows.sum(-1), _order(rows))
+    valid = rows == 0
+    torch._assert_async(
+        _hides(rows, valid).all(),
+        "swap_in: an attention mask must be 0 or hide keys, some of them, where values are not known when it is traced",
+    )
+    return Keys(valid.sum(-1), _order(valid))
+
+
+def _hides(rows: Tensor, valid: Tensor) -> Tensor:
+    """Biases ``(B, n)`` hide what is not valid; all keys of a sample only if infinite: softmax drops a common bias."""
+    return (valid | (rows <= _HIDDEN)) & (valid.any(-1, keepdim=True) | torch.isinf(rows))
+
+
+def _order(valid: Tensor) -> Tensor:
+    return valid.to(torch.uint8).argsort(stable=True, dim=-1, descending=True)
 
 
 class TextPairs(NamedTuple):

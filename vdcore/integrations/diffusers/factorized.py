@@ -11,26 +11,37 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
 import vdcore
-from vdcore.integrations.diffusers.attention import heads, is_plain, output_projection, project, qk_norm
-from vdcore.integrations.diffusers.clip import Clip, TextPairs, text_pairs
+from vdcore.integrations.diffusers.attention import (
+    heads,
+    is_differentiated,
+    is_plain,
+    output_projection,
+    project,
+    qk_norm,
+)
+from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.report import note_left
+from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, known_as
 
+BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+UNSEEN = "self-attention with an attention mask whose values are not known when it is traced"
 
 
 def why_not(attn: Any) -> str | None:
     """Why an attention module is not one that this file serves."""
-    if type(attn) is not Attention:
+    if not is_of(attn, Attention):
         return f"{type(attn).__name__} is not diffusers' Attention"
-    processor = type(attn.processor)
-    if processor not in HOSTS:
-        return f"its processor is {processor.__name__}"
+    processor = known_as(type(attn.processor), HOSTS, "__call__")
+    if not isinstance(processor, type):
+        return f"its processor is {type(attn.processor).__name__}"
     reason = unknown_source(processor.__call__) or why_not_processor(attn)
     if reason is not None:
         return reason
@@ -63,13 +74,13 @@ class SpatialAttention(Processor):
         """``hidden_states``: ``(B, T, S, C)``, or ``(N, n, C)`` as the host has it: N frames of their own."""
         as_sequences = hidden_states.ndim == 3
         reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
-        lengths, pairs = None, None
+        keys, pairs = None, None
         if reason is None and attention_mask is not None and encoder_hidden_states is None and as_sequences:
             pairs = self.clip.once(text_pairs, attention_mask)
-            reason = pairs if isinstance(pairs, str) else None
+            reason = UNSEEN if pairs is None else pairs if isinstance(pairs, str) else None
         elif reason is None and attention_mask is not None:
-            found = self._lengths(encoder_hidden_states, hidden_states, attention_mask)
-            lengths, reason = (None, found) if isinstance(found, str) else (found, None)
+            found = self._keys(encoder_hidden_states, hidden_states, attention_mask)
+            keys, reason = (None, found) if isinstance(found, str) else (found, None)
         if reason is not None:
             if not as_sequences:
                 return self._leave_video(reason, attn, hidden_states, encoder_hidden_states)
@@ -78,19 +89,19 @@ class SpatialAttention(Processor):
         x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
         if pairs is not None:
             out = output_projection(attn, self.attended_pairs(attn, x, pairs))
-        elif encoder_hidden_states is not None and lengths is None and sees_one_key(attn, encoder_hidden_states):
+        elif encoder_hidden_states is not None and keys is None and sees_one_key(attn, encoder_hidden_states):
             out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
         else:
-            out = output_projection(attn, self.attended(attn, x, encoder_hidden_states, lengths))
+            out = output_projection(attn, self.attended(attn, x, encoder_hidden_states, keys))
         return out.squeeze(1) if as_sequences else out
 
-    def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, keys: Keys | None = None) -> Tensor:
         """Attention of ``(B, T, S, C)`` before its last projection: ``(B, T, S, H, D)``."""
-        q, k, v = project(attn, x, context)
         if context is None:
-            return self.attend_normed(attn, q, k, v)
+            return self.attend_normed(attn, *project(attn, x))
+        q, k, v = project(attn, x, context if keys is None else keys.sort(context))
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        return vdcore.cross_attention(q, k, v, lengths=lengths, norm=norm)
+        return vdcore.cross_attention(q, k, v, lengths=None if keys is None else keys.lengths, norm=norm)
 
     def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
         """Self-attention of padded texts ``(B, 1, n, C)`` before its last projection: ``(B, 1, n, H, D)``."""
@@ -109,15 +120,15 @@ class SpatialAttention(Processor):
         """Self-attention of ``(B, T, S, H, D)``."""
         return vdcore.spatial_attention(q, k, v, norm=norm)
 
-    def _lengths(self, context: Tensor | None, x: Tensor, mask: Tensor) -> Tensor | str | None:
+    def _keys(self, context: Tensor | None, x: Tensor, mask: Tensor) -> Keys | str | None:
         if context is None:
             return "self-attention of a clip with an attention mask"
         if mask.shape[0] != x.shape[0] or mask.shape[-1] != context.shape[1]:
             return "an attention mask that the host repeats or pads"
-        return self.clip.key_lengths(mask)
+        return self.clip.valid_keys(mask)
 
     def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, context, self.TEMPORAL)
+        return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, self.TEMPORAL, context)
 
 
 class TemporalAttention(SpatialAttention):
@@ -154,7 +165,7 @@ def sees_one_key(attn: Any, context: Tensor) -> bool:
 
     With gradients the projection of queries has some, of 0; a hook on it wants its call.
     """
-    return context.shape[1] == 1 and not torch.is_grad_enabled() and is_plain(attn.to_q)
+    return context.shape[1] == 1 and not is_differentiated() and is_plain(attn.to_q)
 
 
 def one_key_attention(attn: Any, context: Tensor) -> Tensor:
@@ -179,21 +190,21 @@ def changes_of_block(
     why_not_block: Callable[[Any], str | None] = lambda block: None,
 ) -> list[Change] | str:
     """The changes that serve a block of this class with both of its attention modules, or why not."""
-    if type(block) is not kind:
+    if not is_of(block, kind):
         return f"its block is a {type(block).__name__}"
     reason = unknown_source(kind.forward) or changed_forward(block) or why_not_block(block)
     attentions = [attn for attn in (block.attn1, block.attn2) if attn is not None]
     for attn in attentions:
         reason = reason or why_not(attn)
     changes = [attention.change(attn, clip) for attn in attentions]
-    return reason or [Change.of_forward(block, forward, serves), *changes]
+    return reason or [Change.of_forward(block, forward, serves, clip), *changes]
 
 
 def changes_of_module(
-    module: Any, forward: Callable[..., Any], serves: str, blocks: Iterable[list[Change] | str]
+    module: Any, forward: Callable[..., Any], serves: str, clip: Clip, blocks: Iterable[list[Change] | str]
 ) -> list[Change] | str:
     """Those of a module and of all its blocks, or why not one of them."""
-    changes = [Change.of_forward(module, forward, serves)]
+    changes = [Change.of_forward(module, forward, serves, clip)]
     for found in blocks:
         if isinstance(found, str):
             return found
@@ -210,20 +221,50 @@ def feed_forward(block: Any, ff: Any, x: Tensor) -> Tensor:
     return torch.cat([ff(chunk) for chunk in x.flatten(0, 2).split(tokens)]).view(B, T, S, -1)
 
 
-def attend(attn: Any, x: Tensor, context: Tensor | None = None, *, temporal: bool) -> Tensor:
-    """Calls an attention module with ``(B, T, S, C)`` and a text ``(B, L, C)``.
+def attend(block: Any, attn: Any, x: Tensor, context: Tensor | None = None, *, temporal: bool) -> Tensor:
+    """Calls an attention module of a block with ``(B, T, S, C)`` and a text ``(B, L, C)``.
 
-    If someone gave it a processor of another kind since the swap, it gets rows, as the host would give it.
+    If someone gave it a processor of another kind since the swap, or put another module there, it gets rows, as the
+    host would give it.
     """
-    if isinstance(attn.processor, SpatialAttention):
+    if takes_clips(attn):
         return attn(x, encoder_hidden_states=context)
-    return in_rows(lambda rows, text: attn(rows, encoder_hidden_states=text), x, context, temporal)
+    _note_replaced(block, "an attention module or its processor", temporal and context is None)
+    return in_rows(lambda rows, text: attn(rows, encoder_hidden_states=text), x, temporal, context)
 
 
-def in_rows(call: Callable[..., Tensor], x: Tensor, context: Tensor | None, temporal: bool) -> Tensor:
-    """A function of sequences, as hosts have them, on ``(B, T, S, C)``."""
+def run_block(
+    module: Any, block: Any, served: Callable[[], Tensor], host: Callable[[], Tensor], *, temporal: bool
+) -> Tensor:
+    """Calls a block of a module with ``(B, T, S, C)``, or as the host does if someone put another there since."""
+    if takes_clips(block):
+        return served()
+    _note_replaced(module, "a block", temporal)
+    return host()
+
+
+def takes_clips(module: Any) -> bool:
+    """A block or an attention module takes ``(B, T, S, C)``, as those of the swap do, also inside of wrappers."""
+    processor = getattr(module, "processor", None)
+    if isinstance(module, ServedModule) or isinstance(processor, SpatialAttention):
+        return True
+    if processor is not None or is_of(module, *BLOCKS, Attention):
+        return False
+    inside = (child for child in module.modules() if is_of(child, *BLOCKS, Attention))
+    found = next(inside, None)
+    return found is not None and takes_clips(found)
+
+
+def _note_replaced(parent: Any, what: str, is_masked: bool) -> None:
+    mask = getattr(parent, SHARED).mask
+    if is_masked and mask is not None:
+        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {mask}: swap in again")
+    note_left(parent, f"{what} was replaced since the swap")
+
+
+def in_rows(call: Callable[..., Tensor], x: Tensor, temporal: bool, *conditions: Tensor | None) -> Tensor:
+    """A function of sequences, as hosts have them, on ``(B, T, S, C)``; with conditions ``(B, ...)`` for every row."""
     rows = x.transpose(1, 2) if temporal else x
-    if context is not None:
-        context = context.repeat_interleave(rows.shape[1], 0)
-    out = call(rows.flatten(0, 1), context).unflatten(0, rows.shape[:2])
+    given = (y if y is None else y.repeat_interleave(rows.shape[1], 0) for y in conditions)
+    out = call(rows.flatten(0, 1), *given).unflatten(0, rows.shape[:2])
     return out.transpose(1, 2) if temporal else out

@@ -20,7 +20,7 @@ from vdcore.integrations.diffusers.attention import (
     qk_norm,
     video,
 )
-from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.clip import Clip, Keys
 from vdcore.integrations.diffusers.rebound import Rebound
 from vdcore.rope import Rope, Style
 
@@ -101,12 +101,12 @@ class Fused(Rebound):
         """Attention to a text under a padding mask ``(B, 1, L)``; None if the mask is of another kind."""
         if mask is not None and (mask.shape[0] != x.shape[0] or mask.shape[-1] != text.shape[1]):
             return None
-        lengths = None if mask is None else self.clip.key_lengths(mask)
-        if isinstance(lengths, str):
+        keys = None if mask is None else self.clip.valid_keys(mask)
+        if isinstance(keys, str):
             return None
-        q, k, v = project(attn, x, text)
+        q, k, v = project(attn, x, text if keys is None else keys.sort(text))
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        return output_projection(attn, cross(q, k, v, lengths=lengths, norm=norm))
+        return output_projection(attn, cross(q, k, v, lengths=None if keys is None else keys.lengths, norm=norm))
 
     def self_or_cross_attention(self, attn: Any, call: Call) -> Tensor | None:
         """Of a host whose self-attention alone rotates, and whose cross attention alone has a mask."""
@@ -117,11 +117,11 @@ class Fused(Rebound):
         )
 
     def joint_attention(
-        self, attn: Any, call: Call, *, text_first: bool = False, text_lengths: Tensor | None = None
+        self, attn: Any, call: Call, *, text_first: bool = False, text_keys: Keys | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention over clip and text, neither concatenated to the other; the text's projections may be others."""
         assert call.text is not None
-        text = call.text
+        text = call.text if text_keys is None else text_keys.sort(call.text)
         q, k, v = project(attn, call.x)
         added = getattr(attn, "add_q_proj", None) is not None
         text_q, text_k, text_v = (project_added if added else project)(attn, text)
@@ -136,7 +136,7 @@ class Fused(Rebound):
             v,
             mask=self.clip.frame_mask,
             text=(text_q, text_k, text_v),
-            text_lengths=text_lengths,
+            text_lengths=None if text_keys is None else text_keys.lengths,
             text_norm=text_norm,
             text_first=text_first,
             text_sees=self.clip.text_sees,
@@ -148,4 +148,6 @@ class Fused(Rebound):
             out_text = to_add_out(out_text.flatten(2))
         else:
             out_text = out_text.flatten(2) if added else output_projection(attn, out_text)
+        if text_keys is not None:
+            out_text = text_keys.unsort(out_text)
         return output_projection(attn, out.flatten(1, 2)), out_text

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 import vdcore
-from vdcore.integrations.diffusers.attention import is_plain
+from vdcore.integrations.diffusers.attention import is_differentiated, is_plain
 from vdcore.integrations.diffusers.factorized import TemporalAttention
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 
@@ -48,7 +48,7 @@ def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -
     That is where a backward, another device, a compiler, a hook or someone's processor wants the whole clip, where the
     clip is small, and where the text has several tokens.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if is_differentiated() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     if torch.is_autocast_enabled("cpu") or (context is not None and context.shape[1] > 1):
         return None

@@ -9,7 +9,7 @@ from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import Change, ServedProcessor, changed_forward
+from vdcore.integrations.swap import IN_MODE, Change, ServedProcessor, changed_forward, in_function_mode
 
 
 class Processor(ServedProcessor):
@@ -28,6 +28,14 @@ class Processor(ServedProcessor):
         self.host = host
         self.clip = clip
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the host's processor, by which diffusers knows processors and makes others from them."""
+        return type(self.host)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self),), self.__dict__
+
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
@@ -37,6 +45,8 @@ class Processor(ServedProcessor):
 
     def why_not_now(self) -> str | None:
         """Why this processor may not serve calls at present."""
+        if in_function_mode():
+            return IN_MODE
         if self._parallel_config is not None:
             return "context parallelism was turned on after the swap"
         if self._attention_backend is not None:
@@ -57,6 +67,10 @@ class Processor(ServedProcessor):
             host = copy(host)
             host._attention_backend, host._parallel_config = self._attention_backend, self._parallel_config
         return host(attn, *args, **kwargs)
+
+
+def _rebuild(cls: type[Processor]) -> Processor:
+    return object.__new__(cls)
 
 
 def why_not_processor(attn: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.attention import cross, video
-from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.clip import Clip, Keys
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import MadeAtRunTime, names_used, rebind
@@ -73,16 +73,15 @@ class Rebound(MadeAtRunTime, Processor):
 
     def __init__(self, host: Any, clip: Clip) -> None:
         super().__init__(host, clip)
-        self._call = self._rebind()
-        self._to_context = False
+        self._calls = self._rebind()
 
     def state(self) -> dict[str, Any]:
         # The copied function belongs to this object: a copy makes its own.
-        return {**self.__dict__, "_call": None}
+        return {**self.__dict__, "_calls": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._call = self._rebind()
+        self._calls = self._rebind()
 
     def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """One call of the processor. Derived classes take more than attention over, where they know the call."""
@@ -94,40 +93,48 @@ class Rebound(MadeAtRunTime, Processor):
         if reason is not None:
             return self.leave_unmasked(reason, attn, *args, **kwargs)
         context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-        self._to_context = context is not None
-        return self._call(self.host, attn, *args, **kwargs)
+        return self._calls[context is not None](self.host, attn, *args, **kwargs)
 
-    def _rebind(self) -> Callable[..., Any]:
-        torch_functions = SimpleNamespace(**{**F.__dict__, TORCH: self.torch_attention})
-        return rebind(self.HOST.__call__, {DISPATCH: self.dispatch, "F": torch_functions})
+    def _rebind(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The host's code for attention of the tokens to themselves, and to a context."""
+
+        def bound(to_context: bool) -> Callable[..., Any]:
+            torch_functions = SimpleNamespace(**{**F.__dict__, TORCH: partial(self.torch_attention, to_context)})
+            return rebind(self.HOST.__call__, {DISPATCH: partial(self.dispatch, to_context), "F": torch_functions})
+
+        return bound(False), bound(True)
 
     # ---- the two functions, with the arguments of those that they stand for ----
 
-    def dispatch(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def dispatch(
+        self, to_context: bool, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """diffusers' dispatcher: ``(B, N, H, D)``."""
-        served = self._served(query, key, value, Options(*args, **kwargs))
+        served = self._served(query, key, value, Options(*args, **kwargs), to_context)
         if not isinstance(served, str):
             return served
-        self._leave(served, query, key)
+        self._leave(served, query, key, to_context)
         return inspect.unwrap(self.HOST.__call__).__globals__[DISPATCH](query, key, value, *args, **kwargs)
 
-    def torch_attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def torch_attention(
+        self, to_context: bool, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """torch's attention: ``(B, H, N, D)``."""
         served: Tensor | str = "attention of other than four dimensions"
         if query.ndim == 4:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            served = self._served(q, k, v, Options(*args, **kwargs))
+            served = self._served(q, k, v, Options(*args, **kwargs), to_context)
         if not isinstance(served, str):
             return served.transpose(1, 2)
-        self._leave(served, query.transpose(1, -2), key.transpose(1, -2))
+        self._leave(served, query.transpose(1, -2), key.transpose(1, -2), to_context)
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
-    def _leave(self, reason: str, q: Tensor, k: Tensor) -> None:
-        if self.clip.mask is not None and not self._is_cross(q, k):
+    def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
+        if self.clip.mask is not None and not self._is_cross(q, k, to_context):
             raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
         note_left(self, reason)
 
-    def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | str:
+    def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:
         """Attention of ``(B, N, H, D)``, or the reason why it is the host's."""
         if not q.dtype == k.dtype == v.dtype:
             return "queries, keys and values of several dtypes"
@@ -137,25 +144,27 @@ class Rebound(MadeAtRunTime, Processor):
             return "dropout of probabilities" if options.dropout_p else "a causal mask of tokens"
         if options.parallel_config is not None or options.attention_kwargs:
             return "arguments of the dispatcher that vdcore does not know"
-        lengths, scale = self._lengths(options.attn_mask, q, k), options.scale
-        if isinstance(lengths, str):
-            return lengths
-        if self._is_cross(q, k) or (self.clip.mask is None and not (lengths is None and scale is None)):
-            return cross(q, k, v, lengths=lengths, scale=scale)
-        if lengths is not None or scale is not None:
+        keys, scale = self._keys(options.attn_mask, q, k), options.scale
+        if isinstance(keys, str):
+            return keys
+        if self._is_cross(q, k, to_context) or (self.clip.mask is None and not (keys is None and scale is None)):
+            if keys is None:
+                return cross(q, k, v, scale=scale)
+            return cross(q, keys.sort(k), keys.sort(v), lengths=keys.lengths, scale=scale)
+        if keys is not None or scale is not None:
             return "padding of video tokens, or a scale of its own"
         return video(self.clip, q, k, v, None, None)
 
-    def _is_cross(self, q: Tensor, k: Tensor) -> bool:
+    def _is_cross(self, q: Tensor, k: Tensor, to_context: bool) -> bool:
         """Attention to other tokens than the clip's own, which no mask is for, also where there are as many."""
-        return q.shape[1] != k.shape[1] or (self._to_context and self.clip.has(q.shape[1]))
+        return q.shape[1] != k.shape[1] or (to_context and self.clip.has(q.shape[1]))
 
-    def _lengths(self, mask: Any, q: Tensor, k: Tensor) -> Tensor | str | None:
+    def _keys(self, mask: Any, q: Tensor, k: Tensor) -> Keys | str | None:
         if mask is None:
             return None
         if not isinstance(mask, Tensor):
             return f"an attention mask of type {type(mask).__name__}"
         if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
             return "an attention mask of another shape"
-        lengths = self.clip.key_lengths(mask)
-        return lengths.expand(q.shape[0]) if isinstance(lengths, Tensor) else lengths
+        keys = self.clip.valid_keys(mask)
+        return keys.expand(q.shape[0]) if isinstance(keys, Keys) else keys

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip, Grid
-from vdcore.integrations.swap import Change
+from vdcore.integrations.swap import MADE, Change
+
+try:
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+except ImportError:  # before diffusers had it
+    TransformerBlockRegistry = None
 
 Entered = TypeVar("Entered")
 Axes = tuple[int, int, int]
@@ -58,6 +64,20 @@ def _enter(table: dict[Any, Any], hosts: tuple[type, ...], entry: Callable[[Any]
         return what
 
     return enter
+
+
+def _tell_host(made: type, host: type) -> None:
+    """What diffusers knows of a class of blocks, it knows of the one in its place: caches and layer skipping ask."""
+    if TransformerBlockRegistry is None:
+        return
+    try:
+        known = TransformerBlockRegistry.get(host)
+    except ValueError:
+        return
+    TransformerBlockRegistry.register(made, replace(known))
+
+
+MADE.append(_tell_host)
 
 
 def grid(*models: type[nn.Module], axes: Axes | None) -> None:

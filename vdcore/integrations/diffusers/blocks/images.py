@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers.attention import is_plain
+from vdcore.integrations.diffusers.attention import is_differentiated, is_plain
 from vdcore.norm import compute_dtype
 
 
@@ -54,7 +54,7 @@ def _scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Variance and mean of each frame and group of ``(B, T, C, S)``: ``(B, T, G)``."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or is_differentiated() or torch.compiler.is_compiling():
         return torch.var_mean(x.unflatten(2, (groups, -1)).to(compute_dtype(x.dtype)), (3, 4), correction=0)
     # torch's group norm finds them ten times as fast as var_mean does (1.8 against 17 ms for 21 MB, two threads). Frame
     # by frame its result, which is not needed, stays in the cache; without an eps 1 / rstd**2 is the variance.

@@ -17,7 +17,10 @@ from diffusers.models.transformers import (
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.diffusers.attention import has_plain_parameters
+from vdcore.integrations.swap import Change, changed_forward, host_type, is_of, known_as
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 # The name of the convolution in each module that has one, and uses its result by flattening it only.
 HOSTS: dict[type[nn.Module], str] = {
@@ -37,14 +40,15 @@ def find(model: nn.Module) -> dict[nn.Module, str | None]:
     """The patch embeddings of a model, each with the reason why it is not served, or None."""
     found: dict[nn.Module, str | None] = {}
     for module in model.modules():
-        conv = getattr(module, HOSTS.get(type(module), ""), None) if type(module) in HOSTS else None
+        host = known_as(host_type(module), HOSTS)
+        conv = getattr(module, HOSTS[host], None) if isinstance(host, type) else None
         if isinstance(conv, (nn.Conv2d, nn.Conv3d)):
             found[conv] = why_not(conv)
     return found
 
 
 def why_not(conv: Any) -> str | None:
-    if type(conv) not in (nn.Conv2d, nn.Conv3d):
+    if not (is_of(conv, *CONVOLUTIONS) and is_of(conv, *CONVOLUTIONS, method="_conv_forward")):
         return f"{type(conv).__name__} is not torch's convolution"
     if conv.stride != conv.kernel_size or conv.groups != 1 or set(conv.dilation) != {1}:
         return "its stride is not its kernel"
@@ -59,6 +63,8 @@ def change(conv: nn.Module) -> Change:
 
 def forward(self: Any, video: Tensor) -> Tensor | str:
     """The convolution; its result is a view of token rows."""
+    if not has_plain_parameters(self):
+        return "its weight is for the module alone"
     dims = len(self.kernel_size)
     if video.ndim != dims + 2 or any(n % p for n, p in zip(video.shape[2:], self.kernel_size)):
         return "a size that its patch does not divide"

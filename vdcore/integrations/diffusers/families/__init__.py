@@ -27,12 +27,14 @@ from vdcore.integrations.diffusers.families import (  # noqa: F401, each enters 
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.processor import why_not_processor
 from vdcore.integrations.diffusers.registry import FORWARDS, PROCESSORS
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.swap import Change, changed_forward, known_as
 
 
 def change_of_forward(module: nn.Module) -> Change | str:
     """What serves a module of :data:`FORWARDS`, or the reason why nothing does."""
-    host: Any = type(module)
+    host: Any = known_as(type(module), FORWARDS)
+    if isinstance(host, str):
+        return host
     found = FORWARDS[host]
     reason = unknown_source(host.forward, *found.relies) or changed_forward(module)
     return reason or Change.of_forward(module, found.function, found.serves)
@@ -41,11 +43,12 @@ def change_of_forward(module: nn.Module) -> Change | str:
 def change_of_attention(attn: Any, name: str, clip: Clip) -> Change | str:
     """What serves an attention module outside of factorized blocks, or the reason why nothing does."""
     host: Any = type(attn.processor)
-    if host in factorized.HOSTS and factorized.why_not(attn) is None:
+    if isinstance(known_as(host, factorized.HOSTS, "__call__"), type) and factorized.why_not(attn) is None:
         return factorized.SpatialAttention.change(attn, clip)
     base: Any = rebound.Rebound
-    if host in PROCESSORS:
-        fused = PROCESSORS[host]
+    known: Any = known_as(host, PROCESSORS, "__call__")
+    if isinstance(known, type):
+        fused = PROCESSORS[known]
         if not fused.is_video(name):
             clip = Clip(None)
         # From a newer diffusers with other code: its own code runs, with the attention alone served.

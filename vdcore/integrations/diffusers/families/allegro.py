@@ -34,7 +34,7 @@ class AllegroAttention(Fused):
             return None
         if call.text is not None:
             return self.cross_attention(attn, call.x, call.text, call.mask)
-        if call.mask is not None and self.clip.key_lengths(call.mask) is not None:
+        if call.mask is not None and self.clip.valid_keys(call.mask) is not None:
             return None
         q, k, v = project(attn, call.x)
         rope = self.rope(call.rotary, q)

@@ -16,6 +16,7 @@ from diffusers.models.transformers import transformer_motif_video as motif
 from torch import Tensor
 
 from vdcore.integrations.diffusers import registry
+from vdcore.integrations.diffusers.clip import Keys, keys_unseen, may_look
 from vdcore.integrations.diffusers.fused import Call, Fused
 
 registry.grid(
@@ -36,17 +37,25 @@ class JointAttention(Fused):
     def fused(self, attn: Any, call: Call) -> Any:
         if call.text is None:
             return None
-        lengths = self.padding(call.mask, call.x.shape[1], call.text.shape[1])
-        return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
+        keys = self.text_keys(call.mask, call.x.shape[1], call.text.shape[1])
+        return None if isinstance(keys, str) else self.joint_attention(attn, call, text_keys=keys)
 
-    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | str | None:
+    def text_keys(self, mask: Tensor | None, tokens: int, text: int) -> Keys | str | None:
         """Valid text tokens of a mask over clip and text; the reason if the mask is of another kind."""
         if mask is None:
             return None
-        if mask.shape[-1] != tokens + text:
+        if mask.shape[-1] != tokens + text or mask.shape[:-1].numel() != mask.shape[0]:
             return "the attention mask is not one of the clip and the text"
-        lengths = self.clip.key_lengths(mask)
-        return lengths - tokens if isinstance(lengths, Tensor) else lengths
+        if may_look(mask):
+            keys = self.clip.valid_keys(mask)
+            if isinstance(keys, Keys):
+                hidden = keys.order is not None and "the attention mask hides keys that are not the last ones"
+                return hidden or Keys(keys.lengths - tokens)
+            return keys
+        of_clip = mask[..., :tokens]
+        visible = of_clip if of_clip.dtype == torch.bool else of_clip == 0
+        torch._assert_async(visible.all(), "swap_in: an attention mask over clip and text must show all of the clip")
+        return keys_unseen(mask[..., tokens:])
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(N, D)``, every angle twice."""
@@ -60,10 +69,10 @@ class HunyuanVideo15Attention(JointAttention):
 
     RELIES: ClassVar[tuple[Any, ...]] = (embeddings.apply_rotary_emb, hunyuan15.HunyuanVideo15RotaryPosEmbed.forward)
 
-    def padding(self, mask: Tensor | None, tokens: int, text: int) -> Tensor | str | None:
+    def text_keys(self, mask: Tensor | None, tokens: int, text: int) -> Keys | str | None:
         if mask is None or mask.dtype != torch.bool or mask.shape[-1] != text:
             return "the attention mask is not one of the text"
-        return self.clip.key_lengths(mask)
+        return self.clip.valid_keys(mask)
 
 
 @registry.processor(motif.MotifVideoAttnProcessor2_0)

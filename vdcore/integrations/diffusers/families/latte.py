@@ -20,7 +20,7 @@ from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.modulation import GATED, gated, modulated
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.swap import Change, changed_forward, is_of
 
 
 @registry.factorized(LatteTransformer3DModel)
@@ -29,7 +29,7 @@ def plan(model: Any, clip: Clip) -> list[Change] | str:
     reason = unknown_source(LatteTransformer3DModel.forward) or changed_forward(model)
     if reason is not None:
         return reason
-    if type(model.proj_out) is not nn.Linear or type(model.norm_out) is not nn.LayerNorm:
+    if not (is_of(model.proj_out, nn.Linear) and is_of(model.norm_out, nn.LayerNorm)):
         return "its last layers are not plain ones"
     kinds = (
         (model.transformer_blocks, spatial_block, factorized.SpatialAttention),
@@ -42,7 +42,7 @@ def plan(model: Any, clip: Clip) -> list[Change] | str:
         for blocks, forward_of_kind, attention in kinds
         for block in blocks
     )
-    return factorized.changes_of_module(model, forward, "model in (B, T, S, C)", changes)
+    return factorized.changes_of_module(model, forward, "model in (B, T, S, C)", clip, changes)
 
 
 def why_not_block(block: Any) -> str | None:
@@ -50,7 +50,7 @@ def why_not_block(block: Any) -> str | None:
         return f"its block has the norm {block.norm_type}"
     if block.only_cross_attention or block.pos_embed is not None or getattr(block, "fuser", None) is not None:
         return "its block is not Latte's"
-    if any(type(norm) is not nn.LayerNorm for norm in (block.norm1, block.norm2)):
+    if not all(is_of(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)):
         return "its block's norms are not LayerNorm"
     return None
 
@@ -74,16 +74,16 @@ def forward(
     steps, embedded = self.adaln_single(timestep, conditions, batch_size=B, hidden_dtype=x.dtype)
     text = self.caption_projection(encoder_hidden_states)
     for i, (spatial, temporal) in enumerate(zip(self.transformer_blocks, self.temporal_transformer_blocks)):
-        x = _run(self, spatial, x, text, steps)
+        x = _run(self, spatial, x, text, steps, temporal=False)
         if enable_temporal_attentions:
             if i == 0 and T > 1:
                 x = x + self.temp_pos_embed.to(x.dtype)[:, :, None]
-            x = _run(self, temporal, x, None, steps)
+            x = _run(self, temporal, x, None, steps, temporal=True)
 
     shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)  # (B, C)
     x = modulated(self.norm_out, x, shift, scale)
     grid = T, H // p, W // p
-    if is_plain(self.proj_out):
+    if is_plain(self.proj_out) and type(self.proj_out) is nn.Linear:
         weight, bias = self.proj_out.weight, self.proj_out.bias
         out = vdcore.unpatchify(x, weight, bias, channels=self.out_channels, patch=(1, p, p), grid=grid)
     else:
@@ -92,11 +92,20 @@ def forward(
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
-def _run(model: Any, block: nn.Module, x: Tensor, text: Tensor | None, steps: Tensor) -> Tensor:
-    given = (x, None, text, None, steps, None, None)
-    if torch.is_grad_enabled() and model.gradient_checkpointing:
-        return model._gradient_checkpointing_func(block, *given)
-    return block(*given)
+def _run(model: Any, block: nn.Module, x: Tensor, text: Tensor | None, steps: Tensor, *, temporal: bool) -> Tensor:
+    def run(x: Tensor, text: Tensor | None, steps: Tensor) -> Tensor:
+        given = (x, None, text, None, steps, None, None)
+        if torch.is_grad_enabled() and model.gradient_checkpointing:
+            return model._gradient_checkpointing_func(block, *given)
+        return block(*given)
+
+    return factorized.run_block(
+        model,
+        block,
+        lambda: run(x, text, steps),
+        lambda: factorized.in_rows(run, x, temporal, text, steps),
+        temporal=temporal,
+    )
 
 
 def spatial_block(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | str:
@@ -128,10 +137,10 @@ def _block(
     count = inference.tokens_at_once(self, x) if temporal and self.attn2 is None and self._chunk_size is None else None
     if count is not None:
         return inference.run(x, count, [self.attn1], _stages(self, x.shape[1] * x.shape[2], parts))
-    attended = factorized.attend(self.attn1, modulated(self.norm1, x, shift, scale), temporal=temporal)
+    attended = factorized.attend(self, self.attn1, modulated(self.norm1, x, shift, scale), temporal=temporal)
     x = gated(x, attended, gate)
     if self.attn2 is not None:
-        x = factorized.attend(self.attn2, x, encoder_hidden_states, temporal=temporal) + x
+        x = factorized.attend(self, self.attn2, x, encoder_hidden_states, temporal=temporal) + x
     hidden = modulated(self.norm2, x, shift_mlp, scale_mlp)
     return gated(x, factorized.feed_forward(self, self.ff, hidden), gate_mlp)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import cross, heads, is_plain
 from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
-from vdcore.integrations.diffusers.clip import padding_lengths
+from vdcore.integrations.diffusers.clip import Keys, keys_unseen, look_at_keys, may_look
 from vdcore.integrations.diffusers.fused import Call, Fused
 
 registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
@@ -29,28 +29,32 @@ class MochiAttention(Fused):
     SERVES = "video_attention"
 
     def fused(self, attn: Any, call: Call) -> Any:
-        lengths = "no mask" if call.mask is None else self.clip.once(marked_lengths, call.mask)
-        return None if isinstance(lengths, str) else self.joint_attention(attn, call, text_lengths=lengths)
+        if call.mask is None:
+            return None
+        keys = self.clip.once(marked_keys, call.mask) if may_look(call.mask) else marked_keys(call.mask)
+        return None if isinstance(keys, str) else self.joint_attention(attn, call, text_keys=keys)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         return rotary  # (N, H, D/2)
 
 
-def marked_lengths(mask: Tensor) -> Tensor | str | None:
-    """As :func:`padding_lengths`, of a mask whose valid tokens are those that are not 0."""
-    return padding_lengths(mask != 0)
+def marked_keys(mask: Tensor) -> Keys | str | None:
+    """As :meth:`Clip.valid_keys`, of a mask whose valid tokens are those that are not 0."""
+    return look_at_keys(mask != 0) if may_look(mask) else keys_unseen(mask != 0)
 
 
 @registry.forward(MochiAttentionPool, serves="cross_attention", relies=(MochiAttentionPool.pool_tokens,))
 def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
     """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
-    lengths = marked_lengths(mask)
-    if isinstance(lengths, str):
-        return lengths
+    keys = marked_keys(mask)
+    if isinstance(keys, str):
+        return keys
     mean = self.pool_tokens(x, mask, keepdim=True)
+    if keys is not None:
+        x = keys.sort(x)
     k, v = self.to_kv(torch.cat((mean, x), 1)).chunk(2, -1)
     q, k, v = (heads(y, self.num_attention_heads) for y in (self.to_q(mean), k, v))
-    pooled = cross(q, k, v, lengths=None if lengths is None else lengths + 1)
+    pooled = cross(q, k, v, lengths=None if keys is None else keys.lengths + 1)
     return self.to_out(pooled.flatten(1))
 
 

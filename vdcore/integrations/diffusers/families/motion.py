@@ -7,6 +7,7 @@ shift of the norm before attention.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.swap import Change, changed_forward, host_type, is_of
 
 SERVES = "blocks in (B, T, S, C)"
 
@@ -31,17 +32,17 @@ SERVES = "blocks in (B, T, S, C)"
 @registry.factorized(AnimateDiffTransformer3D, TransformerTemporalModel)
 def plan(module: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve a motion module, or why not."""
-    reason = unknown_source(type(module).forward) or changed_forward(module)
+    reason = unknown_source(host_type(module).forward) or changed_forward(module)
     if reason is not None:
         return reason
-    if type(module.norm) is not nn.GroupNorm:
+    if not is_of(module.norm, nn.GroupNorm):
         return f"its norm is a {type(module.norm).__name__}"
     attention = factorized.TemporalAttention
     changes = (
         factorized.changes_of_block(block, BasicTransformerBlock, block_forward, SERVES, attention, clip, why_not_block)
         for block in module.transformer_blocks
     )
-    return factorized.changes_of_module(module, forward, SERVES, changes)
+    return factorized.changes_of_module(module, forward, SERVES, clip, changes)
 
 
 @registry.factorized(I2VGenXLTransformerTemporalEncoder)
@@ -58,7 +59,7 @@ def why_not_block(block: Any) -> str | None:
         return f"its block has the norm {block.norm_type}"
     if block.only_cross_attention or getattr(block, "fuser", None) is not None:
         return "its block attends to something other than the clip"
-    if block.pos_embed is not None and type(block.pos_embed) is not SinusoidalPositionalEmbedding:
+    if block.pos_embed is not None and not is_of(block.pos_embed, SinusoidalPositionalEmbedding):
         return f"its block has a {type(block.pos_embed).__name__}"
     return None
 
@@ -79,7 +80,9 @@ def forward(
     x = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # (B, T, C, S)
     rows = normed_rows_of(self.proj_in, self.norm, x)  # (B, T, S, E)
     for block in self.transformer_blocks:
-        rows = block(rows)
+        rows = factorized.run_block(
+            self, block, partial(block, rows), partial(factorized.in_rows, block, rows, True), temporal=True
+        )
     out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
     if not isinstance(self, TransformerTemporalModel):
         return out
@@ -96,7 +99,7 @@ def block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
         return _some_at_a_time(self, x, count)
     for attn, norm in ((self.attn1, self.norm1), (self.attn2, self.norm2)):
         if attn is not None:
-            x = factorized.attend(attn, _embedded_norm(norm, self.pos_embed, x), temporal=True) + x
+            x = factorized.attend(self, attn, _embedded_norm(norm, self.pos_embed, x), temporal=True) + x
     return factorized.feed_forward(self, self.ff, self.norm3(x)) + x
 
 
@@ -117,7 +120,7 @@ def _embedded_norm(norm: Any, embedding: Any, x: Tensor) -> Tensor:
     if embedding is None:
         return norm(x)
     if type(norm) is not nn.LayerNorm or not (is_plain(norm) and is_plain(embedding)):
-        return factorized.in_rows(lambda rows, text: embedding(rows), norm(x), None, temporal=True)
+        return factorized.in_rows(embedding, norm(x), True)
     frames = embedding.pe[0, : x.shape[1]].to(x.dtype)  # (T, C)
     shift = frames.expand(x.shape[0], -1, -1)
     scale = torch.zeros_like(shift[:, 0])

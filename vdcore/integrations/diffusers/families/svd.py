@@ -6,6 +6,7 @@ blocks run on ``(B, T, S, C)``, and positions share the text of their clip.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward
+from vdcore.integrations.swap import Change, changed_forward, is_of
 
 
 @registry.factorized(TransformerSpatioTemporalModel)
@@ -31,7 +32,7 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
     reason = unknown_source(TransformerSpatioTemporalModel.forward) or changed_forward(module)
     if reason is not None:
         return reason
-    if type(module.time_mixer) is not AlphaBlender:
+    if not is_of(module.time_mixer, AlphaBlender):
         return f"its time mixer is a {type(module.time_mixer).__name__}"
     reason = unknown_source(AlphaBlender.forward) or changed_forward(module.time_mixer)
     if reason is not None:
@@ -41,7 +42,7 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
         factorized.changes_of_block(block, kind, block_forward, "block in (B, T, S, C)", attention, clip)
         for block in module.temporal_transformer_blocks
     )
-    return factorized.changes_of_module(module, forward, "blocks in (B, T, S, C)", changes)
+    return factorized.changes_of_module(module, forward, "blocks in (B, T, S, C)", clip, changes)
 
 
 def forward(
@@ -65,10 +66,22 @@ def forward(
         else:
             rows = block(rows, encoder_hidden_states=encoder_hidden_states)
         mixed = rows.unflatten(0, (-1, T)) + frames  # (B, T, S, E)
-        mixed = temporal_block(mixed, num_frames=T, encoder_hidden_states=text).flatten(0, 1)
+        mixed = run_temporal_block(self, temporal_block, mixed, text).flatten(0, 1)
         rows = blend(self.time_mixer, rows, mixed, image_only_indicator)
     out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
     return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)
+
+
+def run_temporal_block(module: Any, block: Any, x: Tensor, text: Tensor) -> Tensor:
+    """``(B, T, S, C)`` in and out; the host's block takes rows ``(B*T, S, C)`` and a text for every position."""
+    T, S = x.shape[1:3]
+
+    def host() -> Tensor:
+        texts = text.repeat_interleave(S, 0)
+        return block(x.flatten(0, 1), num_frames=T, encoder_hidden_states=texts).unflatten(0, (-1, T))
+
+    served = partial(block, x, num_frames=T, encoder_hidden_states=text)
+    return factorized.run_block(module, block, served, host, temporal=True)
 
 
 def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> Tensor:
@@ -93,9 +106,9 @@ def block_forward(
             return _some_at_a_time(self, x, encoder_hidden_states, count)
     entered = factorized.feed_forward(self, self.ff_in, self.norm_in(x))
     x = entered + x if self.is_res else entered
-    x = factorized.attend(self.attn1, self.norm1(x), temporal=True) + x
+    x = factorized.attend(self, self.attn1, self.norm1(x), temporal=True) + x
     if self.attn2 is not None:
-        x = factorized.attend(self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
+        x = factorized.attend(self, self.attn2, self.norm2(x), encoder_hidden_states, temporal=True) + x
     out = factorized.feed_forward(self, self.ff, self.norm3(x))
     return out + x if self.is_res else out
 
