@@ -12,9 +12,9 @@ from vdcore.integrations.diffusers.clip import Clip, Grid
 from vdcore.integrations.swap import MADE, Change
 
 try:
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-except ImportError:  # before diffusers had it
-    TransformerBlockRegistry = None
+    from diffusers.hooks import _helpers as host_tables
+except ImportError:  # before diffusers had them
+    host_tables: Any = None  # type: ignore[no-redef]
 
 Entered = TypeVar("Entered")
 Axes = tuple[int, int, int]
@@ -68,13 +68,13 @@ def _enter(table: dict[Any, Any], hosts: tuple[type, ...], entry: Callable[[Any]
 
 def _tell_host(made: type, host: type) -> None:
     """What diffusers knows of a class of blocks, it knows of the one in its place: caches and layer skipping ask."""
-    if TransformerBlockRegistry is None:
+    if host_tables is None:
         return
     try:
-        known = TransformerBlockRegistry.get(host)
+        known = host_tables.TransformerBlockRegistry.get(host)
     except ValueError:
         return
-    TransformerBlockRegistry.register(made, replace(known))
+    host_tables.TransformerBlockRegistry.register(made, replace(known))
 
 
 MADE.append(_tell_host)
