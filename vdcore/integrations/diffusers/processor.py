@@ -3,45 +3,66 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from functools import lru_cache, partial
+from types import new_class
+from typing import Any, ClassVar
 
 from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import IN_MODE, Change, ServedProcessor, changed_forward, in_function_mode
+from vdcore.integrations.swap import IN_MODE, Change, MadeAtRunTime, ServedProcessor, changed_forward, in_function_mode
 
 
-class Processor(ServedProcessor):
+class _AsHost(type):
+    """To diffusers, which makes processors from others and knows them by their class, the class is the host's."""
+
+    HOST: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.HOST(*args, **kwargs)
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (isinstance(other, type) and getattr(cls, "HOST", None) is other)
+
+    def __hash__(cls) -> int:
+        return hash(getattr(cls, "HOST", None)) if hasattr(cls, "HOST") else type.__hash__(cls)
+
+
+class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
     """Takes the place of an attention processor. ``__call__`` has the signature of the one it replaces.
 
-    Args:
+    Attributes:
         host: the processor that it replaced.
         clip: what the attention of the model shares.
     """
 
+    HOST: ClassVar[type]
     # The host's attention backends and context parallelism are set here when someone asks for them after the swap.
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, host: Any, clip: Clip) -> None:
-        self.host = host
-        self.clip = clip
+    host: Any
+    clip: Clip
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class of the host's processor, by which diffusers knows processors and makes others from them."""
-        return type(self.host)
+    @classmethod
+    def names(cls, host: Any) -> dict[str, Any]:
+        """What the class for one class of the host has of its own."""
+        return {}
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self),), self.__dict__
+    def prepare(self) -> None:
+        """Makes what a copy or a pickle does not carry."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.prepare()
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     @classmethod
     def change(cls, attn: nn.Module, clip: Clip) -> Change:
-        return Change.of_processor(attn, cls, clip)
+        return Change.of_processor(attn, partial(_take_place, cls), clip)
 
     def why_not_now(self) -> str | None:
         """Why this processor may not serve calls at present."""
@@ -69,8 +90,25 @@ class Processor(ServedProcessor):
         return host(attn, *args, **kwargs)
 
 
-def _rebuild(cls: type[Processor]) -> Processor:
-    return object.__new__(cls)
+def _take_place(base: type[Processor], host: Any, clip: Clip) -> Processor:
+    kind: Any = type(host)
+    processor: Processor = object.__new__(processor_class(base, kind))
+    processor.__setstate__({"host": host, "clip": clip})
+    return processor
+
+
+@lru_cache(maxsize=256)
+def processor_class(base: Any, host: Any) -> type[Processor]:
+    """A processor of vdcore for one class of the host's, which it is derived from."""
+    names = {
+        **base.names(host),
+        "HOST": host,
+        "MADE_BY": (processor_class, (base, host)),
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+    }
+    return new_class(host.__name__, (base, host), {}, lambda space: space.update(names))
 
 
 def why_not_processor(attn: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.attention import cross, video
-from vdcore.integrations.diffusers.clip import Clip, Keys
+from vdcore.integrations.diffusers.clip import Keys
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import MadeAtRunTime, names_used, rebind
+from vdcore.integrations.swap import names_used, rebind
 
 DISPATCH, TORCH = "dispatch_attention_fn", "scaled_dot_product_attention"
 
@@ -38,19 +38,6 @@ def why_not(attn: nn.Module) -> str | None:
     return why_not_processor(attn)
 
 
-@lru_cache(maxsize=256)
-def rebound_class(host: Any, base: Any) -> type[Rebound]:
-    """The base with the signature of the host's processor, by which diffusers chooses what to pass on."""
-
-    @wraps(host.__call__)
-    def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.serve(attn, *args, **kwargs)
-
-    names = tuple(inspect.signature(host.__call__).parameters)[2:]
-    made = {"__call__": call, "HOST": host, "NAMES": names, "MADE_BY": (rebound_class, (host, base))}
-    return type(base.__name__, (base,), made)
-
-
 class Options(NamedTuple):
     """What follows query, key and value in calls of torch's attention and of diffusers' dispatcher."""
 
@@ -64,23 +51,27 @@ class Options(NamedTuple):
     parallel_config: Any = None
 
 
-class Rebound(MadeAtRunTime, Processor):
+class Rebound(Processor):
     """The host's processor with its attention calls served."""
 
     SERVES = "video_attention, cross_attention"
-    HOST: ClassVar[type]
     NAMES: ClassVar[tuple[str, ...]]  # of the arguments of the host's processor, after the attention module
 
-    def __init__(self, host: Any, clip: Clip) -> None:
-        super().__init__(host, clip)
-        self._calls = self._rebind()
+    @classmethod
+    def names(cls, host: Any) -> dict[str, Any]:
+        """The signature of the host's processor, by which diffusers chooses what to pass on."""
+
+        @wraps(host.__call__)
+        def call(self: Rebound, attn: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.serve(attn, *args, **kwargs)
+
+        return {"__call__": call, "NAMES": tuple(inspect.signature(host.__call__).parameters)[2:]}
 
     def state(self) -> dict[str, Any]:
-        # The copied function belongs to this object: a copy makes its own.
-        return {**self.__dict__, "_calls": None}
+        # The copied functions belong to this object: a copy makes its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_calls"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def prepare(self) -> None:
         self._calls = self._rebind()
 
     def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -55,4 +55,4 @@ def change_of_attention(attn: Any, name: str, clip: Clip) -> Change | str:
         if unknown_source(host.__call__, *fused.RELIES) is None:
             base = fused
     reason = why_not_processor(attn) if base is not rebound.Rebound else rebound.why_not(attn)
-    return reason or rebound.rebound_class(host, base).change(attn, clip)
+    return reason or base.change(attn, clip)
