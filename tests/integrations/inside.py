@@ -8,25 +8,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 import vdcore
 
 
-class AttentionCalls(TorchFunctionMode):
-    """Counts the attention that is computed inside: torch's, by the length of queries and keys, and vdcore's."""
+class AttentionCalls:
+    """Counts the attention that is computed inside: torch's, by the length of queries and keys, and vdcore's.
+
+    It stands in torch's place, and is no function mode: under one, calls are left to the host.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.torch: Counter[tuple[int, int]] = Counter()
         self._before = vdcore.calls()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-            self.torch[q.shape[-2], k.shape[-2]] += 1
-        return func(*args, **kwargs)
+    def __enter__(self) -> AttentionCalls:
+        self._attention = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._counted
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        F.scaled_dot_product_attention = self._attention
+
+    def _counted(self, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        self.torch[query.shape[-2], key.shape[-2]] += 1
+        return self._attention(query, key, *args, **kwargs)
 
     @property
     def served(self) -> int:

@@ -115,7 +115,7 @@ def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, ServedModule):  # swapped out since, called by a hook that kept its forward
             return host.forward(self, *args, **kwargs)
-        out = IN_MODE if in_function_mode() else run(self, *args, **kwargs)
+        out = run(self, *args, **kwargs)
         if isinstance(out, str):
             note_left(self, out)
             return host.forward(self, *args, **kwargs)
