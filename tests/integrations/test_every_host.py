@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +55,7 @@ def run_all(model, *given, **named):
 
 def replace_a_forward(model):
     module = list(model)[-1]
-    module.forward = module.forward
+    module.forward = partial(type(module).forward, module)
 
 
 def run_patched(patcher, **named):
@@ -105,7 +106,7 @@ def diffusers_host():
 
     def spoil(model):
         attn = model.blocks[0].attn1
-        attn.forward = attn.forward
+        attn.forward = partial(type(attn).forward, attn)
 
     return Host(adapter, MODELS["Wan"].model, lambda model: run(model, "Wan"), spoil)
 

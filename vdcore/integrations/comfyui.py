@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import vdcore
-from vdcore.integrations.report import Report, note_left
+from vdcore.integrations.report import TURN, Report, note_left
 from vdcore.integrations.swap import Change, make_all
 
 OPTION = "optimized_attention_override"
@@ -49,7 +49,9 @@ class AttentionOverride:
         """
         reason = None
         ranks = 4 if skip_reshape else 3
-        if mask is not None:
+        if TURN.is_hosts:
+            reason = "the host's turn in a check"
+        elif mask is not None:
             reason = "an attention mask"
         elif attn_precision not in (None, q.dtype) or not q.dtype == k.dtype == v.dtype:
             reason = "a precision other than that of its inputs"

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from torch import Tensor
+
+
+class _Turn:
+    """Whose code runs: the host's while :meth:`Report.check` asks for it."""
+
+    is_hosts = False
+
+
+TURN = _Turn()
 
 # Why calls of a served module, processor or function went to the host after all.
 _left_at_run_time: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -15,7 +28,7 @@ _left_at_run_time: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 def note_left(who: Any, reason: str) -> None:
     """Remembers why a call was left to the host, for the report."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not TURN.is_hosts:
         _left_at_run_time.setdefault(who, set()).add(reason)
 
 
@@ -32,6 +45,28 @@ class Entry:
     name: str
     kind: str
     what: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A host beside the same model swapped.
+
+    Args:
+        largest: absolute difference of their results.
+        relative: the norm of the difference over that of the host's result.
+        host_seconds, seconds: of one call.
+    """
+
+    largest: float
+    relative: float
+    host_seconds: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.largest:.2e}, relative {self.relative:.2e}; "
+            f"host {self.host_seconds:.3g} s, vdcore {self.seconds:.3g} s ({self.host_seconds / self.seconds:.2f}x)"
+        )
 
 
 @dataclass
@@ -69,6 +104,26 @@ class Report:
     def add_left(self, name: str, kind: str, reason: str) -> None:
         self._left.append(Entry(name, kind, reason))
 
+    def check(self, model: Any, *args: Any, **inputs: Any) -> Check:
+        """Calls a swapped model, or pipeline, as its host and as it is, and prints how far apart the results are.
+
+        Each is called twice without gradients, from the same state of torch's random numbers; the second call's time
+        counts. Under a mask the results differ, as they should. While it runs, the swap's models are the host's in
+        other threads too.
+        """
+        results, seconds = [], []
+        for is_hosts in (True, False):
+            TURN.is_hosts = is_hosts
+            try:
+                result, time = _timed(model, args, inputs)
+            finally:
+                TURN.is_hosts = False
+            results.append(result)
+            seconds.append(time)
+        found = Check(*_differences(*results), *seconds)
+        print(found)
+        return found
+
     def __str__(self) -> str:
         lines = []
         for title, entries in (("served", self.served), ("left", self.left)):
@@ -76,3 +131,51 @@ class Report:
             lines.append(f"{title}: {len(entries)}")
             lines += [f"  {count} x {kind}: {what}" for (kind, what), count in groups.items()]
         return "\n".join(lines)
+
+
+# ---- Checking ----
+
+
+def _timed(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[list[Tensor], float]:
+    """The tensors of a second call's result, and its seconds."""
+    result, seconds = None, 0.0
+    for _ in range(2):
+        with torch.random.fork_rng(), torch.no_grad():
+            _synchronize()
+            start = perf_counter()
+            result = model(*args, **inputs)
+            _synchronize()
+            seconds = perf_counter() - start
+    found = list(_tensors(result))
+    if not found:
+        raise TypeError(f"check: model must return tensors or arrays, got {type(result).__name__}")
+    return found, seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """All tensors and arrays in a result, in float64."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        yield torch.as_tensor(x).detach().double()
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from _tensors(value)
+    elif isinstance(x, (list, tuple)):
+        for value in x:
+            yield from _tensors(value)
+    elif hasattr(x, "__dict__"):
+        yield from _tensors(vars(x))
+
+
+def _differences(host: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
+    if [x.shape for x in host] != [x.shape for x in ours]:
+        shapes = [[tuple(x.shape) for x in xs] for xs in (host, ours)]
+        raise RuntimeError(f"check: the results have other shapes: {shapes[0]} of the host, {shapes[1]} of vdcore")
+    apart = [(x - y).flatten() for x, y in zip(host, ours)]
+    largest = max((float(x.abs().max()) for x in apart if x.numel()), default=0.0)
+    norm = sum(float(x.square().sum()) for x in host) ** 0.5
+    return largest, sum(float(x.square().sum()) for x in apart) ** 0.5 / norm if norm else largest

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from types import FunctionType, MethodType, new_class
 from typing import Any, ClassVar
+from warnings import warn
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from vdcore.integrations.report import Report, note_left
+from vdcore.integrations.report import TURN, Report, note_left
 
 # ---- Classes that are made at run time ----
 
@@ -113,7 +114,8 @@ def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
 
     @wraps(host.forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, ServedModule):  # swapped out since, called by a hook that kept its forward
+        # Swapped out since, a hook may have kept its forward.
+        if TURN.is_hosts or not isinstance(self, ServedModule):
             return host.forward(self, *args, **kwargs)
         out = run(self, *args, **kwargs)
         if isinstance(out, str):
@@ -353,6 +355,8 @@ def swap(
     for name, module in served:
         serving = [module, *(x for x in (getattr(module, "processor", None),) if isinstance(x, ServedProcessor))]
         report.add_served(name, type(module).__name__, serving[-1].SERVES, *serving)
+    if not report.served:
+        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=3)
     return report
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.report import note_left
+from vdcore.integrations.report import TURN, note_left
 from vdcore.integrations.swap import IN_MODE, Change, MadeAtRunTime, ServedProcessor, changed_forward, in_function_mode
 
 
@@ -66,6 +66,8 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
 
     def why_not_now(self) -> str | None:
         """Why this processor may not serve calls at present."""
+        if TURN.is_hosts:
+            return "the host's turn in a check"
         if in_function_mode():
             return IN_MODE
         if self._parallel_config is not None:
@@ -76,7 +78,7 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
 
     def leave_unmasked(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`leave`, for attention that the mask is for: leaving it would be a wrong result, not a slow one."""
-        if self.clip.mask is not None:
+        if self.clip.mask is not None and not TURN.is_hosts:
             raise RuntimeError(f"swap_in: a call cannot run under {self.clip.mask}: {reason}")
         return self.leave(reason, attn, *args, **kwargs)
 
