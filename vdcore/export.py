@@ -1,7 +1,7 @@
 """For programs that know no operator of vdcore: exported graphs in torch's own operators.
 
-    exported = torch.export.export(model, (), arguments).run_decompositions(vdcore.export.decompositions())
-    torch.onnx.export(exported, ...)
+exported = torch.export.export(model, (), arguments).run_decompositions(vdcore.export.decompositions())
+torch.onnx.export(exported, ...)
 """
 
 from __future__ import annotations

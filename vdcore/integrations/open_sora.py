@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.report import Report
-from vdcore.integrations.swap import Change, changed_forward, swap_model, swap_out
+from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain, known_as, swap_model, swap_out
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -32,8 +32,10 @@ def swap_in(model: nn.Module) -> Report:
 
 
 def _find(name: str, module: Any) -> list[Change] | str | None:
-    if type(module).__name__ != BLOCK:
-        return None
+    # Its class is known by name: the repository is not imported here.
+    known = known_as(type(module), [base for base in type(module).__mro__ if base.__name__ == BLOCK])
+    if not isinstance(known, type):
+        return known
     attention = "temporal_attention" if module.temporal else "spatial_attention"
     serves = f"{attention}, modulate, gate_residual"
     return why_not(module) or [Change.of_forward(module, forward, serves)]
@@ -48,7 +50,7 @@ def why_not(block: Any) -> str | None:
         return "it norms queries and keys after rotating them"
     if getattr(attn, "is_causal", False) or getattr(attn, "attn_drop", nn.Dropout(0)).p:
         return "its attention is causal or drops out probabilities"
-    if type(block.norm1) is not nn.LayerNorm or type(block.norm2) is not nn.LayerNorm:
+    if not (is_of(block.norm1, nn.LayerNorm) and is_of(block.norm2, nn.LayerNorm)):
         return f"its norm is {type(block.norm1).__name__}"
     reason = changed_forward(block) or changed_forward(attn)
     if reason is not None:
@@ -89,7 +91,10 @@ def attend(block: Any, x: Tensor) -> Tensor:
     attn = block.attn
     packed = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))  # (B, T, S, 3, H, D)
     norm = None
-    if type(attn.q_norm) is not nn.Identity:
+    if not (is_plain(attn.q_norm) and is_plain(attn.k_norm)):
+        q, k, v = packed.unbind(3)
+        packed = torch.stack((attn.q_norm(q), attn.k_norm(k), v), 3)
+    elif type(attn.q_norm) is not nn.Identity:
         norm = QKNorm(attn.q_norm.weight, attn.k_norm.weight, eps=_eps(attn.q_norm) or 0.0)
     rope = rope_of(attn.rotary_emb, x.shape[1], packed) if getattr(attn, "rope", False) else None
     if block.temporal:
@@ -112,6 +117,8 @@ def _eps(norm: Any) -> float | None:
 
 
 def _modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if not is_plain(norm):
+        return norm(x) * (1 + scale[:, None, None]) + shift[:, None, None]
     return vdcore.modulate(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 from warnings import warn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -273,6 +274,19 @@ def changed_forward(module: nn.Module) -> str | None:
     if forward is None or (isinstance(forward, MethodType) and forward.__func__ is type(module).forward):
         return None
     return "its forward is replaced already, by a hook or by offloading"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Nothing but its forward runs when the module is called, so that its parameters may be used without it.
+
+    They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(hooks) and has_plain_parameters(module)
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    return all(type(x) in (Tensor, nn.Parameter, FakeTensor) for x in module._parameters.values() if x is not None)
 
 
 def host_type(module: nn.Module) -> type[nn.Module]:

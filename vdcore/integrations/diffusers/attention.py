@@ -8,10 +8,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from diffusers.models import normalization
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 import vdcore
 from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.swap import is_plain
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope, Style
 
@@ -55,19 +55,6 @@ def output_projection(attn: Any, x: Tensor) -> Tensor:
 
 
 # ---- Norm and rope ----
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Nothing but its forward runs when the module is called, so that its parameters may be used without it.
-
-    They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks) and has_plain_parameters(module)
-
-
-def has_plain_parameters(module: nn.Module) -> bool:
-    return all(type(x) in (Tensor, nn.Parameter, FakeTensor) for x in module._parameters.values() if x is not None)
 
 
 def is_differentiated() -> bool:

@@ -19,7 +19,6 @@ import vdcore
 from vdcore.integrations.diffusers.attention import (
     heads,
     is_differentiated,
-    is_plain,
     output_projection,
     project,
     qk_norm,
@@ -28,7 +27,7 @@ from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, known_as
+from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
 
 BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)

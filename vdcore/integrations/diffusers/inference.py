@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 import vdcore
-from vdcore.integrations.diffusers.attention import is_differentiated, is_plain
+from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.diffusers.factorized import TemporalAttention
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.swap import is_plain
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.

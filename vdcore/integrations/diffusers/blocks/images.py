@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers.attention import is_differentiated, is_plain
+from vdcore.integrations.diffusers.attention import is_differentiated
+from vdcore.integrations.swap import is_plain
 from vdcore.norm import compute_dtype
 
 

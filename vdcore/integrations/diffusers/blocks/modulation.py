@@ -13,7 +13,7 @@ from diffusers.models import normalization
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers.attention import is_plain
+from vdcore.integrations.swap import is_plain
 
 _LAYER = (nn.LayerNorm, normalization.FP32LayerNorm)
 _RMS = (normalization.RMSNorm,)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.diffusers import factorized, inference, registry
-from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.modulation import GATED, gated, modulated
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward, is_of
+from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
 
 
 @registry.factorized(LatteTransformer3DModel)

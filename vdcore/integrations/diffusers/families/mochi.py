@@ -14,10 +14,11 @@ from diffusers.models.transformers import transformer_mochi as mochi
 from torch import Tensor
 
 from vdcore.integrations.diffusers import registry
-from vdcore.integrations.diffusers.attention import cross, heads, is_plain
+from vdcore.integrations.diffusers.attention import cross, heads
 from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
 from vdcore.integrations.diffusers.clip import Keys, keys_unseen, look_at_keys, may_look
 from vdcore.integrations.diffusers.fused import Call, Fused
+from vdcore.integrations.swap import is_plain
 
 registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.diffusers import factorized, inference, registry
-from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward, host_type, is_of
+from vdcore.integrations.swap import Change, changed_forward, host_type, is_of, is_plain
 
 SERVES = "blocks in (B, T, S, C)"
 

@@ -19,11 +19,10 @@ from diffusers.models.transformers.transformer_temporal import (
 from torch import Tensor
 
 from vdcore.integrations.diffusers import factorized, inference, registry
-from vdcore.integrations.diffusers.attention import is_plain
 from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import Change, changed_forward, is_of
+from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
 
 
 @registry.factorized(TransformerSpatioTemporalModel)
