@@ -17,7 +17,7 @@ from diffusers.models.transformers import (
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.swap import Change, changed_forward, host_type, is_of, known_as
+from vdcore.integrations.swap import Change, changed_forward, has_plain_parameters, host_type, is_of, known_as
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
