@@ -183,7 +183,8 @@ def test_open_sora(qk_norm):
 def test_open_sora_leaves_what_it_does_not_know():
     block = STDiT3Block()
     block.attn.attn_drop.p = 0.1
-    report = open_sora.swap_in(block)
+    with pytest.warns(UserWarning, match="nothing is served"):
+        report = open_sora.swap_in(block)
     (entry,) = report.left
     assert not report.served and entry == Entry(
         "STDiT3Block", "STDiT3Block", "its attention is causal or drops out probabilities"
