@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 pytest_plugins = ["compile_tier"]
 
-LONGEST = 40.0  # seconds of a test that has no marker, on CI: processors differ by a factor of two, and share caches
+LONGEST = 15.0  # seconds of processor time of a test that has no marker, on CI
 TIERS = {"slow", "compile", "large", "gpu"}
 over_budget: list[str] = []
 

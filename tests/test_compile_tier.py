@@ -33,7 +33,7 @@ def project(tmp_path):
         command = [sys.executable, "-m", "pytest", "-p", "compile_tier", "-p", "no:cacheprovider", "-c", "none.ini"]
         done = subprocess.run(
             [*command, "--rootdir", ".", only, *options],
-            **{"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": "tests"}},
+            **{"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": "tests", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}},
             **{"capture_output": True, "text": True},
         )
         return {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout.splitlines()[-1])}

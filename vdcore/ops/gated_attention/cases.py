@@ -45,14 +45,14 @@ def _(d: Draw) -> dict[str, Any]:
 
 @case("gated_attention", "norm, rope, lengths", "norm_rope", "masked")
 def _(d: Draw) -> dict[str, Any]:
-    spatial = tuple(d.qkv(2, 4, 5, 4, 16, G=2).values())
-    temporal = tuple(d.qkv(2, 4, 5, 4, 16, prefix="temporal_").values())
+    spatial = tuple(d.qkv(2, 4, 3, 2, 16, G=1).values())
+    temporal = tuple(d.qkv(2, 4, 3, 2, 16, prefix="temporal_").values())
     return {
         "spatial": spatial,
         "temporal": temporal,
         "gate": d("gate", 16, around=0.5, spread=0.2, dtype=torch.float32),
-        "norm": (d.norm(4, 2, 16), d.norm(4, 4, 16, "layer", "all", prefix="temporal_")),
-        "rope": (d.rope(1, 5, 8), d.rope(4, 1, 8, style="half", prefix="temporal_")),
+        "norm": (d.norm(2, 1, 16), d.norm(2, 2, 16, "layer", "all", prefix="temporal_")),
+        "rope": (d.rope(1, 3, 8), d.rope(4, 1, 8, style="half", prefix="temporal_")),
         "lengths": d.integers(3, 4),
         "mask": FrameMask.window(1),
     }
