@@ -32,7 +32,8 @@ _library = torch.library.Library("vdcore", "DEF")
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # the public ones, by name
 OVERLOADS: dict[str, Any] = {}
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}  # of the forward operators, by overload
+# By operator: from what computes the outputs of a call, to a function of the arguments of the torch operator.
+DECOMPOSE: dict[str, Callable[[Callable[[Any], tuple[Tensor | None, ...]]], Callable[..., Any]]] = {}
 
 
 # ---- Running a call ----
@@ -321,9 +322,12 @@ def register(function: Callable[..., Any], kind: type[Call], **implementations: 
         call = build(values, values[-2])
         return _present(call, call.empty_outputs())
 
-    def decomposed(*values: Any) -> Any:
-        call = build(values, values[-2])
-        return _present(call, BACKENDS["reference"].operators[op].forward(call))
+    def decompose(evaluate: Callable[[Any], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+        def decomposed(*values: Any) -> Any:
+            call = build(values, values[-2])
+            return _present(call, evaluate(call))
+
+        return decomposed
 
     _library.impl(op, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vdcore::{op}", forward_fake, lib=_library)
@@ -363,7 +367,7 @@ def register(function: Callable[..., Any], kind: type[Call], **implementations: 
         raise RuntimeError(f"{op}: double backward is not supported")
 
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
-    DECOMPOSITIONS[OVERLOADS[op]] = decomposed
+    DECOMPOSE[op] = decompose
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(
         f"vdcore::{op}_backward", no_double_backward, setup_context=setup_nothing, lib=_library
