@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEVELOPMENT = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 BUILD = Path(os.environ.get("VDCORE_BUILD_DIR", DEVELOPMENT))  # as in setup.py
-ISAS = ("baseline", "avx2", "avx512", "amx", "amx_emulated")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 instruction sets"),
@@ -31,8 +31,8 @@ pytestmark = [
 
 def objects(isa: str) -> list[Path]:
     folder = BUILD / "CMakeFiles" / f"vdcore_cpu_{isa}.dir"
-    if isa == "amx" and not folder.exists():
-        pytest.skip("the assembler that vdcore was built with knows no AMX")
+    if isa in ("amx", "avx512_bf16") and not folder.exists():
+        pytest.skip(f"vdcore was built with tools that know no {isa}")
     found = sorted(folder.rglob("*.o"))
     assert found, f"no objects of {isa} in {BUILD.name}: was vdcore built from this folder?"
     return found
@@ -68,7 +68,8 @@ BASELINE = r"%[yz]mm\d|%tmm\d|tilerelease"
         ("baseline", BASELINE),
         ("amx_emulated", BASELINE),
         ("avx2", r"%zmm\d|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b|%tmm\d"),
-        ("avx512", r"%tmm\d|tilerelease"),
+        ("avx512", r"%tmm\d|tilerelease|dpbf16ps"),
+        ("avx512_bf16", r"%tmm\d|tilerelease"),
     ],
 )
 def test_no_greater_registers(isa: str, forbidden: str) -> None:

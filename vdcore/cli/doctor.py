@@ -61,7 +61,8 @@ def products() -> dict[str, float]:
 @torch.inference_mode()
 def _product_rate(dtype: torch.dtype) -> float:
     a, b = (torch.ones(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2))
-    rows, best, now = 16, {}, time.perf_counter()
+    best: dict[int, float] = {}
+    rows, now = 16, time.perf_counter()
     end = now + PRODUCT_SECONDS
     while now < end:
         start = time.perf_counter()

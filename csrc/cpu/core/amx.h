@@ -88,6 +88,13 @@ inline void tile_multiply() {
   }
 }
 
+#elif defined(VDCORE_DOT_PRODUCTS)
+
+// No tiles: AVX512-BF16's dot products take the same operands. See pairs.h.
+struct TileScope {
+  TileScope() {}
+};
+
 #else
 
 // The instructions themselves, without the compiler's intrinsics: those of GCC tell it of no memory that a load reads.

@@ -26,6 +26,11 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#if defined(VDCORE_HAS_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 #if defined(VDCORE_HAS_AMX)
 namespace amx {
 extern const Kernels table;
@@ -37,10 +42,11 @@ namespace {
 struct Candidate {
   const Kernels* kernels;
   bool (*runs)();
-  bool asked_for = false;  // only ever by name
+  bool (*pays)();  // whether it is chosen where nobody names one
 };
 
 bool always() { return true; }
+bool never() { return false; }
 
 #if defined(__x86_64__)
 bool avx2_runs() {
@@ -50,6 +56,12 @@ bool avx512_runs() {
   return avx2_runs() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#endif
+
+#if defined(VDCORE_HAS_AVX512_BF16)
+bool avx512_bf16_runs() { return avx512_runs() && __builtin_cpu_supports("avx512bf16"); }
+// AMD's issue as many dot products as FMAs, and each is two of them; Intel's issue half as many.
+bool avx512_bf16_pays() { return avx512_bf16_runs() && __builtin_cpu_is("amd"); }
 #endif
 
 #if defined(VDCORE_HAS_AMX)
@@ -73,18 +85,23 @@ const Kernels& find() {
 #endif
   const Candidate candidates[] = {
 #if defined(VDCORE_HAS_AMX)
-      {&amx::table, amx_runs},
+      {&amx::table, amx_runs, amx_runs},
+#endif
+#if defined(VDCORE_HAS_AVX512_BF16)
+      {&avx512_bf16::table, avx512_bf16_runs, avx512_bf16_pays},
 #endif
 #if defined(__x86_64__)
-      {&avx512::table, avx512_runs}, {&avx2::table, avx2_runs},
+      {&avx512::table, avx512_runs, avx512_runs},
+      {&avx2::table, avx2_runs, avx2_runs},
 #endif
-      {&baseline::table, always},    {&amx_emulated::table, always, true},
+      {&baseline::table, always, always},
+      {&amx_emulated::table, always, never},
   };
   const char* wanted = std::getenv("VDCORE_CPU_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   std::string known;
   for (const Candidate& c : candidates) {
-    if (wanted ? std::string(wanted) == c.kernels->isa : !c.asked_for && c.runs()) {
+    if (wanted ? std::string(wanted) == c.kernels->isa : c.pays()) {
       if (wanted && !c.runs())
         throw std::invalid_argument(std::string("VDCORE_CPU_ISA: this machine cannot run ") + wanted);
       return *c.kernels;

@@ -16,6 +16,8 @@ VDCORE_AMX_OPERATORS(VDCORE_DECLARATION)
 
 #if defined(VDCORE_EMULATED_TILES)
 int64_t tile_products() { return tile_registers().products; }
+#elif defined(VDCORE_DOT_PRODUCTS)
+constexpr int64_t (*tile_products)() = nullptr;
 #else
 int64_t tile_products() { return -1; }
 #endif

@@ -30,6 +30,75 @@ struct Pairs {
 
 // ---- Products ----------------------------------------------------------------------------------------------------
 
+#if defined(VDCORE_DOT_PRODUCTS)
+
+// M rows of N vectors of sums in registers: a pair of the left operand in every lane against N rows of the right one.
+template <int M, int N>
+VDCORE_INLINE void dot_block(int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
+  __m512 sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[m][n] = accumulate ? load(c.at(m, n * W).data) : vf{};
+  for (int64_t i = 0; i < k; i += 2, a.data += 2, b.data += b.row) {
+    __m512bh right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) memcpy(&right[n], b.data + 2 * n * W, sizeof right[n]);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      int32_t pair;
+      memcpy(&pair, a.data + m * a.row, sizeof pair);
+      const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], left, right[n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(c.at(m, n * W).data, sum[m][n]);
+}
+
+template <int M, int N>
+VDCORE_INLINE void dot_rows(int64_t rows, int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
+  if constexpr (M > 0) {
+    if (rows == M)
+      dot_block<M, N>(k, a, b, c, accumulate);
+    else
+      dot_rows<M - 1, N>(rows, k, a, b, c, accumulate);
+  }
+}
+
+template <int N>
+__attribute__((noinline)) void dot_columns(int64_t m, int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
+  constexpr int64_t kMost = block_rows(N);
+  for (int64_t blocks = (m + kMost - 1) / kMost; blocks > 0; --blocks) {
+    const int64_t rows = (m + blocks - 1) / blocks;  // blocks of even height
+    dot_rows<kMost, N>(rows, k, a, b, c, accumulate);
+    a = a.at(rows, 0);
+    c = c.at(rows, 0);
+    m -= rows;
+  }
+}
+
+// C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n]: m and n multiples of 16, k of 32.
+inline void product(int64_t m, int64_t n, int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
+  for (int64_t vectors = n / W; vectors > 0;) {
+    const int64_t panel = vectors == 1 ? 1 : (vectors == 2 || vectors == 4) ? 2 : 3;
+    if (panel == 3)
+      dot_columns<3>(m, k, a, b, c, accumulate);
+    else if (panel == 2)
+      dot_columns<2>(m, k, a, b, c, accumulate);
+    else
+      dot_columns<1>(m, k, a, b, c, accumulate);
+    b = b.at(0, panel * W);
+    c = c.at(0, panel * W);
+    vectors -= panel;
+  }
+}
+
+#else
+
 // M x N registers of sums, M and N 1 or 2: 0 to 3, and 4 to 7 for the operands. Four products a term for four loads.
 template <int M, int N>
 inline void register_block(int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
@@ -83,6 +152,8 @@ inline void product(int64_t m, int64_t n, int64_t k, Rows a, Pairs b, Tile c, bo
         register_block<1, 1>(k, left, right, to, accumulate);
     }
 }
+
+#endif
 
 // ---- Operands ----------------------------------------------------------------------------------------------------
 
