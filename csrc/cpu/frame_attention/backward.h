@@ -80,9 +80,10 @@ class Backward {
         gather_run(from.dout, b, head, rows, t.dout);
       }
       for (int64_t r = 0; r < rows.size() && !keys_at_hand; ++r) {
-        vf total = {};
-        for (int64_t c = 0; c < row; c += W) total += load(t.q.at(r, c).data) * load(t.dout.at(r, c).data);
-        delta[r] = sum(total);
+        const float *out = t.q.at(r, 0).data, *dout = t.dout.at(r, 0).data;
+        double total = 0;
+        for (int64_t c = 0; c < D; ++c) total += static_cast<double>(out[c]) * dout[c];
+        delta[r] = static_cast<float>(total);
       }
       if (from.dlse)
         for_each_row(from.dlse, b, head, rows,

@@ -32,6 +32,7 @@ class VectorProducts {
  public:
   static constexpr int64_t kQueryTile = 192 / kPanel * kPanel;  // shares one gathering of the keys
   static constexpr int64_t kKeyTile = 128;
+  static constexpr bool kCenters = true;
 
   VectorProducts(int64_t channels, Arena& arena)
       : D(channels), row(round_up(channels)), t(kQueryTile, round_up(channels), arena) {
@@ -56,6 +57,9 @@ class VectorProducts {
               int64_t count, bool first) const {
     gather_run(from_k, b, kv_head, keys, k);
     gather_run(from_v, b, kv_head, keys, v);
+    if (from_v.dtype == DType::f32)
+      for (int64_t j = 0; j < keys.size(); ++j)
+        for (int64_t c = 0; c < row; c += W) store(v.at(j, c).data, load(v.at(j, c).data) - load(t.center + c));
     NoPrefetch none;
     for (int64_t i = 0; i < count; i += kPanel) {
       const int64_t rows = smaller(kPanel, count - i), lanes = round_up(rows);

@@ -16,17 +16,20 @@ struct QueryResults {
   Tile out;              // (queries, row): sums of exp2(score - maximum) * v
   Tile stage;            // two rows
   float *maximum, *sum;  // of scores in base 2; of exp2(score - maximum)
+  float* center;         // (row,): what has been subtracted from every value
 
   QueryResults(int64_t queries, int64_t row, Arena& arena) {
     out = {arena.floats(queries * row), row};
     stage = {arena.floats(2 * row), row};
     maximum = arena.floats(queries);
     sum = arena.floats(queries);
+    center = arena.floats(row);
   }
 };
 
 // A Products has kQueryTile and kKeyTile, and
 //   Products(D, arena); results(): QueryResults
+//   kCenters: whether attend() subtracts results().center from values
 //   load_queries(q, sample, head, tokens, scale)
 //   attend(k, v, sample, kv_head, tokens, queries, first): whether these are the first keys
 //   finish(queries): results() is complete
@@ -50,6 +53,7 @@ class Forward {
       store(t.maximum + i, splat(-kInf));
       store(t.sum + i, vf{});
     }
+    find_center();
     products.load_queries(segment.q, group.sample, head, queries, a.scale);
     bool first = true;
     for (int i = 0; i < group.count; ++i) {
@@ -77,11 +81,35 @@ class Forward {
   const TokenRun queries;
   const int64_t head, kv_head, D, row;
 
+  // Values with a mean, as features after an activation have one: sums of what is left of them without it stay small,
+  // and so do rounding errors, which the gradient of a norm's weight would collect from all rows. The mean of some of
+  // the values that the group sees, evenly spread; what it does not see may be NaN. A matter of float32: other dtypes
+  // round their results more than that.
+  void find_center() const {
+    constexpr int64_t kValues = 16;
+    memset(t.center, 0, row * sizeof(float));
+    if (!Products::kCenters || segment.v.dtype != DType::f32) return;
+    int64_t seen = 0, count = 0;
+    for (int i = 0; i < group.count; ++i) seen += group.runs[i].size();
+    const int64_t step = (seen + kValues - 1) / kValues;
+    for (int i = 0; i < group.count; ++i)
+      for (int64_t j = 0; j < group.runs[i].size(); j += step, ++count) {
+        const TokenRun one = piece(group.runs[i], j, 1);
+        gather_run(a.of(one).v, group.sample, kv_head, one, t.stage);
+        for (int64_t c = 0; c < row; c += W) store(t.center + c, load(t.center + c) + load(t.stage.data + c));
+      }
+    for (int64_t c = 0; c < row && count; c += W) {
+      const vf mean = load(t.center + c) / static_cast<float>(count);
+      store(t.center + c, select(mean - mean == 0.f, mean, vf{}));  // infinity is left where it is
+    }
+  }
+
   void finish() {
     for (int64_t i = 0; i < queries.size(); ++i) {
       const float factor = t.sum[i] == 0 ? 0 : 1 / t.sum[i];
       float* at = t.out.at(i, 0).data;
-      for (int64_t c = 0; c < row; c += W) store(at + c, load(at + c) * factor);
+      for (int64_t c = 0; c < row; c += W)
+        store(at + c, load(at + c) * factor + (factor == 0 ? vf{} : load(t.center + c)));
     }
     if (segment.spatial) scatter_run(segment.spatial, group.sample, head, queries, t.out, 1);
     if (a.gate) mix();

@@ -22,6 +22,7 @@ class MatrixProducts {
  public:
   static constexpr int64_t kQueryTile = 256;  // shares one transpose of the values
   static constexpr int64_t kKeyTile = 128;
+  static constexpr bool kCenters = false;
 
   MatrixProducts(int64_t channels, Arena& arena)
       : row(round_up(channels)), terms(whole_terms(channels)), t(kQueryTile, round_up(channels), arena) {
