@@ -56,10 +56,10 @@ class VectorProducts {
   void attend(const TensorView& from_k, const TensorView& from_v, int64_t b, int64_t kv_head, TokenRun keys,
               int64_t count, bool first) const {
     gather_run(from_k, b, kv_head, keys, k);
-    gather_run(from_v, b, kv_head, keys, v);
     if (from_v.dtype == DType::f32)
-      for (int64_t j = 0; j < keys.size(); ++j)
-        for (int64_t c = 0; c < row; c += W) store(v.at(j, c).data, load(v.at(j, c).data) - load(t.center + c));
+      gather_centered(from_v, b, kv_head, keys);
+    else
+      gather_run(from_v, b, kv_head, keys, v);
     NoPrefetch none;
     for (int64_t i = 0; i < count; i += kPanel) {
       const int64_t rows = smaller(kPanel, count - i), lanes = round_up(rows);
@@ -83,6 +83,16 @@ class VectorProducts {
   Tile scores;   // (kKeyTile, kPanel)
 
   Tile panel(int64_t first_query) const { return {queries.data + first_query * row, kPanel}; }
+
+  void gather_centered(const TensorView& from, int64_t b, int64_t kv_head, TokenRun keys) const {
+    for_each_row(from, b, kv_head, keys, [&](const char* in, int64_t j) __attribute__((always_inline)) {
+      const auto* p = reinterpret_cast<const float*>(in);
+      float* to = v.at(j, 0).data;
+      int64_t c = 0;
+      for (; c + W <= D; c += W) store(to + c, load(p + c) - load(t.center + c));
+      if (c < D) store(to + c, load_partial<DType::f32>(p + c, D - c) - load(t.center + c));
+    });
+  }
 
   void rescale(int64_t first_row, int64_t rows, vf factor) const {
     float lanes[W];

@@ -91,6 +91,10 @@ class Forward {
     if (!Products::kCenters || segment.v.dtype != DType::f32) return;
     int64_t seen = 0, count = 0;
     for (int i = 0; i < group.count; ++i) seen += group.runs[i].size();
+    // Backward then has all keys of a row at hand and asks for no exact result. See backward.h.
+    const bool alone = a.groups->components.end() - a.groups->components.begin() ==
+                       a.groups->queries.end() - a.groups->queries.begin();
+    if (alone && group.count == 1 && seen <= Products::kKeyTile) return;
     const int64_t step = (seen + kValues - 1) / kValues;
     for (int i = 0; i < group.count; ++i)
       for (int64_t j = 0; j < group.runs[i].size(); j += step, ++count) {
