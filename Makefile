@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BUILD = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 CPP := $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 
-.PHONY: help venv build cuda test test-compile test-all asan bench demo gpu lint format wheels clean
+.PHONY: help venv build cuda test test-compile test-all asan tsan bench demo gpu lint format wheels clean
 
 help:
 	@echo "make venv          .venv with every extra, and vdcore built into it"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-compile  what CUDA's and Triton's compilers make of the kernels; needs no GPU"
 	@echo "make test-all      the suite with its slow tests and the compilers'"
 	@echo "make asan          the CPU engine's cases under AddressSanitizer"
+	@echo "make tsan          the CPU engine under ThreadSanitizer, called from several threads"
 	@echo "make bench         benchmark and memory profile of this machine, into out/bench"
 	@echo "make demo          train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu           correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
@@ -59,6 +60,10 @@ test-all: build
 # The CPU engine's cases under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set that is here.
 asan: $(VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/asan.sh
+
+# The CPU engine under ThreadSanitizer, called from several threads at once.
+tsan: $(VENV)/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/tsan.sh
 
 bench: build
 	$(BIN)/vdcore bench --out out/bench

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512-bf16", "amx", "amx-emulated")
 
 
 def instruction_sets():

@@ -33,7 +33,7 @@ def test_case(case, backend, dtype):
     check(case, backend, dtype)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512-bf16", "amx"])
 def test_every_instruction_set_of_this_machine(isa):
     """The same source compiled for another instruction set obeys the same rule."""
     code = """

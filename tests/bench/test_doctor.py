@@ -55,13 +55,36 @@ def test_json(capsys):
     assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
     assert facts["peers"]["torch"] and facts["memory"]["available"]
     assert facts["extras"]["bench"] == []
+    rates = facts["products"]
+    assert list(rates) == ["float32", "bfloat16", "float16"] and all(rate > 0 for rate in rates.values())
 
 
 def test_text(capsys):
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
-    for expected in ("temporal_attention", "reference", "MALLOC_MMAP_THRESHOLD_", "xformers", "threads"):
+    for expected in (
+        "temporal_attention",
+        "reference",
+        "MALLOC_MMAP_THRESHOLD_",
+        "xformers",
+        "threads",
+        "Run models on this CPU in",
+    ):
         assert expected in text, expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "name", "said"),
+    [
+        ((100, 180, 170), "bfloat16", "float32 runs at 0.56 of that"),
+        ((100, 95, 20), "bfloat16", "float16 runs at 0.21 of that"),
+        ((100, 2, 3), "float32", "bfloat16 runs at 0.02 of that"),
+        ((100, 110, 200), "float16", "takes 200 GFLOP/s"),
+    ],
+)
+def test_the_dtype_to_run_models_in(rates, name, said):
+    advice = doctor.dtype_advice(dict(zip(("float32", "bfloat16", "float16"), rates)))
+    assert f"in {name}:" in advice and said in advice
 
 
 def test_it_imports_neither_triton_nor_diffusers():

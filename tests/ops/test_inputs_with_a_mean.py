@@ -35,6 +35,13 @@ def text(draw, d):
     return {**qkv(draw, d, 1, 3, 60, 2, 32), "text": words, "mask": FrameMask.causal(), "return_lse": True}
 
 
+def norms(draw, d):
+    """A norm's weight adds up what all rows err by: keys of more than one tile, so that no row's are at hand."""
+    words = tuple(draw(d, f"text_{n}", 1, 9, 2, 32) for n in "qkv")
+    norm, text_norm = d.norm(2, 2, 32), d.norm(2, 2, 32, prefix="text_")
+    return {**qkv(draw, d, 1, 3, 60, 2, 32), "text": words, "norm": norm, "text_norm": text_norm}
+
+
 def cross(draw, d):
     k, v = (draw(d, n, 2, 200, 2, 40) for n in "kv")
     return {"q": draw(d, "q", 2, 2, 30, 2, 40), "k": k, "v": v, "lengths": d.integers(200, 140)}
@@ -49,6 +56,7 @@ CASES = {
         lambda draw, d: {**qkv(draw, d, 1, 6, 70, 1, 40), "mask": FrameMask(past=1, future=0, sink=1)},
     ),
     "text": ("video_attention", text),
+    "text and norms": ("video_attention", norms),
     "cross": ("cross_attention", cross),
     "gated": ("gated_attention", gated),
     "temporal": ("temporal_attention", lambda draw, d: qkv(draw, d, 2, 16, 5, 2, 64)),
@@ -62,15 +70,19 @@ CASES = {
         lambda draw, d: {**qkv(draw, d, 1, 60, 1, 1, 40, T_k=300), "mask": FrameMask.causal()},
     ),
 }
+ROUNDED = pytest.mark.xfail(strict=True, reason="delta comes from out, whose rounding all keys of a row share")
+KNOWN = {("text and norms", torch.float16, shifted): ROUNDED}
 COMPILED = [
-    (name, "cpu", dtype, draw)
+    pytest.param(name, "cpu", dtype, draw, marks=KNOWN.get((name, dtype, draw), ()))
     for name, (op, _) in CASES.items()
     if "cpu" in backends_of(op)
     for dtype in dtypes_of("cpu")
     for draw in (uniform, shifted)
 ]
 INTERPRETED = [  # the larger mean alone
-    (name, "triton", torch.float16, shifted) for name, (op, _) in CASES.items() if "triton" in backends_of(op)
+    (name, "triton", torch.float16, shifted)
+    for name, (op, _) in CASES.items()
+    if "triton" in backends_of(op) and (name, torch.float16, shifted) not in KNOWN
 ]
 
 

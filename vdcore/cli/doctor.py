@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ ALLOCATOR_ADVICE = (
     f"start Python with {machine.ADVICE}, or preload tcmalloc or jemalloc"
 )
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRODUCT = 1024  # rows, columns and terms
+PRODUCT_SECONDS = 0.15  # of a dtype
+
 
 def chosen() -> dict[str, dict[str, str]]:
     """Operator -> device -> the backend that `auto` takes for a plain float32 call with gradients."""
@@ -42,6 +47,44 @@ def chosen() -> dict[str, dict[str, str]]:
             inputs = case.inputs(torch.float32, requires_grad=True, device=device)
             found.setdefault(op, {})[device] = vdcore.explain(op, **inputs.args)[0][0]
     return found
+
+
+def products() -> dict[str, float]:
+    """GFLOP/s of torch's product of 1,024 on the CPU, by dtype: what a model's linear layers run at.
+
+    Takes half a second. Where a dtype has no instructions a product can be hundreds of times slower: it is timed on as
+    many rows as fit into its share of that.
+    """
+    return {str(dtype).removeprefix("torch."): _product_rate(dtype) for dtype in DTYPES}
+
+
+@torch.inference_mode()
+def _product_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.ones(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2))
+    best: dict[int, float] = {}
+    rows, now = 16, time.perf_counter()
+    end = now + PRODUCT_SECONDS
+    while now < end:
+        start = time.perf_counter()
+        torch.mm(a[:rows], b)
+        now = time.perf_counter()
+        best[rows] = max(best.get(rows, 0.0), 2e-9 * rows * PRODUCT**2 / (now - start))
+        if rows < PRODUCT and 8 * (now - start) < end - now:
+            rows *= 8
+    return best[rows]
+
+
+def dtype_advice(rates: dict[str, float]) -> str:
+    """In which dtype to run models on this CPU, from :func:`products`: half precision where it is no slower, because
+    it takes half the memory, and bfloat16 of the two unless float16 is clearly ahead."""
+    single, brain, half = (rates[name] for name in ("float32", "bfloat16", "float16"))
+    name = "float16" if half > 1.25 * brain else "bfloat16"
+    if rates[name] < 0.9 * single:
+        name = "float32"
+    others = ", ".join(
+        f"{other} runs at {rate / rates[name]:.2g} of that" for other, rate in rates.items() if other != name
+    )
+    return f"Run models on this CPU in {name}: torch's product of 1,024 takes {rates[name]:.0f} GFLOP/s, {others}."
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -100,6 +143,7 @@ def facts() -> dict[str, Any]:
         "gpus": gpus(),
         "allocator": {"name": machine.allocator(), "advice": ALLOCATOR_ADVICE if machine.needs_relaunch() else None},
         "extras": {extra: extras.missing(extra) for extra in extras.EXTRAS},
+        "products": products(),
         "backends": vdcore.backends(),
         "operators": operator_table(),
         "chosen": chosen(),
@@ -121,6 +165,7 @@ def text(facts: dict[str, Any]) -> str:
         [
             _table("Machine", ("what", "is"), _machine(facts)),
             *([f"Advice: {advice}\n"] if advice else []),
+            f"{dtype_advice(facts['products'])}\n",
             _table("Extras", ("extra", "for", "here"), _extras(facts)),
             _table("Backends", ("backend", "here"), ((n, why or "usable") for n, why in facts["backends"].items())),
             _table("Operators", *_operators(facts)),

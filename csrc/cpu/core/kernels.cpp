@@ -11,6 +11,6 @@ namespace vdcore::cpu::VDCORE_ISA {
 VDCORE_OPERATORS(VDCORE_DECLARATION)
 
 extern const Kernels table;
-const Kernels table = {VDCORE_STRING(VDCORE_ISA), VDCORE_OPERATORS(VDCORE_ENTRY)};
+const Kernels table = {VDCORE_STRING(VDCORE_ISA), VDCORE_OPERATORS(VDCORE_ENTRY) nullptr};
 
 }  // namespace vdcore::cpu::VDCORE_ISA

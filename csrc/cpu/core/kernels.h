@@ -23,6 +23,14 @@
   X(patches_from_tokens, PatchProduct)                      \
   X(patch_weight_gradient, PatchWeightGradient)
 
+// Those that have a version for AMX's tiles.
+#define VDCORE_AMX_OPERATORS(X)               \
+  X(frame_attention_forward, FrameAttention)  \
+  X(frame_attention_backward, FrameAttention) \
+  X(tokens_from_patches, PatchProduct)        \
+  X(patches_from_tokens, PatchProduct)        \
+  X(patch_weight_gradient, PatchWeightGradient)
+
 namespace vdcore::cpu {
 
 struct Kernels {
@@ -30,6 +38,8 @@ struct Kernels {
 #define VDCORE_POINTER(function, Arguments) void (*function)(const Arguments&);
   VDCORE_OPERATORS(VDCORE_POINTER)
 #undef VDCORE_POINTER
+  // Products of emulated tiles that the calling thread has run; -1 where tiles are real.
+  int64_t (*tile_products)() = nullptr;
 };
 
 }  // namespace vdcore::cpu

@@ -13,7 +13,7 @@
 #include "common/tensor_view.h"
 
 #ifndef VDCORE_ISA
-#error "VDCORE_ISA names the namespace: baseline, avx2 or avx512"
+#error "VDCORE_ISA names the namespace: baseline, avx2, avx512, amx or amx_emulated"
 #endif
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -21,6 +21,9 @@ namespace vdcore::cpu::VDCORE_ISA {
 #if defined(__AVX512F__)
 constexpr int W = 16;           // float32 lanes
 constexpr int kRegisters = 32;  // vector registers
+#elif defined(VDCORE_EMULATED_TILES)
+constexpr int W = 16;  // a row of a tile; the compiler cuts vectors up
+constexpr int kRegisters = 16;
 #elif defined(__AVX__)
 constexpr int W = 8;
 constexpr int kRegisters = 16;
@@ -81,7 +84,7 @@ VDCORE_INLINE float sum(vf x) {
 #define VDCORE_LANES_4(f) f(0), f(1), f(2), f(3)
 #define VDCORE_LANES_8(f) VDCORE_LANES_4(f), f(4), f(5), f(6), f(7)
 #define VDCORE_LANES_16(f) VDCORE_LANES_8(f), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(VDCORE_EMULATED_TILES)
 #define VDCORE_LANES VDCORE_LANES_16
 #elif defined(__AVX__)
 #define VDCORE_LANES VDCORE_LANES_8

@@ -20,28 +20,6 @@ int64_t tile_of(int64_t floats, int64_t budget) {
   return n < kBlockRows ? kBlockRows : smaller(n, kMaxTile);
 }
 
-// Tokens cut into tiles, and tiles into about eight items per thread.
-struct TileRange {
-  int64_t tokens, tile, tiles_of_item;
-
-  TileRange(int64_t all, int64_t of_tile, int threads) : tokens(all), tile(of_tile) {
-    tiles_of_item = larger(1, tiles() / (8 * threads));
-  }
-  int64_t tiles() const { return (tokens + tile - 1) / tile; }
-  int64_t items() const { return (tiles() + tiles_of_item - 1) / tiles_of_item; }
-
-  template <typename Body>
-  void for_tiles(int64_t item, const Body& body) const {
-    const int64_t first = item * tiles_of_item * tile, last = smaller(tokens, first + tiles_of_item * tile);
-    for (int64_t token = first; token < last; token += tile) body(token, smaller(tile, last - token));
-  }
-};
-
-char* token_row(const TensorView& tokens, int64_t token) {
-  const int64_t T = tokens.size[1], N = tokens.size[2];
-  return tokens.at(token / N / T, token / N % T, token % N);
-}
-
 // tokens = patches * weight + bias.
 struct TokensFromPatches {
   const PatchProduct& a;

@@ -1,0 +1,28 @@
+// Table of operators with AMX's tiles: what has no products in bfloat16 is VDCORE_REST's.
+#include "cpu/core/amx.h"
+#include "cpu/core/kernels.h"
+
+#define VDCORE_DECLARATION(function, Arguments) void function(const Arguments&);
+#define VDCORE_ENTRY(function, Arguments) function,
+
+namespace vdcore::cpu::VDCORE_REST {
+VDCORE_OPERATORS(VDCORE_DECLARATION)
+}
+
+namespace vdcore::cpu::VDCORE_ISA {
+
+using namespace VDCORE_REST;  // hidden by what is declared here
+VDCORE_AMX_OPERATORS(VDCORE_DECLARATION)
+
+#if defined(VDCORE_EMULATED_TILES)
+int64_t tile_products() { return tile_registers().products; }
+#elif defined(VDCORE_DOT_PRODUCTS)
+constexpr int64_t (*tile_products)() = nullptr;
+#else
+int64_t tile_products() { return -1; }
+#endif
+
+extern const Kernels table;
+const Kernels table = {VDCORE_ISA_NAME, VDCORE_OPERATORS(VDCORE_ENTRY) tile_products};
+
+}  // namespace vdcore::cpu::VDCORE_ISA

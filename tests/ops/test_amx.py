@@ -1,0 +1,142 @@
+"""The kernels for AMX's tiles, on the emulated twin of the tiles, which every machine runs.
+
+A machine that has AMX runs them as ``auto``, in every other test. The twin follows the documented semantics of the
+instructions; what it cannot know is time, so products of tiles are counted here instead.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import run_python
+
+from vdcore_bench.workloads import load
+
+ROOT = Path(__file__).parents[2]
+EMULATED = {"VDCORE_CPU_ISA": "amx-emulated"}
+TILE = 16 * 16 * 32  # multiply-adds of one product of tiles
+MOST_TOKENS = 400  # of a frame here: more only repeat the same tiles
+
+COUNT = """
+import json, torch, vdcore
+from vdcore.ops.native import native
+torch.set_num_threads(1)
+
+def count(call):
+    before = native().tile_products()
+    call()
+    return native().tile_products() - before
+
+def attention(S, D):
+    q, k, v = (torch.randn(1, 1, S, 1, D).bfloat16().requires_grad_() for _ in range(3))
+    outs = []
+    forward = count(lambda: outs.append(vdcore.spatial_attention(q, k, v, backend="cpu")))
+    return forward, count(lambda: outs[0].sum().backward())
+
+def patches(C, size, E):
+    video = torch.randn(1, C, 1, 2 * size, 2 * size).bfloat16()
+    weight = torch.randn(E, C, 1, 2, 2).bfloat16()
+    tokens = []
+    into = count(lambda: tokens.append(vdcore.patchify(video, weight, backend="cpu")))
+    back = weight.reshape(E, -1).T.contiguous()
+    args = dict(channels=C, patch=(1, 2, 2), grid=(1, size, size), backend="cpu")
+    return into, count(lambda: vdcore.unpatchify(tokens[0], back, **args))
+
+print(json.dumps([CALL(*size) for size in SIZES]))
+"""
+
+
+def counts(call, sizes):
+    """Products of tiles that a call takes, one thread."""
+    code = COUNT.replace("CALL", call).replace("SIZES", repr(sizes))
+    return json.loads(run_python(code, **EMULATED))
+
+
+def test_cases_in_bfloat16():
+    """The tolerance rule; other dtypes are another instruction set's."""
+    code = """
+import torch, vdcore
+from vdcore.ops.native import native
+from vdcore.testing import CASES, check
+used = set()
+for case in CASES:
+    if dict(vdcore.explain(case.op, **case.inputs(torch.bfloat16, requires_grad=True).args))["cpu"] is not None:
+        continue
+    before = native().tile_products()
+    check(case, "cpu", torch.bfloat16)
+    if native().tile_products() > before:
+        used.add(case.op)
+print(native().cpu_isa(), *sorted(used))
+"""
+    isa, *used = run_python(code, OMP_NUM_THREADS=1, **EMULATED).split()
+    assert isa == "amx-emulated"
+    assert {"spatial_attention", "video_attention", "cross_attention", "gated_attention"} <= set(used)
+    assert {"patchify", "unpatchify"} <= set(used)
+
+
+def test_no_other_instruction_set_has_emulated_tiles():
+    code = "from vdcore.ops.native import native; print(native().tile_products())"
+    assert run_python(code, VDCORE_CPU_ISA="baseline").strip() == "None"
+    refused = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "VDCORE_CPU_ISA": "amx2"}, capture_output=True, text=True
+    )
+    assert "VDCORE_CPU_ISA must be one of" in refused.stderr and "amx-emulated" in refused.stderr
+
+
+def up(n, of):
+    return -(-n // of) * of
+
+
+@cache
+def shapes():
+    return sorted({(min(w.tokens_per_frame, MOST_TOKENS), w.head_dim) for w in load().values()})
+
+
+def test_products_of_attention_are_those_of_its_padded_shape():
+    """Scores pad channels to 32, results to 16; keys of a tile pad to 32, and the last queries to a panel of 32."""
+    for (S, D), (forward, backward) in zip(shapes(), counts("attention", shapes())):
+        terms, row = up(D, 32), up(D, 16)
+        assert forward * TILE == up(S, 32) * up(S, 32) * (terms + row), (S, D)
+        assert 5 * S * S * D <= backward * TILE <= up(S, 32) ** 2 * (2 * terms + 3 * row), (S, D)
+
+
+def test_products_of_patches_are_those_of_their_padded_shape():
+    sizes = [(4, 8, 1152), (16, 6, 1536), (12, 5, 72)]  # channels, tokens along a side, channels of a token
+    for (C, side, E), (into, back) in zip(sizes, counts("patches", sizes)):
+        tokens = up(side * side, 32)
+        assert into * TILE == tokens * up(4 * C, 32) * up(E, 32)
+        assert back * TILE == tokens * up(4 * C, 16) * up(E, 32)
+
+
+SWEEP = (
+    "test_pairs.py",
+    "contract/test_determinism.py",
+    "contract/test_head_dims.py",
+    "contract/test_layouts.py",
+    "contract/test_lengths.py",
+    "contract/test_nan.py",
+    "contract/test_rows_that_see_nothing.py",
+    "ops/test_inputs_with_a_mean.py",
+    "ops/test_many_keys.py",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWEEP)
+def test_sweep(name):
+    """What the engine is held to elsewhere, on the twin."""
+    operators = "spatial or video or cross or gated or patchify or many_keys"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"tests/{name}"]
+    done = subprocess.run(
+        [*command, "-k", f"({operators}) and not triton and not cuda and not sdpa and not reference"],
+        env={**os.environ, **EMULATED},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout

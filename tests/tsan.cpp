@@ -1,0 +1,149 @@
+// The CPU engine under ThreadSanitizer: several std::threads call it at once, each call on threads of the engine's own
+// pool, and every result must have the bits that one thread alone comes to. For tests/tsan.sh.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "common/token_groups.h"
+#include "common/visible_frames.h"
+#include "cpu/core/engine.h"
+
+namespace {
+
+using namespace vdcore;
+
+constexpr int64_t B = 2, T = 3, S = 70, H = 2, D = 40;
+constexpr int kCallers = 3, kRounds = 4, kThreads = 4;
+
+// A contiguous tensor of random numbers, or of zeros.
+struct Array {
+  std::vector<char> bytes;
+  TensorView view;
+
+  Array(DType dtype, std::vector<int64_t> size, int seed = 0) {
+    view.dtype = dtype;
+    view.ndim = static_cast<int32_t>(size.size());
+    int64_t count = 1;
+    for (int axis = view.ndim - 1; axis >= 0; --axis) {
+      view.size[axis] = size[axis];
+      view.stride[axis] = count;
+      count *= size[axis];
+    }
+    bytes.resize(count * size_of(dtype));
+    view.data = bytes.data();
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < count && seed; ++i) {
+      const float x = static_cast<float>(random() % 2001) / 1000.f - 1.f;
+      uint32_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      bits >>= dtype == DType::bf16 ? 16 : 0;
+      std::memcpy(view.data + i * size_of(dtype), &bits, size_of(dtype));
+    }
+  }
+  float* floats() { return reinterpret_cast<float*>(view.data); }
+};
+
+enum class Pass { one, shared, two };  // of backward
+
+// Spatial or causal attention and its gradients; the bits of all of them.
+std::vector<char> frame_attention(DType dtype, const FrameMask& mask, Pass pass, int threads) {
+  const std::vector<int64_t> tokens = {B, T, S, H, D};
+  std::vector<Array> x;
+  for (int i = 0; i < 4; ++i) x.emplace_back(dtype, tokens, i + 1);  // q, k, v, dout
+  Array out(dtype, tokens), lse(DType::f32, {B, T, S, H}), dq(dtype, tokens), dk(dtype, tokens), dv(dtype, tokens);
+  const TokenGroups groups = frame_groups(mask, B, T, T, S, 0, nullptr, {});
+  cpu::FrameAttention a;
+  a.segment[0].q = x[0].view, a.segment[0].k = x[1].view, a.segment[0].v = x[2].view, a.segment[0].dout = x[3].view;
+  a.segment[0].out = out.view, a.segment[0].lse = lse.view;
+  a.segment[0].dq = dq.view, a.segment[0].dk = dk.view, a.segment[0].dv = dv.view;
+  a.groups = &groups;
+  a.scale = 0.15f;
+  a.threads = threads;
+  cpu::kernels().frame_attention_forward(a);
+
+  std::vector<float> delta(B * H * T * S), workspace;
+  a.delta = delta.data();
+  a.parts = pass == Pass::shared ? 3 : 1;
+  a.workspace_floats = (groups.largest_component() * ((D + 15) / 16 * 16 + 1) + 15) / 16 * 16;
+  a.workers = pass == Pass::shared ? static_cast<int64_t>(groups.components.size()) * H * a.parts : threads;
+  workspace.resize(a.workers * a.workspace_floats);
+  if (pass != Pass::two) a.workspace = workspace.data();
+  cpu::kernels().frame_attention_backward(a);
+
+  std::vector<char> all;
+  for (const Array* result : {&out, &lse, &dq, &dk, &dv})
+    all.insert(all.end(), result->bytes.begin(), result->bytes.end());
+  return all;
+}
+
+std::vector<char> temporal_attention(DType dtype, int threads) {
+  const std::vector<int64_t> tokens = {B, T, S, H, D};
+  Array q(dtype, tokens, 1), k(dtype, tokens, 2), v(dtype, tokens, 3), out(dtype, tokens);
+  const VisibleTables t(FrameMask{}, T, T, 0, nullptr, B);
+  cpu::TemporalAttention a;
+  a.q = q.view, a.k = k.view, a.v = v.view, a.out = out.view;
+  a.visible = {t.begin.data(),    t.end.data(), t.sink.data(), t.seen_begin.data(),
+               t.seen_end.data(), t.per_sample, t.dense};
+  a.scale = 0.15f;
+  a.threads = threads;
+  cpu::kernels().temporal_attention_forward(a);
+  return out.bytes;
+}
+
+std::vector<char> patchify(DType dtype, int threads) {
+  constexpr int64_t kSide = 8, kChannels = 4, E = 96, K = kChannels * 4;
+  Array video(dtype, {B, kChannels, T, 2 * kSide, 2 * kSide}, 1), weight(DType::f32, {K, E}, 2);
+  Array tokens(dtype, {B, T, kSide * kSide, E}), packed(DType::f32, {(E + 64) * (K + 64)});
+  Array dweight(DType::f32, {4, K, E});
+  cpu::PatchProduct a;
+  a.patches = {video.view, {1, 2, 2}, {T, kSide, kSide}, false};
+  a.tokens = tokens.view;
+  a.weight = {weight.floats(), E, 1};
+  a.packed = packed.floats();
+  a.threads = threads;
+  cpu::kernels().tokens_from_patches(a);
+  cpu::PatchWeightGradient g;
+  g.patches = a.patches;
+  g.tokens = a.tokens;
+  g.parts = 4;
+  g.dweight = dweight.floats();
+  g.threads = threads;
+  cpu::kernels().patch_weight_gradient(g);
+  std::vector<char> all = tokens.bytes;
+  all.insert(all.end(), dweight.bytes.begin(), dweight.bytes.end());
+  return all;
+}
+
+std::vector<std::vector<char>> everything(int threads) {
+  std::vector<std::vector<char>> found;
+  const FrameMask same_frame{0, 0, 1, 0}, causal{-1, 0, 1, 0};
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    for (const FrameMask& mask : {same_frame, causal})
+      for (Pass pass : {Pass::one, Pass::shared, Pass::two})
+        found.push_back(frame_attention(dtype, mask, pass, threads));
+    found.push_back(temporal_attention(dtype, threads));
+    found.push_back(patchify(dtype, threads));
+  }
+  return found;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::vector<char>> alone = everything(1);
+  bool same[kCallers] = {};
+  std::vector<std::thread> callers;
+  for (bool& mine : same)
+    callers.emplace_back([&] {
+      mine = true;
+      for (int round = 0; round < kRounds; ++round) mine = everything(kThreads) == alone && mine;
+    });
+  for (std::thread& caller : callers) caller.join();
+  for (const bool mine : same)
+    if (!mine) return std::fprintf(stderr, "%s: other bits with %d threads\n", cpu::kernels().isa, kThreads), 1;
+  std::printf("%s: %d callers with %d threads each, %d rounds of %d calls without a report\n", cpu::kernels().isa,
+              kCallers, kThreads, kRounds, static_cast<int>(alone.size()));
+  return 0;
+}
