@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import Call, empty, empty_like, lse_dtype
-from vdcore.ops.cross_attention import cpu, reference, sdpa, triton
+from vdcore.ops.cross_attention import cpu, reference, sdpa, tangents, triton
 from vdcore.ops.operator import by_formula, register, run
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def cross_attention(
 register(
     cross_attention,
     CrossCall,
+    tangents.cross_attention,
     reference=by_formula(reference.cross_attention),
     cpu=cpu.CROSS,
     triton=triton.CROSS,

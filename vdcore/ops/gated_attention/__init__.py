@@ -12,7 +12,7 @@ from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import QKV, Call, Triple, empty, empty_like, lse_dtype
 from vdcore.ops.frame_attention import SpatialCall
-from vdcore.ops.gated_attention import cpu, cuda, reference, triton
+from vdcore.ops.gated_attention import cpu, cuda, reference, tangents, triton
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.ops.temporal_attention import TemporalCall
 from vdcore.rope import Rope
@@ -135,6 +135,7 @@ def gated_attention(
 register(
     gated_attention,
     GatedCall,
+    tangents.gated_attention,
     reference=by_formula(reference.gated_attention),
     cpu=cpu.GATED,
     triton=triton.GATED,

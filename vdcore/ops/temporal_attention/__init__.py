@@ -12,7 +12,7 @@ from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import AttentionCall, empty, empty_like, lse_dtype
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, triton
+from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, tangents, triton
 from vdcore.rope import Rope
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def temporal_attention(
 register(
     temporal_attention,
     TemporalCall,
+    tangents.temporal_attention,
     reference=by_formula(reference.temporal_attention),
     cpu=cpu.TEMPORAL,
     triton=triton.TEMPORAL,

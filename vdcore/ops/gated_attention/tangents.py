@@ -1,0 +1,34 @@
+"""Tangents of gated attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.norm import compute_dtype
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.frame_attention.tangents import video_attention
+from vdcore.ops.temporal_attention.tangents import temporal_attention
+
+
+def gated_attention(call: Any, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``gate ds + (1 - gate) dt + dgate (s - t)``, of the spatial result s and the temporal one t, ``(B, T, S, H, D)``;
+    then ds, and the tangents of both lse, ``(B, T, S, H)``."""
+    dtype, shape = compute_dtype(call.main.dtype), call.main.shape
+    spatial, temporal = (tuple(x.to(dtype) for x in triple) for triple in (call.spatial, call.temporal))
+    parts = replace(call, spatial=spatial, temporal=temporal).parts()  # the mix rounds once, at the end
+    found = []
+    for part, prefix, tangents in zip(parts, ("spatial_", "temporal_"), (video_attention, temporal_attention)):
+        below = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
+        found.append(tangents(part, below))
+    (ds, spatial_lse), (dt, temporal_lse) = found
+    gate, ds = call.gate.to(dtype), ds.reshape(shape)
+    out = torch.lerp(dt, ds, gate)
+    if "gate" in given:
+        s, t = (BACKENDS["reference"].operators[part.op].formula(part)[0] for part in parts)  # type: ignore[misc]
+        out = out + given["gate"].to(dtype) * (s.reshape(shape) - t)
+    kept = call.main.dtype
+    return out.to(kept), ds.to(kept), spatial_lse.reshape(shape[:-1]), temporal_lse
