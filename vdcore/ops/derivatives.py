@@ -189,7 +189,8 @@ class Forward(Step):
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         if unobserved(tensors):
             return run_forward(self.call(tensors), self.backend)  # type: ignore[return-value]
-        found = OVERLOADS[self.kind.op](*tensors, *self.numbers, True, self.backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            found = OVERLOADS[self.kind.op](*tensors, *self.numbers, True, self.backend)
         return found if self.kind.OUTPUTS > 1 else (found,)
 
     def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -223,7 +224,8 @@ class Backward(Step):
             found = run_backward(self.call(own), self.backend, kept, grads, own, self.wanted)
         else:
             op = getattr(torch.ops.vdcore, f"{self.kind.op}_backward")
-            found = op(*grads, *kept, *own, *self.numbers, list(self.wanted), self.backend)
+            with torch._C._AutoDispatchBelowAutograd():
+                found = op(*grads, *kept, *own, *self.numbers, list(self.wanted), self.backend)
         there = (yes for x, yes in zip(own, self.wanted) if x is not None)
         return tuple(dx for dx, yes in zip(found, there) if yes)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
@@ -316,10 +317,34 @@ def register(
         return (*_gradients(ctx, grads, ctx.needs_input_grad[:n]), *(None,) * (m + 2))
 
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
-    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(
-        f"vdcore::{op}_backward", partial(_no_double_backward, op), setup_context=_setup_nothing, lib=_library
-    )
+    lib: Any = _Guarded(op)
+    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
+    refuse = partial(_no_double_backward, op)
+    torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
+
+
+class _Guarded:
+    """Registers autograd's kernels behind a look at what they would drop: torch.library's know backward alone.
+
+    Calls of the public functions come by here under torch.compile only; elsewhere they are steps.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
+        def guarded(keyset: Any, *values: Any) -> Any:
+            if is_transformed():
+                top = torch._C._functorch.peek_interpreter_stack()
+                known = top is None or top.key() in (TransformType.Vmap, TransformType.Functionalize)
+                if not known or has_tangent(*(x for x in values if isinstance(x, Tensor))):
+                    raise RuntimeError(
+                        f"{self.op}: as torch's operator, which is what torch.compile makes of it, it has neither "
+                        "tangents nor the gradients of torch.func; take these of the function that is not compiled"
+                    )
+            return kernel(keyset, *values)
+
+        _library.impl(name, guarded, key, with_keyset=with_keyset)
 
 
 def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
