@@ -45,6 +45,9 @@ class Implementation:
         why_not: the reason why a call cannot run, forward or backward, or None.
         why_not_backward: a reason that holds for backward alone.
         formula: the call's results by torch's differentiable operators, where the implementation is made of them.
+        tangents: ``tangents(call, outputs, given)`` returns the outputs' tangents from those of some of the call's
+            tensors, by name. None: they are taken by the operator's formula.
+        why_not_tangents: a reason that holds for tangents alone.
     """
 
     forward: Callable[[Any], tuple[Tensor | None, ...]]
@@ -52,6 +55,8 @@ class Implementation:
     why_not: Callable[[Any], str | None] = always
     why_not_backward: Callable[[Any], str | None] = always
     formula: Callable[[Any], tuple[Tensor, ...]] | None = None
+    tangents: Callable[[Any, tuple[Tensor, ...], Gradients], tuple[Tensor, ...]] | None = None
+    why_not_tangents: Callable[[Any], str | None] = always
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,12 @@ def run_forward(call: Call, backend: str) -> tuple[Tensor | None, ...]:
     chosen = choose(call, "fwd", backend)
     record(call.op, chosen, "fwd")
     return implementation(call, chosen).forward(call)
+
+
+def why_no_tangents(call: Call, name: str) -> str | None:
+    """The reason why a backend that runs forward does not compute the tangents, or None."""
+    its = implementation(call, name)
+    return f"the {name} backend has no tangents of {call.op}" if its.tangents is None else its.why_not_tangents(call)
 
 
 def run_backward(

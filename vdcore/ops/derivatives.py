@@ -28,11 +28,13 @@ from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
     choose,
+    implementation,
     is_transformed,
     record,
     run_backward,
     run_forward,
     unobserved,
+    why_no_tangents,
 )
 
 Given = dict[str, Tensor]  # tangents, by the name of their tensor
@@ -100,14 +102,26 @@ class Step:
         """The same in torch's operators, which every transform knows."""
         raise NotImplementedError
 
+    @property
+    def kept(self) -> int:
+        """How many of the call's results come after its tensors, for steps after forward."""
+        return self.kind.OUTPUTS if self.kind.SAVES_OUTPUTS else 0
+
     def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
-        """Gradients of its tensors; ``saved``: these, and the results."""
-        found = iter(_pull(self.formula, saved[: len(needed)], needed)[1](grads))
-        return [next(found) if yes else None for yes in needed]
+        """Gradients of its tensors; ``saved``: these, and the results.
+
+        None of the call's results among them: the formula makes these anew, of the tensors.
+        """
+        n = len(self.kind.NAMES)
+        real = [yes and not n <= i < n + self.kept for i, yes in enumerate(needed)]
+        found = iter(_pull(self.formula, saved[: len(needed)], real)[1](grads))
+        return [next(found) if yes else None for yes in real]
 
     def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Tangents of its results."""
-        return _push(self.formula, saved[: len(tangents)], tangents)
+        """Tangents of its results; those of the call's results do not count, as in :meth:`pull`."""
+        n = len(self.kind.NAMES)
+        real = [None if n <= i < n + self.kept else dx for i, dx in enumerate(tangents)]
+        return _push(self.formula, saved[: len(tangents)], real)
 
 
 Formula = Callable[..., tuple[Tensor, ...]]
@@ -202,7 +216,8 @@ class Forward(Step):
     def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         given = tuple(x is not None for x in tangents)
         step = Jvp(self.kind, self.numbers, self.backend, given)
-        return apply(step, (*saved[: len(given)], *(x for x in tangents if x is not None)))
+        kept = saved[len(given) :] if self.kind.SAVES_OUTPUTS else ()
+        return apply(step, (*saved[: len(given)], *kept, *(x for x in tangents if x is not None)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,21 +254,12 @@ class Backward(Step):
                 f"{self.kind.op}: double backward is not supported; with vdcore.double_backward('reference') it is "
                 "taken through the reference"
             )
-        return super().pull(saved, grads, self._but_results(needed))
-
-    def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        real = self._but_results([True] * len(tangents))
-        return super().push(saved, tuple(x if yes else None for x, yes in zip(tangents, real)))
-
-    def _but_results(self, needed: Sequence[bool]) -> list[bool]:
-        """The formula makes the call's results anew: what depends on them depends on the tensors."""
-        n, end = len(self.wanted), len(needed) - self.kind.OUTPUTS
-        return [yes and not n <= i < end for i, yes in enumerate(needed)]
+        return super().pull(saved, grads, needed)
 
 
 @dataclass(frozen=True, eq=False)
 class Jvp(Step):
-    """Of the call's tensors and the tangents of some of them: the tangents of its results.
+    """Of the call's tensors, its results (where it saves them) and the tangents of some tensors: those of its results.
 
     Args:
         given: which tensors have tangents.
@@ -262,17 +268,29 @@ class Jvp(Step):
     given: tuple[bool, ...]
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        own, kept, tangents = self._parts(tensors)
+        call = self.call(own)
+        chosen = choose(call, "fwd", self.backend)
+        if unobserved(tensors) and why_no_tangents(call, chosen) is None:
+            record(self.kind.op, chosen, "jvp")
+            run = implementation(call, chosen).tangents
+            assert run is not None
+            return run(call, kept, {name: dx.detach() for name, dx in tangents.items()})
         record(self.kind.op, "reference", "jvp")
         # A tangent that is a result as it stands: autograd tells the two apart by their identity.
         return tuple(y.clone() if any(y is x for x in tensors) else y for y in self.formula(*tensors))
 
     def formula(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        n = len(self.given)
-        own, each = tensors[:n], iter(tensors[n:])
+        own, _, tangents = self._parts(tensors)
         if self.kind.op not in TANGENTS:
-            return _push(self.reference, own, [next(each) if yes else None for yes in self.given])
+            return _push(self.reference, own, [tangents.get(name) for name in self.kind.NAMES])
+        return TANGENTS[self.kind.op](self.call(own), tangents)
+
+    def _parts(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...], Given]:
+        n = len(self.given)
+        end = n + self.kept
         names = (name for name, yes in zip(self.kind.NAMES, self.given) if yes)
-        return TANGENTS[self.kind.op](self.call(own), dict(zip(names, each)))  # type: ignore[arg-type]
+        return tensors[:n], tensors[n:end], dict(zip(names, tensors[end:]))
 
 
 def gradients(

@@ -32,6 +32,7 @@ from vdcore.ops.choose import (
     run_backward,
     run_forward,
     unobserved,
+    why_no_tangents,
 )
 from vdcore.ops.derivatives import TANGENTS, Forward, Given, apply, gradients
 
@@ -167,7 +168,9 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None
     call = capture(FUNCTIONS[op], *args, **kwargs)
     found = reasons(call)
     if has_tangent(*call.tensors()):
-        found.append(("tangents", f"no backend has those of {op}: by the formula in torch's operators"))
+        reason = why_no_tangents(call, found[0][0])
+        by = found[0][0] if reason is None else f"the formula in torch's operators: {reason}"
+        found.append(("tangents", f"by {by}"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +26,22 @@ def gated_attention(call: Any, given: dict[str, Tensor]) -> tuple[Tensor, Tensor
         below = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         found.append(tangents(part, below))
     (ds, spatial_lse), (dt, temporal_lse) = found
-    gate, ds = call.gate.to(dtype), ds.reshape(shape)
-    out = torch.lerp(dt, ds, gate)
-    if "gate" in given:
+    ds, kept = ds.reshape(shape), call.main.dtype
+
+    def primals() -> tuple[Tensor, Tensor]:
         s, t = (BACKENDS["reference"].operators[part.op].formula(part)[0] for part in parts)  # type: ignore[misc]
-        out = out + given["gate"].to(dtype) * (s.reshape(shape) - t)
-    kept = call.main.dtype
+        return s.reshape(shape), t
+
+    out = mixed(call, ds, dt, given, primals)
     return out.to(kept), ds.to(kept), spatial_lse.reshape(shape[:-1]), temporal_lse
+
+
+def mixed(
+    call: Any, ds: Tensor, dt: Tensor, given: dict[str, Tensor], primals: Callable[[], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The result's tangent, ``(B, T, S, H, D)``; ``primals`` gives s and t, which the gate's alone needs."""
+    out = torch.lerp(dt, ds, call.gate.to(ds.dtype))
+    if "gate" in given:
+        s, t = primals()
+        out = out + given["gate"].to(ds.dtype) * (s - t)
+    return out
