@@ -22,6 +22,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("share_openmp", [](const std::string& path) { return share_openmp(path.c_str()); });
   cpu::define_adaln(m);
   cpu::define_frame_attention(m);
+  cpu::define_frame_tangents(m);
   cpu::define_patchify(m);
   cpu::define_qk_norm_rope(m);
   cpu::define_temporal_attention(m);

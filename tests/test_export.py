@@ -6,7 +6,8 @@ from torch import nn
 
 import vdcore
 from vdcore.export import decompositions
-from vdcore.ops.operator import DECOMPOSE, FUNCTIONS, OVERLOADS, capture
+from vdcore.ops.choose import OVERLOADS
+from vdcore.ops.operator import DECOMPOSE, FUNCTIONS, capture
 from vdcore.testing import CASES
 
 

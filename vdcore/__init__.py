@@ -22,6 +22,7 @@ from vdcore.ops import (
     video_attention,
 )
 from vdcore.ops.choose import BackendError, backends, calls, use_backend
+from vdcore.ops.derivatives import double_backward
 from vdcore.rope import Rope, axial_rope
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "backends",
     "calls",
     "cross_attention",
+    "double_backward",
     "explain",
     "gate_residual",
     "gated_attention",

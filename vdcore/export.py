@@ -19,8 +19,8 @@ from torch.export import default_decompositions
 
 from vdcore.mask import FrameMask
 from vdcore.norm import compute_dtype
-from vdcore.ops.choose import BACKENDS
-from vdcore.ops.operator import DECOMPOSE, OVERLOADS
+from vdcore.ops.choose import BACKENDS, OVERLOADS
+from vdcore.ops.operator import DECOMPOSE
 from vdcore.ops.qk_norm_rope.reference import norm_rope
 
 __all__ = ["decompositions"]

@@ -23,6 +23,21 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
 
 
+def normalized(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its last dimension, without weight, and what it was multiplied by: ``1 / sqrt(mean(x**2) + eps)``."""
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    factor = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * factor, factor
+
+
+def normalized_tangent(y: Tensor, factor: Tensor, dx: Tensor, kind: str) -> Tensor:
+    """The tangent of :func:`normalized`'s y: ``factor * (dx - y mean(y dx))``, of dx without its mean if x is."""
+    if kind == "layer":
+        dx = dx - dx.mean(-1, keepdim=True)
+    return factor * (dx - y * (y * dx).mean(-1, keepdim=True))
+
+
 @dataclass(frozen=True, eq=False)
 class QKNorm:
     """A norm on q and k, before rope.
@@ -68,9 +83,7 @@ class QKNorm:
         y = x.to(dtype)
         if self.over == "all":
             y = y.flatten(-2)
-        if self.kind == "layer":
-            y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y, _ = normalized(y, self.kind, self.eps)
         if weight is not None:
             y = y * weight.to(dtype)
         if bias is not None:

@@ -54,6 +54,32 @@ def test_a_source_is_its_description_and_the_generator(kind, folder):
     assert not torch.equal(batches[0], source.batch(3, torch.Generator().manual_seed(6)))
 
 
+def test_bad_files_do_not_stop_a_folder(folder, generator):
+    whole = (folder / "b.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").touch()
+    (folder / "page.mp4").write_text("<html>404</html>")
+    with pytest.warns(UserWarning, match="left out 4 bad or short files") as caught:
+        source = Clips([folder], frames=8, size=(8, 8))
+    said = str(caught[0].message).splitlines()
+    assert len(caught) == 1 and len(said) == 5
+    for name in ("cut.mp4", "empty.mp4", "page.mp4", "a.gif"):
+        assert sum(name in line for line in said) == 1
+    assert [path.name for path in source.paths] == ["b.mp4"]
+    assert [path.name for path, _ in source.left_out] == ["cut.mp4", "empty.mp4", "a.gif", "page.mp4"]
+    again = source_of(source.describe())
+    batches = [s.batch(3, torch.Generator().manual_seed(5)) for s in (source, again)]
+    assert torch.equal(*batches)
+
+
+def test_frames_by_time(folder, generator):
+    """Clips are written at 8 frames per second."""
+    source = Clips([folder / "b.mp4"], frames=3, size=(8, 8), fps=2)
+    assert source.describe()["fps"] == 2
+    clips = source_of(source.describe()).batch(5, generator)
+    assert (clips.mean((1, 3, 4)).diff(dim=1) - 4 / 32).abs().max() < 0.012
+
+
 def test_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.mp4: no such file or folder"):
         find_videos([folder / "nowhere.mp4"])
@@ -64,7 +90,11 @@ def test_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no paths given"):
         find_videos([])
     with pytest.raises(ValueError, match=r"a.gif: 7 frames at stride 1, wanted 8"):
-        Clips([folder], frames=8, size=(8, 8))
+        Clips([folder], frames=8, size=(8, 8), strict=True)
+    with pytest.raises(ValueError, match=r"a.gif: 7 frames at stride 1, wanted 8"):
+        Clips([folder / "b.mp4", folder / "inner" / "a.gif"], frames=8, size=(8, 8))
+    with pytest.raises(ValueError, match=r"none of 2 files is good:\n.*b.mp4: 12 frames .*\n.*a.gif: 7 frames "):
+        Clips([folder], frames=20, size=(8, 8))
     with pytest.raises(ValueError, match=r"notes.txt: not a video file"):
         Clips([folder / "notes.txt"], frames=2, size=(8, 8))
     with pytest.raises(ValueError, match="kind must be scenes or clips, got 'songs'"):

@@ -42,6 +42,12 @@ def test_long_video(script):
     assert len(set(re.findall(r"cache (\S+) MiB", output))) == 1
 
 
+def test_mean_flow(script):
+    output = script("mean_flow", "--steps", 20, "--width", 48)
+    first, last = map(float, re.findall(r"error (\S+)", output))
+    assert 0 < last < first and "clips in one step" in output
+
+
 def test_every_script_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     tested = re.findall(r'script\("(\w+)"', Path(__file__).read_text())

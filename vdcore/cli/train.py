@@ -29,6 +29,10 @@ def train(
     frames: Annotated[int | None, typer.Option(min=2, help="Frames per clip.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width of a clip, pixels.")] = None,
     stride: Annotated[int, typer.Option(min=1, help="Of files, every stride-th frame.")] = 1,
+    fps: Annotated[
+        float | None, typer.Option(help="Of files, so many frames per second, in place of --stride.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad or short file in a folder.")] = False,
     patch: Annotated[int | None, typer.Option(min=1, help="Height and width of a token, pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels per token.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
@@ -63,7 +67,7 @@ def train(
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
         recipe = _given(default, model=model, target=target, **clip, **training)
         source = (
-            Clips(clips, recipe.frames, recipe.size, stride)
+            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
             if clips
             else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vdcore.video.files import read_clip
+from vdcore.video.files import rate_of, read_clip
 from vdcore.video.scenes import MovingShapes
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".gif", ".mpg", ".mpeg", ".y4m")
@@ -49,24 +50,60 @@ class Clips:
         paths: files, and folders of files, which are searched.
         frames, size: ``T`` and ``(H, W)`` of a window; pictures are scaled to cover the size, and cropped.
         stride: every stride-th frame.
+        fps: frames per second, in place of ``stride``.
+        strict: raise for a bad or short file in a folder, too, as for one that is named by itself.
+
+    Attributes:
+        left_out: the files in folders that are bad or short, each with the reason.
 
     Raises:
         FileNotFoundError: where there is no such file or folder, or no video in a folder.
-        ValueError: if a file is no video, or has fewer frames than a window.
+        ValueError: if a file is no video, or has fewer frames than a window; of files in folders, if all are such.
+
+    Warns:
+        UserWarning: once, with a line for every file that is left out.
     """
 
     def __init__(
-        self, paths: Sequence[str | os.PathLike[str]], frames: int, size: tuple[int, int], stride: int = 1
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        frames: int,
+        size: tuple[int, int],
+        stride: int = 1,
+        *,
+        fps: float | None = None,
+        strict: bool = False,
     ) -> None:
-        self.paths, self.frames, self.size, self.stride = find_videos(paths), frames, size, stride
-        self.clips = []
-        for path in self.paths:
-            clip = read_clip(path, size=size, stride=stride)
-            if clip.shape[1] < frames:
-                raise ValueError(f"Clips: {path}: {clip.shape[1]} frames at stride {stride}, wanted {frames}")
-            self.clips.append((clip * 255).round().to(torch.uint8))
+        self.frames, self.size, self.stride, self.fps = frames, size, stride, fps
+        self.paths: list[Path] = []
+        self.clips: list[Tensor] = []
+        self.left_out: list[tuple[Path, str]] = []
+        named = set(map(Path, paths))
+        for path in find_videos(paths):
+            try:
+                clip = self._read(path)
+            except ValueError as error:
+                if strict or path in named:
+                    raise
+                self.left_out.append((path, str(error)))
+            else:
+                self.paths.append(path)
+                self.clips.append(clip)
+        if self.left_out:
+            reasons = "".join(f"\n  {reason}" for _, reason in self.left_out)
+            if not self.clips:
+                raise ValueError(f"Clips: none of {len(self.left_out)} files is good:{reasons}")
+            warnings.warn(f"Clips: left out {len(self.left_out)} bad or short files:{reasons}", stacklevel=2)
         windows = torch.tensor([clip.shape[1] - frames + 1 for clip in self.clips])
         self.ends = windows.cumsum(0)
+
+    def _read(self, path: Path) -> Tensor:
+        """uint8 ``(3, T, H, W)``."""
+        clip = read_clip(path, size=self.size, stride=self.stride, fps=self.fps)
+        if clip.shape[1] < self.frames:
+            found = f"{clip.shape[1]} frames at {rate_of(self.stride, self.fps)}"
+            raise ValueError(f"Clips: {path}: {found}, wanted {self.frames}")
+        return (clip * 255).round().to(torch.uint8)
 
     def batch(self, count: int, generator: torch.Generator) -> Tensor:
         """Every window of every file is as likely as any other; half of them are mirrored."""
@@ -81,8 +118,13 @@ class Clips:
         return torch.stack(videos)
 
     def describe(self) -> dict[str, Any]:
-        window = {"frames": self.frames, "size": list(self.size), "stride": self.stride}
-        return {"kind": "clips", "paths": [str(path) for path in self.paths], **window}
+        found = {"kind": "clips", "paths": [str(path) for path in self.paths], "frames": self.frames}
+        found |= {"size": list(self.size), "stride": self.stride}
+        if self.fps is not None:
+            found["fps"] = self.fps
+        if self.left_out:
+            found["left_out"] = [str(path) for path, _ in self.left_out]
+        return found
 
 
 def source_of(description: dict[str, Any]) -> Source:
@@ -93,6 +135,7 @@ def source_of(description: dict[str, Any]) -> Source:
     """
     values = dict(description)
     kind = values.pop("kind", None)
+    values.pop("left_out", None)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if kind == "scenes":
         return Scenes(MovingShapes(**values))

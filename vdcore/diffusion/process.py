@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from vdcore.diffusion import schedulers
 
 Kind = Literal["epsilon", "sample", "v_prediction", "flow"]
 KINDS = get_args(Kind)
@@ -31,45 +34,56 @@ class Process:
     (flow, Lipman et al. 2023). So ``z`` and any prediction give ``x`` and ``e``, and these every other prediction.
 
     Args:
-        scheduler: of diffusers; one with ``alphas_cumprod`` (DDPM, DDIM, ...) or a flow matching one.
+        scheduler: of diffusers; one with ``alphas_cumprod`` (DDPM, DDIM, Euler, ...) or a flow matching one.
         predicts: what the denoiser predicts; ``None``: what the scheduler expects of it. A denoiser may predict the
             clean video while a flow matching scheduler steps (Li and He 2025): :meth:`output_for_scheduler` converts.
+        mu: the shift of schedulers with ``use_dynamic_shifting``, which pipelines take from the resolution.
+
+    Raises:
+        TypeError, ValueError: if the scheduler needs more than a pipeline's plain loop gives it; the message begins
+            with the name of its class.
     """
 
-    def __init__(self, scheduler: Any, predicts: Kind | None = None) -> None:
-        self.scheduler = scheduler
-        self.train_timesteps = int(scheduler.config.num_train_timesteps)
-        if hasattr(scheduler, "alphas_cumprod"):
-            self.steps_on: Kind = scheduler.config.prediction_type
-            self._alphas_cumprod: Tensor | None = scheduler.alphas_cumprod.double()
-        elif "FlowMatch" in type(scheduler).__name__:
-            self.steps_on, self._alphas_cumprod = "flow", None
-        else:
-            raise TypeError(
-                f"Process: scheduler must have alphas_cumprod or match flows, got {type(scheduler).__name__}"
-            )
+    def __init__(self, scheduler: Any, predicts: Kind | None = None, *, mu: float | None = None) -> None:
+        name, config = type(scheduler).__name__, scheduler.config
+        flow_sigmas = bool(getattr(config, "use_flow_sigmas", False))
+        if "FlowMatch" not in name and not hasattr(scheduler, "alphas_cumprod"):
+            raise TypeError(f"{name}: a scheduler must have alphas_cumprod or match flows")
+        schedulers.refuse_unknown(scheduler, mu)
+        self._flows = flow_sigmas or "FlowMatch" in name
+        kind: Any = "flow_prediction" if "FlowMatch" in name else config.prediction_type
+        self.steps_on: Kind = "flow" if kind == "flow_prediction" and self._flows else kind
+        self.scheduler, self.mu = scheduler, mu
+        self.train_timesteps = int(config.num_train_timesteps)
         self.predicts: Kind = self.steps_on if predicts is None else predicts
-        for name, kind in (("predicts", self.predicts), ("the scheduler's prediction_type", self.steps_on)):
+        for what, kind in ((f"{name}: prediction_type", self.steps_on), ("Process: predicts", self.predicts)):
             if kind not in KINDS:
-                raise ValueError(f"Process: {name} must be one of {', '.join(KINDS)}, got {kind!r}")
+                raise ValueError(f"{what} must be one of {', '.join(KINDS)}, got {kind!r}")
 
     @property
     def clean(self) -> float:
-        """The timestep of a frame without noise: 0 of a flow, -1 of discrete timesteps, whose 0 is noisy already."""
-        return 0.0 if self._alphas_cumprod is None else -1.0
+        """The timestep of a frame without noise: 0 of a flow, -1 of discrete timesteps, whose 0 is noisy already, and
+        minus infinity of timesteps that are logarithms."""
+        if self._flows:
+            return 0.0
+        return -math.inf if schedulers.is_continuous(self.scheduler) else -1.0
 
     def model_timestep(self, timestep: Tensor) -> Tensor:
-        """Timesteps as the model takes them: never below 0."""
-        return timestep.clamp(min=0)
+        """Timesteps as the model takes them: never below the least that it is trained on."""
+        least = 0.0
+        if self.clean == -math.inf:
+            low = self.scheduler.config.sigma_min
+            low = low if low is not None else (1 / float(self.scheduler.alphas_cumprod[0]) - 1) ** 0.5
+            least = math.log(low) / 4
+        return timestep.clamp(min=least)
 
     def level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha`` and ``sigma`` of timesteps of any shape, float32."""
-        if self._alphas_cumprod is None:
+        if self._flows:
             sigma = timestep.double() / self.train_timesteps
             return (1 - sigma).float(), sigma.float()
-        index = timestep.round().long()
-        table = self._alphas_cumprod.to(timestep.device)
-        square = torch.where(index < 0, 1.0, table[index.clamp(0, len(table) - 1)])
+        ratio = schedulers.ratios(self.scheduler, timestep)
+        square = 1 / (1 + ratio**2)
         return square.sqrt().float(), (1 - square).sqrt().float()
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def roll(
         if cache is None:
             cache = model.new_cache(len(noise), *noise.shape[3:])
         clean = sample(partial(model, cache=cache), process, noise, steps, **conditions)
-        model(clean, clean.new_zeros(len(clean)), cache=cache, keep=True, **conditions)
+        still = process.model_timestep(clean.new_full((len(clean),), process.clean))
+        model(clean, still, cache=cache, keep=True, **conditions)
         yield clean
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vdcore.diffusion import schedulers
 from vdcore.diffusion.process import Denoise, Process, hold_timesteps, per_frame
 
 
@@ -39,44 +40,50 @@ def sample(
 ) -> Tensor:
     """Denoises a clip by the scheduler's own steps; frames that are held stay clean throughout, as a condition.
 
+    Gives what the loop of a diffusers pipeline gives: noise as strong as the scheduler starts from, the model's input
+    scaled by it, the model called twice in a step of second order.
+
     Args:
         denoise: called with ``(B,)`` timesteps, or ``(B, T)`` where frames are held.
         noise: ``(B, C, T, H, W)``, standard normal.
         steps: of the scheduler.
         held: ``(T,)`` or ``(B, T)`` bool, frames taken from ``known``.
         known: ``(B, C, T, H, W)``.
-        generator: for schedulers that add noise at every step.
-        on_step: called with the number of steps that are done.
+        generator: for schedulers that add noise at every step; others do not get it.
+        on_step: called with the number of timesteps that are done.
         conditions: passed on to the denoiser.
     """
-    scheduler, video = process.scheduler, noise
+    scheduler = process.scheduler
     if (held is None) != (known is None):
         raise ValueError("sample: held and known must be given together, got one of them")
     if known is not None and known.shape != noise.shape:
         raise ValueError(f"sample: known must be {tuple(noise.shape)}, as noise, got {tuple(known.shape)}")
     if held is not None:
         held = held.expand(len(noise), noise.shape[2])
-        video = torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
-    scheduler.set_timesteps(steps, device=noise.device)
-    extra = {"generator": generator} if generator is not None else {}
-    for i, t in enumerate(scheduler.timesteps):
+
+    def hold(video: Tensor) -> Tensor:
+        return video if held is None else torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
+
+    steps_at = schedulers.begin(scheduler, steps, process.mu, noise.device)
+    video = hold(schedulers.first_video(scheduler, noise))
+    for i, t in enumerate(steps_at):
         timestep = t.to(torch.float32).expand(len(video))
         if held is not None:
             timestep = hold_timesteps(timestep, held, process.clean)
-        output = denoise(video, process.model_timestep(timestep), **conditions)
-        output = process.output_for_scheduler(output, video, timestep)
-        video = scheduler.step(output, t, video, **extra).prev_sample
-        if held is not None:
-            video = torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
+        given = hold(schedulers.model_input(scheduler, video, t))
+        output = denoise(given, process.model_timestep(timestep), **conditions)
+        output = process.output_for_scheduler(output, given, timestep)
+        video = hold(schedulers.step(scheduler, output, t, video, generator))
         if on_step is not None:
             on_step(i + 1)
     return video
 
 
 def timesteps(process: Process, steps: int) -> Tensor:
-    """The scheduler's ``steps`` timesteps, and the one without noise after them: ``(steps + 1,)`` float32."""
-    process.scheduler.set_timesteps(steps)
-    return torch.cat((process.scheduler.timesteps.float().cpu(), torch.tensor([process.clean])))
+    """The scheduler's different timesteps, of which there are ``steps`` as a rule, and the one without noise after
+    them: ``(steps + 1,)`` float32, falling. Of steps that call the model twice it is the first call's."""
+    at = schedulers.begin(process.scheduler, steps, process.mu)[:: process.scheduler.order]
+    return torch.cat((at.float().cpu().unique().flip(0), torch.tensor([process.clean])))
 
 
 def pyramid(process: Process, steps: int, frames: int, lag: int) -> Tensor:
@@ -87,8 +94,10 @@ def pyramid(process: Process, steps: int, frames: int, lag: int) -> Tensor:
     """
     if lag < 0:
         raise ValueError(f"pyramid: lag must be at least 0, got {lag}")
-    rows = torch.arange(steps + lag * (frames - 1) + 1)[:, None]
-    return timesteps(process, steps)[(rows - lag * torch.arange(frames)).clamp(0, steps)]
+    levels = timesteps(process, steps)
+    last = len(levels) - 1
+    rows = torch.arange(last + lag * (frames - 1) + 1)[:, None]
+    return levels[(rows - lag * torch.arange(frames)).clamp(0, last)]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from vdcore.ops import (
     temporal_attention,
     video_attention,
 )
+from vdcore.ops.choose import has_tangent
 from vdcore.rope import Rope
 
 
@@ -103,8 +104,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Norms and rotates, writes k and v into the ring: q, and the keys and values of all frames that it sees."""
         q, k, v = qkv
-        if k.requires_grad:
-            raise RuntimeError("VDiT: a cache holds no gradients, call the model under torch.no_grad()")
+        if k.requires_grad or has_tangent(k, v):
+            raise RuntimeError("VDiT: a cache holds no gradients and no tangents, call the model under torch.no_grad()")
         norm = self.norm(branch)
         if norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, rope=rope)

@@ -1,4 +1,5 @@
 """Choosing a backend: data, not code. Every backend says why it cannot run a call; `auto` takes the first that can.
+Running a call on it, below autograd.
 
 Operators enter what runs them in the backends' tables (:func:`vdcore.ops.operator.register`); this file imports none.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vdcore.ops import cuda, native, triton
 from vdcore.ops.call import Call
@@ -41,12 +44,19 @@ class Implementation:
             tensors. None: there is no backward.
         why_not: the reason why a call cannot run, forward or backward, or None.
         why_not_backward: a reason that holds for backward alone.
+        formula: the call's results by torch's differentiable operators, where the implementation is made of them.
+        tangents: ``tangents(call, outputs, given)`` returns the outputs' tangents from those of some of the call's
+            tensors, by name. None: they are taken by the operator's formula.
+        why_not_tangents: a reason that holds for tangents alone.
     """
 
     forward: Callable[[Any], tuple[Tensor | None, ...]]
     backward: Callable[[Any, Any, tuple[Tensor | None, ...], frozenset[str]], Gradients] | None = None
     why_not: Callable[[Any], str | None] = always
     why_not_backward: Callable[[Any], str | None] = always
+    formula: Callable[[Any], tuple[Tensor, ...]] | None = None
+    tangents: Callable[[Any, tuple[Tensor, ...], Gradients], tuple[Tensor, ...]] | None = None
+    why_not_tangents: Callable[[Any], str | None] = always
 
 
 @dataclass(frozen=True)
@@ -192,3 +202,71 @@ def calls() -> Counter[tuple[str, str, str]]:
     """How many calls each backend has served in this process so far, by ``(operator, backend, "fwd" or "bwd")``."""
     with _calls_lock:
         return Counter(_calls)
+
+
+# ---- Running a call, below autograd ----
+
+OVERLOADS: dict[str, Any] = {}  # torch operators, by name
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def is_transformed() -> bool:
+    """A transform of torch.func is at work, or forward-mode derivatives: no path may leave autograd then."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """One of the tensors carries a forward-mode derivative, of ``torch.func.jvp`` or a dual level."""
+    return forward_ad._current_level >= 0 and any(
+        x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
+def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Plain tensors with memory, and no mode, tracer or profiler that would have to see the operator."""
+    first = tensors[0]
+    return (
+        first is not None
+        and (first.is_cpu or first.is_cuda)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and _PLAIN.issuperset(map(type, tensors))
+        # A view whose memory holds the negative of its values: torch's dispatcher knows what to do.
+        and not any(x is not None and x.is_neg() for x in tensors)
+    )
+
+
+def run_forward(call: Call, backend: str) -> tuple[Tensor | None, ...]:
+    """The outputs, by the backend that is asked for."""
+    chosen = choose(call, "fwd", backend)
+    record(call.op, chosen, "fwd")
+    return implementation(call, chosen).forward(call)
+
+
+def why_no_tangents(call: Call, name: str) -> str | None:
+    """The reason why a backend that runs forward does not compute the tangents, or None."""
+    its = implementation(call, name)
+    return f"the {name} backend has no tangents of {call.op}" if its.tangents is None else its.why_not_tangents(call)
+
+
+def run_backward(
+    call: Call,
+    backend: str,
+    kept: tuple[Any, ...],
+    grads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """One gradient for every tensor that is there; empty where it is not wanted."""
+    record(call.op, backend, "bwd")
+    backward = implementation(call, backend).backward
+    assert backward is not None
+    found = backward(call, kept, grads, frozenset(name for name, yes in zip(call.NAMES, wanted) if yes))
+    return [
+        found[name].to(x.dtype) if yes else x.new_empty(0)
+        for name, x, yes in zip(call.NAMES, tensors, wanted)
+        if x is not None
+    ]

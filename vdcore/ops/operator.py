@@ -10,28 +10,35 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
+    OVERLOADS,
     Gradients,
     Implementation,
     choose,
-    implementation,
+    has_tangent,
+    is_transformed,
     reasons,
-    record,
     requested,
+    run_backward,
+    run_forward,
+    unobserved,
+    why_no_tangents,
 )
+from vdcore.ops.derivatives import TANGENTS, Forward, Given, apply, gradients
 
 _library = torch.library.Library("vdcore", "DEF")
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # the public ones, by name
-OVERLOADS: dict[str, Any] = {}
 # By operator: from what computes the outputs of a call, to a function of the arguments of the torch operator.
 DECOMPOSE: dict[str, Callable[[Callable[[Any], tuple[Tensor | None, ...]]], Callable[..., Any]]] = {}
 
@@ -43,7 +50,8 @@ def run(call: Call, backend: str | None) -> Any:
     """Runs a checked call as a torch operator: a tensor, or a tuple of them where the call has several outputs.
 
     If no dispatch mode, hook or tracer is active, the backend is called at once, and its gradients by a function of
-    autograd: the operators' boundaries cost more than all the rest of a small call.
+    autograd: the operators' boundaries cost more than all the rest of a small call. Under the transforms of torch.func
+    and in a dual level it is a step of :mod:`vdcore.ops.derivatives`.
     """
     tensors = call.tensors()
     call.grad = _wants_grad(tensors)
@@ -51,12 +59,16 @@ def run(call: Call, backend: str | None) -> Any:
         raise _Captured(call)
     name = requested(backend)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _unobserved(tensors):
-        if call.grad:
-            results = _Direct.apply(call, name, tensors, *(x for x in tensors if x is not None))
-        else:
-            results = _forward(call, name)[0]
-        return results if call.OUTPUTS > 1 else results[0]
+    if not compiling:
+        if is_transformed():
+            results: tuple[Any, ...] = apply(Forward(type(call), call.numbers(), name), tensors)
+            return results if call.OUTPUTS > 1 else results[0]
+        if unobserved(tensors):
+            if call.grad:
+                results = _Direct.apply(call, name, tensors, *(x for x in tensors if x is not None))
+            else:
+                results = run_forward(call, name)
+            return results if call.OUTPUTS > 1 else results[0]
     op, arguments = OVERLOADS[call.op], (*tensors, *call.numbers(), call.grad, name)
     if call.grad or compiling:
         return op(*arguments)
@@ -74,34 +86,6 @@ def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Plain tensors with memory, and no mode, transform, tracer or profiler that would have to see the operator."""
-    first = tensors[0]
-    return (
-        first is not None
-        and (first.is_cpu or first.is_cuda)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
-        # A view whose memory holds the negative of its values: torch's dispatcher knows what to do.
-        and not any(x is not None and x.is_neg() for x in tensors)
-    )
-
-
-def _forward(call: Call, backend: str) -> tuple[tuple[Tensor | None, ...], str]:
-    """The outputs, and who runs backward: if nobody can, that is an error now, not later."""
-    chosen = choose(call, "fwd", backend)
-    backward_backend = choose(call, "bwd", backend) if call.grad else ""
-    record(call.op, chosen, "fwd")
-    return implementation(call, chosen).forward(call), backward_backend
-
-
 class _Direct(torch.autograd.Function):
     """A call with gradients, without an operator's boundary. Autograd is given the tensors that there are."""
 
@@ -109,7 +93,8 @@ class _Direct(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, backend: str, tensors: tuple[Tensor | None, ...], *present: Tensor
     ) -> tuple[Tensor | None, ...]:
-        results, backward_backend = _forward(call, backend)
+        backward_backend = choose(call, "bwd", backend)  # if nobody can, that is an error now, not later
+        results = run_forward(call, backend)
         _save(ctx, type(call), tensors, call.numbers(), results, backward_backend)
         ctx.present = [x is not None for x in tensors]
         return results
@@ -137,44 +122,9 @@ def _save(
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
     """Of every tensor of the call."""
-    kind, names = ctx.kind, ctx.kind.NAMES
-    n = len(names)
     saved = ctx.saved_tensors  # activation checkpointing hands them out once
-    tensors, kept = saved[:n], saved[n:]
-    wanted = [yes and name not in kind.PASSED for yes, name in zip(needed, names)]
-    given: list[Tensor | None] = [None] * n
-    if any(wanted):
-        # With a graph of the gradients it is the operator, which knows how to refuse.
-        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if plain and _unobserved(tensors):
-            found = _backward(kind.build(tensors, ctx.numbers, True), ctx.backend, kept, grads, tensors, wanted)
-        else:
-            op_backward = getattr(torch.ops.vdcore, f"{kind.op}_backward")
-            found = op_backward(*grads, *kept, *tensors, *ctx.numbers, wanted, ctx.backend)
-        each = iter(found)
-        given = [None if x is None else next(each) for x in tensors]
-    passed = [grads[kind.PASSED[name]] if name in kind.PASSED else dx for name, dx in zip(names, given)]
-    return [dx if yes else None for dx, yes in zip(passed, needed)]
-
-
-def _backward(
-    call: Call,
-    backend: str,
-    kept: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...],
-    tensors: tuple[Tensor | None, ...],
-    wanted: list[bool],
-) -> list[Tensor]:
-    """One gradient for every tensor that is there; empty where it is not wanted."""
-    record(call.op, backend, "bwd")
-    run_backward = implementation(call, backend).backward
-    assert run_backward is not None
-    found = run_backward(call, kept, grads, frozenset(name for name, yes in zip(call.NAMES, wanted) if yes))
-    return [
-        found[name].to(x.dtype) if yes else x.new_empty(0)
-        for name, x, yes in zip(call.NAMES, tensors, wanted)
-        if x is not None
-    ]
+    n = len(ctx.kind.NAMES)
+    return gradients(ctx.kind, ctx.numbers, ctx.backend, saved[:n], saved[n:], grads, needed)
 
 
 # ---- Calls without running them ----
@@ -209,14 +159,21 @@ def capture(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
     """Why each backend can or cannot run a call of a public function: ``(backend, None or the reason)``.
 
-    The usable backends come first, in the order in which they are tried. Takes the function's own arguments.
+    The usable backends come first, in the order in which they are tried. Takes the function's own arguments. Where one
+    of these has a forward-mode tangent, a last row ``("tangents", ...)`` says who computes those of the result.
 
     Raises:
         ValueError: if there is no such function, or the arguments are wrong.
     """
     if op not in FUNCTIONS:
         raise ValueError(f"explain: op must be one of {', '.join(FUNCTIONS)}, got {op!r}")
-    return reasons(capture(FUNCTIONS[op], *args, **kwargs))
+    call = capture(FUNCTIONS[op], *args, **kwargs)
+    found = reasons(call)
+    if has_tangent(*call.tensors()):
+        reason = why_no_tangents(call, found[0][0])
+        by = found[0][0] if reason is None else f"the formula in torch's operators: {reason}"
+        found.append(("tangents", f"by {by}"))
+    return found
 
 
 # ---- Gradients by autograd, and the reference ----
@@ -277,7 +234,7 @@ def by_formula(formula: Callable[..., Any]) -> Implementation:
     def backward(call: Call, outputs: Any, grads: tuple[Tensor | None, ...], wanted: frozenset[str]) -> Gradients:
         return by_autograd(call, wanted, results_of, lambda results: grads)
 
-    return Implementation(forward, backward)
+    return Implementation(forward, backward, formula=results_of)
 
 
 # ---- The torch operator ----
@@ -289,16 +246,25 @@ def _present(call: Call, results: tuple[Tensor | None, ...]) -> Any:
     return found if call.OUTPUTS > 1 else found[0]
 
 
-def register(function: Callable[..., Any], kind: type[Call], **implementations: Implementation) -> None:
+def register(
+    function: Callable[..., Any],
+    kind: type[Call],
+    tangents: Callable[[Any, Given], tuple[Tensor, ...]] | None = None,
+    **implementations: Implementation,
+) -> None:
     """Defines the operators ``vdcore::<op>`` and ``vdcore::<op>_backward``, and says what runs them on each backend.
 
     Args:
         function: the public function, which has the operator's name.
         kind: its call.
+        tangents: ``tangents(call, given)``, the outputs' tangents from those of some tensors, by name; in torch's
+            differentiable operators. None: through the reference.
         implementations: by backend.
     """
     op = kind.op
     FUNCTIONS[op] = function
+    if tangents is not None:
+        TANGENTS[op] = tangents
     for backend, its in implementations.items():
         BACKENDS[backend].operators[op] = its
     n, inputs, outputs = len(kind.NAMES), kind.SCHEMA, kind.OUTPUTS
@@ -316,7 +282,9 @@ def register(function: Callable[..., Any], kind: type[Call], **implementations: 
 
     def forward(*values: Any) -> Any:
         call = build(values, values[-2])
-        return _present(call, _forward(call, values[-1])[0])
+        if call.grad:
+            choose(call, "bwd", values[-1])  # if nobody can, that is an error now, not later
+        return _present(call, run_forward(call, values[-1]))
 
     def forward_fake(*values: Any) -> Any:
         call = build(values, values[-2])
@@ -337,7 +305,7 @@ def register(function: Callable[..., Any], kind: type[Call], **implementations: 
     def backward_op(*values: Any) -> list[Tensor]:
         grads, kept, rest = values[:outputs], values[outputs : outputs + saved], values[outputs + saved :]
         call = build(rest, True)
-        return _backward(call, values[-1], kept, grads, call.tensors(), rest[-2])
+        return run_backward(call, values[-1], kept, grads, call.tensors(), rest[-2])
 
     def backward_fake(*values: Any) -> list[Tensor]:
         rest = values[outputs + saved :]
@@ -360,15 +328,41 @@ def register(function: Callable[..., Any], kind: type[Call], **implementations: 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return (*_gradients(ctx, grads, ctx.needs_input_grad[:n]), *(None,) * (m + 2))
 
-    def setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(f"{op}: double backward is not supported")
-
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
     DECOMPOSE[op] = decompose
-    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(
-        f"vdcore::{op}_backward", no_double_backward, setup_context=setup_nothing, lib=_library
-    )
+    lib: Any = _Guarded(op)
+    torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
+    refuse = partial(_no_double_backward, op)
+    torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
+
+
+class _Guarded:
+    """Registers autograd's kernels behind a look at what they would drop: torch.library's know backward alone.
+
+    Calls of the public functions come by here under torch.compile only; elsewhere they are steps.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
+        def guarded(keyset: Any, *values: Any) -> Any:
+            if is_transformed():
+                top = torch._C._functorch.peek_interpreter_stack()
+                known = top is None or top.key() in (TransformType.Vmap, TransformType.Functionalize)
+                if not known or has_tangent(*(x for x in values if isinstance(x, Tensor))):
+                    raise RuntimeError(
+                        f"{self.op}: as torch's operator, which is what torch.compile makes of it, it has neither "
+                        "tangents nor the gradients of torch.func; take these of the function that is not compiled"
+                    )
+            return kernel(keyset, *values)
+
+        _library.impl(name, guarded, key, with_keyset=with_keyset)
+
+
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_double_backward(op: str, ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(f"{op}: double backward is not supported under torch.compile")

@@ -6,6 +6,7 @@ A new operator joins every contract test by adding its cases to :data:`CASES`, a
 from vdcore.testing.cases import CASES, TORCH_FORMS, Case, Inputs, cases_of
 from vdcore.testing.layouts import LAYOUTS, lay_out
 from vdcore.testing.run import Outcome, check, draws, judge, run, truth
+from vdcore.testing.tangents import directions, judge_tangents, of_leaves, pushed, quotients
 from vdcore.testing.tolerance import Errors, Ratio, error_ratio, errors, pooled, ratio, ulp
 
 __all__ = [
@@ -19,12 +20,17 @@ __all__ = [
     "Ratio",
     "cases_of",
     "check",
+    "directions",
     "draws",
     "error_ratio",
     "errors",
     "judge",
+    "judge_tangents",
     "lay_out",
+    "of_leaves",
     "pooled",
+    "pushed",
+    "quotients",
     "ratio",
     "run",
     "truth",

@@ -35,10 +35,11 @@ class Outcome:
         return {**{f"output {i}": x for i, x in enumerate(self.outputs)}, **self.gradients}
 
 
-def _flatten(result: Any) -> list[Tensor]:
+def flatten(result: Any) -> list[Tensor]:
+    """All tensors of a result, in order."""
     if isinstance(result, Tensor):
         return [result]
-    return [x for part in result for x in _flatten(part)]
+    return [x for part in result for x in flatten(part)]
 
 
 def run(
@@ -49,7 +50,7 @@ def run(
     Args:
         layout: of the incoming gradients.
     """
-    outputs = _flatten(function(**inputs.args, **kwargs))
+    outputs = flatten(function(**inputs.args, **kwargs))
     if not gradients:
         return Outcome([x.detach() for x in outputs], {})
     wanted = {name: x for name, x in inputs.leaves.items() if x.requires_grad}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,10 @@ def read_clip(
     size: int | tuple[int, int] | None = None,
     stride: int = 1,
     start: int = 0,
+    *,
+    fps: float | None = None,
 ) -> Tensor:
-    """Frames of a video file.
+    """Frames of a video file, turned, mirrored and stretched as the file says that it is to be shown.
 
     Args:
         path: anything that FFmpeg reads.
@@ -35,14 +40,20 @@ def read_clip(
         size: ``(H, W)``, or one number for both. The picture is scaled, by area, until it covers the size, and its
             middle is cut out; None: as it is.
         stride: every stride-th frame.
-        start: index of the first frame.
+        start: index of the first frame; under ``fps`` of those at that rate.
+        fps: frames per second, whatever the file's own are: the frames nearest to ``n / fps`` after its first one.
+            Excludes ``stride``.
 
     Returns:
         ``(3, T, H, W)``, float32 RGB in [0, 1].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no video, or has too few frames; on numbers that make no clip.
+        ValueError: if it is no video, or has too few frames; on numbers that make no clip; where the picture is to be
+            shown turned by other than quarter turns, or frames have no times and ``fps`` asks for them.
+
+    Warns:
+        UserWarning: where all frames are read, and there are fewer than the file says.
     """
     path = Path(path)
     for name, value, least in (("frames", frames, 1), ("stride", stride, 1), ("start", start, 0)):
@@ -52,21 +63,26 @@ def read_clip(
         size = (size, size)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"read_clip: size must be positive, one number or (H, W), got {size}")
+    if fps is not None and not (0 < fps < math.inf and stride == 1):
+        raise ValueError(f"read_clip: fps must be positive, and stride 1 with it, got {fps} and stride {stride}")
     if not path.is_file():
         raise FileNotFoundError(f"read_clip: {path}: no such file")
-    pictures: list[np.ndarray] = []
-    for i, frame in enumerate(_decode(path)):
-        if frames is not None and len(pictures) == frames:
-            break
-        if i >= start and (i - start) % stride == 0:
-            pictures.append(_picture(frame, size))
+    found = _decode(path) if fps is None else _at_rate(path, _decode(path), Fraction(fps).limit_denominator(10**6))
+    stop = None if frames is None else start + (frames - 1) * stride + 1
+    pictures = [_picture(path, *shown, size) for shown in islice(found, start, stop, stride)]
     if not pictures or (frames is not None and len(pictures) < frames):
         wanted = "no frame" if frames is None else f"{len(pictures)} of {frames} frames"
-        raise ValueError(f"read_clip: {path}: {wanted} from frame {start} on at stride {stride}")
+        raise ValueError(f"read_clip: {path}: {wanted} from frame {start} on at {rate_of(stride, fps)}")
     return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float().div_(255).contiguous()
 
 
-def _decode(path: Path) -> Iterator[Any]:
+def rate_of(stride: int, fps: float | None) -> str:
+    """How frames are picked, in words."""
+    return f"stride {stride}" if fps is None else f"{fps:g} frames per second"
+
+
+def _decode(path: Path) -> Iterator[tuple[Any, Fraction]]:
+    """Frames, and how much wider than high their samples are."""
     av = need("av", "video", "read_clip")
     try:
         container = av.open(str(path))
@@ -77,22 +93,70 @@ def _decode(path: Path) -> Iterator[Any]:
             raise ValueError(f"read_clip: {path}: no video stream in it")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        count = 0
         try:
-            yield from container.decode(stream)
+            for frame in container.decode(stream):
+                yield frame, stream.sample_aspect_ratio or Fraction(1)
+                count += 1
         except av.FFmpegError as error:
-            raise ValueError(f"read_clip: {path}: damaged: {error}") from None
+            raise ValueError(f"read_clip: {path}: damaged after {count} frames: {error}") from None
+        if count < stream.frames:
+            warnings.warn(f"read_clip: {path}: ends after {count} of its {stream.frames} frames", stacklevel=4)
 
 
-def _picture(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
-    """``(H, W, 3)`` uint8."""
+def _at_rate(path: Path, frames: Iterator[tuple[Any, Fraction]], fps: Fraction) -> Iterator[tuple[Any, Fraction]]:
+    """The frames nearest to ``n / fps`` after the first; the last one counts for half its distance beyond itself."""
+    n, first, last, gap, shown = 0, None, Fraction(0), Fraction(0), None
+    for following in frames:
+        pts, base = following[0].pts, following[0].time_base
+        if pts is None or base is None:
+            raise ValueError(f"read_clip: {path}: its frames have no times, which fps needs; pick them by stride")
+        first = pts * base if first is None else first
+        time = pts * base - first
+        gap = time - last
+        while shown is not None and n / fps <= last + gap / 2:
+            yield shown
+            n += 1
+        shown, last = following, time
+    while shown is not None and n / fps <= last + gap / 2:
+        yield shown
+        n += 1
+
+
+def _picture(path: Path, frame: Any, aspect: Fraction, size: tuple[int, int] | None) -> np.ndarray:
+    """``(H, W, 3)`` uint8, as players show it. Samples keep their height, as they do there."""
+    transposed, upside_down, mirrored = _turn(path, frame)
+    height, width = frame.height, round(frame.width * aspect)
     if size is None:
-        return frame.to_ndarray(format="rgb24")
-    height, width = size
-    scale = max(height / frame.height, width / frame.width)
-    h, w = max(round(frame.height * scale), height), max(round(frame.width * scale), width)
-    whole = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA" if scale < 1 else "BICUBIC")
-    top, left = (h - height) // 2, (w - width) // 2
-    return whole[top : top + height, left : left + width]
+        whole = frame.to_ndarray(
+            format="rgb24", **({} if aspect == 1 else {"width": width, "interpolation": "BICUBIC"})
+        )
+    else:
+        goal_h, goal_w = reversed(size) if transposed else size
+        scale = max(goal_h / height, goal_w / width)
+        h, w = max(round(height * scale), goal_h), max(round(width * scale), goal_w)
+        whole = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="AREA" if scale < 1 else "BICUBIC")
+        top, left = (h - goal_h) // 2, (w - goal_w) // 2
+        whole = whole[top : top + goal_h, left : left + goal_w]
+    whole = whole.swapaxes(0, 1) if transposed else whole
+    return whole[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+
+def _turn(path: Path, frame: Any) -> tuple[bool, bool, bool]:
+    """Rows and columns exchanged; then rows reversed; columns reversed: the frame's display matrix.
+
+    Its numbers ``a b . c d .`` send column x and row y to column ``a x + c y`` and row ``b x + d y``.
+    """
+    matrix = next((side for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    most = max(map(abs, (a, b, c, d)))
+    if max(abs(b), abs(c)) * 100 < most and a and d:
+        return False, d < 0, a < 0
+    if max(abs(a), abs(d)) * 100 < most and b and c:
+        return True, b < 0, c < 0
+    raise ValueError(f"read_clip: {path}: is to be shown turned by other than quarter turns: {a, b, c, d}")
 
 
 def write_video(path: str | os.PathLike[str], video: Tensor, fps: float = 8, *, scale: int = 1) -> Path:
@@ -257,16 +321,26 @@ def real_clips() -> list[Path]:
 
 
 def real_windows(
-    frames: int, size: int | tuple[int, int], count: int, *, stride: int = 1, paths: Sequence[Path] | None = None
+    frames: int,
+    size: int | tuple[int, int],
+    count: int,
+    *,
+    stride: int = 1,
+    fps: float | None = None,
+    paths: Sequence[Path] | None = None,
 ) -> Tensor:
-    """``count`` windows of real video, shared out among the clips and spread over each: ``(count, 3, T, H, W)``."""
+    """``count`` windows of real video, shared out among the clips and spread over each: ``(count, 3, T, H, W)``.
+
+    Frames are picked as by :func:`read_clip`.
+    """
     paths = real_clips() if paths is None else list(paths)
     windows: list[Tensor] = []
     for i, path in enumerate(paths):
         share = math.ceil((count - len(windows)) / (len(paths) - i))
-        clip = read_clip(path, size=size, stride=stride)
+        clip = read_clip(path, size=size, stride=stride, fps=fps)
         if clip.shape[1] < frames:
-            raise ValueError(f"real_windows: {path}: {clip.shape[1]} frames at stride {stride}, wanted {frames}")
+            found = f"{clip.shape[1]} frames at {rate_of(stride, fps)}"
+            raise ValueError(f"real_windows: {path}: {found}, wanted {frames}")
         starts = torch.linspace(0, clip.shape[1] - frames, share).round().int().tolist()
         windows += [clip[:, start : start + frames] for start in starts]
     return torch.stack(windows)

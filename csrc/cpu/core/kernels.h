@@ -3,6 +3,7 @@
 
 #include "cpu/adaln/adaln.h"
 #include "cpu/frame_attention/frame_attention.h"
+#include "cpu/frame_attention/tangents.h"
 #include "cpu/patchify/patchify.h"
 #include "cpu/qk_norm_rope/qk_norm_rope.h"
 #include "cpu/temporal_attention/temporal_attention.h"
@@ -11,6 +12,7 @@
 #define VDCORE_OPERATORS(X)                                 \
   X(frame_attention_forward, FrameAttention)                \
   X(frame_attention_backward, FrameAttention)               \
+  X(frame_attention_tangents, FrameTangents)                \
   X(temporal_attention_forward, TemporalAttention)          \
   X(temporal_attention_backward, TemporalAttentionBackward) \
   X(qk_norm_rope_forward, QKNormRope)                       \

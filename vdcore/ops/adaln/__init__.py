@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdcore.norm import check_eps
 from vdcore.ops import check
-from vdcore.ops.adaln import cpu, reference, triton
+from vdcore.ops.adaln import cpu, reference, tangents, triton
 from vdcore.ops.call import Call, empty_like
 from vdcore.ops.operator import by_formula, register, run
 
@@ -120,10 +120,18 @@ def _check_per_token(op: str, name: str, value: Any, x: Tensor, main: str) -> Te
     return check.unit_stride(value)
 
 
-register(modulate, ModulateCall, reference=by_formula(reference.modulate), cpu=cpu.MODULATE, triton=triton.MODULATE)
+register(
+    modulate,
+    ModulateCall,
+    tangents.modulate,
+    reference=by_formula(reference.modulate),
+    cpu=cpu.MODULATE,
+    triton=triton.MODULATE,
+)
 register(
     gate_residual,
     GateResidualCall,
+    tangents.gate_residual,
     reference=by_formula(reference.gate_residual),
     cpu=cpu.GATE_RESIDUAL,
     triton=triton.GATE_RESIDUAL,

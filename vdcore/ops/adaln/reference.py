@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vdcore.norm import compute_dtype
+from vdcore.norm import compute_dtype, normalized
 
 
 def per_token(x: Tensor) -> Tensor:
@@ -18,10 +17,7 @@ def modulate(
 ) -> Tensor:
     """``norm(x) * (1 + scale) + shift`` over the channels of x ``(B, T, S, C)``."""
     dtype = compute_dtype(x.dtype)
-    y = x.to(dtype)
-    if kind == "layer":
-        y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y, _ = normalized(x.to(dtype), kind, eps)
     if weight is not None:
         y = y * weight.to(dtype)
     if bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import Call, empty, empty_like, lse_dtype
-from vdcore.ops.cross_attention import cpu, reference, sdpa, triton
+from vdcore.ops.cross_attention import cpu, cpu_tangents, reference, sdpa, tangents, triton
 from vdcore.ops.operator import by_formula, register, run
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def cross_attention(
 register(
     cross_attention,
     CrossCall,
+    tangents.cross_attention,
     reference=by_formula(reference.cross_attention),
-    cpu=cpu.CROSS,
+    cpu=replace(cpu.CROSS, tangents=cpu_tangents.cross_attention),
     triton=triton.CROSS,
     sdpa=sdpa.CROSS,
 )

@@ -23,7 +23,7 @@ def _cut_per_frame(c: CrossCall) -> bool:
     return c.k.ndim == 4 and c.lengths is not None and c.lengths.ndim == 2
 
 
-def _problem(c: CrossCall) -> tuple[Groups, Segment]:
+def problem(c: CrossCall) -> tuple[Groups, Segment]:
     B, T, S = c.q.shape[:3]
     lengths, L, cut = c.lengths, c.k.shape[-3], _cut_per_frame(c)
     per_frame = c.k.ndim == 5 or cut
@@ -43,7 +43,7 @@ def _problem(c: CrossCall) -> tuple[Groups, Segment]:
 
 def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
     out, lse = c.empty_outputs()
-    groups, segment = _problem(c)
+    groups, segment = problem(c)
     attend(groups, [segment], (out,), (lse,), c.scale)
     return out, lse
 
@@ -51,7 +51,7 @@ def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
 def _backward(
     c: CrossCall, outputs: tuple[Tensor, Tensor], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    groups, segment = _problem(c)
+    groups, segment = problem(c)
     (out, lse), (dout, dlse) = outputs, grads
     dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
     dlse = None if dlse is None else unit_stride(dlse)

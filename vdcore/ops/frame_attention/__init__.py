@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
-from vdcore.ops.frame_attention import cpu, cuda, reference, sdpa, triton
+from vdcore.ops.frame_attention import cpu, cpu_tangents, cuda, reference, sdpa, tangents, triton
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
 
@@ -229,6 +229,19 @@ def _check_text(text: Any, q: Tensor, G: int) -> Triple:
     return tuple(check.unit_stride(x) for x in text)  # type: ignore[return-value]
 
 
-_BACKENDS = {"cpu": cpu.FRAMES, "triton": triton.FRAMES, "cuda": cuda.FRAMES, "sdpa": sdpa.FRAMES}
-register(spatial_attention, SpatialCall, reference=by_formula(reference.video_attention), **_BACKENDS)
-register(video_attention, VideoCall, reference=by_formula(reference.video_attention), **_BACKENDS)
+_BACKENDS = {
+    "cpu": replace(cpu.FRAMES, tangents=cpu_tangents.video_attention),
+    "triton": triton.FRAMES,
+    "cuda": cuda.FRAMES,
+    "sdpa": sdpa.FRAMES,
+}
+register(
+    spatial_attention,
+    SpatialCall,
+    tangents.video_attention,
+    reference=by_formula(reference.video_attention),
+    **_BACKENDS,
+)
+register(
+    video_attention, VideoCall, tangents.video_attention, reference=by_formula(reference.video_attention), **_BACKENDS
+)

@@ -144,7 +144,7 @@ def attend_backward(
 # ---- Spatial and video attention: the video, and its text ----
 
 
-def _groups(c: VideoCall) -> Groups:
+def groups_of(c: VideoCall) -> Groups:
     B, T, S = c.q.shape[:3]
     text = 0 if c.text is None else c.text[0].shape[1]
     return native().frame_groups(
@@ -181,7 +181,7 @@ def _as_video(text: Triple) -> Triple:
     return q, k, v
 
 
-def _joint(c: VideoCall, x: Tensor | None) -> Joint:
+def joint(c: VideoCall, x: Tensor | None) -> Joint:
     """Views ``(B, T, S, ...)`` and ``(B, 1, L, ...)`` of a joint sequence ``(B, rows, ...)``: out, lse, gradients."""
     if x is None:
         return None, None
@@ -197,15 +197,15 @@ def run_forward(
     c: VideoCall, out: Tensor, lse: Tensor | None, *, spatial: Tensor | None = None, gate: Tensor | None = None
 ) -> None:
     """Fills out and lse; with a gate ``out = gate * result + (1 - gate) * out``, and ``spatial`` gets the result."""
-    groups = _groups(c)
-    attend(groups, _segments(c, groups), _joint(c, out), _joint(c, lse), c.scale, mixed=spatial, gate=gate)
+    groups = groups_of(c)
+    attend(groups, _segments(c, groups), joint(c, out), joint(c, lse), c.scale, mixed=spatial, gate=gate)
 
 
 def run_backward(
     c: VideoCall, outputs: tuple[Tensor, Tensor], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     """Gradients by the names of ``c.NAMES``."""
-    groups = _groups(c)
+    groups = groups_of(c)
     segments = _segments(c, groups)
     whole = None if c.packed is None else torch.empty(c.packed.shape, dtype=c.packed.dtype)
     gradients = [[torch.empty(x.shape, dtype=x.dtype) for x in qkv] for qkv in ((c.q, c.k, c.v), c.text) if qkv]
@@ -213,9 +213,9 @@ def run_backward(
         gradients[0] = list(whole.unbind(3))
     (out, lse), (dout, dlse) = outputs, grads
     dout = torch.zeros_like(out) if dout is None else dout
-    joint = [_joint(c, x if x is None else unit_stride(x)) for x in (out, lse, dout, dlse)]
+    rows = [joint(c, x if x is None else unit_stride(x)) for x in (out, lse, dout, dlse)]
     filled = [gradients[0], *([x.unsqueeze(1) for x in text] for text in gradients[1:])]
-    attend_backward(groups, segments, joint, filled, c.scale)
+    attend_backward(groups, segments, rows, filled, c.scale)
     found: Gradients = {}
     for prefix, segment, (dq, dk, dv) in zip(("", "text_"), segments, filled):
         mine = frozenset(name.removeprefix(prefix) for name in wanted if name.startswith(prefix))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import QKV, Call, Triple, empty, empty_like, lse_dtype
 from vdcore.ops.frame_attention import SpatialCall
-from vdcore.ops.gated_attention import cpu, cuda, reference, triton
+from vdcore.ops.gated_attention import cpu, cpu_tangents, cuda, reference, tangents, triton
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.ops.temporal_attention import TemporalCall
 from vdcore.rope import Rope
@@ -135,8 +135,9 @@ def gated_attention(
 register(
     gated_attention,
     GatedCall,
+    tangents.gated_attention,
     reference=by_formula(reference.gated_attention),
-    cpu=cpu.GATED,
+    cpu=replace(cpu.GATED, tangents=cpu_tangents.gated_attention, why_not_tangents=cpu_tangents.why_not),
     triton=triton.GATED,
     cuda=cuda.GATED,
 )

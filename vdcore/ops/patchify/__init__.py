@@ -11,7 +11,7 @@ from torch import Tensor
 from vdcore.ops import check
 from vdcore.ops.call import Call, empty
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.patchify import cpu, reference, triton
+from vdcore.ops.patchify import cpu, reference, tangents, triton
 
 ORDERS = ("pt ph pw c", "c pt ph pw")
 
@@ -156,6 +156,7 @@ def _triple(op: str, name: str, value: Any) -> tuple[int, int, int]:
 register(
     patchify,
     PatchifyCall,
+    tangents.patchify,
     reference=by_formula(reference.patchify),
     cpu=cpu.PATCHIFY,
     triton=triton.PATCHIFY,
@@ -163,6 +164,7 @@ register(
 register(
     unpatchify,
     UnpatchifyCall,
+    tangents.unpatchify,
     reference=by_formula(reference.unpatchify),
     cpu=cpu.UNPATCHIFY,
     triton=triton.UNPATCHIFY,

@@ -11,7 +11,7 @@ from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import Call, empty_like
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.qk_norm_rope import cpu, cuda, reference, triton
+from vdcore.ops.qk_norm_rope import cpu, cuda, reference, tangents, triton
 from vdcore.rope import Rope
 
 
@@ -73,6 +73,7 @@ def qk_norm_rope(
 register(
     qk_norm_rope,
     QKNormRopeCall,
+    tangents.qk_norm_rope,
     reference=by_formula(reference.qk_norm_rope),
     cpu=cpu.NORM_ROPE,
     triton=triton.NORM_ROPE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import AttentionCall, empty, empty_like, lse_dtype
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.temporal_attention import cpu, cuda, reference, sdpa, triton
+from vdcore.ops.temporal_attention import cpu, cpu_tangents, cuda, reference, sdpa, tangents, triton
 from vdcore.rope import Rope
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ def temporal_attention(
 register(
     temporal_attention,
     TemporalCall,
+    tangents.temporal_attention,
     reference=by_formula(reference.temporal_attention),
-    cpu=cpu.TEMPORAL,
+    cpu=replace(cpu.TEMPORAL, tangents=cpu_tangents.temporal_attention, why_not_tangents=cpu_tangents.why_not),
     triton=triton.TEMPORAL,
     cuda=cuda.TEMPORAL,
     sdpa=sdpa.TEMPORAL,

@@ -1,0 +1,375 @@
+"""Hazard 34: forward-mode derivatives missing or zero. Transforms of torch.func, derivatives of derivatives."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from support import backends_of, dtype_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vdcore
+from vdcore.models import VDiT, VDiTConfig
+from vdcore.ops.choose import has_tangent
+from vdcore.testing import CASES, directions, judge_tangents, of_leaves, pushed, quotients
+
+FIRST = {case.op: case for case in reversed(CASES)}
+each_operator = pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def close(found, expected, **tolerance):
+    """Infinities have no derivative: the log-sum-exp of rows that see nothing."""
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.nan_to_num(), y.nan_to_num(), **tolerance)
+
+
+def prepared(case, dtype=torch.float32, **kwargs):
+    inputs = case.inputs(dtype, **kwargs)
+    return inputs, of_leaves(inputs, getattr(vdcore, case.op)), list(inputs.leaves.values()), directions(inputs)
+
+
+def loss_of(function):
+    return lambda *leaves: sum(y.nan_to_num(neginf=0).square().sum() for y in function(*leaves))
+
+
+def all_of(leaves):
+    return tuple(range(len(leaves)))
+
+
+# ---- Tangents ----
+
+
+def check_tangents(case):
+    """In float64 against quotients, all together, and each leaf's own: they add up."""
+    inputs = case.inputs(torch.float64)
+    dx = directions(inputs)
+    found = pushed(inputs, getattr(vdcore, case.op), dx)
+    exact = quotients(case, torch.float64)
+    for x, y in zip(found, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6 * (1 + float(y.abs().max()) if y.numel() else 1))
+    total = [torch.zeros_like(x) for x in found]
+    for i in range(len(dx)):
+        f, leaves = of_leaves(inputs, getattr(vdcore, case.op)), list(inputs.leaves.values())
+
+        def of_one(x, i=i, f=f, leaves=leaves):
+            return f(*leaves[:i], x, *leaves[i + 1 :])
+
+        one = torch.func.jvp(of_one, (leaves[i],), (dx[i],))[1]
+        total = [a + b for a, b in zip(total, one)]
+    close(total, found)
+
+
+@each_operator
+def test_tangents(case):
+    check_tangents(case)
+
+
+@pytest.mark.slow
+@each_case
+def test_tangents_of_every_case(case):
+    check_tangents(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@each_case
+def test_tangents_obey_the_tolerance_rule(case, dtype):
+    broken = {name: r for name, r in judge_tangents(case, None, dtype).items() if not r.worst <= 1}
+    assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ("reversed_axes", "packed", "heads_first"))
+@each_operator
+def test_tangents_on_other_layouts_and_backends(case, layout):
+    for backend in backends_of(case.op):
+        ratios = judge_tangents(case, backend, dtype_of(backend), layout=layout, seeds=1)
+        assert all(r.worst <= 1 for r in ratios.values()), backend
+
+
+@each_operator
+def test_dual_levels(case):
+    """With and without autograd beside it; what is not dual has no tangent."""
+    inputs, f, leaves, dx = prepared(case)
+    expected = pushed(inputs, getattr(vdcore, case.op), dx)
+    for grad, needs in ((True, False), (True, True), (False, False)):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            leaves = [x.detach().requires_grad_(needs) for x in leaves]
+            results = f(*(forward_ad.make_dual(x, d) for x, d in zip(leaves, dx)))
+            close([forward_ad.unpack_dual(y).tangent for y in results], expected)
+            assert all(forward_ad.unpack_dual(y).tangent is None for y in f(*leaves))
+            if needs:
+                found = torch.autograd.grad(sum(y.nan_to_num(neginf=0).sum() for y in results), leaves)
+                close(
+                    found,
+                    torch.func.grad(lambda *x: sum(y.nan_to_num(neginf=0).sum() for y in f(*x)), all_of(leaves))(
+                        *leaves
+                    ),
+                )
+
+
+def test_a_tangent_that_comes_with_backward():
+    """A graph recorded before the level, and a gradient that has a tangent: backward is linear in it."""
+    q = torch.randn(1, 3, 2, 2, 8, requires_grad=True)
+    out = vdcore.temporal_attention(q, q, q)
+    dy, ddy = torch.randn_like(out), torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, q, ddy, retain_graph=True)
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(out, q, forward_ad.make_dual(dy, ddy))
+        torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, expected)
+
+
+def test_tangents_do_not_read_what_is_invisible():
+    """NaN in keys that no frame sees, and in tangents of them, stays there."""
+    q, k, v, dq, dk, dv = (torch.randn(1, 4, 3, 2, 8) for _ in range(6))
+    lengths = torch.tensor([2])
+
+    def both(q, k, v):
+        mask = vdcore.FrameMask.causal()
+        return tuple(
+            x[:, :2]
+            for f in (vdcore.temporal_attention, vdcore.video_attention)
+            for x in f(q, k, v, mask=mask, lengths=lengths, return_lse=True)
+        )
+
+    expected = torch.func.jvp(both, (q, k, v), (dq, dk, dv))[1]
+    for x in (k, v, dk, dv):
+        x[:, 2:] = float("nan")
+    close(torch.func.jvp(both, (q, k, v), (dq, dk, dv))[1], expected, equal_nan=False)
+
+
+def test_explain_says_who_computes_tangents():
+    q, dq = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 2, 2, 8)
+    plain = vdcore.explain("temporal_attention", q, q, q)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, dq)
+        assert has_tangent(dual) and not has_tangent(q, None)
+        rows = vdcore.explain("temporal_attention", dual, q, q)
+        assert rows[:-1] == plain and rows[-1][0] == "tangents" and "formula" in rows[-1][1]
+        before = vdcore.calls()["temporal_attention", "reference", "jvp"]
+        vdcore.temporal_attention(dual, q, q)
+        assert vdcore.calls()["temporal_attention", "reference", "jvp"] == before + 1
+    assert vdcore.explain("temporal_attention", q, q, q) == plain
+
+
+@each_operator
+def test_tangents_of_what_is_watched(case):
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs, _, _, dx = prepared(case)
+    expected = pushed(inputs, getattr(vdcore, case.op), dx)
+    with Watch() as watch:
+        found = pushed(inputs, getattr(vdcore, case.op), dx)
+    close(found, expected)
+    assert any(f"vdcore.{case.op}" in name for name in watch.seen)
+    f, leaves = of_leaves(inputs, getattr(vdcore, case.op)), inputs.leaves.values()
+    with Watch() as watch, forward_ad.dual_level():
+        results = f(*(forward_ad.make_dual(x, d) for x, d in zip(leaves, dx)))
+        close([forward_ad.unpack_dual(y).tangent for y in results], expected)
+    assert any(f"vdcore.{case.op}" in name for name in watch.seen)
+
+
+# ---- Transforms of torch.func ----
+
+
+@each_operator
+def test_grad_and_vjp(case):
+    _, f, leaves, _ = prepared(case)
+    loss, wanted = loss_of(f), [x.clone().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(loss(*wanted), wanted)
+    close(torch.func.grad(loss, all_of(leaves))(*leaves), expected)
+    close(torch.func.vjp(loss, *leaves)[1](torch.ones(())), expected)
+    (first,) = torch.func.vjp(lambda x: loss(x, *leaves[1:]), leaves[0])[1](torch.ones(()))
+    close([first], expected[:1])
+
+
+@each_operator
+def test_vmap_over_any_argument(case):
+    _, f, leaves, _ = prepared(case)
+    for i, x in enumerate(leaves):
+
+        def of_one(x, i=i):
+            return f(*leaves[:i], x, *leaves[i + 1 :])
+
+        many = torch.stack((x, 1.5 * x), 1)
+        close(torch.func.vmap(of_one, in_dims=1)(many), [torch.stack(y) for y in zip(*map(of_one, many.unbind(1)))])
+
+
+@each_operator
+def test_vmap_with_grad_and_jvp(case):
+    """In either order."""
+    _, f, leaves, dx = prepared(case)
+
+    def loss(x):
+        return loss_of(f)(x, *leaves[1:])
+
+    many, directions = torch.stack((leaves[0], 1.5 * leaves[0])), torch.stack((dx[0], -2 * dx[0]))
+    expected = torch.stack([torch.func.grad(loss)(x) for x in many])
+    close([torch.func.vmap(torch.func.grad(loss))(many)], [expected])
+    close([torch.func.grad(lambda m: torch.func.vmap(loss)(m).sum())(many)], [expected])
+
+    def push(x, dx):
+        return torch.func.jvp(loss, (x,), (dx,))[1]
+
+    expected = torch.stack([push(x, d) for x, d in zip(many, directions)])
+    close([torch.func.vmap(push)(many, directions)], [expected])
+    close([torch.func.jvp(torch.func.vmap(loss), (many,), (directions,))[1]], [expected])
+
+
+def test_vmap_over_lengths():
+    q = torch.randn(2, 4, 3, 2, 8)
+    lengths = torch.tensor([[4, 1], [2, 3]])
+
+    def of_lengths(n):
+        return torch.func.jvp(lambda q: vdcore.temporal_attention(q, q, q, lengths=n), (q,), (q,))[1]
+
+    close(torch.func.vmap(of_lengths)(lengths), torch.stack([of_lengths(n) for n in lengths]))
+
+
+def test_jacobians():
+    q, k, v = (torch.randn(1, 2, 2, 1, 4, dtype=torch.float64) for _ in "qkv")
+    for f in (vdcore.temporal_attention, vdcore.spatial_attention, vdcore.video_attention):
+        forward, backward = torch.func.jacfwd(f, (0, 1, 2))(q, k, v), torch.func.jacrev(f, (0, 1, 2))(q, k, v)
+        close(forward, backward)
+        assert all(x.abs().max() > 0.01 for x in forward)
+    x, shift = torch.randn(1, 1, 2, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    close(
+        torch.func.jacfwd(vdcore.modulate, (0, 1, 2))(x, shift, shift),
+        torch.func.jacrev(vdcore.modulate, (0, 1, 2))(x, shift, shift),
+    )
+
+
+def test_compiled_tangents_are_right_or_an_error():
+    q, dq = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 2, 2, 8)
+
+    def f(q):
+        return vdcore.temporal_attention(q * 1, q, q)
+
+    def push(q, dq):
+        return torch.func.jvp(f, (q,), (dq,))[1]
+
+    def dual(f):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(q, dq))).tangent
+
+    def compiled(f):
+        torch._dynamo.reset()
+        return torch.compile(f, backend="aot_eager")
+
+    expected, message = push(q, dq), "temporal_attention: as torch's operator"
+    torch.testing.assert_close(torch.func.jvp(compiled(f), (q,), (dq,))[1], expected)
+    with pytest.raises(RuntimeError, match=message):
+        compiled(push)(q, dq)
+    with pytest.raises(RuntimeError, match=message):
+        compiled(torch.func.grad(lambda q: f(q).sum()))(q)
+    with pytest.raises(RuntimeError, match=message):
+        dual(compiled(f))
+    torch.testing.assert_close(compiled(torch.func.vmap(f))(q[None]), f(q)[None])
+
+
+# ---- Derivatives of derivatives ----
+
+
+@each_operator
+def test_hessian_vector_products(case):
+    """jvp of grad, and the gradient of a gradient, in float64 against quotients of gradients."""
+    _, f, leaves, dx = prepared(case, torch.float64)
+    gradient = torch.func.grad(loss_of(f), all_of(leaves))
+    h = 1e-5
+    above, below = (gradient(*(x + s * d for x, d in zip(leaves, dx))) for s in (h, -h))
+    expected = [(a - b) / (2 * h) for a, b in zip(above, below)]
+    most = max(float(x.abs().max()) for x in expected)
+    close(torch.func.jvp(gradient, tuple(leaves), tuple(dx))[1], expected, rtol=1e-5, atol=1e-6 * most)
+    with vdcore.double_backward("reference"):
+        wanted = [x.clone().requires_grad_() for x in leaves]
+        first = torch.autograd.grad(loss_of(f)(*wanted), wanted, create_graph=True)
+        found = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, dx)), wanted)
+    close(found, expected, rtol=1e-5, atol=1e-6 * most)
+
+
+@each_operator
+def test_derivatives_of_tangents(case):
+    _, f, leaves, dx = prepared(case, torch.float64)
+
+    def push(*leaves):
+        return torch.func.jvp(f, leaves, tuple(dx))[1]
+
+    h = 1e-5
+    above, below = (push(*(x + s * d for x, d in zip(leaves, dx))) for s in (h, -h))
+    expected = [(a - b) / (2 * h) for a, b in zip(above, below)]
+    most = max(float(x.abs().max()) for x in expected)
+    close(torch.func.jvp(push, tuple(leaves), tuple(dx))[1], expected, rtol=1e-5, atol=1e-6 * most)
+    pulled = torch.func.grad(lambda *x: sum(y.sum() for y in push(*x)), all_of(leaves))(*leaves)
+    along = sum(float((g * d).sum()) for g, d in zip(pulled, dx))
+    assert along == pytest.approx(sum(float(x.sum()) for x in expected), rel=1e-4, abs=1e-6 * most)
+
+
+@each_operator
+def test_double_backward_is_an_error_that_names_the_switch(case):
+    _, f, leaves, _ = prepared(case)
+    wanted = [x.clone().requires_grad_() for x in leaves]
+    first = torch.autograd.grad(loss_of(f)(*wanted), wanted, create_graph=True)
+    message = rf"{case.op}: double backward is not supported; with vdcore\.double_backward\('reference'\)"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(sum(x.sum() for x in first), wanted)
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.grad(lambda *x: sum(y.sum() for y in torch.func.grad(loss_of(f), all_of(x))(*x)))(*leaves)
+
+
+def test_double_backward_takes_the_reference_alone():
+    with (
+        pytest.raises(ValueError, match="double_backward: by must be 'reference', got 'cpu'"),
+        vdcore.double_backward("cpu"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@each_operator
+def test_gradcheck(case):
+    inputs = case.inputs(torch.float64, requires_grad=True)
+    f = of_leaves(inputs, getattr(vdcore, case.op), backend="reference")
+    leaves = tuple(inputs.leaves.values())
+    assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True, fast_mode=True)
+    with vdcore.double_backward("reference"):
+        assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
+
+
+# ---- Models ----
+
+
+@pytest.mark.parametrize("attention", ("factorized", "gated", "full"))
+def test_a_model_by_its_timestep(attention):
+    """Per sample and per frame; what a cache would forget is refused."""
+    torch.manual_seed(0)
+    config = VDiTConfig(
+        in_channels=2, width=32, heads=2, depth=2, attention=attention, text_width=8, mask=vdcore.FrameMask.causal()
+    )
+    model = VDiT(config).double().eval().requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.2)
+    video, t = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    text = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def f(t):
+        return model(video, t, text=text)
+
+    for time in (t, t[:, None] + torch.rand(2, 3, dtype=torch.float64)):
+        dt = torch.ones_like(time)
+        found = torch.func.jvp(f, (time,), (dt,))[1]
+        expected = (f(time + 3e-3) - f(time - 3e-3)) / 6e-3  # timesteps are embedded in float32
+        most = expected.abs().max()
+        assert most > 0.1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(most))
+        with torch.no_grad(), forward_ad.dual_level():  # writes in place where nothing is recorded
+            torch.testing.assert_close(forward_ad.unpack_dual(f(forward_ad.make_dual(time, dt))).tangent, found)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(t, torch.ones_like(t))
+        with pytest.raises(RuntimeError, match="VDiT: a cache holds no gradients and no tangents"):
+            model(video[:, :, :1], dual, text=text, cache=model.new_cache(2, 4, 4, frames=3))

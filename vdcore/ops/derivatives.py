@@ -1,0 +1,324 @@
+"""Derivatives beyond a backward: tangents, transforms of torch.func, derivatives of derivatives.
+
+Three steps make all of them: an operator forward, its gradients, its tangents (Jacobian-vector products). Each is run
+on plain tensors by whoever is fastest, and knows its own derivatives:
+
+======== =============================== ===============================
+step     gradient                        tangent
+======== =============================== ===============================
+Forward  the step Backward               the step Jvp
+Backward by the reference, if asked for  by the reference
+Jvp      by its formula                  by its formula
+======== =============================== ===============================
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.ops.call import Call
+from vdcore.ops.choose import (
+    BACKENDS,
+    OVERLOADS,
+    choose,
+    implementation,
+    is_transformed,
+    record,
+    run_backward,
+    run_forward,
+    unobserved,
+    why_no_tangents,
+)
+
+Given = dict[str, Tensor]  # tangents, by the name of their tensor
+TANGENTS: dict[str, Callable[[Any, Given], tuple[Tensor, ...]]] = {}  # formulas, by operator
+
+
+class _DoubleBackward:
+    """Contexts that are open. Of the process, not of a thread: autograd runs backward in threads of its own."""
+
+    count = 0
+    lock = threading.Lock()
+
+
+@contextmanager
+def double_backward(by: str) -> Iterator[None]:
+    """Gradients taken inside with ``create_graph=True`` can be differentiated again, slowly.
+
+    Args:
+        by: ``"reference"``: through the operators' plain PyTorch references, with all scores in memory.
+
+    Raises:
+        ValueError: on another name.
+    """
+    if by != "reference":
+        raise ValueError(f"double_backward: by must be 'reference', got {by!r}")
+    with _DoubleBackward.lock:
+        _DoubleBackward.count += 1
+    try:
+        yield
+    finally:
+        with _DoubleBackward.lock:
+            _DoubleBackward.count -= 1
+
+
+# ---- A step, and how autograd and torch.func see it ----
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A function of the tensors of a call, and of others after them; None stands for those that are not there.
+
+    Args:
+        kind, numbers: the call's, with its tensors.
+        backend: the name that was asked for.
+    """
+
+    kind: type[Call]
+    numbers: tuple[Any, ...]
+    backend: str
+
+    def call(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.kind.build(tuple(tensors[: len(self.kind.NAMES)]), self.numbers, True)
+
+    def reference(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The results of the call, in torch's operators."""
+        formula = BACKENDS["reference"].operators[self.kind.op].formula
+        assert formula is not None
+        return formula(self.call(tensors))
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """On plain tensors, not recorded."""
+        raise NotImplementedError
+
+    def formula(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The same in torch's operators, which every transform knows."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> int:
+        """How many of the call's results come after its tensors, for steps after forward."""
+        return self.kind.OUTPUTS if self.kind.SAVES_OUTPUTS else 0
+
+    def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
+        """Gradients of its tensors; ``saved``: these, and the results.
+
+        None of the call's results among them: the formula makes these anew, of the tensors.
+        """
+        n = len(self.kind.NAMES)
+        real = [yes and not n <= i < n + self.kept for i, yes in enumerate(needed)]
+        found = iter(_pull(self.formula, saved[: len(needed)], real)[1](grads))
+        return [next(found) if yes else None for yes in real]
+
+    def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Tangents of its results; those of the call's results do not count, as in :meth:`pull`."""
+        n = len(self.kind.NAMES)
+        real = [None if n <= i < n + self.kept else dx for i, dx in enumerate(tangents)]
+        return _push(self.formula, saved[: len(tangents)], real)
+
+
+Formula = Callable[..., tuple[Tensor, ...]]
+
+
+def _pull(
+    formula: Formula, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor | None]], tuple[Tensor, ...]]]:
+    """The formula's results, and what makes of gradients of these, or None, those of the needed tensors."""
+
+    def of_needed(*some: Tensor) -> tuple[Tensor, ...]:
+        each = iter(some)
+        return formula(*(next(each) if yes else x for x, yes in zip(tensors, needed)))
+
+    results, pull = torch.func.vjp(of_needed, *(x for x, yes in zip(tensors, needed) if yes))  # type: ignore[misc]
+
+    def call(grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return pull(tuple(torch.zeros_like(y) if dy is None else dy.to(y.dtype) for y, dy in zip(results, grads)))
+
+    return results, call
+
+
+def _push(formula: Formula, tensors: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The tangents of the formula's results.
+
+    Gradients are linear in what they are pulled back from: their own pullback, at any point, pushes forward. Unlike
+    torch.func.jvp this may be done inside a dual level, of which there can be only one.
+    """
+    given = [x is not None for x in tangents]
+    results, _ = _pull(formula, tensors, given)
+    zeros = map(torch.zeros_like, results)
+    _, push = torch.func.vjp(lambda *grads: _pull(formula, tensors, given)[1](grads), *zeros)  # type: ignore[misc]
+    return push(tuple(x for x in tangents if x is not None))
+
+
+class _Apply(torch.autograd.Function):
+    """A step under autograd and under the transforms of torch.func."""
+
+    @staticmethod
+    def forward(step: Step, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return step.run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.step = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_forward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, *ctx.step.pull(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        return ctx.step.push(ctx.saved_tensors, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], step: Step, *tensors: Tensor | None) -> Any:
+        """One after another: what is mapped over may be a weight, or lengths."""
+        parts = [
+            _Apply.apply(step, *(x if d is None else x.select(d, i) for x, d in zip(tensors, in_dims[1:])))  # type: ignore[union-attr]
+            for i in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(each) for each in zip(*parts))
+        return results, (0,) * len(results)
+
+
+def apply(step: Step, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return _Apply.apply(step, *tensors)
+
+
+# ---- The steps ----
+
+
+class Forward(Step):
+    """The operator, keeping what the other steps need."""
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        if unobserved(tensors):
+            return run_forward(self.call(tensors), self.backend)  # type: ignore[return-value]
+        with torch._C._AutoDispatchBelowAutograd():
+            found = OVERLOADS[self.kind.op](*tensors, *self.numbers, True, self.backend)
+        return found if self.kind.OUTPUTS > 1 else (found,)
+
+    def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
+        n = len(needed)
+        kept = saved[n:] if self.kind.SAVES_OUTPUTS else ()
+        backend = choose(self.call(saved), "bwd", self.backend)
+        return gradients(self.kind, self.numbers, backend, saved[:n], kept, grads, needed)
+
+    def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        given = tuple(x is not None for x in tangents)
+        step = Jvp(self.kind, self.numbers, self.backend, given)
+        kept = saved[len(given) :] if self.kind.SAVES_OUTPUTS else ()
+        return apply(step, (*saved[: len(given)], *kept, *(x for x in tangents if x is not None)))
+
+
+@dataclass(frozen=True, eq=False)
+class Backward(Step):
+    """Of the call's tensors, its results (where it saves them) and their gradients: the gradients of some tensors.
+
+    Args:
+        wanted: of which tensors.
+        twice: it may itself be differentiated.
+    """
+
+    wanted: tuple[bool, ...]
+    twice: bool
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        n, outputs = len(self.wanted), self.kind.OUTPUTS
+        own, kept, grads = tensors[:n], tensors[n:-outputs], tensors[-outputs:]
+        if unobserved(own):
+            found = run_backward(self.call(own), self.backend, kept, grads, own, self.wanted)
+        else:
+            op = getattr(torch.ops.vdcore, f"{self.kind.op}_backward")
+            with torch._C._AutoDispatchBelowAutograd():
+                found = op(*grads, *kept, *own, *self.numbers, list(self.wanted), self.backend)
+        there = (yes for x, yes in zip(own, self.wanted) if x is not None)
+        return tuple(dx for dx, yes in zip(found, there) if yes)
+
+    def formula(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        own, grads = tensors[: len(self.wanted)], tensors[-self.kind.OUTPUTS :]
+        return _pull(self.reference, own, self.wanted)[1](grads)
+
+    def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
+        if not (self.twice or _DoubleBackward.count):
+            raise RuntimeError(
+                f"{self.kind.op}: double backward is not supported; with vdcore.double_backward('reference') it is "
+                "taken through the reference"
+            )
+        return super().pull(saved, grads, needed)
+
+
+@dataclass(frozen=True, eq=False)
+class Jvp(Step):
+    """Of the call's tensors, its results (where it saves them) and the tangents of some tensors: those of its results.
+
+    Args:
+        given: which tensors have tangents.
+    """
+
+    given: tuple[bool, ...]
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        own, kept, tangents = self._parts(tensors)
+        call = self.call(own)
+        chosen = choose(call, "fwd", self.backend)
+        if unobserved(tensors) and why_no_tangents(call, chosen) is None:
+            record(self.kind.op, chosen, "jvp")
+            run = implementation(call, chosen).tangents
+            assert run is not None
+            return run(call, kept, {name: dx.detach() for name, dx in tangents.items()})
+        record(self.kind.op, "reference", "jvp")
+        # A tangent that is a result as it stands: autograd tells the two apart by their identity.
+        return tuple(y.clone() if any(y is x for x in tensors) else y for y in self.formula(*tensors))
+
+    def formula(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        own, _, tangents = self._parts(tensors)
+        if self.kind.op not in TANGENTS:
+            return _push(self.reference, own, [tangents.get(name) for name in self.kind.NAMES])
+        return TANGENTS[self.kind.op](self.call(own), tangents)
+
+    def _parts(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...], Given]:
+        n = len(self.given)
+        end = n + self.kept
+        names = (name for name, yes in zip(self.kind.NAMES, self.given) if yes)
+        return tensors[:n], tensors[n:end], dict(zip(names, tensors[end:]))
+
+
+def gradients(
+    kind: type[Call],
+    numbers: tuple[Any, ...],
+    backend: str,
+    tensors: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of every tensor of a call that needs one; the backend is one that can."""
+    wanted = [yes and name not in kind.PASSED for yes, name in zip(needed, kind.NAMES)]
+    given: list[Tensor | None] = [None] * len(wanted)
+    compiling = torch.compiler.is_compiling()
+    if any(wanted) and not (
+        compiling or (not torch.is_grad_enabled() and not is_transformed() and unobserved(tensors))
+    ):
+        step = Backward(kind, numbers, backend, tuple(wanted), _DoubleBackward.count > 0)
+        each = iter(apply(step, (*tensors, *kept, *grads)))
+        given = [next(each) if yes else None for yes in wanted]
+    elif any(wanted):
+        if compiling:
+            op = getattr(torch.ops.vdcore, f"{kind.op}_backward")
+            found = op(*grads, *kept, *tensors, *numbers, wanted, backend)
+        else:
+            found = run_backward(kind.build(tensors, numbers, True), backend, kept, grads, tensors, wanted)
+        each = iter(found)
+        given = [None if x is None else next(each) for x in tensors]
+    passed = [grads[kind.PASSED[name]] if name in kind.PASSED else dx for name, dx in zip(kind.NAMES, given)]
+    return [dx if yes else None for dx, yes in zip(passed, needed)]
