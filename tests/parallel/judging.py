@@ -5,6 +5,15 @@ import torch
 from vdcore.testing.tolerance import Errors, errors, pooled, ratio
 
 
+THOROUGH = [False]  # set once for a world
+
+
+def some(items, every=4):
+    """All, or in a world of the quick tests every so many."""
+    items = list(items)
+    return items if THOROUGH[0] else items[::every]
+
+
 def part_of(x, mesh, dim):
     """This rank's slice by numpy.array_split, whatever the dimension."""
     return x.tensor_split(mesh.size(), dim)[mesh.get_local_rank()]

@@ -1,24 +1,33 @@
-"""Worlds of ranks: each is started once, runs all of its cases, and tells how each went."""
+"""A world of ranks is started once, runs all of its cases, and tells how each went."""
 
-import sys
-import time
+import importlib
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+import judging
+
+MODULES = ("exchanges", "attentions", "vdits_on_ranks")
 
 
-def run_cases(mesh, modules):
-    """On every rank: name of a case -> None, or what went wrong. After a failure nobody can say where the others are."""
+def names(thorough):
+    """``module.case`` of all cases."""
+    found = []
+    for name in MODULES:
+        module = importlib.import_module(name)
+        found += [f"{name}.{case}" for case in (*module.CASES, *(module.SLOW if thorough else ()))]
+    return found
+
+
+def run_cases(mesh, cases, thorough):
+    """On every rank: case -> None, or what went wrong. After a failure nobody knows where the others are: it ends."""
+    judging.THOROUGH[0] = thorough
     found = {}
-    for module in modules:
-        for name, case in __import__(module).CASES.items():
-            begin = time.perf_counter()
-            try:
-                case(mesh)
-                found[name] = (None, time.perf_counter() - begin)
-            except BaseException:
-                found[name] = (traceback.format_exc(), time.perf_counter() - begin)
-                return found
+    for name in cases:
+        module, _, case = name.partition(".")
+        module = importlib.import_module(module)
+        try:
+            {**module.CASES, **module.SLOW}[case](mesh)
+            found[name] = None
+        except BaseException:
+            found[name] = traceback.format_exc()
+            return found
     return found
