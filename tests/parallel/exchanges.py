@@ -86,7 +86,7 @@ def one_message_each_and_counted_bytes(mesh):
     with Traffic(rank) as traffic:
         switch(x, mesh, (T, S))
     others = S - part_sizes(S, N)[rank]
-    assert dict(traffic.messages) == {"all_to_all_single": 1}
+    assert dict(traffic.messages) == ({"all_to_all_single": 1} if N > 1 else {})
     assert traffic.bytes == 4 * B * C * part_sizes(T, N)[rank] * others
 
 

@@ -117,6 +117,8 @@ def full_attention_by_every_plan(mesh):
 
 
 def fewer_frames_than_ranks(mesh):
+    if mesh.size() == 1:
+        return
     for attention in some(("factorized", "gated", "full")):
         compare(mesh, config(attention=attention, depth=1), mesh.size() - 1)
 
@@ -154,7 +156,7 @@ def ranks_send_what_the_switch_plan_says(mesh):
         shape = 2, T, 12, given.heads, given.head_dim
         plan = next(p for p in explain(shape, mesh.size(), itemsize=4, op="temporal_attention") if p.name == "switch")
         assert traffic.bytes == pairs * plan.sent[rank]
-        assert sum(traffic.messages.values()) == 2 * pairs
+        assert sum(traffic.messages.values()) == (2 * pairs if mesh.size() > 1 else 0)
 
 
 def depth_control(mesh):
@@ -180,6 +182,8 @@ def depth_control(mesh):
 
 
 def wrong_arguments_say_what_is_wrong(mesh):
+    if mesh.size() == 1:
+        return
     given = config(text_width=None, classes=None)
     model, (video, timestep, _) = VDiT(given, mesh=mesh), draw(given, 5)
     part = part_of(video, mesh, 2)

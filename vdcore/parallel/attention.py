@@ -119,9 +119,9 @@ class Shared:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> tuple[Tensor, Tensor]:
         """Out and, if it is wanted, lse of this rank's frames; q and k are normalized and rotated."""
+        plan = self.chosen(q, k)
         if self.peers.ranks == 1:
             return self._operator(q, k, v, 0, self.lengths)
-        plan = self.chosen(q, k)
         if plan == "heads":
             H, G = q.shape[3], k.shape[3]
             out, logs = self._operator(*self.to_heads(q, k, v), 0, self.lengths)

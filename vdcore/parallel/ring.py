@@ -115,12 +115,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, ring: Ring) -> tuple[T
     )
 
 
-def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Adds a partial result, in place; out is float32 at least."""
-    total = torch.logaddexp(lse, part_lse)
-    before, more = (weight(x, total)[..., None] for x in (lse, part_lse))
-    out.mul_(before).add_(part * more)
-    lse.copy_(total)
+class Merging:
+    """Partial results on their way to one: ``sum_i exp(lse_i - m) out_i``, ``sum_i exp(lse_i - m)`` and m, the largest.
+
+    As a kernel holds them (Milakov and Gimelshein 2018): an lse that were added up part by part would be rounded by
+    every part, and its error is a relative one of the result.
+    """
+
+    def __init__(self, q: Tensor) -> None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        self.out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self.sum = torch.zeros(q.shape[:-1], dtype=wide, device=q.device)
+        self.top = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+
+    def add(self, frames: Run, out: Tensor, lse: Tensor) -> None:
+        whole, total, top = (x[:, frames[0] : frames[1]] for x in (self.out, self.sum, self.top))
+        largest = torch.maximum(top, lse)
+        before, more = weight(top, largest), weight(lse, largest)
+        whole.mul_(before[..., None]).add_(out * more[..., None])
+        total.mul_(before).add_(more)
+        top.copy_(largest)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Out and lse, both float32 at least; 0 and -inf where nothing was seen."""
+        return self.out / self.sum.clamp(min=1)[..., None], self.top + self.sum.log()
 
 
 def weight(lse: Tensor, total: Tensor) -> Tensor:
@@ -160,14 +178,12 @@ def _passing(ring: Ring, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor | N
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(q.shape, dtype=wide, device=q.device)
-        lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+        merging = Merging(q)
         for step, k_i, v_i in _passing(ring, k, v):
             for piece in ring.pieces(ring.peers.rank, ring.holder(step, ring.peers.rank)):
                 assert k_i is not None and v_i is not None
-                begin, end = piece.queries
-                merge_into(out[:, begin:end], lse[:, begin:end], *attend(q, k_i, v_i, piece, ring))
+                merging.add(piece.queries, *attend(q, k_i, v_i, piece, ring))
+        out, lse = merging.result()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring = ring

@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Traffic(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as torch's own modes: else the first operator imports the compiler, for seconds
+
+
+class Traffic(_Mode):
     """Inside, adds up the bytes that this rank sends to others by functional collectives.
 
     An all-to-all sends what is not for this rank; an all-gather its part to every other; a reduction, after the
@@ -57,7 +63,7 @@ class Traffic(TorchDispatchMode):
         self.messages[name] += 1
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(_Mode):
     """Inside, counts the bytes of storages that operators return and somebody still holds; :attr:`peak` is the most.
 
     What an operator takes inside of itself is not seen, nor what was there before.

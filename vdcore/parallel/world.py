@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -96,11 +97,13 @@ def _rank(
             timeout=timedelta(seconds=patience),
         )
         result = function(cpu_mesh(ranks), *arguments)
-        dist.barrier()
         pipe.send((result, None))
-        dist.destroy_process_group()
     except BaseException:
         pipe.send((None, traceback.format_exc()))
+        raise
+    with suppress(RuntimeError):
+        dist.barrier()  # whoever leaves first ends what others still receive
+        dist.destroy_process_group()
 
 
 def cpu_mesh(ranks: int, name: str = "context") -> DeviceMesh:
