@@ -121,9 +121,7 @@ def norm_and_rope_by_global_frames(mesh):
     expected = part_of(vdcore.video_attention(q, k, v, norm=norm, rope=rope), mesh, 1)
     for plan in PLANS:
         parts = [part_of(x, mesh, 1) for x in (q, k, v)]
-        found, lse = video_attention(
-            *parts, mesh=mesh, frames=T, norm=norm, rope=own, plan=plan, return_lse=True
-        )
+        found, lse = video_attention(*parts, mesh=mesh, frames=T, norm=norm, rope=own, plan=plan, return_lse=True)
         torch.testing.assert_close(found, expected)
         _, expected_lse = vdcore.video_attention(q, k, v, norm=norm, rope=rope, return_lse=True)
         torch.testing.assert_close(lse, part_of(expected_lse, mesh, 1))
@@ -131,9 +129,7 @@ def norm_and_rope_by_global_frames(mesh):
 
 def the_same_bits_again(mesh):
     for plan, dtype in some(itertools.product(PLANS, (torch.float32, torch.bfloat16)), 3):
-        first, again = (
-            compare(mesh, *draw(7, dtype=dtype, L=3), plan, mask=MASKS["causal"]) for _ in range(2)
-        )
+        first, again = (compare(mesh, *draw(7, dtype=dtype, L=3), plan, mask=MASKS["causal"]) for _ in range(2))
         for a, b in zip(first, again):
             assert all(torch.equal(a[name], b[name]) for name in a)
 

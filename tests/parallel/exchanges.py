@@ -100,7 +100,7 @@ def wrong_arguments_say_what_is_wrong(mesh):
         (lambda: switch(x, mesh, 5), ValueError, r"switch: sizes must be \(T, S\)"),
         (lambda: switch(x, plane, (5, 7)), ValueError, r"switch: mesh must be of one dimension.*data.*context"),
         (lambda: switch(x, None, (5, 7)), TypeError, "switch: mesh must be a torch.distributed DeviceMesh"),
-        (lambda: shard(x[0, 0], mesh), ValueError, r"shard: x must be \(B, T, S, ...\)"),
+        (lambda: shard(x.flatten(1), mesh), ValueError, r"shard: x must be \(B, T, S, ...\)"),
         (lambda: gather([1], mesh, (5, 7)), TypeError, "gather: x must be a tensor"),
     ):
         with pytest.raises(kind, match=words):

@@ -4,7 +4,6 @@ import torch
 
 from vdcore.testing.tolerance import Errors, errors, pooled, ratio
 
-
 THOROUGH = [False]  # set once for a world
 
 

@@ -1,7 +1,6 @@
 """Cases of VDiT over a mesh, run by every rank of a world: outputs and gradients beside one process."""
 
 import copy
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -73,7 +72,9 @@ def compare(mesh, given, T, *, plan=None, per_frame=False, dtype=torch.float32, 
     shared = on_mesh(model, mesh, plan)
     mine = {name: own(name, x) for name, x in keywords.items()}
     more = {"frames": T * pt} if frames else {}
-    out, inputs, parameters = run(shared, own_video(video), own("timestep", timestep), mine, own_video(incoming), **more)
+    out, inputs, parameters = run(
+        shared, own_video(video), own("timestep", timestep), mine, own_video(incoming), **more
+    )
     for name, p in shared.named_parameters():
         p.grad = parameters[name]
     average_gradients(shared, mesh)
@@ -195,7 +196,7 @@ def wrong_arguments_say_what_is_wrong(mesh):
             model(part, timestep, **arguments)
     with pytest.raises(ValueError, match="VDiT: plan must be switch, halo or None, got 'ring'"):
         VDiT(given, mesh=mesh, plan="ring")
-    with pytest.raises(ValueError, match="VDiT: video must be with .* frames by rank"):
+    with pytest.raises(ValueError, match=r"VDiT: video must be with .* frames by rank"):
         model(video[:, :, : 1 + 2 * mesh.get_local_rank()], timestep)
     copy.deepcopy(model)
 

@@ -69,6 +69,13 @@ def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
             grad.copy_(mean.view(grad.shape))
 
 
+@torch.no_grad()
+def total(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over ranks of what each has, of a loss, say; no gradient."""
+    peers = peers_of("total", mesh)
+    return x if peers.ranks == 1 else all_reduce(x, peers)
+
+
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients of one dtype and device, up to :data:`BUCKET` elements together."""
     bucket: list[Tensor] = []

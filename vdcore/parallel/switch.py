@@ -50,7 +50,6 @@ class Move:
         whole[self.target] = self.target_sizes[self.peers.rank]
         return unpack(wait(started, self.peers), whole, self.source, self.source_sizes)
 
-
     def over(self, x: Tensor) -> Tensor:
         """There at once."""
         return self.finish(self.start(x), tuple(x.shape))
