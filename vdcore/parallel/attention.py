@@ -124,7 +124,8 @@ class Shared:
             return self._operator(q, k, v, 0, self.lengths)
         if plan == "heads":
             H, G = q.shape[3], k.shape[3]
-            out, logs = self._operator(*self.to_heads(q, k, v), 0, self.lengths)
+            q, k, v = self.to_heads(q, k, v)
+            out, logs = self._operator(q, k, v, 0, self.lengths)
             return self.to_frames(out, H, G), self.to_frames(logs, H, G) if lse else logs
         if plan == "ring":
             return ring_attention(q, k, v, Ring(self.peers, self.frames, self.mask, self.scale, self.backend))
@@ -153,7 +154,7 @@ class Shared:
         sizes = tuple(n * (heads // max(groups, 1)) for n in part_sizes(groups, N))
         return Move(self.peers, 1, part_sizes(self.frames, N), 3, sizes)
 
-    def to_heads(self, *tensors: Tensor) -> list[Tensor]:
+    def to_heads(self, *tensors: Tensor) -> Any:
         """q, k and v of all frames, and of this rank's heads; all three are under way at once."""
         groups = tensors[1].shape[3]
         started = [start_move(x, self._move(x.shape[3], groups)) for x in tensors]

@@ -6,6 +6,7 @@ started is a tensor that nobody may read before it is waited for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,10 @@ import torch.distributed._functional_collectives
 from torch import Tensor
 
 from vdcore.parallel.peers import Peers
+
+
+# Ranks compare sizes before every exchange, which costs a small one and the host's time.
+CHECKS = os.environ.get("VDCORE_CHECK", "0") not in ("", "0")
 
 
 class ExchangeError(RuntimeError):
@@ -44,8 +49,23 @@ def start_exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int], p
     exchange = torch.ops._c10d_functional.all_to_all_single
     if torch.compiler.is_compiling():
         return exchange(flat, list(received), list(sent), peers.group)
+    if CHECKS:
+        _check_agreement(sent, received, flat.element_size(), peers)
     with _failing_clearly("all_to_all", peers):
         return exchange(flat, list(received), list(sent), peers.group)
+
+
+def _check_agreement(sent: Sequence[int], received: Sequence[int], itemsize: int, peers: Peers) -> None:
+    """Every rank sends what the other expects."""
+    mine = torch.tensor([n * itemsize for n in (*sent, *received)])
+    table = all_gather(mine, peers).view(peers.ranks, 2, peers.ranks).tolist()
+    for i, (to, _) in enumerate(table):
+        for j, (_, expected) in enumerate(table):
+            if to[j] != expected[i]:
+                raise ExchangeError(
+                    f"all_to_all: rank {j} expects {expected[i]} bytes of rank {i}, which sends {to[j]}: their tensors "
+                    "have other shapes or dtypes"
+                )
 
 
 def wait(started: Tensor, peers: Peers) -> Tensor:

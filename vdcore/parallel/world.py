@@ -59,9 +59,9 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
                 process.join()
 
 
-def _collect(pipes: list[Any], processes: list[Any], until: float, timeout: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], until: float, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
-    waiting = dict(zip(pipes, range(len(pipes))))
+    waiting: dict[Any, int] = dict(zip(pipes, range(len(pipes))))
     while waiting:
         ready = wait(list(waiting), max(until - time.monotonic(), 0))
         if not ready:
@@ -69,7 +69,7 @@ def _collect(pipes: list[Any], processes: list[Any], until: float, timeout: floa
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                results[rank], error = pipe.recv()  # type: ignore[union-attr]
+                results[rank], error = pipe.recv()
             except EOFError:
                 processes[rank].join(5)
                 raise WorldError(f"rank {rank} ended with exit code {processes[rank].exitcode}") from None
