@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vdcore.parallel.peers import Peers
 
-
 # Ranks compare sizes before every exchange, which costs a small one and the host's time.
 CHECKS = os.environ.get("VDCORE_CHECK", "0") not in ("", "0")
 
