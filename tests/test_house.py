@@ -32,12 +32,15 @@ LAYERS = {
     "testing": {"vdcore", "ops"},
     "video": set(),
     "metrics": set(),
-    "models": {"vdcore", "ops"},
-    "diffusion": {"vdcore", "models", "video", "metrics"},
+    "parallel": {"vdcore", "ops"},
+    "models": {"vdcore", "ops", "parallel"},
+    "diffusion": {"vdcore", "models", "parallel", "video", "metrics"},
     "integrations": {"vdcore", "models"},
-    "bench": {"vdcore", "ops", "kernels", "testing", "models", "integrations"},
-    "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "integrations", "video"},
-    "examples": {"cli", "vdcore", "testing", "models", "diffusion", "integrations", "video", "metrics", "bench"},
+    "bench": {"vdcore", "ops", "kernels", "testing", "models", "parallel", "integrations"},
+    "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "parallel", "integrations", "video"},
+    "examples": {
+        *("cli", "vdcore", "testing", "models", "parallel", "diffusion", "integrations", "video", "metrics", "bench")
+    },
 }
 # Operator -> the operators that it may import.
 ROOMS = {

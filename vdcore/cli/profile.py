@@ -22,6 +22,11 @@ def profile(
     threads: options.THREADS = None,
     memory_limit: Annotated[str | None, typer.Option(help="Such as 8GiB; default: what is available.")] = None,
     time_limit: Annotated[float, typer.Option(min=0, help="Seconds of one call; what takes longer is predicted.")] = 20,
+    ranks: Annotated[str | None, typer.Option(help="Processes that share a VDiT's frames, such as 1,2,4.")] = None,
+    plan: Annotated[str | None, typer.Option(help="With --ranks: switch, halo, heads or ring.")] = None,
+    link: Annotated[
+        float | None, typer.Option(min=0.001, help="With --ranks: GB/s a rank sends, to predict for.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plots and report.html.")] = Path("out/profile"),
 ) -> None:
     """Peak memory and time against frames; a point that would not fit is predicted, and says what it would need."""
@@ -29,13 +34,15 @@ def profile(
     from vdcore_bench.jobs.base import DTYPES, MODES
     from vdcore_bench.suites import Options, memory, models, sweep
 
+    if ranks is not None:
+        return _on_ranks(ranks, model, frames, mode, dtype, plan, link, out)
     names = options.known("--workload", workload, workloads.load())
     device = options.device_named(device)
     (mode,) = options.known("--mode", [mode], MODES)
     (dtype,) = options.known("--dtype", [dtype], DTYPES)
     limit = None if memory_limit is None else options.parse_bytes("--memory-limit", memory_limit)
     settings: dict[str, Any] = {
-        "frames": _parse_frames(frames) or sweep.FRAMES,
+        "frames": _numbers("--frames", frames) or sweep.FRAMES,
         "attentions": options.known("--attention", attention, memory.ATTENTIONS) or memory.ATTENTIONS,
         "mode": mode,
         "dtype": DTYPES[dtype],
@@ -53,10 +60,41 @@ def profile(
         options.record(out, lambda journal, watch: memory.profile(names, given, journal, watch, **settings))
 
 
-def _parse_frames(text: str | None) -> tuple[int, ...] | None:
+def _on_ranks(
+    given: str,
+    model: list[str] | None,
+    frames: str | None,
+    mode: str,
+    dtype: str,
+    plan: str | None,
+    link: float | None,
+    out: Path,
+) -> None:
+    """VDiTs whose frames several processes of this machine share, over gloo."""
+    from vdcore.models.vdit import ways
+    from vdcore_bench.jobs.base import DTYPES, MODES
+    from vdcore_bench.suites import ranks
+    from vdcore_bench.suites.models.vdit import VARIANTS
+
+    (mode,), (dtype,) = options.known("--mode", [mode], MODES), options.known("--dtype", [dtype], DTYPES)
+    variants = options.known("--model", model, VARIANTS) or tuple(VARIANTS)
+    for name in variants if plan is not None else ():
+        options.known("--plan", [plan or ""], ways(VARIANTS[name]))
+    settings = ranks.Settings(
+        ranks=_numbers("--ranks", given) or (),
+        frames=_numbers("--frames", frames) or (16,),
+        mode=mode,
+        dtype=DTYPES[dtype],
+        plan=plan,
+        link=None if link is None else link * 1e9,
+    )
+    options.record(out, lambda journal, watch: ranks.run(variants, settings, journal, watch))
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     numbers = [int(n) if n.isdecimal() else 0 for n in split([text])]
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r}: not numbers of frames such as 8,16,32", param_hint="--frames")
+        raise typer.BadParameter(f"{text!r}: not numbers such as 8,16,32", param_hint=option)
     return tuple(sorted(set(numbers)))

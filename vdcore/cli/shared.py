@@ -17,8 +17,10 @@ TRAIN_OUT = Path("out/train")  # where train leaves its checkpoint, and sample l
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Errors that a user can act on become one line and exit code 1; any other exception is a bug, and shown whole."""
+    from vdcore.parallel.messages import ExchangeError
+
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, ExchangeError) as error:
         print(f"vdcore: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

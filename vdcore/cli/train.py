@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vdcore.cli.options import THREADS, set_threads
+from vdcore.cli.ranks import PATIENCE, join, launched, relaunch
 from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 
 if TYPE_CHECKING:
@@ -48,11 +50,15 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing the checkpoint in --out.")] = False,
     threads: THREADS = None,
     device: DEVICE = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the frames of every clip (torchrun).")] = 1,
+    patience: PATIENCE = 300,
 ) -> None:
     """Trains a small video diffusion transformer, by default on synthetic scenes: minutes on two cores.
 
-    Continues from the checkpoint in --out as if it had never stopped; Ctrl-C loses nothing.
+    Continues from the checkpoint in --out as if it had never stopped, with any number of ranks; Ctrl-C loses nothing.
     """
+    if ranks > 1 and not launched():
+        raise typer.Exit(relaunch(ranks))
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
     from vdcore.diffusion.training import SCENES, Recipe
@@ -71,9 +77,13 @@ def train(
             if clips
             else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
         )
-        with progress() as bar:
-            meter = Meter(bar, recipe.steps)
-            run = runs.train(recipe, source, out, fresh=fresh, save_every=save_every, device=device, on_step=meter)
+        mesh = join(ranks, device, patience) if ranks > 1 else None
+        silent = mesh is not None and mesh.get_local_rank() > 0
+        options: dict[str, Any] = {"fresh": fresh, "save_every": save_every, "device": device, "mesh": mesh}
+        with nullcontext() if silent else progress() as bar:
+            run = runs.train(recipe, source, out, on_step=None if bar is None else Meter(bar, recipe.steps), **options)
+        if silent:
+            raise typer.Exit(0 if run.finished else 130)
         runs.plot_losses(run.losses, out / "losses.png")
     last = list(run.losses.values())[-100:]
     print(f"{run.checkpoint}: step {run.step} of {recipe.steps}, loss {sum(last) / max(len(last), 1):.4f}")

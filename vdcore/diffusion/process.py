@@ -147,6 +147,7 @@ class Process:
         noise: Tensor,
         timestep: Tensor,
         held: Tensor | None = None,
+        count: Tensor | float | None = None,
         **conditions: Any,
     ) -> Tensor:
         """Mean squared error of the denoiser over the frames that are not held.
@@ -155,6 +156,8 @@ class Process:
             clean, noise: ``(B, C, T, H, W)``.
             timestep: ``(B,)``, or ``(B, T)``: independent noise per frame under a joint denoiser (Chen et al. 2024).
             held: ``(B, T)`` bool: frames that the denoiser is given clean, as a condition.
+            count: values that the mean is taken over, where several processes have parts of the video; None: those of
+                this call that are not held.
             conditions: passed on to the denoiser.
         """
         if held is not None:
@@ -162,11 +165,19 @@ class Process:
         noisy = self.add_noise(clean, noise, timestep)
         error = (denoise(noisy, self.model_timestep(timestep), **conditions) - self.target(clean, noise, timestep)) ** 2
         weight = per_frame(self.loss_weight(timestep))
-        if held is None:
-            return (weight * error).mean()
-        weight = torch.where(per_frame(held), 0.0, weight)
-        counted = (~held).sum().clamp(min=1) * (error[:, :, 0].numel() / len(error))
-        return (weight * error).sum() / counted
+        if held is not None:
+            weight = torch.where(per_frame(held), 0.0, weight)
+        if count is not None:
+            return (weight * error).sum() / count
+        return (weight * error).mean() if held is None else (weight * error).sum() / values(clean, held)
+
+
+def values(clean: Tensor, held: Tensor | None) -> Tensor | float:
+    """Of a video ``(B, C, T, H, W)`` those in frames that are not held ``(B, T)``."""
+    if held is None:
+        return clean.numel()
+    B, C, _, H, W = clean.shape
+    return (~held).sum().clamp(min=1) * (C * H * W)
 
 
 def hold_timesteps(timestep: Tensor, held: Tensor, clean: float) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from vdcore.diffusion.long import splice
 from vdcore.diffusion.sampling import make_sampler
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
 from vdcore.extras import need
+from vdcore.parallel.gradients import total
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 CHECKPOINT, LOSSES = "checkpoint.safetensors", "losses.jsonl"
 # Of the scheduler. A small model that predicts the clean video adds an error of its own at every step, which differs
@@ -55,6 +60,7 @@ def train(
     save_every: int = 250,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Run:
     """Trains into a folder, and goes on from the checkpoint that is there.
 
@@ -66,15 +72,19 @@ def train(
         save_every: steps from checkpoint to checkpoint.
         on_step: called with the number of steps done and the last one's loss; with 0 or the steps of a checkpoint, and
             NaN, before the first.
+        mesh: processes that share every clip: see :class:`Trainer`. The first one writes. All end where one is
+            interrupted.
 
     Raises:
         CheckpointError: if the checkpoint is of another recipe or source.
         FloatingPointError: if a loss is not finite; the last checkpoint stays.
+        ExchangeError: if a process ends; the last checkpoint stays.
     """
     if save_every < 1:
         raise ValueError(f"train: save_every must be at least 1, got {save_every}")
     out, begin = Path(out), time.perf_counter()
-    path, trainer = out / CHECKPOINT, Trainer(recipe, source, device)
+    path, trainer = out / CHECKPOINT, Trainer(recipe, source, device, mesh)
+    writes = mesh is None or mesh.get_local_rank() == 0
     if path.exists() and not fresh:
         trainer.restore(path)
     losses = {} if fresh else _read_losses(out / LOSSES)
@@ -83,21 +93,26 @@ def train(
     if on_step is not None:
         on_step(trainer.step_count, float("nan"))
     saved = trainer.step_count if path.exists() and not fresh else -1
-    with (out / LOSSES).open("w", buffering=1) as log, _interrupts() as interrupted:
+    with (out / LOSSES if writes else Path(os.devnull)).open("w", buffering=1) as log, _interrupts() as interrupted:
         log.writelines(_line(step, loss) for step, loss in losses.items())
-        while trainer.step_count < recipe.steps and not interrupted.is_set():
+        while trainer.step_count < recipe.steps and not _anywhere(interrupted.is_set(), mesh):
             step = trainer.step_count
             losses[step] = trainer.step()
             log.write(_line(step, losses[step]))
             if on_step is not None:
                 on_step(step + 1, losses[step])
-            if trainer.step_count % save_every == 0:
+            if trainer.step_count % save_every == 0 and writes:
                 trainer.save(path)
                 saved = trainer.step_count
-        if saved != trainer.step_count:
+        if saved != trainer.step_count and writes:
             trainer.save(path)
     finished = trainer.step_count >= recipe.steps
     return Run(path, trainer.step_count, finished, time.perf_counter() - begin, losses)
+
+
+def _anywhere(here: bool, mesh: DeviceMesh | None) -> bool:
+    """Whether it is so on any rank: they must take the same steps."""
+    return here if mesh is None else bool(total(torch.tensor(float(here), device=mesh.device_type), mesh))
 
 
 @torch.no_grad()

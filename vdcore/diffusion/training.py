@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,16 @@ from torch import Tensor
 from vdcore.diffusion import checkpoint
 from vdcore.diffusion.checkpoint import CheckpointError
 from vdcore.diffusion.data import Source
-from vdcore.diffusion.process import Process
+from vdcore.diffusion.process import Process, values
 from vdcore.extras import need
 from vdcore.models import VDiT, VDiTConfig
+from vdcore.parallel import average_gradients
+from vdcore.parallel.gradients import total
+from vdcore.parallel.peers import part_sizes
 from vdcore.video.scenes import MovingShapes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Smooth shades of few colors: fine textures and all hues take a model this small most of its training, and tell
 # nothing of motion.
@@ -156,13 +162,21 @@ class Trainer:
         recipe: how to train.
         source: clips of the recipe's frames and size.
         device: where to compute; what is random is drawn on the CPU, the same everywhere.
+        mesh: processes that share every clip, each with its frames. All draw the same clips and noise; a checkpoint is
+            that of one process, and goes on with any number of them.
     """
 
-    def __init__(self, recipe: Recipe, source: Source, device: torch.device | str = "cpu") -> None:
-        self.recipe, self.source, self.device = recipe, source, torch.device(device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self.recipe, self.source, self.device, self.mesh = recipe, source, torch.device(device), mesh
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.model = VDiT(recipe.model).to(device)
+            self.model = VDiT(recipe.model, mesh=mesh).to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.process = process_for(recipe.target, recipe.shift)
         self.optimizer = torch.optim.AdamW(
@@ -191,12 +205,14 @@ class Trainer:
         else:
             timestep = timestep[:, 0]
         clean, noise, timestep, held = (x.to(self.device) for x in (clean, noise, timestep, held))
-        loss = self.process.loss(self.model, clean, noise, timestep, held if recipe.hold else None)
-        value = loss.item()
+        loss = self._loss(clean, noise, timestep, held if recipe.hold else None)
+        value = (loss if self.mesh is None else total(loss.detach(), self.mesh)).item()
         if not math.isfinite(value):
             raise FloatingPointError(f"Trainer: the loss of step {self.step_count} is {value}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.mesh is not None:
+            average_gradients(self.model, self.mesh)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * self._lr_factor()
@@ -204,6 +220,18 @@ class Trainer:
         self.step_count += 1
         self._average_weights()
         return value
+
+    def _loss(self, clean: Tensor, noise: Tensor, timestep: Tensor, held: Tensor | None) -> Tensor:
+        """The loss of the clips; with a mesh this rank's share of it."""
+        if self.mesh is None:
+            return self.process.loss(self.model, clean, noise, timestep, held)
+        together, N, rank = self.recipe.model.patch[0], self.mesh.size(), self.mesh.get_local_rank()
+        parts = [n * together for n in part_sizes(self.recipe.frames // together, N)]
+        count = values(clean, held)
+        clean, noise = (x.split(parts, 2)[rank] for x in (clean, noise))
+        timestep = timestep if timestep.ndim == 1 else timestep.split(parts, 1)[rank]
+        held = None if held is None else held.split(parts, 1)[rank]
+        return self.process.loss(self.model, clean, noise, timestep, held, count, frames=self.recipe.frames)
 
     def _lr_factor(self) -> float:
         n, recipe = self.step_count, self.recipe

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vdcore.models.cache import Place, Ring
 from vdcore.models.config import VDiTConfig
+from vdcore.models.layout import Split, start_switch
 from vdcore.models.position import Rotations, full_channels, neighbor_bias, space_channels
 from vdcore.norm import QKNorm
 from vdcore.ops import (
@@ -23,6 +24,8 @@ from vdcore.ops import (
     video_attention,
 )
 from vdcore.ops.choose import has_tangent
+from vdcore.parallel.attention import Shared
+from vdcore.parallel.halo import halo_of, key_frames
 from vdcore.rope import Rope
 
 
@@ -40,6 +43,8 @@ class Context:
         place: with a cache, where this chunk's keys and values go.
         frame_embedding: ``(T, 1, C)``, what is added to the tokens before the first block that looks across frames.
         grid: token frames, rows and columns (T', H', W').
+        split: how several processes share the frames. Conditions and ``rotations.time`` are of all frames then, all
+            else is of this rank's.
     """
 
     grid: tuple[int, int, int]
@@ -51,6 +56,13 @@ class Context:
     text_lengths: Tensor | None = None
     place: Place | None = None
     frame_embedding: Tensor | None = None
+    split: Split | None = None
+
+    def of_own_frames(self, condition: Tensor) -> Tensor:
+        """This rank's frames of a condition; one without frames as it is. ``(B, T, ...)`` to ``(B, T_r, ...)``."""
+        if self.split is None or self.condition.ndim == 2:
+            return condition
+        return self.split.own_frames(condition, 1)
 
 
 def merged(heads: Any) -> Tensor:
@@ -112,6 +124,12 @@ class SelfAttention(nn.Module):
         k, v = ring.write(k, v, place)
         return q, k.to(q.dtype), v.to(q.dtype)
 
+    def normalized(self, qkv: tuple[Tensor, Tensor, Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k as the scores see them, and v: what ranks exchange."""
+        q, k, v = qkv
+        norm = self.norm()
+        return (q, k, v) if norm is None and rope is None else (*qk_norm_rope(q, k, norm=norm, rope=rope), v)
+
     def across_frames(
         self, operator: Callable[..., Any], x: Tensor, context: Context, ring: Ring | None, rope: Rope | None
     ) -> Tensor:
@@ -141,7 +159,15 @@ class TemporalAttention(SelfAttention):
         return [(self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        return self.across_frames(temporal_attention, x, context, ring, context.rotations.time)
+        split, rope = context.split, context.rotations.time
+        if split is None or split.plan != "halo":  # whole positions
+            return self.across_frames(temporal_attention, x, context, ring, rope)
+        if rope is not None:
+            rope = Rope(split.own_frames(rope.cos, 0), split.own_frames(rope.sin, 0), rope.style)
+        q, k, v = self.normalized(self.split(self.qkv(x)), rope)
+        halo = halo_of(self.mask, split.sizes[0], split.peers)
+        out = temporal_attention(q, key_frames(k, halo), key_frames(v, halo), mask=self.mask, q_start=halo.q_start)
+        return self.proj(merged(out))
 
 
 class FullAttention(SelfAttention):
@@ -151,7 +177,12 @@ class FullAttention(SelfAttention):
         return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        return self.across_frames(video_attention, x, context, ring, context.rotations.full)
+        split = context.split
+        if split is None:
+            return self.across_frames(video_attention, x, context, ring, context.rotations.full)
+        shared = Shared(split.peers, split.sizes[0], self.mask, self.head_dim**-0.5, plan=split.plan)
+        out, _ = shared.attend(*self.normalized(self.split(self.qkv(x)), context.rotations.full))
+        return self.proj(merged(out))
 
 
 class GatedAttention(SelfAttention):
@@ -174,7 +205,25 @@ class GatedAttention(SelfAttention):
         """``(B, T, S, 1, 1)`` per token, ``(H, 1)`` per head, ``(1, 1)``."""
         return torch.sigmoid(self.mix(x)[..., None] if self.mix_factor is None else self.mix_factor)
 
+    def shared(self, x: Tensor, context: Context, split: Split) -> Tensor:
+        """On several processes: tokens are on their way to temporal attention, and back, while spatial computes.
+
+        Nothing but the tokens of x and the temporal results is sent: queries, keys and values of temporal attention
+        are projected where they are needed.
+        """
+        rotations = context.rotations
+        weights, biases = (p.chunk(2) for p in (self.qkv.weight, self.qkv.bias))
+        there = start_switch(x, "frames", "tokens", split)
+        spatial = self.split(F.linear(x, weights[0], biases[0]))
+        temporal = self.split(F.linear(there.finish(), weights[1], biases[1]))
+        a_t = temporal_attention(*temporal, mask=self.mask, norm=self.norm(1), rope=rotations.time)
+        back = start_switch(a_t, "tokens", "frames", split)
+        a_s = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
+        return torch.lerp(back.finish(), a_s, self.alpha(x).to(a_s.dtype))
+
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
+        if context.split is not None:
+            return self.proj(merged(self.shared(x, context, context.split)))
         spatial, temporal = (self.split(y) for y in self.qkv(x).chunk(2, -1))
         alpha, rotations = self.alpha(x), context.rotations
         if ring is None or context.place is None:

@@ -29,8 +29,13 @@ LAYERS: dict[str, type[nn.Module]] = {
 }
 
 
-# What a layer wants of the tokens: whole frames, whole tracks of a position, or either.
-LAYOUTS: dict[str, Layout] = {"spatial": "space", "temporal": "time", "gated": "space", "full": "space"}
+def layout_of(part: str, context: Context) -> Layout | None:
+    """What a layer wants of tokens that several processes share; None: either."""
+    assert context.split is not None
+    if part == "temporal":
+        return "frames" if context.split.plan == "halo" else "tokens"
+    per_frame = context.text is not None and context.text.ndim == 4
+    return "frames" if part in ("spatial", "gated", "full") or (part == "cross" and per_frame) else None
 
 
 class AdaLNZero(nn.Module):
@@ -68,16 +73,23 @@ class Block(nn.Module):
         self.modulation = (AdaLNZero if config.modulation == "zero" else AdaLNSingle)(config.width, rows)
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
-        """x ``(B, T, S, C)`` to the same shape; ``ring``: what the block remembers of earlier frames."""
+        """x ``(B, T, S, C)`` to the same shape; ``ring``: what the block remembers of earlier frames.
+
+        With the frames split over ranks x is of this rank's frames, also where layers inside work on tokens.
+        """
         rows = iter(self.modulation(context).unbind(-2))
+        layout: Layout = "frames"
         for part, layer in self.layers.items():
-            x = switch_layout(x, LAYOUTS.get(part, "any"))
+            if context.split is not None:
+                wanted = layout_of(part, context) or layout
+                x, layout = switch_layout(x, layout, wanted, context.split), wanted
             if part == "cross":
                 x = x + layer(x, context)
             else:
-                shift, scale, gate = next(rows), next(rows), next(rows)
+                given = [next(rows) for _ in range(3)]
+                shift, scale, gate = map(context.of_own_frames, given) if layout == "frames" else given
                 x = gate_residual(x, layer(modulate(x, shift, scale), context, ring), gate)
-        return x
+        return switch_layout(x, layout, "frames", context.split)
 
 
 def modulated_rows(parts: tuple[str, ...]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vdcore.models.cache import FrameCache
 from vdcore.models.embedding import PatchEmbedding
 from vdcore.models.vdit import VDiT
+from vdcore.parallel.gradients import scale_gradient
 
 
 class DepthControl(nn.Module):
@@ -43,6 +44,7 @@ class DepthControl(nn.Module):
             self.copy = VDiT(replace(config, depth=blocks))
             self.hint = PatchEmbedding(channels, config.width, config.patch)
             self.outputs = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(blocks))
+        self.copy.peers, self.copy.plan = model.peers, model.plan
         for parameter in (*self.hint.parameters(), *self.outputs.parameters()):
             nn.init.zeros_(parameter)
         del self.copy.final
@@ -58,12 +60,13 @@ class DepthControl(nn.Module):
         *,
         cache: FrameCache | None = None,
         keep: bool = False,
+        frames: int | None = None,
         **given: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """What to add after each of the model's first blocks, the ``control`` of :meth:`VDiT.forward`.
 
         Args:
-            video, timestep, keep: what the model gets.
+            video, timestep, keep, frames: what the model gets.
             depth: ``(B, channels, T, H, W)``, of the video's size.
             cache: of this control's :meth:`new_cache`.
             given: ``text``, ``text_lengths``, ``label`` and ``positions`` that the model gets.
@@ -78,12 +81,13 @@ class DepthControl(nn.Module):
         if depth.shape != expected:
             shape = tuple(depth.shape)
             raise ValueError(f"DepthControl: depth must be (B, channels, T, H, W) = {expected}, got {shape}")
-        x, context = self.copy.embed(video, timestep, cache=cache, **given)
-        x = x + self.hint(depth)
+        ranks = self.copy.ranks
+        x, context = self.copy.embed(video, timestep, cache=cache, frames=frames, **given)
+        x = x + self.hint(scale_gradient(depth, 1 / ranks))
         found = []
         for i, output in enumerate(self.outputs):
             x = self.copy.run(i, x, context, cache)
-            found.append(output(x))
+            found.append(scale_gradient(output(x), ranks))
         if cache is not None and keep:
             cache.frames += context.grid[0]
         return tuple(found)

@@ -75,5 +75,5 @@ class FinalLayer(nn.Module):
             shift, scale = self.modulation(context.activated).chunk(2, -1)
         else:
             shift, scale = (self.table + context.condition[..., None, :]).unbind(-2)
-        x = modulate(x, shift, scale)
+        x = modulate(x, context.of_own_frames(shift), context.of_own_frames(scale))
         return unpatchify(x, self.weight, self.bias, channels=self.channels, patch=self.patch, grid=context.grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,15 @@ from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_fram
 from vdcore.models.cache import FrameCache, new_ring, slots_needed
 from vdcore.models.config import VDiTConfig
 from vdcore.models.embedding import FinalLayer, PatchEmbedding, TextProjection, TimestepEmbedding
+from vdcore.models.layout import Split
 from vdcore.models.position import Rotations, full_rope, sincos, sincos_grid, space_rope, time_rope
+from vdcore.parallel.gradients import scale_gradient
+from vdcore.parallel.messages import all_gather
+from vdcore.parallel.peers import part_sizes, peers_of
+from vdcore.parallel.plan import TEMPORAL, VIDEO, Layer, Way, choose
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What a checkpointed block keeps: out and lse of attention, which is not computed twice then.
 KEPT = tuple(
@@ -35,11 +43,26 @@ class VDiT(nn.Module):
 
     After DiT (Peebles and Xie 2023), Latte (Ma et al. 2024) and PixArt-alpha (Chen et al. 2023); see
     :class:`VDiTConfig` for what each choice means. Tokens are ``(B, T', S, C)`` from the first layer to the last.
+
+    Args:
+        config: what it is made of.
+        mesh: a ``DeviceMesh`` of one dimension, whose processes share every video: each passes, and gets, its frames
+            (:func:`vdcore.parallel.shard` of token frames), and everything else that has frames alike. Weights must
+            be the same on every rank. The loss is the sum of the ranks' losses; parameters' gradients are N times the
+            rank's share, for the mean over the mesh to be the gradient of one process, and those of inputs the rank's
+            share. Every rank must run backward. No caches.
+        plan: how attention across frames is shared out: ``"heads"``, ``"ring"`` or ``"halo"`` with full attention,
+            ``"switch"`` or ``"halo"`` with temporal layers; None: what sends the least bytes
+            (:func:`vdcore.parallel.explain`).
     """
 
-    def __init__(self, config: VDiTConfig) -> None:
+    def __init__(self, config: VDiTConfig, *, mesh: DeviceMesh | None = None, plan: str | None = None) -> None:
         super().__init__()
         self.config = config
+        self.peers, self.plan = None if mesh is None else peers_of("VDiT", mesh), plan
+        if plan is not None and (mesh is None or plan not in ways(config)):
+            expected = "None without a mesh" if mesh is None else f"{', '.join(ways(config))} or None"
+            _wrong("plan", expected, repr(plan))
         self.patch = PatchEmbedding(config.in_channels, config.width, config.patch)
         self.time = TimestepEmbedding(config.width)
         self.label = None if config.classes is None else nn.Embedding(config.classes + 1, config.width)
@@ -65,6 +88,7 @@ class VDiT(nn.Module):
         cache: FrameCache | None = None,
         keep: bool = False,
         control: Sequence[Tensor] | None = None,
+        frames: int | None = None,
     ) -> Tensor:
         """Predicts what the model was trained to: noise, velocity or clean video.
 
@@ -80,6 +104,8 @@ class VDiT(nn.Module):
             cache: of :meth:`new_cache`; the chunk sees the frames that it holds.
             keep: also keep this chunk in the cache: what a stream calls once per chunk, with the clean frames.
             control: per block, from the first on, what is added to its result: ``(B, T', S, C)`` each.
+            frames: T of the whole, where a mesh shares the frames; None: ranks tell one another what they have, for
+                which the host waits.
 
         Returns:
             ``(B, out_channels, T, H, W)``.
@@ -88,16 +114,21 @@ class VDiT(nn.Module):
             ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
         """
         given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions}
-        x, context = self.embed(video, timestep, cache=cache, **given)
+        x, context = self.embed(video, timestep, cache=cache, frames=frames, **given)
         if control is not None and len(control) > len(self.blocks):
             _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
         for i in range(len(self.blocks)):
             x = self.run(i, x, context, cache)
             if control is not None and i < len(control):
-                x = x + control[i]
+                x = x + scale_gradient(control[i], 1 / self.ranks)
         if cache is not None and keep:
             cache.frames += context.grid[0]
-        return self.final(x, context)
+        return scale_gradient(self.final(x, context), self.ranks)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share a video."""
+        return 1 if self.peers is None else self.peers.ranks
 
     def embed(
         self,
@@ -109,25 +140,28 @@ class VDiT(nn.Module):
         label: Tensor | None = None,
         positions: Tensor | None = None,
         cache: FrameCache | None = None,
+        frames: int | None = None,
     ) -> tuple[Tensor, Context]:
         """The tokens ``(B, T', S, C)`` that enter the first block, and what all blocks share."""
         config = self.config
+        video, timestep = (scale_gradient(x, 1 / self.ranks) for x in (video, timestep))
+        text = None if text is None else scale_gradient(text, 1 / self.ranks)
         x, grid = self._tokens(video)
         B, T = x.shape[:2]
+        split = self._split(video, x, cache, frames)
         if cache is not None:
             made, here = (cache.batch, *cache.grid, len(cache.rings)), (B, *grid[1:], len(self.blocks))
             if made != here:
                 _wrong("cache", f"made for (batch, rows, columns, blocks) = {here}", made)
-        if positions is None:
-            start = 0 if cache is None else cache.frames
-            positions = torch.arange(start, start + T, dtype=torch.float64, device=x.device)
-        elif positions.shape != (T,):
-            _wrong("positions", f"(T',) = {(T,)}", tuple(positions.shape))
+        start = 0 if cache is None else cache.frames
+        positions, everywhere = self._positions(positions, start, T, split, x.device)
         if timestep.shape == (B, video.shape[2]) != (B, T):
-            timestep = timestep.unflatten(1, (T, -1)).amax(2)
+            timestep = timestep.unflatten(1, (T, config.patch[0])).amax(2)
         elif timestep.shape not in ((B,), (B, T)):
             expected = f"(B,), (B, T') or (B, T) = {(B,)}, {(B, T)} or {(B, video.shape[2])}"
             _wrong("timestep", expected, tuple(timestep.shape))
+        if split is not None and timestep.ndim == 2:
+            timestep = split.all_frames(timestep, 1)
         condition = self._condition(timestep, label)
         activated = F.silu(condition)
         shared = None if self.modulation is None else self.modulation(activated)
@@ -136,10 +170,11 @@ class VDiT(nn.Module):
             condition=condition,
             activated=activated,
             modulation=None if shared is None else shared.unflatten(-1, (-1, config.width)),
-            rotations=self._rotations(grid, positions),
+            rotations=self._rotations(grid, positions, everywhere),
             text=self._text(text, B, T),
             text_lengths=text_lengths,
             place=None if cache is None else cache.place(T),
+            split=split,
         )
         if config.position != "rope":
             x = x + sincos_grid(grid[1:], config.width, config.base_size, x.device).to(x.dtype)
@@ -153,8 +188,10 @@ class VDiT(nn.Module):
             x = x + context.frame_embedding
         block, ring = self.blocks[index], None if cache is None else cache.rings[index]
         if self.config.checkpoint and torch.is_grad_enabled() and ring is None:
-            contexts = partial(create_selective_checkpoint_contexts, keep_attention)
-            return checkpoint(block, x, context, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+            given: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if context.split is None or context.split.plan != "ring":  # of which every part would be kept
+                given["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+            return checkpoint(block, x, context, **given)
         return block(x, context, ring)
 
     def new_cache(
@@ -221,7 +258,51 @@ class VDiT(nn.Module):
             _wrong("text", f"(B, L, {width}) or (B, T', L, {width}) with B = {B}, T' = {T}", tuple(text.shape))
         return self.text(text)
 
-    def _rotations(self, grid: tuple[int, int, int], positions: Tensor) -> Rotations:
+    def _split(self, video: Tensor, x: Tensor, cache: FrameCache | None, frames: int | None) -> Split | None:
+        """How this pass's frames are shared; checks that these are the rank's."""
+        config, (B, T, S, _), pt = self.config, x.shape, self.config.patch[0]
+        if self.peers is None or self.ranks == 1:
+            if frames is not None and frames != video.shape[2]:
+                _wrong("frames", f"the video's {video.shape[2]} without a mesh of several ranks", frames)
+            return None
+        if cache is not None:
+            _wrong("cache", "None with a mesh", "a cache")
+        if frames is None:
+            here = torch.tensor([video.shape[2]], device=video.device)
+            counted = tuple(all_gather(here, self.peers).tolist())
+            frames = sum(counted)
+            if counted != tuple(n * pt for n in part_sizes(frames // pt, self.ranks)):
+                expected = f"with {[n * pt for n in part_sizes(frames // pt, self.ranks)]} frames by rank"
+                _wrong("video", expected, list(counted))
+        if frames % pt:
+            _wrong("frames", f"a multiple of the {pt} frames of a token", frames)
+        if self.peers.size(frames // pt) != T:
+            expected = f"with the {pt * self.peers.size(frames // pt)} of {frames} frames that rank {self.peers.rank}"
+            _wrong("video", f"{expected} of {self.ranks} holds", f"{video.shape[2]} frames")
+        heads, kv_heads = config.heads, config.kv_heads or config.heads
+        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.mask)
+        plan = choose("VDiT", self.plan, layer, self.ranks, ways(config))
+        return Split(self.peers, (frames // pt, S), plan)
+
+    def _positions(
+        self, positions: Tensor | None, start: int, T: int, split: Split | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of the frames that this process has, and of all frames of the video."""
+        given = positions is not None
+        if split is not None:
+            start = split.own[0]
+        if positions is None:
+            positions = torch.arange(start, start + T, dtype=torch.float64, device=device)
+        elif positions.shape != (T,):
+            _wrong("positions", f"(T',) = {(T,)}", tuple(positions.shape))
+        if split is None:
+            return positions, positions
+        if given:
+            return positions, split.all_frames(positions, 0)
+        return positions, torch.arange(split.sizes[0], dtype=torch.float64, device=device)
+
+    def _rotations(self, grid: tuple[int, int, int], positions: Tensor, everywhere: Tensor) -> Rotations:
+        """Tables of this process's frames; ``time`` is of all frames of the video."""
         config, D = self.config, self.config.head_dim
         if config.position == "sincos":
             return Rotations()
@@ -230,7 +311,12 @@ class VDiT(nn.Module):
                 return Rotations(full=full_rope(positions, grid[1:], D, config.rope_theta))
             return Rotations(full=time_rope(positions, D, config.rope_theta))
         space = space_rope(grid[1:], D, config.rope_theta, positions.device) if config.position == "rope" else None
-        return Rotations(space=space, time=time_rope(positions, D, config.rope_theta))
+        return Rotations(space=space, time=time_rope(everywhere, D, config.rope_theta))
+
+
+def ways(config: VDiTConfig) -> dict[str, Way]:
+    """How processes may share out attention across frames, by name."""
+    return {"full": VIDEO, "gated": {"switch": TEMPORAL["switch"]}}.get(config.attention, TEMPORAL)
 
 
 def initialize(model: VDiT) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from vdcore_bench.measure.journal import MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, masks
+from vdcore_bench.suites import gpu, masks, ranks
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -61,6 +61,11 @@ def swap_table(rows: Sequence[Row]) -> Table:
     return Table.of(hosts.HEADER, hosts.cells(swapped), "Models before and after the swap")
 
 
+def ranks_table(rows: Sequence[Row]) -> Table:
+    note = "Bytes and memory of the rank with most, counted. ~: time predicted for the link, without overlap."
+    return Table.of(ranks.HEADER, ranks.cells(rows), "Models on several ranks", note=note)
+
+
 def profile_tables(rows: Sequence[Row]) -> list[Table]:
     """One table per workload and pattern: frames down, attentions across, each as peak memory and time."""
     grids = curves.grids(rows)
@@ -74,7 +79,7 @@ def _with_note(tables: list[Table], note: str) -> list[Table]:
 
 def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     """The tables of every suite but the operators'; suites without rows are left out."""
-    for one in (overhead_table(rows), block_table(rows), swap_table(rows)):
+    for one in (overhead_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
         if one.rows:
             yield [one]
     for several in (gpu.tables(rows), mask_tables(rows), profile_tables(rows)):

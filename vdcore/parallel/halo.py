@@ -1,0 +1,198 @@
+"""Frames that a rank's queries see and others hold: which, where they stand, and their exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdcore.mask import FrameMask, Run
+from vdcore.parallel.messages import start_exchange, wait
+from vdcore.parallel.peers import Peers, part_sizes, part_starts
+
+PLAIN = {"past", "future", "chunk", "sink"}
+
+
+def shifts(mask: FrameMask) -> bool:
+    """Frames may be counted from another one on, a multiple of the chunk away: nothing but chunks and a sink count."""
+    others = [f for f in fields(mask) if f.name not in PLAIN]
+    return all(getattr(mask, f.name) == f.default for f in others)
+
+
+@lru_cache(maxsize=256)
+def seen_by(mask: FrameMask, T: int, ranks: int) -> tuple[tuple[Run, ...], ...]:
+    """For each rank the frames that its own frames see, as sorted runs."""
+    found = []
+    for start, size in zip(part_starts(T, ranks), part_sizes(T, ranks)):
+        seen: list[Run] = []
+        for begin, end in sorted(run for runs in mask.runs(size, T, start) for run in runs):
+            if seen and begin <= seen[-1][1]:
+                seen[-1] = seen[-1][0], max(end, seen[-1][1])
+            else:
+                seen.append((begin, end))
+        found.append(tuple(seen))
+    return tuple(found)
+
+
+def within(runs: tuple[Run, ...], begin: int, end: int) -> tuple[Run, ...]:
+    cut = [(max(a, begin), min(b, end)) for a, b in runs]
+    return tuple((a, b) for a, b in cut if a < b)
+
+
+def frames_in(runs: tuple[Run, ...]) -> int:
+    return sum(end - begin for begin, end in runs)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """The key frames of one rank in one tensor, and the messages that bring them.
+
+    Seen frames stand at their own index less ``gap``, a multiple of the chunk, but for a sink, which stays at 0: so
+    the mask says of them what it says of the whole video. What is between the sink and the next multiple of the chunk
+    is seen by nobody, and never filled.
+
+    Args:
+        frames: T of the whole.
+        seen: by rank, the frames that it sees.
+        sink: where the window begins in the tensor.
+        gap: frames left out between the sink and the window.
+        length: key frames in the tensor.
+    """
+
+    peers: Peers
+    frames: int
+    seen: tuple[tuple[Run, ...], ...]
+    sink: int
+    gap: int
+    length: int
+
+    @property
+    def own(self) -> Run:
+        start = self.peers.start(self.frames)
+        return start, start + self.peers.size(self.frames)
+
+    @property
+    def q_start(self) -> int:
+        return max(self.own[0] - self.gap, 0)
+
+    def message(self, source: int, target: int) -> tuple[Run, ...]:
+        """The frames that one rank sends another."""
+        if source == target:
+            return ()
+        start = part_starts(self.frames, self.peers.ranks)[source]
+        return within(self.seen[target], start, start + part_sizes(self.frames, self.peers.ranks)[source])
+
+    @property
+    def silent(self) -> bool:
+        """No rank sees a frame of another."""
+        ranks = range(self.peers.ranks)
+        return not any(self.message(i, j) for i in ranks for j in ranks)
+
+    @property
+    def in_place(self) -> bool:
+        """The key frames are this rank's own, and nothing else."""
+        begin, end = self.own
+        return self.silent and (self.at(begin), self.length) == (0, end - begin)
+
+    def at(self, frame: int) -> int:
+        """Where a seen frame stands."""
+        return frame if frame < self.sink else frame - self.gap
+
+    def lengths(self, lengths: Tensor | None) -> Tensor | None:
+        """Valid frames ``(B,)`` of the whole as valid frames of the tensor."""
+        if lengths is None or not self.gap:
+            return lengths
+        return torch.maximum(lengths - self.gap, lengths.clamp(max=self.sink))
+
+
+@lru_cache(maxsize=256)
+def halo_of(mask: FrameMask, T: int, peers: Peers) -> Halo:
+    seen = seen_by(mask, T, peers.ranks)
+    mine = seen[peers.rank]
+    if not mine:
+        return Halo(peers, T, seen, 0, 0, 0)
+    sink, gap = 0, 0
+    if shifts(mask) and len(mine) <= 2:
+        first, window = mine[0], mine[-1][0]
+        sink = -(-first[1] // mask.chunk) * mask.chunk if len(mine) == 2 else 0
+        aligned = window // mask.chunk * mask.chunk
+        gap = max(aligned - sink, 0)
+        sink = sink if gap else 0
+    return Halo(peers, T, seen, sink, gap, mine[-1][1] - gap)
+
+
+class _Exchange(torch.autograd.Function):
+    """Own frames ``(B, T_r, ...)`` to all key frames ``(B, length, ...)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo: Halo) -> Tensor:
+        ctx.halo = halo
+        ranks, rank, own = range(halo.peers.ranks), halo.peers.rank, halo.own
+        out = torch.empty((x.shape[0], halo.length, *x.shape[2:]), dtype=x.dtype, device=x.device)
+        if x.shape[1]:
+            out[:, halo.at(own[0]) : halo.at(own[0]) + x.shape[1]] = x
+        if not halo.silent:
+            sent = [x[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
+            flat = wait(start_exchange(_flat(sent, x), *_counts(halo, x), halo.peers), halo.peers)
+            _spread(flat, _received(out, halo), torch.Tensor.copy_)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        halo, (dy,) = ctx.halo, grads
+        ranks, rank, own = range(halo.peers.ranks), halo.peers.rank, halo.own
+        size = own[1] - own[0]
+        at = halo.at(own[0]) if size else 0
+        dx = dy[:, at : at + size].to(torch.promote_types(dy.dtype, torch.float32), copy=True)
+        if not halo.silent:
+            received, sent = _counts(halo, dy)
+            flat = wait(start_exchange(_flat(_received(dy, halo), dy), sent, received, halo.peers), halo.peers)
+            mine = [dx[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
+            _spread(flat, mine, torch.Tensor.add_)
+        return dx.to(dy.dtype), None
+
+
+def _received(x: Tensor, halo: Halo) -> list[Tensor]:
+    """Views of the key frames that come from others, in the order of ranks."""
+    ranks, rank = range(halo.peers.ranks), halo.peers.rank
+    return [x[:, halo.at(a) : halo.at(a) + b - a] for i in ranks for a, b in halo.message(i, rank)]
+
+
+def _counts(halo: Halo, x: Tensor) -> tuple[list[int], list[int]]:
+    """Elements to and from each rank."""
+    ranks, rank = range(halo.peers.ranks), halo.peers.rank
+    frame = torch.Size([x.shape[0], *x.shape[2:]]).numel()
+    sent = [frames_in(halo.message(rank, j)) * frame for j in ranks]
+    return sent, [frames_in(halo.message(i, rank)) * frame for i in ranks]
+
+
+def _flat(pieces: list[Tensor], like: Tensor) -> Tensor:
+    """One after another, copied once."""
+    flat = torch.empty(sum(p.numel() for p in pieces), dtype=like.dtype, device=like.device)
+    first = 0
+    for piece in pieces:
+        flat[first : first + piece.numel()].view(piece.shape).copy_(piece)
+        first += piece.numel()
+    return flat
+
+
+def _spread(flat: Tensor, pieces: list[Tensor], into: Callable[[Tensor, Tensor], Any]) -> None:
+    """The reverse of :func:`_flat`: copies into, or adds to, each piece."""
+    first = 0
+    for piece in pieces:
+        into(piece, flat[first : first + piece.numel()].view(piece.shape))
+        first += piece.numel()
+
+
+def key_frames(x: Tensor, halo: Halo) -> Tensor:
+    """Keys or values ``(B, T_r, S, G, D)`` of this rank's frames with those that it sees of others.
+
+    Returns:
+        ``(B, length, S, G, D)``; x itself where nobody sees another's frames. Differentiable: gradients of frames go
+        back to the rank that holds them and are summed there in float32, in the order of ranks.
+    """
+    return x if halo.in_place else _Exchange.apply(x, halo)
