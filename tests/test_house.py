@@ -32,6 +32,7 @@ LAYERS = {
     "testing": {"vdcore", "ops"},
     "video": set(),
     "metrics": set(),
+    "export": {"ops"},
     "parallel": {"vdcore", "ops"},
     "models": {"vdcore", "ops", "parallel"},
     "diffusion": {"vdcore", "models", "parallel", "video", "metrics"},

@@ -246,6 +246,16 @@ def _present(call: Call, results: tuple[Tensor | None, ...]) -> Any:
     return found if call.OUTPUTS > 1 else found[0]
 
 
+def _decomposed(
+    build: Callable[[tuple[Any, ...], bool], Call], evaluate: Callable[[Any], tuple[Tensor | None, ...]]
+) -> Callable[..., Any]:
+    def decomposed(*values: Any) -> Any:
+        call = build(values, values[-2])
+        return _present(call, evaluate(call))
+
+    return decomposed
+
+
 def register(
     function: Callable[..., Any],
     kind: type[Call],
@@ -290,13 +300,6 @@ def register(
         call = build(values, values[-2])
         return _present(call, call.empty_outputs())
 
-    def decompose(evaluate: Callable[[Any], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-        def decomposed(*values: Any) -> Any:
-            call = build(values, values[-2])
-            return _present(call, evaluate(call))
-
-        return decomposed
-
     _library.impl(op, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vdcore::{op}", forward_fake, lib=_library)
 
@@ -329,7 +332,7 @@ def register(
         return (*_gradients(ctx, grads, ctx.needs_input_grad[:n]), *(None,) * (m + 2))
 
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
-    DECOMPOSE[op] = decompose
+    DECOMPOSE[op] = partial(_decomposed, build)
     lib: Any = _Guarded(op)
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
     refuse = partial(_no_double_backward, op)

@@ -63,7 +63,7 @@ def _collect(pipes: list[Connection], processes: list[Any], until: float, timeou
     results: dict[int, Any] = {}
     waiting: dict[Any, int] = dict(zip(pipes, range(len(pipes))))
     while waiting:
-        ready = wait(list(waiting), max(until - time.monotonic(), 0))
+        ready: list[Any] = wait(list(waiting), max(until - time.monotonic(), 0))
         if not ready:
             raise WorldError(f"ranks {sorted(waiting.values())} took longer than {timeout:.0f} s")
         for pipe in ready:
