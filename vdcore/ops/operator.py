@@ -335,8 +335,7 @@ def register(
     DECOMPOSE[op] = partial(_decomposed, build)
     lib: Any = _Guarded(op)
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
-    refuse = partial(_no_double_backward, op)
-    torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
+    _refuse_double_backward(op, lib)
 
 
 class _Guarded:
@@ -361,6 +360,11 @@ class _Guarded:
             return kernel(keyset, *values)
 
         _library.impl(name, guarded, key, with_keyset=with_keyset)
+
+
+def _refuse_double_backward(op: str, lib: Any) -> None:
+    refuse = partial(_no_double_backward, op)
+    torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
 
 
 def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
