@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from host_runs import MODELS, AttentionCalls, as_host, exact, run
+from support import run_python
 from swapping import KINDS, check, state, swapped
 
 import vdcore
@@ -395,3 +397,17 @@ def test_report_reads_well():
     text = str(report)
     assert "served: 6" in text and "left: 2" in text
     assert "2 x Attention: its processor SanaLinearAttnProcessor3_0 calls no softmax attention" in text
+
+
+def test_the_report_names_a_slow_dtype():
+    """bfloat16 on a CPU without instructions for it, as which this one runs."""
+    code = """
+import torch
+from zoo import MODELS
+from vdcore.integrations.diffusers import swap_in
+print(swap_in(MODELS["Wan"].model(torch.float32)).notes)
+print("\\n".join(swap_in(MODELS["Wan"].model(torch.bfloat16)).notes))
+"""
+    slow = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    said = run_python(code, PYTHONPATH=str(Path(__file__).parent), **slow).splitlines()
+    assert said[0] == "[]" and "times as long in bfloat16 as in float32" in said[1]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vdcore.cli.options import THREADS, set_threads
+from vdcore.cli.options import THREADS, known, set_threads
 from vdcore.cli.shared import plain_errors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,10 +30,7 @@ def demo(
     _find_experiments()
     from experiments import EXPERIMENTS, load, report, train_sample
 
-    wanted = list(dict.fromkeys(names or ["all"]))
-    unknown = [name for name in wanted if name not in (*EXPERIMENTS, "all")]
-    if unknown:
-        raise typer.BadParameter(f"{', '.join(unknown)}: not known; known are all, {', '.join(EXPERIMENTS)}")
+    wanted = list(dict.fromkeys(known("NAMES", names or ["all"], ["all", *EXPERIMENTS])))
     if "all" in wanted:
         wanted = list(EXPERIMENTS)
     set_threads(threads)

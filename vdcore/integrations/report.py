@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -73,11 +75,12 @@ class Check:
 class Report:
     """Which modules run vdcore now, and which were left to the host and why.
 
-    ``left`` also names served modules some of whose calls had to be left since, with the reason. ``print(report)`` sums
-    up by class.
+    ``left`` also names served modules some of whose calls had to be left since, with the reason. ``notes`` say what
+    else makes the model slow here. ``print(report)`` sums up by class.
     """
 
     served: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _left: list[Entry] = field(default_factory=list)
     _serving: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
@@ -130,7 +133,32 @@ class Report:
             groups = Counter((entry.kind, entry.what) for entry in entries)
             lines.append(f"{title}: {len(entries)}")
             lines += [f"  {count} x {kind}: {what}" for (kind, what), count in groups.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+# ---- Dtypes ----
+
+SLOW = 4.0  # CPUs without instructions for a dtype are tens of times slower, those with them at most as slow
+
+
+@lru_cache
+def slow_dtype(dtype: torch.dtype) -> str | None:
+    """A note if this CPU multiplies matrices of a dtype much more slowly than in float32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    pairs = [torch.ones(256, 256, dtype=kind) for kind in (torch.float32, dtype)]
+    least = [math.inf, math.inf]
+    with torch.no_grad():
+        for _ in range(6):  # by turns, as others may use the processors
+            for i, a in enumerate(pairs):
+                start = perf_counter()
+                a @ a
+                least[i] = min(least[i], perf_counter() - start)
+    ratio, name = least[1] / least[0], str(dtype).removeprefix("torch.")
+    if ratio < SLOW:
+        return None
+    return f"a product of matrices takes {ratio:.0f} times as long in {name} as in float32 on this CPU: use float32"
 
 
 # ---- Checking ----

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from vdcore.integrations.report import TURN, Report, note_left
+from vdcore.integrations.report import TURN, Report, note_left, slow_dtype
 
 # ---- Classes that are made at run time ----
 
@@ -352,6 +352,7 @@ def swap(
         hooks: changes that come with the swap, and are not reported.
     """
     report = Report() if report is None else report
+    models = list(models)
     changes: list[Change] = []
     served: list[tuple[str, Any]] = []
     planned: set[nn.Module] = set()  # of all models: a pipeline may hold one under two names
@@ -369,6 +370,8 @@ def swap(
     for name, module in served:
         serving = [module, *(x for x in (getattr(module, "processor", None),) if isinstance(x, ServedProcessor))]
         report.add_served(name, type(module).__name__, serving[-1].SERVES, *serving)
+    dtypes = {x.dtype for _, model, _ in models for x in model.parameters() if x.device.type == "cpu"}
+    report.notes += [note for dtype in dtypes if (note := slow_dtype(dtype)) is not None]
     if not report.served:
         warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=3)
     return report
