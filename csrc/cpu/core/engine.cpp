@@ -72,7 +72,8 @@ bool amx_runs() {
   constexpr unsigned kSaved = 3u << 17;                   // configuration and data, of XCR0
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d, xcr0, high;
-  if (!avx512_runs() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+  if (!avx512_runs() || !__builtin_cpu_supports("avx512bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) ||
+      (d & (kBf16 | kTile)) != (kBf16 | kTile))
     return false;
   __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
   return (xcr0 & kSaved) == kSaved && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -2,7 +2,7 @@
 //
 // The left operand is read as rows, 32 terms of one after the other. The right one lies in pairs: the terms 2r and
 // 2r + 1 of a column side by side, so that two rows of a matrix are interleaved. Rows come in multiples of 16, terms of
-// 32; what pads them is 0, on both sides, because 0 times a NaN is none.
+// kLeastTerms; what pads them is 0, on both sides, because 0 times a NaN is none.
 #pragma once
 
 #include "cpu/core/amx.h"
@@ -11,6 +11,12 @@
 namespace vdcore::cpu::VDCORE_ISA {
 
 static_assert(W == kTileRows, "a row of a tile is a vector");
+
+#if defined(VDCORE_DOT_PRODUCTS)
+constexpr int64_t kLeastTerms = 2;
+#else
+constexpr int64_t kLeastTerms = kTileTerms;
+#endif
 
 VDCORE_INLINE int64_t whole_rows(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
 VDCORE_INLINE int64_t whole_terms(int64_t n) { return (n + kTileTerms - 1) / kTileTerms * kTileTerms; }
@@ -81,7 +87,7 @@ __attribute__((noinline)) void dot_columns(int64_t m, int64_t k, Rows a, Pairs b
   }
 }
 
-// C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n]: m and n multiples of 16, k of 32.
+// C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n]: m and n multiples of 16, k of kLeastTerms.
 inline void product(int64_t m, int64_t n, int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
   for (int64_t vectors = n / W; vectors > 0;) {
     const int64_t panel = vectors == 1 ? 1 : (vectors == 2 || vectors == 4) ? 2 : 3;
@@ -134,7 +140,7 @@ inline void register_block(int64_t k, Rows a, Pairs b, Tile c, bool accumulate) 
   if constexpr (M > 1 && N > 1) tile_store<3>(c.at(kTileRows, kTileRows).data, c_row);
 }
 
-// C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n]: m and n multiples of 16, k of 32.
+// C[0:m, 0:n] (+)= A[0:m, 0:k] B[0:k, 0:n]: m and n multiples of 16, k of kLeastTerms.
 inline void product(int64_t m, int64_t n, int64_t k, Rows a, Pairs b, Tile c, bool accumulate) {
   for (int64_t i = 0; i < m; i += 2 * kTileRows)
     for (int64_t j = 0; j < n; j += 2 * kTileRows) {

@@ -188,7 +188,23 @@ VDCORE_INLINE vu bf16_bits(vf x) {
   const vu bits = reinterpret_cast<vu>(x);
   return ((bits + (((bits >> 16) & 1u) + 0x7FFFu)) | reinterpret_cast<vu>(x != x)) >> 16;
 }
+#if defined(__AVX512BF16__)
+VDCORE_INLINE vu16 to_bf16(vf x) {
+  const __m256bh half = _mm512_cvtneps_pbh(x);
+  vu16 bits;
+  memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+VDCORE_INLINE vu16_pair to_bf16(vf x, vf y) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(y, x);
+  vu16_pair bits;
+  memcpy(&bits, &both, sizeof bits);
+  return bits;
+}
+#else
 VDCORE_INLINE vu16 to_bf16(vf x) { return narrow(bf16_bits(x)); }
+VDCORE_INLINE vu16_pair to_bf16(vf x, vf y) { return narrow(bf16_bits(x), bf16_bits(y)); }
+#endif
 
 #if defined(__AVX512F__)
 VDCORE_INLINE vf from_f16(vu16 x) { return _mm512_maskz_cvtph_ps(0xFFFF, reinterpret_cast<__m256i>(x)); }
@@ -266,9 +282,9 @@ struct Element<DType::bf16> {
   static VDCORE_INLINE void store(uint16_t* p, vf x) { *reinterpret_cast<vu16_unaligned*>(p) = to_bf16(x); }
   static VDCORE_INLINE void stream(uint16_t* p, vf x) { stream_bytes(p, to_bf16(x)); }
   static VDCORE_INLINE void store(uint16_t* p, vf x, vf y) {
-    *reinterpret_cast<vu16_pair_unaligned*>(p) = narrow(bf16_bits(x), bf16_bits(y));
+    *reinterpret_cast<vu16_pair_unaligned*>(p) = to_bf16(x, y);
   }
-  static VDCORE_INLINE void stream(uint16_t* p, vf x, vf y) { stream_bytes(p, narrow(bf16_bits(x), bf16_bits(y))); }
+  static VDCORE_INLINE void stream(uint16_t* p, vf x, vf y) { stream_bytes(p, to_bf16(x, y)); }
 };
 template <>
 struct Element<DType::f16> {

@@ -19,6 +19,8 @@ constexpr int64_t kColumns = 2 * kTileRows;
 
 VDCORE_INLINE int64_t whole_columns(int64_t n) { return (n + kColumns - 1) / kColumns * kColumns; }
 
+VDCORE_INLINE int64_t least_terms(int64_t n) { return (n + kLeastTerms - 1) / kLeastTerms * kLeastTerms; }
+
 template <typename Kernel>
 void run_in_tiles(const Kernel& kernel, int64_t items, int threads) {
   parallel_for(
@@ -33,7 +35,7 @@ void run_in_tiles(const Kernel& kernel, int64_t items, int threads) {
 
 // B(r, c) = in[r * row + c * column] as the right operand, its columns whole; false where a number is no bfloat16.
 bool pack_weight(const float* in, int64_t row, int64_t column, int64_t rows, int64_t columns, Pairs out) {
-  memset(out.data, 0, whole_terms(rows) / 2 * out.row * sizeof(uint16_t));
+  memset(out.data, 0, least_terms(rows) / 2 * out.row * sizeof(uint16_t));
   uint32_t lost = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
@@ -69,7 +71,7 @@ struct TokensFromPatches {
   explicit TokensFromPatches(const PatchProduct& args)
       : a(args),
         n(args.patches, args.tokens),
-        terms(whole_terms(n.K)),
+        terms(least_terms(n.K)),
         width(whole_columns(n.E)),
         weight{reinterpret_cast<uint16_t*>(args.packed), 2 * width},
         stream(streams(args.tokens)),
@@ -141,7 +143,7 @@ struct PatchesFromTokens {
   explicit PatchesFromTokens(const PatchProduct& args)
       : a(args),
         n(args.patches, args.tokens),
-        terms(whole_terms(n.E)),
+        terms(least_terms(n.E)),
         width(whole_rows(n.K)),
         weight{reinterpret_cast<uint16_t*>(args.packed), 2 * width},
         range(n.tokens, kTokens, args.threads) {}
