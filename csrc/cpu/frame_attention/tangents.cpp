@@ -4,8 +4,9 @@
 //
 // E may have a mean much larger than its deviations, which cancels in dout only up to rounding, and out was rounded: so
 // every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end.
-#include "common/threads.h"
 #include "cpu/frame_attention/tangents.h"
+
+#include "common/threads.h"
 #include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -24,12 +25,12 @@ struct Tiles {
   float *lse, *shift, *sum;
 
   Tiles(int64_t row, Arena& arena) {
-    for (Tile* t : {&q, &dq}) *t = {arena.floats(kQueryTile * row), kPanel};
-    stage = {arena.floats(kPanel * row), row};
-    for (Tile* t : {&k, &dk, &v, &dv}) *t = {arena.floats(kKeyTile * row), row};
-    for (Tile* t : {&p, &e}) *t = {arena.floats(kKeyTile * kPanel), kPanel};
-    out = {arena.floats(kQueryTile * row), row};
-    for (float** x : {&lse, &shift, &sum}) *x = arena.floats(kQueryTile);
+    const auto tile = [&](int64_t rows, int64_t columns) { return Tile{arena.floats(rows * columns), columns}; };
+    q = tile(kQueryTile / kPanel * row, kPanel), dq = tile(kQueryTile / kPanel * row, kPanel);
+    stage = tile(kPanel, row), out = tile(kQueryTile, row);
+    k = tile(kKeyTile, row), dk = tile(kKeyTile, row), v = tile(kKeyTile, row), dv = tile(kKeyTile, row);
+    p = tile(kKeyTile, kPanel), e = tile(kKeyTile, kPanel);
+    lse = arena.floats(kQueryTile), shift = arena.floats(kQueryTile), sum = arena.floats(kQueryTile);
   }
 };
 
@@ -145,9 +146,8 @@ class Tangents {
     }
     scatter_run(segment.dout, group.sample, head, queries, t.out, 1);
     const bool blind = group.count == 0;
-    for_each_row(segment.dlse, group.sample, head, queries, [&](char* at, int64_t i) {
-      *reinterpret_cast<float*>(at) = blind ? 0 : t.sum[i] + t.shift[i];
-    });
+    for_each_row(segment.dlse, group.sample, head, queries,
+                 [&](char* at, int64_t i) { *reinterpret_cast<float*>(at) = blind ? 0 : t.sum[i] + t.shift[i]; });
   }
 };
 
