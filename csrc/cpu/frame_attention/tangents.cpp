@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kPanel = 3 * W;  // queries whose scores stay in L1, as in forward
 constexpr int64_t kQueryTile = 192 / kPanel * kPanel;
-constexpr int64_t kKeyTile = 64;  // half of forward's: a tile holds scores twice
+constexpr int64_t kKeyTile = 80;  // scores and their tangents, 30 KB, and a usual prompt in one
 
 struct Tiles {
   Tile q, dq;         // per panel (row, kPanel): transposed, times scale and log2(e)
@@ -50,13 +50,16 @@ class Tangents {
 
   void run() {
     load_queries();
-    memset(t.out.data, 0, queries.size() * row * sizeof(float));
     bool first = true;
-    for (int i = 0; i < group.count; ++i)
-      for (int64_t j = 0; j < group.runs[i].size(); j += kKeyTile) {
-        attend(piece(group.runs[i], j, kKeyTile), first);
+    for (int i = 0; i < group.count; ++i) {
+      const int64_t keys = group.runs[i].size(), tiles = (keys + kKeyTile - 1) / kKeyTile;
+      const int64_t even = tiles ? (keys + tiles - 1) / tiles : 0;  // 256 keys are four 64s, not three 80s and a 16
+      for (int64_t j = 0; j < keys; j += even) {
+        attend(piece(group.runs[i], j, even), first);
         first = false;
       }
+    }
+    if (first) memset(t.out.data, 0, queries.size() * row * sizeof(float));
     finish();
   }
 
@@ -104,8 +107,8 @@ class Tangents {
       if (from.dq) score_product(n, lanes, D, {t.k.data, row, 1}, dq, t.e, none);
       if (from.dk) product(n, lanes, D, {t.dk.data, row, 1}, q, t.e, static_cast<bool>(from.dq), none);
       for (int64_t lane = 0; lane < lanes; lane += W) weigh(lane, n, i + lane, first);
-      if (moves) product(rows, row, n, {t.e.data, 1, kPanel}, t.v, t.out.at(i, 0), true, none);
-      if (from.dv) product(rows, row, n, {t.p.data, 1, kPanel}, t.dv, t.out.at(i, 0), true, none);
+      if (moves) product(rows, row, n, {t.e.data, 1, kPanel}, t.v, t.out.at(i, 0), !first, none);
+      if (from.dv) product(rows, row, n, {t.p.data, 1, kPanel}, t.dv, t.out.at(i, 0), !first || moves, none);
     }
   }
 

@@ -20,6 +20,7 @@ struct Plan {
   int64_t heads;                   // query heads of one step
   int64_t positions;               // of one item
   int64_t chunks, head_groups;
+  bool one_query_block, stream;
 
   explicit Plan(const TemporalTangents& args)
       : a(args), f(args.forward), shape(args.forward), moves(args.dq || args.dk) {
@@ -34,8 +35,13 @@ struct Plan {
     head_groups = n.H / heads;
     positions = larger(1, smaller(64, n.B * n.S / (8 * f.threads)));
     chunks = (n.S + positions - 1) / positions;
+    one_query_block = query_block >= n.T;
+    stream = streams(a.dout);
   }
   int64_t items() const { return shape.B * chunks * head_groups; }
+  // Rows that are read once or twice are read where they lie, as in forward.
+  bool keys_in_place(const TensorView& x) const { return one_query_block && x.dtype == DType::f32; }
+  bool queries_in_place(const TensorView& x) const { return keys_in_place(x) && shape.D % W == 0; }
   int64_t rows() const { return heads * query_block; }  // of one step
 };
 
@@ -94,14 +100,14 @@ class Step {
 
   void load_queries(Run queries) {
     const auto load_rows = [&](const TensorView& x, const Stage& to) {
-      if (x) gather(x, place.b, place.s, queries, place.heads, n.D, to, 0);
+      if (x && !p.queries_in_place(x)) gather(x, place.b, place.s, queries, place.heads, n.D, to, 0);
     };
     load_rows(p.f.q, t.q);
     load_rows(p.a.dq, t.dq);
     memset(t.out.data, 0, p.rows() * n.row * sizeof(float));
     memset(t.lse, 0, 4 * p.rows() * sizeof(float));  // and what follows it
-    for (int64_t h = 0; h < place.heads.count; ++h)
-      for (int64_t i = 0; i < queries.size(); ++i) {
+    for (int64_t i = 0; i < queries.size(); ++i)
+      for (int64_t h = 0; h < place.heads.count; ++h) {
         const char* at = p.f.lse.at(place.b, queries.begin + i, place.s, place.heads.first + h);
         const float lse = *reinterpret_cast<const float*>(at);
         if (lse != -kInf) t.lse[h * p.query_block + i] = lse * kLog2E;  // else 0: exp2(-inf - 0) is 0, not NaN
@@ -110,10 +116,11 @@ class Step {
 
   void load_keys(const SeenKeys& seen, int64_t first_key) {
     const TensorView* const from[] = {&p.f.k, &p.a.dk, &p.f.v, &p.a.dv};
+    const bool gathered[] = {!p.keys_in_place(p.f.k), !p.keys_in_place(p.a.dk), true, true};
     const Stage* const to[] = {&t.k, &t.dk, &t.v, &t.dv};
     for (const Run& run : seen.runs)
       for (int i = 0; i < 4; ++i)
-        if (*from[i] && run.size())
+        if (*from[i] && gathered[i] && run.size())
           gather(*from[i], place.b, place.s, {first_key + run.begin, first_key + run.end}, kv, n.D, *to[i], run.begin);
   }
 
@@ -121,17 +128,22 @@ class Step {
   void attend(const VisibleKeys& visible, int64_t head, Run queries, Run keys) {
     const int64_t kv_head = head / n.group, first = head * p.query_block;
     const float scale = p.f.scale * kLog2E;
-    transpose(queries.size(), n.D, t.q.head(head), scale, t.q_transposed);
-    score_products(visible, queries.size(), keys.begin, keys.size(), n.D, t.k.head(kv_head), t.q_transposed, t.p,
-                   prefetch);
+    const auto queries_of = [&](const TensorView& x, const Stage& stage) {
+      return p.queries_in_place(x) ? place.rows(x, queries.begin, place.heads.first + head) : stage.head(head);
+    };
+    const auto keys_of = [&](const TensorView& x, const Stage& stage) {
+      return p.keys_in_place(x) ? place.rows(x, keys.begin, kv.first + kv_head) : stage.head(kv_head);
+    };
+    const Tile k = keys_of(p.f.k, t.k);
+    transpose(queries.size(), n.D, queries_of(p.f.q, t.q), scale, t.q_transposed);
+    score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.p, prefetch);
     if (p.a.dq) {
-      transpose(queries.size(), n.D, t.dq.head(head), scale, t.dq_transposed);
-      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, t.k.head(kv_head), t.dq_transposed, t.e,
-                     prefetch);
+      transpose(queries.size(), n.D, queries_of(p.a.dq, t.dq), scale, t.dq_transposed);
+      score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.dq_transposed, t.e, prefetch);
     }
     for (int64_t i = 0; i < queries.size(); i += W) {
       const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
-      if (p.a.dk) move_by_keys(mask, t.dk.head(kv_head), i);
+      if (p.a.dk) move_by_keys(mask, keys_of(p.a.dk, t.dk), i);
       weigh(mask, i, first + i);
     }
     if (p.moves) add(visible, t.e, t.v.head(kv_head), t.out.head(head), queries.size(), keys.size());
@@ -200,7 +212,10 @@ class Step {
           const vf sum = splat(t.sum[at]);
           for (int64_t c = 0; c < n.row; c += W) store(mine + c, load(mine + c) - sum * load(row + c));
         }
-        write_row<T>(p.a.dout.at(place.b, i, place.s, head), n.D, mine, 1);
+        if (p.stream)
+          stream_row<T>(p.a.dout.at(place.b, i, place.s, head), n.D, mine, 1);
+        else
+          write_row<T>(p.a.dout.at(place.b, i, place.s, head), n.D, mine, 1);
         *reinterpret_cast<float*>(p.a.dlse.at(place.b, i, place.s, head)) = t.sum[at] + t.shift[at];
       }
   }
@@ -218,8 +233,8 @@ void run_item(const Plan& p, int64_t item) {
   const int64_t b = item / p.chunks, first = item % p.chunks * p.positions, steps = smaller(p.positions, n.S - first);
   const HeadRange heads = {group * p.heads, p.heads};
 
-  const TensorView* const all[] = {&p.f.q, &p.f.k, &p.f.v, &p.a.dq, &p.a.dk, &p.a.dv};
-  const TensorView* tensors[6];
+  const TensorView* const all[] = {&p.f.q, &p.f.k, &p.f.v, &p.a.dq, &p.a.dk, &p.a.dv, &p.f.out};
+  const TensorView* tensors[7];
   int present = 0;
   int64_t bytes = 0;
   for (const TensorView* x : all)
@@ -242,6 +257,7 @@ void run_item(const Plan& p, int64_t item) {
     }
     Step(p, tiles, {b, first + i, heads}, prefetch).run();
   }
+  stream_fence();
 }
 
 }  // namespace
