@@ -59,7 +59,7 @@ class Tangents {
         first = false;
       }
     }
-    if (first) memset(t.out.data, 0, queries.size() * row * sizeof(float));
+    if (first || !(moves || segment.dv)) memset(t.out.data, 0, queries.size() * row * sizeof(float));
     finish();
   }
 
