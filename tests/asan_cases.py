@@ -33,7 +33,7 @@ def main(build):
 
     import vdcore
     from vdcore.ops.native import native
-    from vdcore.testing import CASES, LAYOUTS, run
+    from vdcore.testing import CASES, LAYOUTS, directions, pushed, run
 
     assert str(Path(build).resolve()) in str(Path(native().__file__).resolve())
     torch.set_num_threads(2)
@@ -47,7 +47,9 @@ def main(build):
             for dtype in dtypes if layout == "contiguous" else dtypes[i % 3 :][:1]:
                 inputs = case.inputs(dtype, layout=layout, requires_grad=True)
                 run(inputs, function, layout=layout, backend="cpu")
-                calls += 1
+                plain = case.inputs(dtype, layout=layout)
+                pushed(plain, function, directions(plain), backend="cpu")
+                calls += 2
         with torch.no_grad():  # keeps nothing for backward
             function(**inputs.args, backend="cpu")
     print(f"{native().cpu_isa()}: {calls} calls without a report in {time.monotonic() - start:.0f} s")

@@ -86,6 +86,25 @@ def test_tangents_on_other_layouts_and_backends(case, layout):
         assert all(r.worst <= 1 for r in ratios.values()), backend
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "attention" in c.op], ids=str)
+def test_tangents_of_the_engine(case):
+    """Each leaf's own, on the CPU engine, against the formula in float64."""
+    inputs, exact = case.inputs(torch.float32), case.inputs(torch.float32, stored=torch.float64)
+    dx, function = directions(inputs), getattr(vdcore, case.op)
+    before = vdcore.calls()[case.op, "cpu", "jvp"]
+    for i in range(len(dx)):
+
+        def of_one(inputs, x, i=i):
+            leaves = list(inputs.leaves.values())
+            f = of_leaves(inputs, function)
+            return torch.func.jvp(lambda y: f(*leaves[:i], y, *leaves[i + 1 :]), (leaves[i],), (x,))[1]
+
+        for found, expected in zip(of_one(inputs, dx[i]), of_one(exact, dx[i].double()), strict=True):
+            most = float(expected.abs().max()) if expected.numel() else 0
+            torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2e-5 * most + 1e-6)
+    assert vdcore.calls()[case.op, "cpu", "jvp"] == before + len(dx)
+
+
 @each_operator
 def test_dual_levels(case):
     """With and without autograd beside it; what is not dual has no tangent."""
@@ -144,10 +163,15 @@ def test_explain_says_who_computes_tangents():
         dual = forward_ad.make_dual(q, dq)
         assert has_tangent(dual) and not has_tangent(q, None)
         rows = vdcore.explain("temporal_attention", dual, q, q)
-        assert rows[:-1] == plain and rows[-1][0] == "tangents" and "formula" in rows[-1][1]
-        before = vdcore.calls()["temporal_attention", "reference", "jvp"]
-        vdcore.temporal_attention(dual, q, q)
-        assert vdcore.calls()["temporal_attention", "reference", "jvp"] == before + 1
+        assert rows == [*plain, ("tangents", "by cpu")]
+        with vdcore.use_backend("sdpa"):
+            rows = vdcore.explain("temporal_attention", dual, q, q)
+            reason = "the sdpa backend has no tangents of temporal_attention"
+            assert rows == [*plain, ("tangents", f"by the formula in torch's operators: {reason}")]
+        for backend, by in (("cpu", "cpu"), ("sdpa", "reference")):
+            before = vdcore.calls()["temporal_attention", by, "jvp"]
+            vdcore.temporal_attention(dual, q, q, backend=backend)
+            assert vdcore.calls()["temporal_attention", by, "jvp"] == before + 1
     assert vdcore.explain("temporal_attention", q, q, q) == plain
 
 

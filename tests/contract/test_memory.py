@@ -42,6 +42,17 @@ def call(n):
 """
 
 
+# All scores would take 268 MB.
+TANGENTS = """
+import torch, vdcore
+most = 512
+q, k, v = torch.randn(3, 1, 8, most, 4, 64)
+def call(n):
+    some = tuple(x[:, :, :n] for x in (q, k, v))
+    return torch.func.jvp(lambda *qkv: vdcore.video_attention(*qkv, backend="cpu"), some, some)
+"""
+
+
 @pytest.mark.parametrize("kwargs", ["", "return_lse=True", "mask=vdcore.FrameMask(past=5, future=0, sink=1)"])
 @pytest.mark.parametrize(
     "shape,dtype", [((16, 512, 16, 72), "float32"), ((28, 200, 24, 128), "bfloat16"), ((200, 40, 8, 64), "float32")]
@@ -55,6 +66,11 @@ def test_temporal_forward(shape, dtype, kwargs):
 def test_patches(code, dtype):
     """No copy of the video beside the tokens."""
     check(code.format(dtype=dtype))
+
+
+def test_tangents():
+    """Beside the output and its tangent two numbers a row, and tiles."""
+    check(TANGENTS)
 
 
 def check(code):

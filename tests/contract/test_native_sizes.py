@@ -39,6 +39,12 @@ def temporal_backward():
     ]
 
 
+def temporal_tangents():
+    q, k, v, out, lse, lengths, mask, start, scale, *_ = temporal()
+    given = [q, k, v, out, lse, lengths, mask, start, scale, 1]
+    return [*given, q.clone(), k.clone(), k.clone(), q.clone(), lse.clone()]
+
+
 def shared_table_backward():
     """A table that positions share has a gradient per item."""
     args = temporal_backward()
@@ -62,6 +68,13 @@ def segments(backward):
 
 def frames():
     return [groups(), *segments(False), 0.5, None, 1]
+
+
+def frame_tangents():
+    q, k, rows = (B, T, S, H, D), (B, K, S, G, D), (B, T, S, H)
+    tq, tk, text_rows = (B, 1, L, H, D), (B, 1, L, G, D), (B, 1, L, H)
+    shapes = [[q, k, k, q, rows, q, k, k, q, rows], [tq, tk, tk, tq, text_rows, tq, tk, tk, tq, text_rows]]
+    return [groups(), *([zeros(*shape) for shape in segment] for segment in shapes), 0.5, 1]
 
 
 def gated_frames():
@@ -124,6 +137,8 @@ def patch_weight():
 CALLS = {
     "temporal_attention_forward": ("temporal_attention_forward", temporal),
     "temporal_attention_backward": ("temporal_attention_backward", temporal_backward),
+    "temporal_attention_tangents": ("temporal_attention_tangents", temporal_tangents),
+    "frame_attention_tangents": ("frame_attention_tangents", frame_tangents),
     "temporal_attention_backward, shared table": ("temporal_attention_backward", shared_table_backward),
     "frame_attention_forward": ("frame_attention_forward", frames),
     "frame_attention_forward, gate": ("frame_attention_forward", gated_frames),

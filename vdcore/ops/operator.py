@@ -170,8 +170,9 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None
     call = capture(FUNCTIONS[op], *args, **kwargs)
     found = reasons(call)
     if has_tangent(*call.tensors()):
-        reason = why_no_tangents(call, found[0][0])
-        by = found[0][0] if reason is None else f"the formula in torch's operators: {reason}"
+        backend = choose(call, "fwd", requested(kwargs.get("backend")))
+        reason = why_no_tangents(call, backend)
+        by = backend if reason is None else f"the formula in torch's operators: {reason}"
         found.append(("tangents", f"by {by}"))
     return found
 

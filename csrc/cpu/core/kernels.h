@@ -6,7 +6,7 @@
 #include "cpu/frame_attention/tangents.h"
 #include "cpu/patchify/patchify.h"
 #include "cpu/qk_norm_rope/qk_norm_rope.h"
-#include "cpu/temporal_attention/temporal_attention.h"
+#include "cpu/temporal_attention/tangents.h"
 
 // Every function of the engine, and what it takes.
 #define VDCORE_OPERATORS(X)                                 \
@@ -15,6 +15,7 @@
   X(frame_attention_tangents, FrameTangents)                \
   X(temporal_attention_forward, TemporalAttention)          \
   X(temporal_attention_backward, TemporalAttentionBackward) \
+  X(temporal_attention_tangents, TemporalTangents)          \
   X(qk_norm_rope_forward, QKNormRope)                       \
   X(qk_norm_rope_backward, QKNormRopeBackward)              \
   X(modulate_forward, Modulate)                             \

@@ -1,6 +1,5 @@
 // Tangents of frame attention on the CPU, in Python.
 #include "cpu/core/bindings.h"
-
 #include "cpu/core/bindings_call.h"
 
 namespace vdcore::cpu {

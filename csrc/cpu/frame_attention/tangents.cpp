@@ -4,8 +4,9 @@
 //
 // E may have a mean much larger than its deviations, which cancels in dout only up to rounding, and out was rounded: so
 // every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end.
-#include "common/threads.h"
 #include "cpu/frame_attention/tangents.h"
+
+#include "common/threads.h"
 #include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kPanel = 3 * W;  // queries whose scores stay in L1, as in forward
 constexpr int64_t kQueryTile = 192 / kPanel * kPanel;
-constexpr int64_t kKeyTile = 64;  // half of forward's: a tile holds scores twice
+constexpr int64_t kKeyTile = 80;  // scores and their tangents, 30 KB, and a usual prompt in one
 
 struct Tiles {
   Tile q, dq;         // per panel (row, kPanel): transposed, times scale and log2(e)
@@ -24,12 +25,12 @@ struct Tiles {
   float *lse, *shift, *sum;
 
   Tiles(int64_t row, Arena& arena) {
-    for (Tile* t : {&q, &dq}) *t = {arena.floats(kQueryTile * row), kPanel};
-    stage = {arena.floats(kPanel * row), row};
-    for (Tile* t : {&k, &dk, &v, &dv}) *t = {arena.floats(kKeyTile * row), row};
-    for (Tile* t : {&p, &e}) *t = {arena.floats(kKeyTile * kPanel), kPanel};
-    out = {arena.floats(kQueryTile * row), row};
-    for (float** x : {&lse, &shift, &sum}) *x = arena.floats(kQueryTile);
+    const auto tile = [&](int64_t rows, int64_t columns) { return Tile{arena.floats(rows * columns), columns}; };
+    q = tile(kQueryTile / kPanel * row, kPanel), dq = tile(kQueryTile / kPanel * row, kPanel);
+    stage = tile(kPanel, row), out = tile(kQueryTile, row);
+    k = tile(kKeyTile, row), dk = tile(kKeyTile, row), v = tile(kKeyTile, row), dv = tile(kKeyTile, row);
+    p = tile(kKeyTile, kPanel), e = tile(kKeyTile, kPanel);
+    lse = arena.floats(kQueryTile), shift = arena.floats(kQueryTile), sum = arena.floats(kQueryTile);
   }
 };
 
@@ -49,13 +50,16 @@ class Tangents {
 
   void run() {
     load_queries();
-    memset(t.out.data, 0, queries.size() * row * sizeof(float));
     bool first = true;
-    for (int i = 0; i < group.count; ++i)
-      for (int64_t j = 0; j < group.runs[i].size(); j += kKeyTile) {
-        attend(piece(group.runs[i], j, kKeyTile), first);
+    for (int i = 0; i < group.count; ++i) {
+      const int64_t keys = group.runs[i].size(), tiles = (keys + kKeyTile - 1) / kKeyTile;
+      const int64_t even = tiles ? (keys + tiles - 1) / tiles : 0;  // 256 keys are four 64s, not three 80s and a 16
+      for (int64_t j = 0; j < keys; j += even) {
+        attend(piece(group.runs[i], j, even), first);
         first = false;
       }
+    }
+    if (first || !(moves || segment.dv)) memset(t.out.data, 0, queries.size() * row * sizeof(float));
     finish();
   }
 
@@ -103,8 +107,8 @@ class Tangents {
       if (from.dq) score_product(n, lanes, D, {t.k.data, row, 1}, dq, t.e, none);
       if (from.dk) product(n, lanes, D, {t.dk.data, row, 1}, q, t.e, static_cast<bool>(from.dq), none);
       for (int64_t lane = 0; lane < lanes; lane += W) weigh(lane, n, i + lane, first);
-      if (moves) product(rows, row, n, {t.e.data, 1, kPanel}, t.v, t.out.at(i, 0), true, none);
-      if (from.dv) product(rows, row, n, {t.p.data, 1, kPanel}, t.dv, t.out.at(i, 0), true, none);
+      if (moves) product(rows, row, n, {t.e.data, 1, kPanel}, t.v, t.out.at(i, 0), !first, none);
+      if (from.dv) product(rows, row, n, {t.p.data, 1, kPanel}, t.dv, t.out.at(i, 0), !first || moves, none);
     }
   }
 
@@ -145,9 +149,8 @@ class Tangents {
     }
     scatter_run(segment.dout, group.sample, head, queries, t.out, 1);
     const bool blind = group.count == 0;
-    for_each_row(segment.dlse, group.sample, head, queries, [&](char* at, int64_t i) {
-      *reinterpret_cast<float*>(at) = blind ? 0 : t.sum[i] + t.shift[i];
-    });
+    for_each_row(segment.dlse, group.sample, head, queries,
+                 [&](char* at, int64_t i) { *reinterpret_cast<float*>(at) = blind ? 0 : t.sum[i] + t.shift[i]; });
   }
 };
 

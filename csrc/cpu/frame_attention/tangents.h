@@ -9,10 +9,10 @@ namespace vdcore::cpu {
 
 // The video's tokens, or the text's, as in FrameSegment.
 struct TangentSegment {
-  TensorView q, k, v;      // (B, T, S, H, D), (B, K, R, G, D), (B, K, R, G, D)
-  TensorView out, lse;     // of forward: (B, T, S, H, D), and (B, T, S, H) float32
-  TensorView dq, dk, dv;   // as q, k, v, of any dtype; each optional, in both segments or in neither
-  TensorView dout, dlse;   // as out and lse: what is computed
+  TensorView q, k, v;     // (B, T, S, H, D), (B, K, R, G, D), (B, K, R, G, D)
+  TensorView out, lse;    // of forward: (B, T, S, H, D), and (B, T, S, H) float32
+  TensorView dq, dk, dv;  // as q, k, v, of any dtype; each optional, in both segments or in neither
+  TensorView dout, dlse;  // as out and lse: what is computed
 };
 
 struct FrameTangents {

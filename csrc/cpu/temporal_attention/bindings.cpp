@@ -73,6 +73,25 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
   kernels().temporal_attention_backward(args);
 }
 
+// q and k normed and rotated, out and lse of forward; dq, dk and dv may be None.
+void temporal_attention_tangents(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                                 const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
+                                 int threads, py::handle dq, py::handle dk, py::handle dv, py::handle dout,
+                                 py::handle dlse) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, py::none(), py::none(), threads);
+  TemporalTangents args;
+  const TemporalAttention& f = args.forward = arguments.args;
+  args.dq = optional_like("dq", dq, f.q);
+  args.dk = optional_like("dk", dk, f.k);
+  args.dv = optional_like("dv", dv, f.k);
+  args.dout = like("dout", dout, f.q);
+  args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
+  require(f.lse && args.dlse, "lse and dlse must be given");
+  require(args.dout.dtype == f.out.dtype, "dout must have the dtype of out");
+  py::gil_scoped_release unlocked;
+  kernels().temporal_attention_tangents(args);
+}
+
 }  // namespace
 
 void define_temporal_attention(py::module_& m) {
@@ -82,6 +101,8 @@ void define_temporal_attention(py::module_& m) {
   m.def("temporal_attention_backward", temporal_attention_backward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
         "mask"_a, "q_start"_a, "scale"_a, "norm"_a, "rope"_a, "threads"_a, "dout"_a, "dlse"_a, "dq"_a, "dk"_a, "dv"_a,
         "items"_a, "weight_sums"_a, "dcos"_a, "dsin"_a);
+  m.def("temporal_attention_tangents", temporal_attention_tangents, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
+        "mask"_a, "q_start"_a, "scale"_a, "threads"_a, "dq"_a, "dk"_a, "dv"_a, "dout"_a, "dlse"_a);
 }
 
 }  // namespace vdcore::cpu

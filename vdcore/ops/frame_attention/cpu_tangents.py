@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vdcore.ops.call import empty_like
 from vdcore.ops.frame_attention.cpu import groups_of, joint
 from vdcore.ops.qk_norm_rope.tangents import Dual
-from vdcore.ops.temporal_attention.cpu_tangents import Part, prepared, run_tangents
+from vdcore.ops.temporal_attention.cpu_tangents import Part, prepared, qkv_duals, run_tangents
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 def video_attention(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of out ``(B, rows, H, D)`` and lse ``(B, rows, H)``."""
-    if c.packed is not None:
-        tangents: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
-    else:
-        tangents = [given.get(x) for x in "qkv"]
-    q, k = prepared((c.q, tangents[0]), (c.k, tangents[1]), c.norm, c.rope, c.q_start, given)
-    qkv = [(q, k, (c.v, tangents[2]))]
+    qkv = [qkv_duals(c, given)]
     if c.text is not None:
         text = [_as_video((x, given.get(f"text_{name}"))) for name, x in zip("qkv", c.text)]
         qkv.append((*prepared(text[0], text[1], c.text_norm, None, 0, given, "text_"), text[2]))

@@ -137,7 +137,7 @@ register(
     GatedCall,
     tangents.gated_attention,
     reference=by_formula(reference.gated_attention),
-    cpu=replace(cpu.GATED, tangents=cpu_tangents.gated_attention, why_not_tangents=cpu_tangents.why_not),
+    cpu=replace(cpu.GATED, tangents=cpu_tangents.gated_attention),
     triton=triton.GATED,
     cuda=cuda.GATED,
 )

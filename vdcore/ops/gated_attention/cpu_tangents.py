@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from vdcore.ops.gated_attention import GatedCall
 
 
-def why_not(c: GatedCall) -> str | None:
-    return cpu_tangents.why_not(c.parts()[1])
-
-
 def gated_attention(c: GatedCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of the result, the spatial part, and both lse."""
     _, s, lse, temporal_lse = outputs

@@ -1,4 +1,4 @@
-"""Tangents of attention on the CPU engine: csrc/cpu/frame_attention/tangents.cpp, for all operators.
+"""Tangents of attention on the CPU engine: csrc/cpu/temporal_attention/tangents.cpp, and frame attention's.
 
 Norm and rope and their tangents take passes of their own before.
 """
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops.call import empty_like
+from vdcore.ops.call import AttentionCall, empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.native import capsule, native
 from vdcore.ops.qk_norm_rope.tangents import Dual, norm_rope
@@ -69,33 +68,34 @@ def run_tangents(groups: Any, parts: list[Part], scale: float) -> None:
     )
 
 
-def why_not(c: TemporalCall) -> str | None:
-    if c.mask != FrameMask():
-        return "its tangents of temporal attention know of no mask"
-    return None
+def qkv_duals(c: AttentionCall, given: dict[str, Tensor]) -> tuple[Dual, Dual, Dual]:
+    """q, k and v as the scores see them."""
+    if c.packed is not None:
+        parts: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
+    else:
+        parts = [given.get(x) for x in "qkv"]
+    q, k = prepared((c.q, parts[0]), (c.k, parts[1]), c.norm, c.rope, c.q_start, given)
+    return q, k, (c.v, parts[2])
 
 
 def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Positions in the place of frames, and each one's frames as its tokens and as its prompt."""
-    B, T, S = c.q.shape[:3]
-    T_k = c.k.shape[1]
-    if c.packed is not None:
-        tangents: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
-    else:
-        tangents = [given.get(x) for x in "qkv"]
-    q, k = prepared((c.q, tangents[0]), (c.k, tangents[1]), c.norm, c.rope, c.q_start, given)
-    lengths = None if c.lengths is None else c.lengths.clamp(0, T_k).repeat_interleave(S).tolist()
-    groups = native().prompt_groups(batch=B, frames=S, tokens=T, prompt=T_k, per_frame=True, lengths=lengths)
+    """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
-
-    def turned(dual: Dual) -> Dual:
-        return dual[0].transpose(1, 2), None if dual[1] is None else dual[1].transpose(1, 2)
-
-    rest = (x.transpose(1, 2) for x in (out, lse, dout, dlse))
-    run_tangents(groups, [Part(turned(q), turned(k), turned((c.v, tangents[2])), *rest)], c.scale)
-    if c.lengths is not None:
-        for b, n in enumerate(c.lengths.tolist()):  # frames past their sample's end
-            dout[b, max(n - c.q_start, 0) :] = 0
-            dlse[b, max(n - c.q_start, 0) :] = 0
+    (q, dq), (k, dk), (v, dv) = qkv_duals(c, given)
+    native().temporal_attention_tangents(
+        q=capsule(q),
+        k=capsule(k),
+        v=capsule(v),
+        out=capsule(out),
+        lse=capsule(lse),
+        lengths=None if c.lengths is None else c.lengths.tolist(),
+        mask=mask_numbers(c.mask),
+        q_start=c.q_start,
+        scale=c.scale,
+        threads=torch.get_num_threads(),
+        **{name: None if dx is None else capsule(unit_stride(dx)) for name, dx in (("dq", dq), ("dk", dk), ("dv", dv))},
+        dout=capsule(dout),
+        dlse=capsule(dlse),
+    )
     return dout, dlse
