@@ -16,7 +16,7 @@ from vdcore_bench.suites.models.vdit import ModelPoint
     [
         (("--ranks", "two"), "not numbers"),
         (("--ranks", "2", "--model", "vdit-huge"), "known are vdit-factorized"),
-        (("--ranks", "2", "--model", "vdit-full", "--plan", "switch"), "known are heads, ring, halo"),
+        (("--ranks", "2", "--model", "vdit-full", "--plan", "switch"), "known are heads, halo, ring"),
         (("--ranks", "2", "--mode", "both"), "known are"),
     ],
 )
@@ -29,6 +29,7 @@ def test_plans_are_the_models():
         return ranks.plan_of(ModelPoint(variant, "vdcore", 16), count, None)
 
     assert [plan("vdit-full", n) for n in (1, 2, 4)] == ["-", "heads", "ring"]  # of 6 heads
+    assert plan("vdit-windowed", 4) == "halo"  # no more than a ring, in fewer messages, and not all frames at once
     assert plan("vdit-factorized", 4) == plan("vdit-gated", 4) == "switch"
 
 

@@ -181,7 +181,7 @@ def wrong_calls_say_what_is_wrong(mesh):
     q, k, v = (part_of(x, mesh, 1) for x in draw(7)[0])
     for given, words in (
         ({"frames": 70}, r"parallel.video_attention: q and k must be the \d+ frames of rank \d of \d, of 70 in all"),
-        ({"frames": 7, "plan": "star"}, "plan must be one of heads, ring, halo, or None, got 'star'"),
+        ({"frames": 7, "plan": "star"}, "plan must be one of heads, halo, ring, or None, got 'star'"),
     ):
         with pytest.raises(ValueError, match=words):
             video_attention(q, k, v, mesh=mesh, **given)
