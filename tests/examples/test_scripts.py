@@ -48,6 +48,22 @@ def test_mean_flow(script):
     assert 0 < last < first and "clips in one step" in output
 
 
+@pytest.mark.slow
+def test_on_ranks(script):
+    output = script("on_ranks", "--ranks", "1,2", "--steps", 4, "--attention", "gated")
+    (first, last), (again, other) = re.findall(r"loss (\S+) to (\S+),", output)
+    assert (float(again), float(other)) == pytest.approx((float(first), float(last)), rel=1e-4)
+    assert float(last) < float(first)
+
+
+@pytest.mark.slow
+def test_beside_ulysses(script):
+    pytest.importorskip("diffusers")
+    lines = [line for line in script("beside_ulysses").splitlines() if line.startswith("vdcore")]
+    assert len(lines) == 2
+    assert all(float(line.split()[-1]) < 1e-5 and line.split()[-2] == "1.0000" for line in lines)
+
+
 def test_every_script_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     tested = re.findall(r'script\("(\w+)"', Path(__file__).read_text())

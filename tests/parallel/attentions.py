@@ -1,6 +1,7 @@
 """Cases of video attention over split frames, run by every rank of a world: outputs, gradients, bytes, bits."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from judging import check_all, gradients_of, part_of, some
 
 import vdcore
 from vdcore import FrameMask, QKNorm, Rope, axial_rope
-from vdcore.parallel import Traffic, explain, video_attention
+from vdcore.parallel import Traffic, explain, halo, ring, video_attention
 from vdcore.testing import TORCH_FORMS
 
 MASKS = {
@@ -164,11 +165,23 @@ def nan_in_frames_that_nobody_sees_stays_there(mesh):
         assert out[:, [t for t in range(out.shape[1]) if t not in clean]].isnan().all()
 
 
+def masks_whose_frames_cannot_be_counted_from_another(mesh):
+    """Masks that a later frame's index means more to than chunks and a sink: all frames stay at their own index."""
+    cached = (halo.halo_of, ring.pieces_of)
+    with mock.patch.object(halo, "shifts", lambda mask: False), mock.patch.object(ring, "shifts", lambda mask: False):
+        for function in cached:
+            function.cache_clear()
+        for mask, plan in some(itertools.product(MASKS.values(), ("ring", "halo")), 5):
+            compare(mesh, *draw(7), plan, mask=mask)
+    for function in cached:
+        function.cache_clear()
+
+
 def wrong_calls_say_what_is_wrong(mesh):
     q, k, v = (part_of(x, mesh, 1) for x in draw(7)[0])
     for given, words in (
         ({"frames": 70}, r"parallel.video_attention: q and k must be the \d+ frames of rank \d of \d, of 70 in all"),
-        ({"frames": 7, "plan": "star"}, "plan must be one of heads, ring, halo, or None, got 'star'"),
+        ({"frames": 7, "plan": "star"}, "plan must be one of heads, halo, ring, or None, got 'star'"),
     ):
         with pytest.raises(ValueError, match=words):
             video_attention(q, k, v, mesh=mesh, **given)
@@ -188,6 +201,7 @@ CASES = {
         the_same_bits_again,
         counted_bytes_are_the_plan_s,
         nan_in_frames_that_nobody_sees_stays_there,
+        masks_whose_frames_cannot_be_counted_from_another,
         wrong_calls_say_what_is_wrong,
     )
 }

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from vdits import config, doubled, in_plain_torch, model_of, to_double
 
 from vdcore import FrameMask
 from vdcore.models import DepthControl, VDiT
+from vdcore.ops import spatial_attention
 from vdcore.parallel import Traffic, average_gradients, explain, part_sizes
+from vdcore.parallel.switch import Move
 
 PER_FRAME = {"timestep": 1, "text": 1, "text_lengths": 1, "positions": 0}
 
@@ -160,6 +163,42 @@ def ranks_send_what_the_switch_plan_says(mesh):
         assert sum(traffic.messages.values()) == (2 * pairs if mesh.size() > 1 else 0)
 
 
+def both_switches_of_a_gate_are_on_their_way_while_spatial_attention_computes(mesh):
+    if mesh.size() == 1:
+        return
+    events = []
+
+    def told(name, function):
+        def tells(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return tells
+
+    def spatial(*args, **kwargs):
+        events.append("spatial")
+        out = spatial_attention(*args, **kwargs)
+        out.register_hook(lambda grad: events.append("spatial"))
+        return out
+
+    given = config(attention="gated", depth=1, text_width=None, classes=None)
+    model, (video, timestep, _) = on_mesh(model_of(given), mesh), draw(given, 5)
+    linear = told("linear", torch.nn.functional.linear)
+    with (
+        mock.patch.object(Move, "start", told("start", Move.start)),
+        mock.patch.object(Move, "finish", told("finish", Move.finish)),
+        mock.patch.multiple("vdcore.models.attention", spatial_attention=spatial),
+        mock.patch("vdcore.models.attention.F.linear", linear),
+    ):
+        out = model(part_of(video, mesh, 2), timestep, frames=5)
+        forward, events[:] = [*events], []
+        out.sum().backward()
+    first, last = forward.index("start"), len(forward) - forward[::-1].index("finish")
+    assert [e for e in forward[first:last] if e != "linear"] == ["start", "finish", "start", "spatial", "finish"]
+    assert forward[first + 1] == "linear"  # the spatial projection, between the first start and its finish
+    assert events == ["start", "spatial", "finish", "start", "finish"]
+
+
 def depth_control(mesh):
     torch.manual_seed(0)
     given = config(text_width=None, classes=None)
@@ -212,6 +251,7 @@ CASES = {
         temporal_attention_on_a_halo,
         half_precision,
         ranks_send_what_the_switch_plan_says,
+        both_switches_of_a_gate_are_on_their_way_while_spatial_attention_computes,
         depth_control,
         wrong_arguments_say_what_is_wrong,
     )

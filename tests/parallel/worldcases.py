@@ -8,10 +8,10 @@ import judging
 MODULES = ("exchanges", "attentions", "vdits_on_ranks")
 
 
-def names(thorough):
+def names(thorough, modules=MODULES):
     """``module.case`` of all cases."""
     found = []
-    for name in MODULES:
+    for name in modules:
         module = importlib.import_module(name)
         found += [f"{name}.{case}" for case in (*module.CASES, *(module.SLOW if thorough else ()))]
     return found

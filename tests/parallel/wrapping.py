@@ -104,3 +104,4 @@ CASES = {
         compiled_blocks,
     )
 }
+SLOW: dict = {}

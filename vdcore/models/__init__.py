@@ -7,7 +7,6 @@ from vdcore.models.config import VDiTConfig
 from vdcore.models.control import DepthControl
 from vdcore.models.inflate import inflate
 from vdcore.models.latte import from_latte
-from vdcore.models.layout import switch_layout
 from vdcore.models.presets import PRESETS
 from vdcore.models.vdit import VDiT
 
@@ -22,5 +21,4 @@ __all__ = [
     "VDiTConfig",
     "from_latte",
     "inflate",
-    "switch_layout",
 ]

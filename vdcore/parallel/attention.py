@@ -51,8 +51,8 @@ def video_attention(
     Three plans. ``"heads"``: whole frames to whole heads, by all-to-alls, and back (Ulysses, Jacobs et al. 2023).
     ``"ring"``: shards of keys and values pass from rank to rank, each while attention to the one before computes, and
     results are merged by their lse (Liu et al. 2023). ``"halo"``: each rank gets the frames that the mask shows it and
-    no others; none, where it sees only its own. By default the one whose busiest rank sends least; heads only where
-    the ranks divide them.
+    no others; none, where it sees only its own. By default the one whose busiest rank sends least (:func:`explain`);
+    heads only where the ranks divide them.
 
     Args:
         q, k, v: of this rank's frames: ``(B, T_r, S, H, D)``, ``(B, T_r, S, G, D)``, or q packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Halo:
         start = part_starts(self.frames, self.peers.ranks)[source]
         return within(self.seen[target], start, start + part_sizes(self.frames, self.peers.ranks)[source])
 
-    @property
+    @cached_property
     def silent(self) -> bool:
         """No rank sees a frame of another."""
         ranks = range(self.peers.ranks)

@@ -49,14 +49,14 @@ def start_exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int], p
     if torch.compiler.is_compiling():
         return exchange(flat, list(received), list(sent), peers.group)
     if CHECKS:
-        _check_agreement(sent, received, flat.element_size(), peers)
+        _check_agreement(sent, received, flat, peers)
     with _failing_clearly("all_to_all", peers):
         return exchange(flat, list(received), list(sent), peers.group)
 
 
-def _check_agreement(sent: Sequence[int], received: Sequence[int], itemsize: int, peers: Peers) -> None:
+def _check_agreement(sent: Sequence[int], received: Sequence[int], flat: Tensor, peers: Peers) -> None:
     """Every rank sends what the other expects."""
-    mine = torch.tensor([n * itemsize for n in (*sent, *received)])
+    mine = torch.tensor([n * flat.element_size() for n in (*sent, *received)], device=flat.device)
     table = all_gather(mine, peers).view(peers.ranks, 2, peers.ranks).tolist()
     for i, (to, _) in enumerate(table):
         for j, (_, expected) in enumerate(table):

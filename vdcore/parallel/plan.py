@@ -22,11 +22,13 @@ class Plan:
         name: ``"heads"``, ``"ring"``, ``"halo"`` or ``"switch"``.
         sent: bytes that each rank sends, forward.
         reason: why it is not taken by itself; None: it may be.
+        everything: some rank holds the keys and values of all frames at once.
     """
 
     name: str
     sent: tuple[int, ...]
     reason: str | None = None
+    everything: bool = False
 
     @property
     def most(self) -> int:
@@ -91,7 +93,8 @@ def halo_plan(layer: Layer, ranks: int) -> Plan:
     """Each rank sends the frames of keys and values that others see; a rank holds all that it sees."""
     halo = halo_of(layer.mask, layer.frames, Peers("", 0, ranks))
     frame = 2 * layer.row * layer.kv_heads
-    return Plan("halo", _sent(ranks, lambda i, j: frame * frames_in(halo.message(i, j))))
+    sent = _sent(ranks, lambda i, j: frame * frames_in(halo.message(i, j)))
+    return Plan("halo", sent, everything=max(map(frames_in, halo.seen)) == layer.frames)
 
 
 def switch_plan(layer: Layer, ranks: int) -> Plan:
@@ -103,14 +106,16 @@ def switch_plan(layer: Layer, ranks: int) -> Plan:
 
 Way = Callable[[Layer, int], Plan]
 
-# Where two send the same: the fewest messages first, then the one that holds the least.
-VIDEO: dict[str, Way] = {"heads": heads_plan, "ring": ring_plan, "halo": halo_plan}
+# Where two send the same, the fewer messages; but a ring before a halo of all frames: its memory falls with N.
+VIDEO: dict[str, Way] = {"heads": heads_plan, "halo": halo_plan, "ring": ring_plan}
 TEMPORAL: dict[str, Way] = {"switch": switch_plan, "halo": halo_plan}
 
 
 def plans(layer: Layer, ranks: int, ways: dict[str, Way]) -> list[Plan]:
     """All ways, the one that is taken first: of those that may be, the one whose busiest rank sends least."""
-    return sorted((way(layer, ranks) for way in ways.values()), key=lambda p: (p.reason is not None, p.most))
+    return sorted(
+        (way(layer, ranks) for way in ways.values()), key=lambda p: (p.reason is not None, p.most, p.everything)
+    )
 
 
 def explain(
