@@ -118,7 +118,10 @@ def gradients_are_averaged(mesh):
     if rank == 0:
         for p in model["here"].parameters():
             p.grad = torch.full_like(p, 6.0)
-    average_gradients(model, mesh)
+    with Traffic(rank) as traffic:
+        average_gradients(model, mesh)
+    # Which gradients there are, and those of both dtypes, in float32; 8 of 32 values are nowhere.
+    assert traffic.bytes == sum(2 * 4 * n * (N - 1) // N for n in ((8, 16, 8) if N > 1 else ()))
     mean = (N + 1) / 2
     for name, expected in (("used", mean), ("low", mean), ("here", 6.0 / N)):
         for p in model[name].parameters():

@@ -51,7 +51,7 @@ def compiled_blocks(mesh):
         part = part_of(video, mesh, 2)
         expected = model(part, timestep, frames=6)
         for block in model.blocks:
-            block.compile(backend="aot_eager")
+            block.compile(backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(model(part, timestep, frames=6), expected)
 
 

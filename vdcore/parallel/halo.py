@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,11 +86,10 @@ class Halo:
         start = part_starts(self.frames, self.peers.ranks)[source]
         return within(self.seen[target], start, start + part_sizes(self.frames, self.peers.ranks)[source])
 
-    @cached_property
+    @property
     def silent(self) -> bool:
         """No rank sees a frame of another."""
-        ranks = range(self.peers.ranks)
-        return not any(self.message(i, j) for i in ranks for j in ranks)
+        return _silent(self)
 
     @property
     def in_place(self) -> bool:
@@ -107,6 +106,12 @@ class Halo:
         if lengths is None or not self.gap:
             return lengths
         return torch.maximum(lengths - self.gap, lengths.clamp(max=self.sink))
+
+
+@lru_cache(maxsize=256)
+def _silent(halo: Halo) -> bool:
+    ranks = range(halo.peers.ranks)
+    return not any(halo.message(i, j) for i in ranks for j in ranks)
 
 
 @lru_cache(maxsize=256)

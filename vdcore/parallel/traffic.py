@@ -12,6 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def _ranks_of(group: Any) -> int:
+    """Of a process group, or of one by its name."""
+    named = torch.distributed.distributed_c10d._resolve_process_group
+    return (named(group) if isinstance(group, str) else group).size()
+
+
 class _Mode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -55,10 +61,12 @@ class Traffic(_Mode):
         elif name == "reduce_scatter_tensor":
             sent = x.nbytes * (args[2] - 1) // args[2]
         elif name == "all_reduce":
-            ranks = torch.distributed.distributed_c10d._resolve_process_group(args[2]).size()
+            ranks = _ranks_of(args[2])
             sent = 2 * x.nbytes * (ranks - 1) // ranks
-        else:
+        elif name == "wait_tensor":
             return
+        else:
+            raise NotImplementedError(f"Traffic: {name} is not counted yet")
         self.sent[name] += sent
         self.messages[name] += 1
 
