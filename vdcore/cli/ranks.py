@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,25 +16,20 @@ PATIENCE = Annotated[float, typer.Option(min=1, help="Seconds that ranks wait fo
 
 
 def relaunch(ranks: int) -> int:
-    """Runs this command again under torchrun; its exit status. An interrupt reaches every rank, once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "vdcore.cli", *sys.argv[1:]]
-    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)), **os.environ}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    interrupted = False
+    """Runs this command again on so many processes, under torchrun's agent; its exit status, 130 after an interrupt."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    def forward(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        process.terminate()
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    arguments = ["--standalone", f"--nproc-per-node={ranks}", "-m", "vdcore.cli", *sys.argv[1:]]
     try:
-        status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 130 if interrupted else status
+        run.run(run.parse_args(arguments))
+    except SignalException:  # which the agent has handed on
+        return 130
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    return 0
 
 
 def launched() -> bool:
