@@ -3,7 +3,7 @@
 import pytest
 import torch
 from judging import part_of
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vdcore.parallel import Traffic, average_gradients, gather, part_sizes, shard, start_switch, switch
 
@@ -105,6 +105,10 @@ def wrong_arguments_say_what_is_wrong(mesh):
     ):
         with pytest.raises(kind, match=words):
             call()
+    first = DeviceMesh("cpu", [0])
+    if mesh.get_local_rank() > 0:
+        with pytest.raises(ValueError, match="switch: mesh must be one that this process is in"):
+            switch(x, first, (5, 7))
     assert torch.equal(switch(x, plane["data"], (5, 7)), part_of(whole(5, 7), mesh, 2))
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 def _ranks_of(group: Any) -> int:
     """Of a process group, or of one by its name."""
-    named = torch.distributed.distributed_c10d._resolve_process_group
+    named: Any = torch.distributed.distributed_c10d._resolve_process_group
     return (named(group) if isinstance(group, str) else group).size()
 
 
