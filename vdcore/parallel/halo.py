@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdcore.mask import FrameMask, Run
-from vdcore.parallel.messages import start_exchange, wait
+from vdcore.parallel.messages import flattened, spread, start_exchange, wait
 from vdcore.parallel.peers import Peers, part_sizes, part_starts
 
 PLAIN = {"past", "future", "chunk", "sink"}
@@ -142,8 +141,8 @@ class _Exchange(torch.autograd.Function):
             out[:, halo.at(own[0]) : halo.at(own[0]) + x.shape[1]] = x
         if not halo.silent:
             sent = [x[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
-            flat = wait(start_exchange(_flat(sent, x), *_counts(halo, x), halo.peers), halo.peers)
-            _spread(flat, _received(out, halo), torch.Tensor.copy_)
+            flat = wait(start_exchange(flattened(sent, x), *_counts(halo, x), halo.peers), halo.peers)
+            spread(flat, _received(out, halo), torch.Tensor.copy_)
         return out
 
     @staticmethod
@@ -155,9 +154,9 @@ class _Exchange(torch.autograd.Function):
         dx = dy[:, at : at + size].to(torch.promote_types(dy.dtype, torch.float32), copy=True)
         if not halo.silent:
             received, sent = _counts(halo, dy)
-            flat = wait(start_exchange(_flat(_received(dy, halo), dy), sent, received, halo.peers), halo.peers)
+            flat = wait(start_exchange(flattened(_received(dy, halo), dy), sent, received, halo.peers), halo.peers)
             mine = [dx[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
-            _spread(flat, mine, torch.Tensor.add_)
+            spread(flat, mine, torch.Tensor.add_)
         return dx.to(dy.dtype), None
 
 
@@ -173,24 +172,6 @@ def _counts(halo: Halo, x: Tensor) -> tuple[list[int], list[int]]:
     frame = torch.Size([x.shape[0], *x.shape[2:]]).numel()
     sent = [frames_in(halo.message(rank, j)) * frame for j in ranks]
     return sent, [frames_in(halo.message(i, rank)) * frame for i in ranks]
-
-
-def _flat(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """One after another, copied once."""
-    flat = torch.empty(sum(p.numel() for p in pieces), dtype=like.dtype, device=like.device)
-    first = 0
-    for piece in pieces:
-        flat[first : first + piece.numel()].view(piece.shape).copy_(piece)
-        first += piece.numel()
-    return flat
-
-
-def _spread(flat: Tensor, pieces: list[Tensor], into: Callable[[Tensor, Tensor], Any]) -> None:
-    """The reverse of :func:`_flat`: copies into, or adds to, each piece."""
-    first = 0
-    for piece in pieces:
-        into(piece, flat[first : first + piece.numel()].view(piece.shape))
-        first += piece.numel()
 
 
 def key_frames(x: Tensor, halo: Halo) -> Tensor:

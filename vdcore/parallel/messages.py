@@ -7,8 +7,9 @@ started is a tensor that nobody may read before it is waited for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives
@@ -95,16 +96,26 @@ def all_reduce(x: Tensor, peers: Peers) -> Tensor:
 # ---- Pieces of a tensor along one dimension ----
 
 
+def flattened(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Pieces one after another, flat; each is copied once."""
+    flat = torch.empty(sum(piece.numel() for piece in pieces), dtype=like.dtype, device=like.device)
+    spread(flat, pieces, lambda piece, part: part.copy_(piece))
+    return flat
+
+
+def spread(flat: Tensor, pieces: Sequence[Tensor], into: Callable[[Tensor, Tensor], Any]) -> None:
+    """Calls ``into`` with every piece and the part of a flat tensor that stands for it, in its shape."""
+    first = 0
+    for piece in pieces:
+        into(piece, flat[first : first + piece.numel()].view(piece.shape))
+        first += piece.numel()
+
+
 def pack(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Pieces of x along a dimension, one after another, flat: x itself where they lie so already, else one copy."""
     if x.is_contiguous() and (x.shape[:dim].numel() == 1 or x.numel() == 0):
         return x.reshape(-1)
-    flat = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
-    first = 0
-    for piece in x.split(list(sizes), dim):
-        flat[first : first + piece.numel()].view(piece.shape).copy_(piece)
-        first += piece.numel()
-    return flat
+    return flattened(x.split(list(sizes), dim), x)
 
 
 def unpack(flat: Tensor, shape: Sequence[int], dim: int, sizes: Sequence[int]) -> Tensor:
@@ -113,10 +124,7 @@ def unpack(flat: Tensor, shape: Sequence[int], dim: int, sizes: Sequence[int]) -
     if shape[:dim].numel() == 1 or shape.numel() == 0:
         return flat.view(shape)
     x = torch.empty(shape, dtype=flat.dtype, device=flat.device)
-    first = 0
-    for piece in x.split(list(sizes), dim):
-        piece.copy_(flat[first : first + piece.numel()].view(piece.shape))
-        first += piece.numel()
+    spread(flat, x.split(list(sizes), dim), torch.Tensor.copy_)
     return x
 
 
