@@ -1,4 +1,4 @@
-// Table of operators with AMX's tiles: what has no products in bfloat16 is VDCORE_REST's.
+// Table of operators with products of bfloat16: what has none is VDCORE_REST's.
 #include "cpu/core/amx.h"
 #include "cpu/core/kernels.h"
 
@@ -13,6 +13,9 @@ namespace vdcore::cpu::VDCORE_ISA {
 
 using namespace VDCORE_REST;  // hidden by what is declared here
 VDCORE_AMX_OPERATORS(VDCORE_DECLARATION)
+#if defined(VDCORE_DOT_PRODUCTS)
+VDCORE_ROUNDING_OPERATORS(VDCORE_DECLARATION)
+#endif
 
 #if defined(VDCORE_EMULATED_TILES)
 int64_t tile_products() { return tile_registers().products; }
