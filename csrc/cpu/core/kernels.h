@@ -26,13 +26,24 @@
   X(patches_from_tokens, PatchProduct)                      \
   X(patch_weight_gradient, PatchWeightGradient)
 
-// Those that have a version for AMX's tiles.
+// Those that have a version for products of bfloat16.
 #define VDCORE_AMX_OPERATORS(X)               \
   X(frame_attention_forward, FrameAttention)  \
   X(frame_attention_backward, FrameAttention) \
   X(tokens_from_patches, PatchProduct)        \
   X(patches_from_tokens, PatchProduct)        \
   X(patch_weight_gradient, PatchWeightGradient)
+
+// Those that gain from an instruction that rounds to bfloat16.
+#define VDCORE_ROUNDING_OPERATORS(X)                        \
+  X(temporal_attention_forward, TemporalAttention)          \
+  X(temporal_attention_backward, TemporalAttentionBackward) \
+  X(qk_norm_rope_forward, QKNormRope)                       \
+  X(qk_norm_rope_backward, QKNormRopeBackward)              \
+  X(modulate_forward, Modulate)                             \
+  X(modulate_backward, ModulateBackward)                    \
+  X(gate_residual_forward, GateResidual)                    \
+  X(gate_residual_backward, GateResidualBackward)
 
 namespace vdcore::cpu {
 

@@ -83,8 +83,9 @@ class Forward {
 
   // Values with a mean, as features after an activation have one: sums of what is left of them without it stay small,
   // and so do rounding errors, which the gradient of a norm's weight would collect from all rows. The mean of some of
-  // the values that the group sees, evenly spread; what it does not see may be NaN. A matter of float32: other dtypes
-  // round their results more than that.
+  // the values that the group sees, evenly spread; what it does not see may be NaN. 0 where that mean is less than
+  // their spread: the results may then be much smaller than it, and so must their errors be. A matter of float32: other
+  // dtypes round their results more than that.
   void find_center() const {
     constexpr int64_t kValues = 16;
     memset(t.center, 0, row * sizeof(float));
@@ -96,15 +97,22 @@ class Forward {
                        a.groups->queries.end() - a.groups->queries.begin();
     if (alone && group.count == 1 && seen <= Products::kKeyTile) return;
     const int64_t step = (seen + kValues - 1) / kValues;
+    const Tile squares = t.stage.at(1, 0);
+    memset(squares.data, 0, row * sizeof(float));
     for (int i = 0; i < group.count; ++i)
       for (int64_t j = 0; j < group.runs[i].size(); j += step, ++count) {
         const TokenRun one = piece(group.runs[i], j, 1);
         gather_run(a.of(one).v, group.sample, kv_head, one, t.stage);
-        for (int64_t c = 0; c < row; c += W) store(t.center + c, load(t.center + c) + load(t.stage.data + c));
+        for (int64_t c = 0; c < row; c += W) {
+          const vf x = load(t.stage.data + c);
+          store(t.center + c, load(t.center + c) + x);
+          store(squares.data + c, load(squares.data + c) + x * x);
+        }
       }
     for (int64_t c = 0; c < row && count; c += W) {
       const vf mean = load(t.center + c) / static_cast<float>(count);
-      store(t.center + c, select(mean - mean == 0.f, mean, vf{}));  // infinity is left where it is
+      const vf square = load(squares.data + c) / static_cast<float>(count);
+      store(t.center + c, select(2.f * mean * mean > square, mean, vf{}));  // 0 for infinity and NaN, too
     }
   }
 
