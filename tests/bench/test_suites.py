@@ -1,9 +1,12 @@
 """Every suite runs by its name; limits that nothing fits keep these runs short."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from vdcore_bench.measure.journal import FILE, Journal, Watch
-from vdcore_bench.suites import SUITES, Options, find
+from vdcore_bench.suites import SUITES, Options, find, tangents
 
 TIGHT = {"memory_limit": 1}
 
@@ -29,7 +32,17 @@ def test_what_does_not_fit_is_predicted(name, options, ops, tmp_path):
 
 
 def test_the_suites_that_know_no_limit_end_with_their_time(tmp_path):
-    for name in ("masks", "overhead"):
+    for name in ("masks", "overhead", "tangents"):
         journal = Journal(tmp_path / name / FILE)
         find(name).run(Options(until=0.0), journal, Watch())
         assert journal.rows and {row.status for row in journal.rows} == {"skipped"}
+
+
+def test_tangents_stand_beside_forward():
+    job = tangents.job_of(
+        "video_attention", None, torch.float32, "cpu", replace(tangents.SHAPE, rows=2, columns=2, T=3)
+    )
+    rows = list(tangents.measure(job, rounds=3))
+    assert [row.mode for row in rows] == list(tangents.MODES) and all(row.p50 > 0 for row in rows)
+    ((name, _, forward, *ratios),) = tangents.cells(rows)
+    assert "video_attention" in name and forward and len(ratios) == 2 and all(float(x) > 0 for x in ratios)

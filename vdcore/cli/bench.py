@@ -23,7 +23,9 @@ NAMES |= {"models": "model", "parts": "only"}
 def bench(
     suite: Annotated[
         str | None,
-        typer.Argument(metavar="SUITE", help="operators, masks, memory, models, overhead or gpu.", show_default=False),
+        typer.Argument(
+            metavar="SUITE", help="operators, masks, memory, models, overhead, tangents or gpu.", show_default=False
+        ),
     ] = None,
     op: Annotated[list[str] | None, several("Operators.")] = None,
     workload: options.WORKLOAD = None,

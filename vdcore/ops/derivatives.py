@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -157,33 +158,50 @@ def _push(formula: Formula, tensors: Sequence[Tensor | None], tangents: Sequence
     return push(tuple(x for x in tangents if x is not None))
 
 
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A step, and which of its tensors are there: torch.func takes all arguments apart, and most are None."""
+
+    step: Step
+    here: tuple[bool, ...]
+
+    def whole(self, present: Sequence[Any]) -> tuple[Any, ...]:
+        """One for each of the step's tensors, None for those that are not there; then what comes after these."""
+        each = iter(present)
+        return (*(next(each) if yes else None for yes in self.here), *each)
+
+
 class _Apply(torch.autograd.Function):
     """A step under autograd and under the transforms of torch.func."""
 
     @staticmethod
-    def forward(step: Step, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return step.run(*tensors)
+    def forward(bound: _Bound, *present: Tensor) -> tuple[Tensor, ...]:
+        return bound.step.run(*bound.whole(present))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.step = inputs[0]
+        ctx.bound = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output)
         ctx.save_for_forward(*inputs[1:], *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, *ctx.step.pull(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
+        bound: _Bound = ctx.bound
+        needed = [bool(yes) for yes in bound.whole(ctx.needs_input_grad[1:])]
+        found = bound.step.pull(bound.whole(ctx.saved_tensors), grads, needed)
+        return None, *compress(found, bound.here)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        return ctx.step.push(ctx.saved_tensors, tangents)
+        bound: _Bound = ctx.bound
+        return bound.step.push(bound.whole(ctx.saved_tensors), bound.whole(tangents))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], step: Step, *tensors: Tensor | None) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], bound: _Bound, *present: Tensor) -> Any:
         """One after another: what is mapped over may be a weight, or lengths."""
         parts = [
-            _Apply.apply(step, *(x if d is None else x.select(d, i) for x, d in zip(tensors, in_dims[1:])))  # type: ignore[union-attr]
+            _Apply.apply(bound, *(x if d is None else x.select(d, i) for x, d in zip(present, in_dims[1:])))
             for i in range(info.batch_size)
         ]
         results = tuple(torch.stack(each) for each in zip(*parts))
@@ -191,7 +209,8 @@ class _Apply(torch.autograd.Function):
 
 
 def apply(step: Step, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return _Apply.apply(step, *tensors)
+    bound = _Bound(step, tuple(x is not None for x in tensors))
+    return _Apply.apply(bound, *(x for x in tensors if x is not None))
 
 
 # ---- The steps ----

@@ -37,7 +37,8 @@ class Row:
         provider: ``"vdcore[cpu]"``, ``"sdpa[flash]"``, ``"copy"``, ...
         variant: how the provider was called, e.g. ``"strided"``; ``"auto"`` for the backend that vdcore chooses.
         mode: ``"fwd"``, ``"bwd"`` or ``"fwd+bwd"``.
-        metric: ``"time"``, ``"memory"`` (peak beyond the inputs) or ``"overhead"`` (time of a tiny call).
+        metric: ``"time"``, ``"memory"`` (peak beyond the inputs) ``"overhead"`` (time of a tiny call)
+            or ``"tangents"`` (time of a Jacobian-vector product).
         unit: ``"s"`` or ``"bytes"``.
         x: frames.
         p20, p50, p80: of the samples; a prediction stands in p50 alone.

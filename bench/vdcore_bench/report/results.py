@@ -9,7 +9,7 @@ from pathlib import Path
 from vdcore_bench.measure.journal import MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, masks, ranks
+from vdcore_bench.suites import gpu, masks, ranks, tangents
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -46,6 +46,10 @@ def overhead_table(rows: Sequence[Row]) -> Table:
     return Table.of(summary.OVERHEAD_HEADER, cells, "Time of a call on 16 tokens, one thread")
 
 
+def tangents_table(rows: Sequence[Row]) -> Table:
+    return Table.of(tangents.HEADER, tangents.cells(rows), "Jacobian-vector products, forward included")
+
+
 def mask_tables(rows: Sequence[Row]) -> list[Table]:
     return _with_note(
         [Table.of(masks.HEADER, cells, title) for title, cells in masks.tables(rows).items()], masks.LEGEND
@@ -79,7 +83,7 @@ def _with_note(tables: list[Table], note: str) -> list[Table]:
 
 def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     """The tables of every suite but the operators'; suites without rows are left out."""
-    for one in (overhead_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
+    for one in (overhead_table(rows), tangents_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
         if one.rows:
             yield [one]
     for several in (gpu.tables(rows), mask_tables(rows), profile_tables(rows)):

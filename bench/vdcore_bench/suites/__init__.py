@@ -26,6 +26,7 @@ SUITES = {
     "memory": "peak memory and time against frames",
     "models": "a video DiT's block, VDiTs against frames, models of diffusers before and after the swap",
     "overhead": "the time of a call beside its kernel",
+    "tangents": "Jacobian-vector products of attention against forward",
     "gpu": "correctness, ceilings and benchmarks of a GPU",
 }
 

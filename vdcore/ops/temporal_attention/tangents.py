@@ -110,15 +110,20 @@ def attend(q: Dual, k: Dual, v: Dual, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (each(x, lambda y: y.reshape(-1, *y.shape[-2:])) for x in (q, k, v))
     rows = max(TILE // m, 1)
     many = max(rows // n, 1)
-    out, lse = [], []
-    for first in range(0, q[0].shape[0], many):
-        some = slice(first, first + many)
+    tiles = [(slice(i, i + many), slice(j, j + rows)) for i in range(0, q[0].shape[0], many) for j in range(0, n, rows)]
+
+    def tile(some: slice, queries: slice) -> tuple[Tensor, Tensor]:
         keys, values = (each(x, partial(_at, where=(some,))) for x in (k, v))
-        for row in range(0, n, rows):
-            do, ds = _tile(each(q, partial(_at, where=(some, slice(row, row + rows)))), keys, values, scale)
-            out.append(do.reshape(-1, D))
-            lse.append(ds.reshape(-1))
-    return torch.cat(out).reshape(*lead, n, D), torch.cat(lse).reshape(*lead, n)
+        return _tile(each(q, partial(_at, where=(some, queries))), keys, values, scale)
+
+    if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:  # nothing may be written
+        found = [tile(*where) for where in tiles]
+        out, lse = torch.cat([do.reshape(-1, D) for do, _ in found]), torch.cat([ds.reshape(-1) for _, ds in found])
+    else:  # results of tiles that outlive them would lie between their scores, and keep all this memory
+        out, lse = torch.empty_like(q[0]), q[0].new_empty(q[0].shape[:-1])
+        for where in tiles:
+            out[where], lse[where] = tile(*where)
+    return out.reshape(*lead, n, D), lse.reshape(*lead, n)
 
 
 def _at(x: Tensor, where: tuple[slice, ...]) -> Tensor:
