@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from vdcore.integrations.report import TURN, Report, note_left, slow_dtype
 
@@ -60,6 +59,13 @@ class ServedModule(MadeAtRunTime, metaclass=_MakesHosts):
 
     host: ClassVar[type[nn.Module]]
     SERVES: ClassVar[str]
+    # What runs is ours: nobody has derived the class from ours with a forward of its own.
+    RUNS_OURS: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        served: Any = _served_base(cls)
+        cls.RUNS_OURS = served is not None and getattr(cls, "forward") is served.forward  # noqa: B009
 
 
 class ServedProcessor:
@@ -89,6 +95,8 @@ class _After:
         self.hook.after(module, args, output)
 
 
+OUR_HOOKS = (ServingHook, _After)
+
 # Told of every class that takes the place of a host's, with the host's: hosts look classes up in tables of their own.
 MADE: list[Callable[[type, type], None]] = []
 
@@ -96,11 +104,15 @@ MADE: list[Callable[[type, type], None]] = []
 IN_MODE = "called under a torch function mode, which may stand for functions that vdcore does not call"
 
 
+# Torch's own modes that let its functions be: for a default device, exporting and tracing.
+_LETTING_BE = ("torch.utils._device", "torch.export.", "torch._export.", "torch.fx.")
+
+
 def in_function_mode() -> bool:
-    """Somebody takes torch's functions over, other than for a default device."""
+    """Somebody takes torch's functions over, other than for a default device, or to trace them."""
     if torch._C._len_torch_function_stack() == 0:
         return False
-    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    return not all(type(mode).__module__.startswith(_LETTING_BE) for mode in _get_current_function_mode_stack())
 
 
 @lru_cache(maxsize=256)

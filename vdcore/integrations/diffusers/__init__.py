@@ -148,7 +148,7 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
         elif known_as(type(module), registry.FORWARDS) is not None:
             found = families.change_of_forward(module)
         elif module in embeddings:
-            found = embeddings[module] or patches.change(module)
+            found = embeddings[module]
         elif hasattr(module, "processor"):
             found = families.change_of_attention(module, name, clip)
         elif _attends(module):

@@ -25,6 +25,7 @@ from vdcore.integrations.diffusers.attention import (
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
@@ -70,11 +71,13 @@ class SpatialAttention(Processor):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """``hidden_states``: ``(B, T, S, C)``, or ``(N, n, C)`` as the host has it: N frames of their own."""
-        as_sequences = hidden_states.ndim == 3
+        """``hidden_states``: ``(B, T, S, C)``, or as the host has it ``(N, n, C)``, N frames or N positions."""
+        as_sequences, is_self = hidden_states.ndim == 3, encoder_hidden_states is None
         reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
         keys, pairs = None, None
-        if reason is None and attention_mask is not None and encoder_hidden_states is None and as_sequences:
+        if reason is None and is_observed(norm for norm in (attn.norm_q, attn.norm_k) if norm is not None):
+            reason = OBSERVED
+        if reason is None and attention_mask is not None and is_self and as_sequences and not self.TEMPORAL:
             pairs = self.clip.once(text_pairs, attention_mask)
             reason = UNSEEN if pairs is None else pairs if isinstance(pairs, str) else None
         elif reason is None and attention_mask is not None:
@@ -84,32 +87,37 @@ class SpatialAttention(Processor):
             if not as_sequences:
                 return self._leave_video(reason, attn, hidden_states, encoder_hidden_states)
             given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
-            return self.leave(reason, attn, *given, **kwargs)
-        x = hidden_states.unsqueeze(1) if as_sequences else hidden_states
+            return self._leave_to_host(is_self)(reason, attn, *given, **kwargs)
+        x, context = hidden_states, encoder_hidden_states
         if pairs is not None:
-            out = output_projection(attn, self.attended_pairs(attn, x, pairs))
-        elif encoder_hidden_states is not None and keys is None and sees_one_key(attn, encoder_hidden_states):
-            out = one_key_attention(attn, encoder_hidden_states).expand(*x.shape[:-1], -1)
-        else:
-            out = output_projection(attn, self.attended(attn, x, encoder_hidden_states, keys))
-        return out.squeeze(1) if as_sequences else out
+            return output_projection(attn, self.attended_pairs(attn, x, pairs))
+        if context is not None and keys is None and sees_one_key(attn, context):
+            out = one_key_attention(attn, context)
+            return (out.squeeze(1) if as_sequences else out).expand(*x.shape[:-1], -1)
+        return output_projection(attn, self.attended(attn, x, context, keys))
 
     def attended(self, attn: Any, x: Tensor, context: Tensor | None = None, keys: Keys | None = None) -> Tensor:
-        """Attention of ``(B, T, S, C)`` before its last projection: ``(B, T, S, H, D)``."""
+        """Attention of ``(B, T, S, C)`` or of ``(N, n, C)`` before its last projection: ``(..., H, D)``."""
+        along = 2 if self.TEMPORAL else 1  # (N, 1, n, C), or (N, n, 1, C) if a sequence is of frames
+        q, k, v = project(attn, x, context if keys is None or context is None else keys.sort(context))
+        as_sequences = x.ndim == 3
+        if as_sequences:
+            q, k, v = q.unsqueeze(along), *(y if context is not None else y.unsqueeze(along) for y in (k, v))
         if context is None:
-            return self.attend_normed(attn, *project(attn, x))
-        q, k, v = project(attn, x, context if keys is None else keys.sort(context))
-        q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        return vdcore.cross_attention(q, k, v, lengths=None if keys is None else keys.lengths, norm=norm)
+            out = self.attend_normed(attn, q, k, v)
+        else:
+            q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
+            out = vdcore.cross_attention(q, k, v, lengths=None if keys is None else keys.lengths, norm=norm)
+        return out.squeeze(along) if as_sequences else out
 
     def attended_pairs(self, attn: Any, x: Tensor, pairs: TextPairs) -> Tensor:
-        """Self-attention of padded texts ``(B, 1, n, C)`` before its last projection: ``(B, 1, n, H, D)``."""
+        """Self-attention of padded texts ``(B, n, C)`` before its last projection: ``(B, n, H, D)``."""
         q, k, v = project(attn, x)
         q, k, norm = qk_norm(q, k, attn.norm_q, attn.norm_k)
-        out = vdcore.cross_attention(q, k.squeeze(1), v.squeeze(1), lengths=pairs.lengths, norm=norm)
-        padding = torch.arange(x.shape[2], device=x.device) >= pairs.lengths[:, None]
-        seen = v[:, :, :1] if pairs.first else torch.zeros_like(v[:, :, :1])
-        return torch.where(padding[:, None, :, None, None], seen, out)
+        out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=pairs.lengths, norm=norm).squeeze(1)
+        padding = torch.arange(x.shape[1], device=x.device) >= pairs.lengths[:, None]
+        seen = v[:, :1] if pairs.first else torch.zeros_like(v[:, :1])
+        return torch.where(padding[..., None, None], seen, out)
 
     def attend_normed(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of ``(B, T, S, H, D)``, with the norms of q and k that the module has."""
@@ -127,33 +135,21 @@ class SpatialAttention(Processor):
         return self.clip.valid_keys(mask)
 
     def _leave_video(self, reason: str, attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return in_rows(lambda rows, text: self.leave(reason, attn, rows, text), x, self.TEMPORAL, context)
+        leave = self._leave_to_host(context is None)
+        return in_rows(lambda rows, text: leave(reason, attn, rows, text), x, self.TEMPORAL, context)
+
+    def _leave_to_host(self, is_self: bool) -> Callable[..., Tensor]:
+        return self.leave_unmasked if self.TEMPORAL and is_self else self.leave
 
 
 class TemporalAttention(SpatialAttention):
-    """A token attends to its position in the other frames, or to a text. Sequences ``(N, n, C)`` are the host's."""
+    """A token attends to its position in the other frames, or to a text. Sequences ``(N, n, C)`` are of n frames."""
 
     SERVES = "temporal_attention, cross_attention"
     TEMPORAL = True
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if hidden_states.ndim == 3:
-            return self.leave_unmasked("its block runs in the host's layout", attn, hidden_states, *args, **kwargs)
-        return super().__call__(attn, hidden_states, *args, **kwargs)
-
     def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
         return vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
-
-
-class FrameSequenceAttention(SpatialAttention):
-    """Temporal attention of a host that keeps rows ``(N, T, C)``, each the frames of one position."""
-
-    SERVES = "temporal_attention, cross_attention"
-
-    def attend(self, q: Tensor, k: Tensor, norm: Any, v: Tensor) -> Any:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, T, 1, H, D)
-        out = vdcore.temporal_attention(q, k, v, mask=self.clip.frame_mask, norm=norm)
-        return out.transpose(1, 2)
 
 
 # ---- One key ----
@@ -236,16 +232,21 @@ def run_block(
     module: Any, block: Any, served: Callable[[], Tensor], host: Callable[[], Tensor], *, temporal: bool
 ) -> Tensor:
     """Calls a block of a module with ``(B, T, S, C)``, or as the host does if someone put another there since."""
-    if takes_clips(block):
+    if not takes_clips(block):
+        _note_replaced(module, "a block", temporal)
+    elif is_observed(block.modules()):
+        note_left(module, OBSERVED)
+    else:
         return served()
-    _note_replaced(module, "a block", temporal)
     return host()
 
 
 def takes_clips(module: Any) -> bool:
     """A block or an attention module takes ``(B, T, S, C)``, as those of the swap do, also inside of wrappers."""
     processor = getattr(module, "processor", None)
-    if isinstance(module, ServedModule) or isinstance(processor, SpatialAttention):
+    if isinstance(module, ServedModule):
+        return module.RUNS_OURS
+    if isinstance(processor, SpatialAttention):
         return True
     if processor is not None or is_of(module, *BLOCKS, Attention):
         return False

@@ -21,7 +21,9 @@ from vdcore.integrations.diffusers.attention import (
     video,
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.rebound import Rebound
+from vdcore.integrations.report import note_left
 from vdcore.rope import Rope, Style
 
 
@@ -66,7 +68,9 @@ class Fused(Rebound):
 
     def serve(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         served = None
-        if self.why_not_now() is None and len(args) <= len(self.NAMES):
+        if is_observed(list(attn.modules())[1:]):
+            note_left(self, OBSERVED)
+        elif self.why_not_now() is None and len(args) <= len(self.NAMES):
             given: dict[str, Any] = {"text": None, "mask": None, "rotary": None}
             others = {}
             for name, value in (*zip(self.NAMES, args), *kwargs.items()):
@@ -117,9 +121,19 @@ class Fused(Rebound):
         )
 
     def joint_attention(
-        self, attn: Any, call: Call, *, text_first: bool = False, text_keys: Keys | None = None
+        self,
+        attn: Any,
+        call: Call,
+        *,
+        text_first: bool = False,
+        text_keys: Keys | None = None,
+        packed: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over clip and text, neither concatenated to the other; the text's projections may be others."""
+        """Attention over clip and text, neither concatenated to the other; the text's projections may be others.
+
+        Args:
+            packed: the text's result is in the order of its keys, valid ones first.
+        """
         assert call.text is not None
         text = call.text if text_keys is None else text_keys.sort(call.text)
         q, k, v = project(attn, call.x)
@@ -148,6 +162,6 @@ class Fused(Rebound):
             out_text = to_add_out(out_text.flatten(2))
         else:
             out_text = out_text.flatten(2) if added else output_projection(attn, out_text)
-        if text_keys is not None:
+        if text_keys is not None and not packed:
             out_text = text_keys.unsort(out_text)
         return output_projection(attn, out.flatten(1, 2)), out_text

@@ -144,6 +144,8 @@ class Rebound(Processor):
             return cross(q, keys.sort(k), keys.sort(v), lengths=keys.lengths, scale=scale)
         if keys is not None or scale is not None:
             return "padding of video tokens, or a scale of its own"
+        if self.clip.mask is not None and not self.clip.has(q.shape[1]):
+            return f"{q.shape[1]} tokens are not those of the clip alone"
         return video(self.clip, q, k, v, None, None)
 
     def _is_cross(self, q: Tensor, k: Tensor, to_context: bool) -> bool:

@@ -45,7 +45,9 @@ def gated(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 
 def modulated_rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """As :func:`modulated`, of rows ``(B, N, C)``."""
+    """As :func:`modulated`, of rows ``(B, N, C)``, which a norm that is called gets."""
+    if not is_plain(norm):
+        return (norm(x).unsqueeze(1) * (1 + _spread(scale)) + _spread(shift)).squeeze(1)
     return modulated(norm, x.unsqueeze(1), shift, scale).squeeze(1)
 
 

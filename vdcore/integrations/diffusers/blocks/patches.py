@@ -17,6 +17,7 @@ from diffusers.models.transformers import (
 from torch import Tensor, nn
 
 import vdcore
+from vdcore.integrations.diffusers import registry
 from vdcore.integrations.swap import Change, changed_forward, has_plain_parameters, host_type, is_of, known_as
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
@@ -34,15 +35,19 @@ HOSTS: dict[type[nn.Module], str] = {
     transformer_wan.WanTransformer3DModel: "patch_embedding",
 }
 
+# Hosts that make the tokens contiguous before their blocks.
+CONTIGUOUS = (transformer_wan.WanTransformer3DModel,)
 
-def find(model: nn.Module) -> dict[nn.Module, str | None]:
-    """The patch embeddings of a model, each with the reason why it is not served, or None."""
-    found: dict[nn.Module, str | None] = {}
+
+def find(model: nn.Module) -> dict[nn.Module, Change | str]:
+    """The patch embeddings of a model, each with the change that serves it, or the reason why none does."""
+    found: dict[nn.Module, Change | str] = {}
     for module in model.modules():
         host = known_as(host_type(module), HOSTS)
         conv = getattr(module, HOSTS[host], None) if isinstance(host, type) else None
         if isinstance(conv, (nn.Conv2d, nn.Conv3d)):
-            found[conv] = why_not(conv)
+            serve = forward_of_contiguous if host in CONTIGUOUS else forward
+            found[conv] = why_not(conv) or Change.of_forward(conv, serve, "patchify")
     return found
 
 
@@ -54,10 +59,6 @@ def why_not(conv: Any) -> str | None:
     if conv.padding in ("same", "valid") or any(conv.padding):
         return "it pads"
     return changed_forward(conv)
-
-
-def change(conv: nn.Module) -> Change:
-    return Change.of_forward(conv, forward, "patchify")
 
 
 def forward(self: Any, video: Tensor) -> Tensor | str:
@@ -74,3 +75,25 @@ def forward(self: Any, video: Tensor) -> Tensor | str:
     grid = video.shape[3] // weight.shape[3], video.shape[4] // weight.shape[4]
     out = tokens.unflatten(2, grid).permute(0, 4, 1, 2, 3)  # (B, E, T', H', W')
     return out.squeeze(2) if dims == 2 else out
+
+
+def forward_of_contiguous(self: Any, video: Tensor) -> Tensor | str:
+    """As :func:`forward`; one sample in the host's layout.
+
+    Flattened, a view of one sample has another stride of the batch, which "contiguous" lets be: compiled for the first
+    block, the code would not do for the second.
+    """
+    out = forward(self, video)
+    return out if isinstance(out, str) or len(out) > 1 else out.contiguous()
+
+
+@registry.forward(
+    transformer_hunyuan_video.HunyuanVideoPatchEmbed,
+    transformer_hunyuan_video15.HunyuanVideo15PatchEmbed,
+    transformer_motif_video.MotifVideoPatchEmbed,
+    serves="patchify",
+)
+def tokens_of(self: Any, hidden_states: Tensor) -> Tensor:
+    """Tokens ``(B, N, E)`` of a clip, whose strides are those of a contiguous tensor also where B is 1."""
+    rows = self.proj(hidden_states).flatten(2).transpose(1, 2)
+    return rows if len(rows) > 1 else rows[0].unsqueeze(0)

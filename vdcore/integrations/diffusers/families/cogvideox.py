@@ -19,6 +19,7 @@ from vdcore.integrations.diffusers import registry
 from vdcore.integrations.diffusers.attention import cross, heads
 from vdcore.integrations.diffusers.clip import pairs_agree
 from vdcore.integrations.diffusers.fused import Call, Fused
+from vdcore.integrations.swap import IN_MODE, in_function_mode
 
 registry.grid(transformers.CogVideoXTransformer3DModel, transformers.ConsisIDTransformer3DModel, axes=(1, 3, 4))
 registry.grid(transformers.EasyAnimateTransformer3DModel, axes=(2, 3, 4))
@@ -45,15 +46,19 @@ class TextFirstAttention(Fused):
 
 
 @registry.forward(consisid.PerceiverAttention, serves="cross_attention")
-def perceiver(self: Any, image_embeds: Tensor, latents: Tensor) -> Tensor:
+def perceiver(self: Any, image_embeds: Tensor, latents: Tensor) -> Tensor | str:
     """Latents ``(B, L, C)`` attend to the image's tokens ``(B, M, C)`` and to one another."""
+    if in_function_mode():
+        return IN_MODE
     latents = self.norm2(latents)
     return _attend(self, latents, torch.cat((self.norm1(image_embeds), latents), -2))
 
 
 @registry.forward(consisid.PerceiverCrossAttention, serves="cross_attention")
-def perceiver_cross(self: Any, image_embeds: Tensor, hidden_states: Tensor) -> Tensor:
+def perceiver_cross(self: Any, image_embeds: Tensor, hidden_states: Tensor) -> Tensor | str:
     """Tokens of the clip ``(B, N, C)`` attend to those of the face ``(B, M, E)``."""
+    if in_function_mode():
+        return IN_MODE
     return _attend(self, self.norm2(hidden_states), self.norm1(image_embeds))
 
 

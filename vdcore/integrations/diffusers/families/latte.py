@@ -19,6 +19,7 @@ from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.blocks.modulation import GATED, gated, modulated
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
 
 
@@ -66,6 +67,8 @@ def forward(
     """The model on video ``(B, C, T, H, W)``."""
     if encoder_attention_mask is not None:
         return "a text mask, which the host gives per frame"
+    if is_observed((self.norm_out, self.proj_out)):
+        return OBSERVED
     B, _, T, H, W = hidden_states.shape
     p = self.config.patch_size
     x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T))  # (B, T, S, C)
@@ -82,7 +85,8 @@ def forward(
     shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)  # (B, C)
     x = modulated(self.norm_out, x, shift, scale)
     grid = T, H // p, W // p
-    if is_plain(self.proj_out) and type(self.proj_out) is nn.Linear:
+    # torch.jit traces sizes, which an operator of ours does not take.
+    if is_plain(self.proj_out) and type(self.proj_out) is nn.Linear and not torch.jit.is_tracing():
         weight, bias = self.proj_out.weight, self.proj_out.bias
         out = vdcore.unpatchify(x, weight, bias, channels=self.out_channels, patch=(1, p, p), grid=grid)
     else:

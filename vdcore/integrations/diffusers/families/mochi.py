@@ -18,7 +18,8 @@ from vdcore.integrations.diffusers.attention import cross, heads
 from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
 from vdcore.integrations.diffusers.clip import Keys, keys_unseen, look_at_keys, may_look
 from vdcore.integrations.diffusers.fused import Call, Fused
-from vdcore.integrations.swap import is_plain
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
+from vdcore.integrations.swap import IN_MODE, in_function_mode, is_plain
 
 registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
 
@@ -33,7 +34,8 @@ class MochiAttention(Fused):
         if call.mask is None:
             return None
         keys = self.clip.once(marked_keys, call.mask) if may_look(call.mask) else marked_keys(call.mask)
-        return None if isinstance(keys, str) else self.joint_attention(attn, call, text_keys=keys)
+        # What a valid token gets, the host gives to the first ones, wherever the mask has them.
+        return None if isinstance(keys, str) else self.joint_attention(attn, call, text_keys=keys, packed=True)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         return rotary  # (N, H, D/2)
@@ -47,6 +49,8 @@ def marked_keys(mask: Tensor) -> Keys | str | None:
 @registry.forward(MochiAttentionPool, serves="cross_attention", relies=(MochiAttentionPool.pool_tokens,))
 def pool(self: Any, x: Tensor, mask: Tensor) -> Tensor | str:
     """One token ``(B, E)`` of a text ``(B, L, C)``: the mean of its valid tokens attends to itself and to them."""
+    if in_function_mode() or is_observed(self.children()):
+        return IN_MODE if in_function_mode() else OBSERVED
     keys = marked_keys(mask)
     if isinstance(keys, str):
         return keys

@@ -23,6 +23,7 @@ from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.blocks.images import add_images_of, normed_rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.swap import Change, changed_forward, host_type, is_of, is_plain
 
 SERVES = "blocks in (B, T, S, C)"
@@ -49,7 +50,7 @@ def plan_encoder(module: Any, clip: Clip) -> list[Change] | str:
     """The changes that serve the encoder of I2VGen-XL's image latents, which gets rows ``(B*H*W, T, C)``."""
     reason = unknown_source(I2VGenXLTransformerTemporalEncoder.forward) or changed_forward(module)
     reason = reason or factorized.why_not(module.attn1)
-    return reason or [factorized.FrameSequenceAttention.change(module.attn1, clip)]
+    return reason or [factorized.TemporalAttention.change(module.attn1, clip)]
 
 
 def why_not_block(block: Any) -> str | None:
@@ -76,6 +77,8 @@ def forward(
     """The module on ``(B*T, C, H, W)``, for both hosts; ``return_dict`` is UNet3D's."""
     if encoder_hidden_states is not None or cross_attention_kwargs:
         return "temporal attention to a text, or with arguments of its own"
+    if is_observed((self.norm, self.proj_in, self.proj_out)):
+        return OBSERVED
     x = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # (B, T, C, S)
     rows = normed_rows_of(self.proj_in, self.norm, x)  # (B, T, S, E)
     for block in self.transformer_blocks:

@@ -22,6 +22,7 @@ from vdcore.integrations.diffusers import factorized, inference, registry
 from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
 
 
@@ -53,6 +54,8 @@ def forward(
 ) -> Any:
     """The transformer on ``(B*T, C, H, W)``."""
     assert encoder_hidden_states is not None and image_only_indicator is not None  # the host needs them as well
+    if is_observed((self.norm, self.proj_in, self.proj_out, self.time_proj, self.time_pos_embed, self.time_mixer)):
+        return OBSERVED
     T = image_only_indicator.shape[-1]
     x = hidden_states.flatten(2)  # (B*T, C, S)
     text = encoder_hidden_states.unflatten(0, (-1, T))[:, 0]  # that of a clip's first frame: (B, L, C)
