@@ -44,6 +44,8 @@ def _find(name: str, module: Any) -> list[Change] | str | None:
 def why_not(block: Any) -> str | None:
     """Why a block is not one of those that this file knows."""
     attn = block.attn
+    if not is_plain(attn):
+        return "its attention has hooks"
     if type(attn).__name__ != "Attention":
         return f"its attention is {type(attn).__name__}"
     if getattr(attn, "qk_norm_legacy", False):
@@ -74,6 +76,8 @@ def forward(
     S: int | None = None,
 ) -> Tensor | str:
     """A block on tokens ``(B, T*S, C)``; with frames that are given, ``x_mask``, it is the host's."""
+    if why_not(self) is not None or not is_plain(self.attn):
+        return "its attention has hooks, or was replaced since the swap"
     if x_mask is not None or T is None or S is None:
         return "frames that are given (x_mask)" if x_mask is not None else "a call that names no T and S"
     table = self.scale_shift_table[None] + t.reshape(x.shape[0], 6, -1)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Turn:
@@ -114,6 +114,8 @@ class Report:
         counts. Under a mask the results differ, as they should. While it runs, the swap's models are the host's in
         other threads too.
         """
+        if isinstance(model, nn.Module) and not any(hasattr(type(x), "SERVES") for x in _parts(model)):
+            raise ValueError("check: model must be swapped in, got one of which nothing is")
         results, seconds = [], []
         for is_hosts in (True, False):
             TURN.is_hosts = is_hosts
@@ -164,9 +166,15 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
 # ---- Checking ----
 
 
+def _parts(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        yield from (module, getattr(module, "processor", None))
+
+
 def _timed(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[list[Tensor], float]:
     """The tensors of a second call's result, and its seconds."""
     result, seconds = None, 0.0
+    generators = [(x, x.get_state()) for x in _leaves((args, inputs)) if isinstance(x, torch.Generator)]
     for _ in range(2):
         with torch.random.fork_rng(), torch.no_grad():
             _synchronize()
@@ -174,9 +182,15 @@ def _timed(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[l
             result = model(*args, **inputs)
             _synchronize()
             seconds = perf_counter() - start
-    found = list(_tensors(result))
+        for generator, state in generators:
+            generator.set_state(state)
+    found = [
+        torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x).detach().cpu().double()
+        for x in _leaves(result)
+        if isinstance(x, (Tensor, np.ndarray)) or hasattr(x, "__array_interface__")
+    ]
     if not found:
-        raise TypeError(f"check: model must return tensors or arrays, got {type(result).__name__}")
+        raise TypeError(f"check: model must return tensors, arrays or images, got {type(result).__name__}")
     return found, seconds
 
 
@@ -185,18 +199,17 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    """All tensors and arrays in a result, in float64."""
-    if isinstance(x, (Tensor, np.ndarray)):
-        yield torch.as_tensor(x).detach().double()
-    elif isinstance(x, Mapping):
-        for value in x.values():
-            yield from _tensors(value)
-    elif isinstance(x, (list, tuple)):
-        for value in x:
-            yield from _tensors(value)
+def _leaves(x: Any, within: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """What a result holds, or arguments: through mappings, sequences and objects, each once on the way down."""
+    if isinstance(x, (Tensor, np.ndarray, torch.Generator)) or hasattr(x, "__array_interface__"):
+        yield x
+    elif any(x is outer for outer in within):
+        return
+    elif isinstance(x, (Mapping, list, tuple)):
+        for value in x.values() if isinstance(x, Mapping) else x:
+            yield from _leaves(value, (*within, x))
     elif hasattr(x, "__dict__"):
-        yield from _tensors(vars(x))
+        yield from _leaves(vars(x), (*within, x))
 
 
 def _differences(host: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
@@ -204,6 +217,6 @@ def _differences(host: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
         shapes = [[tuple(x.shape) for x in xs] for xs in (host, ours)]
         raise RuntimeError(f"check: the results have other shapes: {shapes[0]} of the host, {shapes[1]} of vdcore")
     apart = [(x - y).flatten() for x, y in zip(host, ours)]
-    largest = max((float(x.abs().max()) for x in apart if x.numel()), default=0.0)
+    largest = float(torch.cat(apart).abs().max()) if any(x.numel() for x in apart) else 0.0
     norm = sum(float(x.square().sum()) for x in host) ** 0.5
     return largest, sum(float(x.square().sum()) for x in apart) ** 0.5 / norm if norm else largest

@@ -9,6 +9,7 @@ touched.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class ServingHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    handle: Any = None
+
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         raise NotImplementedError
 
@@ -90,6 +93,7 @@ class _After:
 
     def __init__(self, hook: ServingHook) -> None:
         self.hook = hook
+        self.handle: Any = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.hook.after(module, args, output)
@@ -188,6 +192,22 @@ def rebind(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[.
     return copied
 
 
+def globals_used(function: Callable[..., Any]) -> dict[str, Any]:
+    """Globals that a Python function reads, and what they are; none of functions that it calls."""
+    code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    if code is None:
+        return {}
+    read = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return {name: scope[name] for name in read if name in scope}
+
+
+def decorated(function: Callable[..., Any]) -> str | None:
+    """A reason if a function stands around another, which would be lost in a copy of that one."""
+    if inspect.unwrap(function) is function:
+        return None
+    return f"{getattr(function, '__qualname__', function)} has a decorator"
+
+
 def names_used(function: Callable[..., Any]) -> set[str]:
     """Global names and attributes that a Python function uses; none of other functions."""
     code = getattr(inspect.unwrap(function), "__code__", None)
@@ -210,9 +230,11 @@ class Renamed:
         return rebind(host.forward, dict(self.functions))
 
     def find(self, name: str, module: nn.Module) -> list[Change] | str | None:
-        if not names_used(type(module).forward) & set(dict(self.functions)):
+        forward = type(module).forward
+        if not set(globals_used(inspect.unwrap(forward))) & set(dict(self.functions)):
             return None
-        return changed_forward(module) or [Change.of_forward(module, self, self.serves)]
+        reason = decorated(forward) or changed_forward(module)
+        return reason or [Change.of_forward(module, self, self.serves)]
 
 
 # ---- Changes ----
@@ -262,8 +284,10 @@ def _serve_with(module: Any, forward: Any, serves: str, shared: Any) -> None:
 
 
 def _watch_with(module: nn.Module, hook: ServingHook) -> None:
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-    module.register_forward_hook(_After(hook), always_call=True)
+    # With their handles, that a pickle's hooks keep their numbers for themselves in another process.
+    after = _After(hook)
+    hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    after.handle = module.register_forward_hook(after, always_call=True)
 
 
 def make_all(changes: Sequence[Change]) -> None:

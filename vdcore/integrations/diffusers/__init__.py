@@ -22,10 +22,9 @@ from vdcore.integrations.diffusers import families, registry
 from vdcore.integrations.diffusers.blocks import patches
 from vdcore.integrations.diffusers.clip import Clip, Grid, Watch, checkpoint_as_host
 from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
-from vdcore.integrations.diffusers.processor import Processor
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
-from vdcore.integrations.swap import Change, Find, host_type, is_served, known_as, names_used, swap
+from vdcore.integrations.swap import Change, Find, host_type, known_as, names_used, swap
 from vdcore.integrations.swap import swap_out as swap_module_out
 from vdcore.mask import FrameMask
 
@@ -52,7 +51,9 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
     check_version()
     if mask is not None and not isinstance(mask, FrameMask):
         raise TypeError(f"swap_in: mask must be a FrameMask or None, got {type(mask).__name__}")
-    report, models, hooks = Report(), [], {}
+    report, models = Report(), []
+    hooks: list[Change] = []
+    watches: dict[nn.Module, Watch] = {}
     found = list(_models(model_or_pipeline, report, "swap_in"))
     for _, model in found:
         _check_frames(model, mask)
@@ -61,11 +62,16 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         swap_out(model)
     try:
         for path, model in found:
-            clip = Clip(mask)
-            models.append((path, model, _finder(model, path, clip)))
-            if model not in hooks and _mask_of(model) is None:
-                hooks[model] = Change.of_hook(model, Watch(clip, _grid_of(model, mask)))
-        return swap(models, report, [*hooks.values()])
+            watch = _watch_of(model)
+            if watch is None and model not in watches:
+                watch = Watch(Clip(mask), _grid_of(model, mask))
+                hooks.append(Change.of_hook(model, watch))
+            watches[model] = watch or watches[model]
+            models.append((path, model, _finder(model, path, watches[model].clip)))
+        swap(models, report, hooks)
+        for model, watch in watches.items():
+            watch.attending = watch.count(model)
+        return report
     except BaseException:
         for model, earlier in before.items():
             swap_in(model, earlier)
@@ -137,6 +143,7 @@ def _grid_of(model: nn.Module, mask: FrameMask | None) -> Callable[..., Grid] | 
 def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
     """Finds the changes of one model's modules."""
     embeddings = patches.find(model)
+    has_grid = isinstance(known_as(host_type(model), registry.GRIDS), type)
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:
         found: list[Change] | Change | str | None = None
@@ -151,11 +158,18 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
             found = embeddings[module]
         elif hasattr(module, "processor"):
             found = families.change_of_attention(module, name, clip)
+            if isinstance(found, str) and clip.mask is not None and has_grid and not _is_cross(module):
+                raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
         elif _attends(module):
             found = "its attention is written into its forward"
         return [found] if isinstance(found, Change) else found
 
     return find
+
+
+def _is_cross(attn: Any) -> bool:
+    """Attention to other tokens than the clip's, which no mask is for."""
+    return bool(getattr(attn, "is_cross_attention", False))
 
 
 def _attends(module: nn.Module) -> bool:
@@ -165,10 +179,12 @@ def _attends(module: nn.Module) -> bool:
     return bool({"scaled_dot_product_attention", "softmax"} & names_used(type(module).forward))
 
 
+def _watch_of(model: nn.Module) -> Watch | None:
+    """The hook of a swapped model, which holds what its attention shares."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)
+
+
 def _mask_of(model: nn.Module) -> tuple[FrameMask | None] | None:
     """The mask that a model was swapped with, in a tuple; None if it is not swapped."""
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, Processor):
-            return (processor.clip.mask,)
-    return (None,) if any(is_served(module) for module in model.modules()) else None
+    watch = _watch_of(model)
+    return None if watch is None else (watch.clip.mask,)

@@ -28,7 +28,7 @@ class Scope(NamedTuple):
 
     Args:
         grid: of its tokens, where a mask needs it.
-        seen: what values of inference tensors said.
+        seen: what values of tensors said.
         outer: the call of another model that it is part of.
     """
 
@@ -55,11 +55,7 @@ class Clip:
 
     def __init__(self, mask: FrameMask | None) -> None:
         self.mask = mask
-        self._frames: dict[int, tuple[int, ...]] = {}  # of clips so far, by their tokens
-        self._seen: Seen = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": {}}  # a weak reference neither copies nor pickles
+        self._frames: list[tuple[int, int]] = []  # tokens and frames of clips so far
 
     @property
     def frame_mask(self) -> FrameMask:
@@ -70,16 +66,12 @@ class Clip:
         if self.mask is None:
             return 1, tokens
         found = self._frames_of(tokens)
-        if not found:
+        if len(found) != 1:
+            either = f", either of {' or '.join(map(str, found))} frames," if found else ""
             raise RuntimeError(
-                f"swap_in: attention over {tokens} tokens under {self.mask}, but the model's forward has announced "
-                f"clips of {sorted(self._frames)} tokens only: call the model, not its blocks"
-            )
-        if len(found) > 1:
-            raise RuntimeError(
-                f"swap_in: attention over {tokens} tokens under {self.mask} outside of a call of the model, which had "
-                f"clips of so many tokens with {' and with '.join(map(str, found))} frames: call the model, not its "
-                f"blocks, and checkpoint with the model's own enable_gradient_checkpointing()"
+                f"swap_in: attention over {tokens} tokens{either} under {self.mask}, outside of a call of the model that "
+                f"tells how many frames they are: call the model, not its blocks or its forward(), and checkpoint with "
+                f"its own enable_gradient_checkpointing()"
             )
         return found[0], tokens // found[0]
 
@@ -96,14 +88,20 @@ class Clip:
 
     def announce(self, grid: Grid) -> None:
         T, H, W = grid
-        self._frames[T * H * W] = tuple(sorted({*self._frames.get(T * H * W, ()), T}))
+        if torch.compiler.is_compiling():
+            self._frames = [(T * H * W, T)]  # what is traced is this call
+        elif (T * H * W, T) not in self._frames:
+            self._frames = [*self._frames, (T * H * W, T)]
 
-    def _frames_of(self, tokens: int) -> tuple[int, ...]:
+    def _frames_of(self, tokens: int) -> list[int]:
+        """The frames of a clip of so many tokens: none or several where they are not known."""
         scope = self._scope()
         if scope is not None and scope.grid is not None:
             T, H, W = scope.grid
-            return (T,) if tokens == T * H * W else ()
-        return self._frames.get(tokens, ())
+            return [T] if tokens == T * H * W else []
+        if torch.compiler.is_compiling():  # a block on its own is guarded by what its model has announced
+            return [frames for n, frames in self._frames if n == tokens]
+        return []
 
     def _scope(self) -> Scope | None:
         """The call of this clip's model that runs; none where a compiler traces it, which knows no such variables."""
@@ -117,16 +115,14 @@ class Clip:
     def once(self, look: Callable[[Tensor], Any], x: Tensor) -> Any:
         """``look(x)``; None where values must not be looked at.
 
-        The same tensor, as every block of a model gets it, is looked at once: that costs a synchronization on a GPU.
+        The same tensor, as every block of a model gets it, is looked at once a call: that costs a synchronization on a
+        GPU. What it said is not good for the next call: not all that writes to a tensor counts as a version of it.
         """
         if not may_look(x):
             return None
-        seen, version = self._seen, 0
-        if not x.is_inference():
-            version = x._version
-        else:  # it may be written to, and no version would tell: what it said is good for one call
-            scope = self._scope()
-            seen = {} if scope is None else scope.seen
+        scope = self._scope()
+        seen = {} if scope is None else scope.seen
+        version = 0 if x.is_inference() else x._version
         name = f"{look.__name__} {id(x)}"
         with _lock:
             known = seen.get(name)
@@ -165,6 +161,12 @@ class Watch(ServingHook):
     def __init__(self, clip: Clip, grid: Callable[..., Grid] | None) -> None:
         self.clip = clip
         self.grid = grid
+        self.attending = 0  # modules whose attention the mask restricts
+
+    def count(self, model: nn.Module) -> int:
+        """Attention modules that share the clip."""
+        processors = (getattr(module, "processor", None) for module in model.modules())
+        return sum(getattr(processor, "clip", None) is self.clip for processor in processors)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = None if self.grid is None else self.grid(module, *args, **kwargs)
@@ -172,6 +174,11 @@ class Watch(ServingHook):
             self.clip.announce(grid)
         if torch.compiler.is_compiling():
             return
+        if grid is not None and self.count(module) < self.attending:
+            raise RuntimeError(
+                f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
+                f"{self.clip.mask}: swap in again"
+            )
         if grid is not None and torch.is_grad_enabled():
             checkpoint_in_scope(module)
         _scope.set(Scope(self.clip, grid, {}, _scope.get()))

@@ -45,6 +45,10 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
     host: Any
     clip: Clip
 
+    # Not those of the host's class, which may have none or compare by value.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
     @classmethod
     def names(cls, host: Any) -> dict[str, Any]:
         """What the class for one class of the host has of its own."""

@@ -19,7 +19,7 @@ from vdcore.integrations.diffusers.attention import cross, video
 from vdcore.integrations.diffusers.clip import Keys
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import names_used, rebind
+from vdcore.integrations.swap import decorated, globals_used, names_used, rebind
 
 DISPATCH, TORCH = "dispatch_attention_fn", "scaled_dot_product_attention"
 
@@ -33,9 +33,13 @@ def why_not(attn: nn.Module) -> str | None:
     call = type(processor).__call__
     if not isinstance(inspect.unwrap(call), FunctionType):
         return f"its processor {name} is not Python code"
-    if not {DISPATCH, TORCH} & names_used(call):
-        return f"its processor {name} calls no softmax attention of torch or diffusers"
-    return why_not_processor(attn)
+    known, names = globals_used(call), names_used(call)
+    by_torch = known.get("F") is F and TORCH in names
+    if decorated(call) is None and not (DISPATCH in known or by_torch):
+        return f"its processor {name} calls no softmax attention of torch, as F, or of diffusers"
+    if by_torch and {"torch", TORCH} & set(known):
+        return f"its processor {name} may call torch's attention by other names than F's"
+    return decorated(call) or why_not_processor(attn)
 
 
 class Options(NamedTuple):
