@@ -414,13 +414,13 @@ def cpu_offload_removed(model: Any, name: str) -> Call:
     return plainly(model, name)
 
 
-@situation("group offloading of leaves")
+@situation("group offloading of leaves", "accelerate")
 def group_offload_leaves(model: Any, name: str) -> Call:
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     return plainly(model, name)
 
 
-@situation("group offloading of blocks")
+@situation("group offloading of blocks", "accelerate")
 def group_offload_blocks(model: Any, name: str) -> Call:
     model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     return plainly(model, name)

@@ -51,10 +51,12 @@ class Clip:
 
     Args:
         mask: which frames a frame sees; None: all.
+        frames: of the one clip that it is for; None: of the call of the model.
     """
 
-    def __init__(self, mask: FrameMask | None) -> None:
+    def __init__(self, mask: FrameMask | None, frames: int | None = None) -> None:
         self.mask = mask
+        self.frames = frames
         self._frames: list[tuple[int, int]] = []  # tokens and frames of clips so far
 
     @property
@@ -69,9 +71,9 @@ class Clip:
         if len(found) != 1:
             either = f", either of {' or '.join(map(str, found))} frames," if found else ""
             raise RuntimeError(
-                f"swap_in: attention over {tokens} tokens{either} under {self.mask}, outside of a call of the model that "
-                f"tells how many frames they are: call the model, not its blocks or its forward(), and checkpoint with "
-                f"its own enable_gradient_checkpointing()"
+                f"swap_in: attention over {tokens} tokens{either} under {self.mask}, outside of a call of the model "
+                f"that tells how many frames they are: call the model, not its blocks or its forward(), and checkpoint "
+                f"with its own enable_gradient_checkpointing()"
             )
         return found[0], tokens // found[0]
 
@@ -95,6 +97,8 @@ class Clip:
 
     def _frames_of(self, tokens: int) -> list[int]:
         """The frames of a clip of so many tokens: none or several where they are not known."""
+        if self.frames is not None:
+            return [self.frames]
         scope = self._scope()
         if scope is not None and scope.grid is not None:
             T, H, W = scope.grid

@@ -37,7 +37,7 @@ def why_not(attn: nn.Module) -> str | None:
     by_torch = known.get("F") is F and TORCH in names
     if decorated(call) is None and not (DISPATCH in known or by_torch):
         return f"its processor {name} calls no softmax attention of torch, as F, or of diffusers"
-    if by_torch and {"torch", TORCH} & set(known):
+    if by_torch and (TORCH in known or "functional" in names):
         return f"its processor {name} may call torch's attention by other names than F's"
     return decorated(call) or why_not_processor(attn)
 

@@ -48,8 +48,7 @@ class SkyReelsAttention(WanAttention):
         block = self.clip.once(causal_block, call.mask)
         if block is None:
             return None
-        blocks = Clip(FrameMask.causal())
-        blocks.announce((call.x.shape[1] // block, block, 1))
+        blocks = Clip(FrameMask.causal(), frames=call.x.shape[1] // block)
         return output_projection(attn, self.self_attention(attn, call.x, call.rotary, blocks))
 
 
