@@ -210,16 +210,17 @@ def benchmarks(given: Given, journal: Journal) -> None:
     steps, memory = Steps(given, journal), int(given.memory * 0.9)
     for job in steps(_jobs(given, journal), lambda job: job.title):
         fused = job.op in FUSED
-        settings = Settings(0.5, memory=memory, peers=None if fused else STRONGEST, compiled=fused and not given.dry)
+        peers, compiled = None if fused else STRONGEST, fused and not given.dry
+        settings = Settings(given.seconds, memory=memory, peers=peers, compiled=compiled)
         run_jobs([job], replace(settings, slow_start=False, until=given.until), journal)
 
 
 def slow(given: Given, journal: Journal) -> None:
     """Attention against all of its peers, those that compile for many seconds too where they have a mask."""
     steps, memory = Steps(given, journal), int(given.memory * 0.9)
-    attention = [job for job in _jobs(given, journal) if job.op not in FUSED]
+    attention = [job for job in _jobs(given, journal) if job.op not in FUSED][:: 3 if given.dry else 1]
     for job in steps(attention, lambda job: job.title):
-        settings = Settings(0.5, memory=memory, compiled=not given.dry, slow_start=False, until=given.until)
+        settings = Settings(given.seconds, memory=memory, compiled=not given.dry, slow_start=False, until=given.until)
         run_jobs([job], settings, journal)
 
 

@@ -49,8 +49,8 @@ class Child:
         options += ["--dry"] if given.dry else []
         # What shards do on the processor is the float64 oracle: 8 of them with all threads each would only wait.
         env = {**os.environ, "TRITON_INTERPRET": "0"}
-        if given.shards > 1:
-            env["OMP_NUM_THREADS"] = "2"
+        if given.shards > 1 or given.dry:
+            env["OMP_NUM_THREADS"] = "1" if given.dry else "2"
         with given.file("log").open("wb") as log:
             command = [sys.executable, "-m", "vdcore_bench.suites.gpu", *options]
             return Child(given, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
