@@ -6,9 +6,11 @@ Calls of every operator run on meta tensors, and what they would launch is kept 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -235,30 +237,38 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
 }
 
 
-def job_launches(job: Job, arch: str) -> list[Launch]:
-    """What a benchmark's job would launch, on its own shape; without a backward where it has none."""
+def phases_of(job: Job, arch: str) -> dict[str, list[Launch]]:
+    """What a benchmark's job on meta tensors would launch, by ``"fwd"`` and, where it has one, ``"bwd"``."""
     tensors = {name: _t(*size, dtype=job.dtype) for name, size in job.tensor_sizes.items()}
     if job.norm_rope and job.ROTATES:
         rope = job.rope_table()
         tensors |= {"cos": rope.cos, "sin": rope.sin}
     for name, x in tensors.items():
         x.requires_grad_(job.has_backward and name in job.learned)
-    return launches_of(job.op, job.arguments(tensors), arch, backward=job.has_backward)
+    forward, backward = _launches_of(job.op, job.arguments(tensors), arch, backward=job.has_backward)
+    return {"fwd": forward, "bwd": backward} if job.has_backward else {"fwd": forward}
 
 
-def launches_of(op: str, args: dict[str, Any], arch: str, *, backward: bool = True) -> list[Launch]:
+def job_launches(job: Job, arch: str) -> list[Launch]:
+    """The same, forward and backward in their order."""
+    return [launch for launches in phases_of(job, arch).values() for launch in launches]
+
+
+def _launches_of(
+    op: str, args: dict[str, Any], arch: str, *, backward: bool = True
+) -> tuple[list[Launch], list[Launch]]:
     """What forward and backward of a call on meta tensors would launch."""
     call: Call = capture(getattr(vdcore, op), **args)
     implementation = BACKENDS["triton"].operators[op]
     wanted = frozenset(n for n, x in zip(call.NAMES, call.tensors()) if x is not None and x.requires_grad)
     with torch.no_grad(), recording(arch) as launches:
         outputs = implementation.forward(call)
-        if not backward:
-            return launches
-        grads = tuple(None if x is None else torch.empty_like(x) for x in outputs)
-        assert implementation.backward is not None
-        implementation.backward(call, outputs, grads, wanted)
-    return launches
+        n = len(launches)
+        if backward:
+            grads = tuple(None if x is None else torch.empty_like(x) for x in outputs)
+            assert implementation.backward is not None
+            implementation.backward(call, outputs, grads, wanted)
+    return launches[:n], launches[n:]
 
 
 def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
@@ -267,7 +277,7 @@ def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
     for name, (op, build, everywhere) in CALLS.items():
         if few and not everywhere:
             continue
-        for launch in launches_of(op, build(), arch):
+        for launch in itertools.chain(*_launches_of(op, build(), arch)):
             found.setdefault(_identity(arch, launch), (f"{op}: {name}", launch))
     return list(found.values())
 
@@ -318,7 +328,15 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return compile(source, target=target, options=options.__dict__)
 
 
-def _resources(kernel: Any, arch: str) -> tuple[int, int, int]:
+def nvidia_tool(name: str) -> str:
+    """The path of one of the toolkit's programs; Triton brings those that read machine code."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which(name) or str(folder / name)
+
+
+def resources(kernel: Any, arch: str) -> tuple[int, int, int]:
     """Registers, bytes spilled, bytes of shared memory."""
     shared = kernel.metadata.shared
     if arch.startswith("gfx"):
@@ -328,9 +346,7 @@ def _resources(kernel: Any, arch: str) -> tuple[int, int, int]:
             for name in ("vgpr_count", "vgpr_spill_count")
         )
         return registers, 4 * spilled, shared
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = nvidia_tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -360,7 +376,7 @@ def _record(i: int) -> Record:
     registers = spills = shared = 0
     problem = None
     try:
-        registers, spills, shared = _resources(compile_launch(launch, arch), arch)
+        registers, spills, shared = resources(compile_launch(launch, arch), arch)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         problem = f"it fails: {type(error).__name__}: {lines[-1]}"

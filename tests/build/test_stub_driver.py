@@ -36,7 +36,7 @@ def test_every_kernel_is_launched_forward_and_backward():
 
 def test_sizes_of_one_and_nothing_inside_of_tuples():
     found = on_the_stub("ones")
-    assert found and all(found.values())
+    assert len(found) > 20 and not {name: what for name, what in found.items() if what}
 
 
 def test_a_parameter_in_the_wrong_place_is_an_error():
