@@ -1,13 +1,13 @@
-"""What compilers made of the benchmarks' kernels, read from machine code: the score that a change can move without a GPU.
+"""What compilers made of the benchmarks' kernels, read from machine code: a score that changes move without a GPU.
 
 ``vdcore doctor --compile --json``: an object per kernel, workload and variant, for Triton's kernels compiled ahead of
-time, and for those of ``vdcore._cuda`` where it is built. Counts are of the code as it stands: a loop's body counts once.
+time, and for those of ``vdcore._cuda`` where it is built. Counts are of the code as it stands: a loop counts once.
 
-The estimate is a model of a program (block) on an H200, whose multiprocessors copy 32.6 KB/us each: the program's bytes
-at that rate, against its latency shared by the programs beside it (0.8 us a dependent trip to memory, 0.04 us a barrier,
-0.6 us to begin and end) and its issue slots (4 a cycle at 1.75 GHz, 70 % of them used); the grid's last wave counts half.
-It is a share of what a copy reaches. Kernels with tensor-core work are also held to 800 TFLOP/s: the larger of the two
-is what the share is of. Nothing of it is measured.
+The estimate is a model of a program (block) on an H200, whose multiprocessors copy 32.6 KB/us each: the program's
+bytes at that rate, against its latency shared by the programs beside it (0.8 us a dependent trip to memory, 0.04 us a
+barrier, 0.6 us to begin and end) and its issue slots (4 a cycle at 1.75 GHz, 70 % of them used); a grid's partial last
+wave counts half. It is a share of what a copy reaches. Attention over frames and the products of patchify are also
+held to 800 TFLOP/s, which says little of them: their loops count once. Nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -203,6 +203,9 @@ class Wanted:
 
     @property
     def flops(self) -> float:
+        """0 for what is bound by bytes, whatever it multiplies."""
+        if not re.match("frame_attention|gather_product|scatter_product|weight_product", self.launch.kernel.__name__):
+            return 0.0
         return self.job.forward_flops() if self.mode == "fwd" else self.job.backward_flops()
 
 
@@ -213,7 +216,15 @@ def wanted_kernels(archs: Sequence[str]) -> list[Wanted]:
         for job in jobs():
             for mode, launches in aot.phases_of(job, arch).items():
                 for launch in launches:
-                    key = (arch, job.op, job.workload.name, variant_of(job), mode, launch.kernel.__name__, launch.config)
+                    key = (
+                        arch,
+                        job.op,
+                        job.workload.name,
+                        variant_of(job),
+                        mode,
+                        launch.kernel.__name__,
+                        launch.config,
+                    )
                     found.setdefault(key, Wanted(job, mode, arch, launch))
     return list(found.values())
 
@@ -226,9 +237,14 @@ def _row(i: int) -> dict[str, Any]:
     row: dict[str, Any] = {"op": w.job.op, "mode": w.mode, "backend": "triton", "dtype": "bfloat16"}
     row |= {"variant": variant_of(w.job), "workload": w.job.workload.name, "kernel": w.launch.kernel.__name__}
     row |= {"arch": w.arch, "auto": True}
-    kernel = aot.compile_launch(w.launch, w.arch)
-    regs, spills, shared = aot.resources(kernel, w.arch)
-    code = code_of(_disassembled(kernel.asm["cubin"]))
+    try:
+        kernel = aot.compile_launch(w.launch, w.arch)
+        regs, spills, shared = aot.resources(kernel, w.arch)
+        code = code_of(_disassembled(kernel.asm["cubin"]))
+    except Exception as error:
+        nothing = raw_fields(w.arch, code_of(""), 0, 0, 0, w.launch.config.warps)
+        lines = str(error).strip().splitlines() or [""]
+        return {**row, **nothing, "estimate": 0, "bound_by": f"it fails: {type(error).__name__}: {lines[-1][:200]}"}
     row |= raw_fields(w.arch, code, regs, spills, shared, w.launch.config.warps)
     share, bound = estimate(row, code, w.launch.programs, w.size, w.flops)
     return {**row, "estimate": share, "bound_by": bound}
@@ -253,7 +269,7 @@ _NAMES = (
 
 
 def cuda_rows(module: Path, archs: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Of every kernel in a compiled module; its shape is known when it runs, so there is no workload and no estimate."""
+    """Of every kernel in a compiled module; shapes are known when it runs: no workload, no estimate."""
     tool, known = aot.nvidia_tool("cuobjdump"), _architectures(module)
     for arch in archs:
         built = next((name for name in known if name.rstrip("a") == arch), None)

@@ -1,9 +1,9 @@
 """Launches without a GPU: a stub of NVIDIA's driver under Triton's real runtime and launchers, on CPU tensors.
 
-Triton compiles for the named architecture, makes its launcher in C and calls ``cuLaunchKernelEx``, which only keeps what
-it was given: no kernel runs, and outputs hold whatever their memory held. Every launch is held to what was asked for:
-each parameter has the bytes of its argument, at the place and of the size that the kernel's PTX declares. For tests, and
-for ``make gpu-dry``; once installed, for the rest of the process.
+Triton compiles for the named architecture, makes its launcher in C and calls ``cuLaunchKernelEx``, which only keeps
+what it was given: no kernel runs, and outputs hold whatever their memory held. Every launch is held to what was asked
+for: each parameter has the bytes of its argument, at the place and of the size that the kernel's PTX declares. For
+tests, and for ``make gpu-dry``; once installed, for the rest of the process.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _set_driver(stub: Stub) -> None:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    class Launcher(CudaLauncher):  # type: ignore[misc]
+    class Launcher(CudaLauncher):
         def __init__(self, source: Any, metadata: Any) -> None:
             super().__init__(source, metadata)
             self.signature, self.name = tuple(source.signature.values()), source.fn.__name__
@@ -231,7 +231,7 @@ def _let_cpu_tensors_pass(arch: str) -> None:
         return real_arch(x) if x.device.type == "meta" else arch
 
     real_why_not, real_arch = operators.why_not, launch.arch_of
-    operators.interpreted = lambda: True
+    setattr(operators, "interpreted", lambda: True)  # noqa: B010  it is cached, and typed so
     operators.missing.cache_clear()
     _replace("vdcore.ops.", "why_not", real_why_not, why_not)
     _replace("vdcore_kernels.", "arch_of", real_arch, arch_of)

@@ -18,7 +18,7 @@ from vdcore_bench.measure.journal import FILE, PROFILE, SWEEP, Journal, Row, par
 from vdcore_bench.report import results
 from vdcore_bench.suites import gpu, operators
 from vdcore_bench.suites.gpu import child, plan
-from vdcore_bench.suites.gpu import run as conducting
+from vdcore_bench.suites.gpu import conductor as conducting
 from vdcore_bench.suites.gpu.child import Given, Steps
 from vdcore_bench.workloads import Budget
 
@@ -135,7 +135,9 @@ def test_the_suite_goes_on_behind_what_hangs_or_dies(played):
 def test_a_part_whose_time_is_over_is_a_row_beside_its_rows(played, monkeypatch):
     monkeypatch.setattr(child.Given, "patience", 99.0)
     played.run("frames", 6)
-    assert played.troubles >= 1 and any("more than 6 s" in row.reason or "hung" in row.reason for row in played.journal.rows)
+    assert played.troubles >= 1 and any(
+        "more than 6 s" in row.reason or "hung" in row.reason for row in played.journal.rows
+    )
 
 
 def test_steps_of_other_shards_and_of_before_are_left_out_and_time_ends_a_part(tmp_path):
@@ -173,7 +175,9 @@ def test_every_part_runs_on_the_stub_of_the_driver(tmp_path):
     """`make gpu-dry`: launches, no results. In less than nine minutes on a quiet machine, which no test asserts."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, *MODULE, "--dry", "--out", tmp_path], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, *MODULE, "--dry", "--out", tmp_path], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = parse((tmp_path / FILE).read_text())
     assert {row.device for row in rows} == {child.DRY}

@@ -7,7 +7,7 @@ they come. ``--dry`` runs every part without a GPU, on a stub of the driver: lau
 """
 
 from vdcore_bench.suites.gpu.plan import FRAMES, ITEMS, PARTS, tests
-from vdcore_bench.suites.gpu.run import TAKES, run, why_not
+from vdcore_bench.suites.gpu.conductor import TAKES, run, why_not
 from vdcore_bench.suites.gpu.tables import tables
 
 __all__ = ["FRAMES", "ITEMS", "PARTS", "TAKES", "run", "tables", "tests", "why_not"]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from vdcore_bench.measure.journal import FILE, Journal, Row, Watch
 from vdcore_bench.suites import Options, gpu
 from vdcore_bench.suites.gpu.child import Given, die_with_parent
-from vdcore_bench.suites.gpu.run import WITHOUT_GPU, salvage
+from vdcore_bench.suites.gpu.conductor import WITHOUT_GPU, salvage
 
 PROGRAM = "python -m vdcore_bench.suites.gpu"
 

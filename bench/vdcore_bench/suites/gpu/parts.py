@@ -105,7 +105,9 @@ def ceilings(given: Given, journal: Journal) -> None:
     work: dict[str, dict[str, Any]] = {"copy": {"bytes": 2.0 * x.nbytes, "workload": "4 GiB"}}
     work |= {"matmul": {"flops": 2.0 * n**3, "workload": "8192 cubed"}}
     spreads = race_calls({"copy": lambda: y.copy_(x), "matmul": lambda: a @ b}, 20, given.device)
-    journal.add(given.row(op="ceiling", mode="fwd", provider=who, **work[who]).measured(s) for who, s in spreads.items())
+    journal.add(
+        given.row(op="ceiling", mode="fwd", provider=who, **work[who]).measured(s) for who, s in spreads.items()
+    )
 
 
 # ---- Right or wrong ----
@@ -241,7 +243,7 @@ def frames(given: Given, journal: Journal) -> None:
         size = {"B": 1, "T": T, "S": S, "H": H, "D": D}
         row = given.row(op="video_attention", workload="frames", case=f"{PROFILE}S {S}, {H} x {D}", x=float(T))
         row = replace(row, provider=name, mode="fwd+bwd", shape=size, original=size)
-        # Of every pair: scores, probabilities and the gradients of both, 2 bytes each, and one more while they are made.
+        # Of every pair: scores, probabilities, the gradients of both and one more in the making, 2 bytes each.
         need = 10.0 * H * (T * S) ** 2 if name == "naive" else 0.0
         if need > given.memory:
             row = replace(row, metric="memory", unit="bytes")

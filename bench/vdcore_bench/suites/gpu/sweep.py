@@ -187,4 +187,3 @@ def _contender(target: Target, job: Job, tensors: dict[str, Any], row: Any) -> C
             return torch.autograd.grad(outputs, leaves, dout, allow_unused=True)
 
     return Contender(backward, prepare=forward)
-

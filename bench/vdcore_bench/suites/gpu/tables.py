@@ -30,7 +30,9 @@ def tables(rows: Iterable[Row]) -> list[Table]:
     made = [
         Table.of(("ceiling", "rate"), rates, "Ceilings of this GPU"),
         Table.of(("part", "failed", "worst error ratio"), counts, "Correctness"),
-        Table.of(("part or operator", "case", "dtype", "status", "why", "error ratio"), bad[:MOST], "Failed", text=True),
+        Table.of(
+            ("part or operator", "case", "dtype", "status", "why", "error ratio"), bad[:MOST], "Failed", text=True
+        ),
         swept(rows),
     ]
     return [table for table in made if table.rows]
