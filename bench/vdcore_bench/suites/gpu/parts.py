@@ -249,7 +249,7 @@ def frames(given: Given, journal: Journal) -> None:
             row = replace(row, metric="memory", unit="bytes")
             journal.add([replace(row, status="predicted", p50=need, reason="would not fit")])
             continue
-        one = {"device": given.device, "dtype": torch.bfloat16, "requires_grad": True}
+        one: dict[str, Any] = {"device": given.device, "dtype": torch.bfloat16, "requires_grad": True}
         leaves = [torch.randn(1, T, S, H, D, **one) for _ in "qkv"]
         journal.add(_measured(row, partial(_train, ways[name], leaves), given.device))
 

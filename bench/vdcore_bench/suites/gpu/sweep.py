@@ -115,15 +115,18 @@ def forced(table: str, row: Any) -> Iterator[None]:
 
 def candidates(target: Target, job: Job, arch: str) -> list[Any]:
     """The row that the table has for the job, first, and its changes."""
-    module, name = _table(target.table)
-    taken = [launch.config for launch in aot.job_launches(job, arch) if launch.config in getattr(module, name)]
+    table = getattr(*_table(target.table))
+    taken = [launch.config for launch in aot.job_launches(job, arch) if launch.config in table]
     if not taken:
         return []
     rows = [taken[0]]
     for change in target.changes:
         known = {f.name for f in fields(taken[0])}
-        new = {k: int(v * getattr(taken[0], k)) if isinstance(v, float) else v for k, v in change.items() if k in known}
-        row = replace(taken[0], **new, why="swept")
+        new: dict[str, Any] = {"why": "swept"}
+        for name, value in change.items():
+            if name in known:
+                new[name] = int(value * getattr(taken[0], name)) if isinstance(value, float) else value
+        row = replace(taken[0], **new)
         same = [_numbers(row) == _numbers(other) for other in rows]
         if not any(same):
             rows.append(row)
