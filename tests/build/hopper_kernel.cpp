@@ -1,6 +1,7 @@
 // Runs the Hopper kernel of frame attention under the emulator in several orders, on tiles small enough for a test, and
-// compares with plain sums. With an argument, maps must begin in memory of the call. Exits with 0 where all is right, 1 for wrong numbers, 2 for what the emulator objects to.
-// tests/build/test_hopper.py compiles it against the kernel as it is and with one line of it wrong.
+// compares with plain sums. With an argument, maps must begin in memory of the call. Exits with 0 where all is right, 1
+// for wrong numbers, 2 for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as
+// it is and with one line of it wrong.
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -172,8 +172,8 @@ void stored(const Arguments a) {
   if (block_index() != 0) return;
   if (kFault == kTwoThreads && i == 40) store_global(a.out, load_global<uint32_t>(a.in));
   sync_block();
-  const uint32_t back = kFault == kConstantLoad ? load_global<uint32_t>(a.out + 127 - i)
-                                                : load_written<uint32_t>(a.out + 127 - i);
+  const uint32_t back =
+      kFault == kConstantLoad ? load_global<uint32_t>(a.out + 127 - i) : load_written<uint32_t>(a.out + 127 - i);
   sync_block();
   store_global(a.out + 127 - i, back);
 }

@@ -295,9 +295,7 @@ void check_access(const void* p, size_t bytes) {
 
 namespace {
 
-bool is_shared(const void* p) {
-  return p >= block->shared && p < block->shared + block->shared_bytes;
-}
+bool is_shared(const void* p) { return p >= block->shared && p < block->shared + block->shared_bytes; }
 
 Writer* writer_of(uintptr_t address, bool make) {
   auto found = written.find(address / kPage);

@@ -56,7 +56,8 @@ char* shared_memory();
 // Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned to its size.
 void check_access(const void* p, size_t bytes);
 
-// A store, and a load that does (ld.global.nc) or does not assume that the kernel writes none of it, after check_access.
+// A store, and a load that does (ld.global.nc) or does not assume that the kernel writes none of it, after
+// check_access.
 void stored(const void* p, size_t bytes);
 void loaded(const void* p, size_t bytes, bool constant);
 

@@ -85,8 +85,8 @@ struct Engines : Extension {
   Products warps[kMostWarps];
   Warpgroup warpgroups[kMostWarps / kWarpsOfGroup];
   int free_registers = 0;
-  int registers[kMostWarps] = {};       // of a thread, by warp; 0: those of the launch
-  int limits_set[kMostWarps] = {};      // setmaxnreg of each warp
+  int registers[kMostWarps] = {};   // of a thread, by warp; 0: those of the launch
+  int limits_set[kMostWarps] = {};  // setmaxnreg of each warp
   std::string finish() override {
     if (!boxes.empty()) return "the block ends before its boxes have landed";
     for (const Products& warp : warps)

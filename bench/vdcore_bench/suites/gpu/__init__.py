@@ -6,8 +6,8 @@ so that one that crashes or hangs is a row that says so, and the suite goes on b
 they come. ``--dry`` runs every part without a GPU, on a stub of the driver: launches, and no results.
 """
 
-from vdcore_bench.suites.gpu.plan import FRAMES, ITEMS, PARTS, tests
 from vdcore_bench.suites.gpu.conductor import TAKES, run, why_not
+from vdcore_bench.suites.gpu.plan import FRAMES, ITEMS, PARTS, tests
 from vdcore_bench.suites.gpu.tables import tables
 
 __all__ = ["FRAMES", "ITEMS", "PARTS", "TAKES", "run", "tables", "tests", "why_not"]
