@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BUILD = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 CPP := $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 
-.PHONY: help venv build cuda test test-compile test-all asan tsan bench demo gpu lint format wheels clean
+.PHONY: help venv build cuda test test-compile test-all asan tsan bench demo gpu gpu-dry lint format wheels clean
 
 help:
 	@echo "make venv          .venv with every extra, and vdcore built into it"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench         benchmark and memory profile of this machine, into out/bench"
 	@echo "make demo          train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu           correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
+	@echo "make gpu-dry       every part of that without a GPU, on a stub of its driver: launches, no results"
 	@echo "make lint          ruff, mypy, clang-format, all in check mode"
 	@echo "make format        ruff and clang-format, in place"
 	@echo "make wheels        manylinux wheels with CUDA into wheels/, for the Pythons that are here"
@@ -71,8 +72,12 @@ bench: build
 demo: build
 	$(BIN)/vdcore demo all --out out/demo
 
-gpu: build
-	$(BIN)/vdcore bench gpu --out out/gpu
+# The modules are built by a part of the suite, where there is a GPU; its parts run alone with GPU_FLAGS="--only PART,...".
+gpu: $(VENV)/.ready
+	$(BIN)/python -m vdcore_bench.suites.gpu --out out/gpu $(GPU_FLAGS)
+
+gpu-dry: $(VENV)/.ready
+	$(BIN)/python -m vdcore_bench.suites.gpu --dry --out out/gpu-dry $(GPU_FLAGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -6,13 +6,15 @@ Calls of every operator run on meta tensors, and what they would launch is kept 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +30,7 @@ from vdcore.ops.call import Call
 from vdcore.ops.choose import BACKENDS
 from vdcore.ops.operator import capture
 from vdcore.rope import Rope
+from vdcore_bench.jobs.base import Job
 from vdcore_kernels.core.launch import Launch, recording
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -234,17 +237,38 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
 }
 
 
-def _launches_of(op: str, args: dict[str, Any], arch: str) -> list[Launch]:
-    """What forward and backward of a call would launch."""
+def phases_of(job: Job, arch: str) -> dict[str, list[Launch]]:
+    """What a benchmark's job on meta tensors would launch, by ``"fwd"`` and, where it has one, ``"bwd"``."""
+    tensors = {name: _t(*size, dtype=job.dtype) for name, size in job.tensor_sizes.items()}
+    if job.norm_rope and job.ROTATES:
+        rope = job.rope_table()
+        tensors |= {"cos": rope.cos, "sin": rope.sin}
+    for name, x in tensors.items():
+        x.requires_grad_(job.has_backward and name in job.learned)
+    forward, backward = _launches_of(job.op, job.arguments(tensors), arch, backward=job.has_backward)
+    return {"fwd": forward, "bwd": backward} if job.has_backward else {"fwd": forward}
+
+
+def job_launches(job: Job, arch: str) -> list[Launch]:
+    """The same, forward and backward in their order."""
+    return [launch for launches in phases_of(job, arch).values() for launch in launches]
+
+
+def _launches_of(
+    op: str, args: dict[str, Any], arch: str, *, backward: bool = True
+) -> tuple[list[Launch], list[Launch]]:
+    """What forward and backward of a call on meta tensors would launch."""
     call: Call = capture(getattr(vdcore, op), **args)
     implementation = BACKENDS["triton"].operators[op]
     wanted = frozenset(n for n, x in zip(call.NAMES, call.tensors()) if x is not None and x.requires_grad)
     with torch.no_grad(), recording(arch) as launches:
         outputs = implementation.forward(call)
-        grads = tuple(None if x is None else torch.empty_like(x) for x in outputs)
-        assert implementation.backward is not None
-        implementation.backward(call, outputs, grads, wanted)
-    return launches
+        n = len(launches)
+        if backward:
+            grads = tuple(None if x is None else torch.empty_like(x) for x in outputs)
+            assert implementation.backward is not None
+            implementation.backward(call, outputs, grads, wanted)
+    return launches[:n], launches[n:]
 
 
 def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
@@ -253,11 +277,16 @@ def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
     for name, (op, build, everywhere) in CALLS.items():
         if few and not everywhere:
             continue
-        for launch in _launches_of(op, build(), arch):
-            variables, constants = arguments_of(launch)
-            kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in flat(variables))
-            found.setdefault((launch.kernel.__name__, launch.config, repr(constants), kinds), (f"{op}: {name}", launch))
+        for launch in itertools.chain(*_launches_of(op, build(), arch)):
+            found.setdefault(_identity(arch, launch), (f"{op}: {name}", launch))
     return list(found.values())
+
+
+def _identity(arch: str, launch: Launch) -> Any:
+    """What makes two launches run one compiled kernel, as far as it is known without compiling."""
+    variables, constants = arguments_of(launch)
+    kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in flat(variables))
+    return arch, launch.kernel.__name__, launch.config, repr(constants), kinds
 
 
 def arguments_of(launch: Launch) -> tuple[list[Any], list[Any]]:
@@ -299,7 +328,15 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return compile(source, target=target, options=options.__dict__)
 
 
-def _resources(kernel: Any, arch: str) -> tuple[int, int, int]:
+def nvidia_tool(name: str) -> str:
+    """The path of one of the toolkit's programs; Triton brings those that read machine code."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which(name) or str(folder / name)
+
+
+def resources(kernel: Any, arch: str) -> tuple[int, int, int]:
     """Registers, bytes spilled, bytes of shared memory."""
     shared = kernel.metadata.shared
     if arch.startswith("gfx"):
@@ -309,9 +346,7 @@ def _resources(kernel: Any, arch: str) -> tuple[int, int, int]:
             for name in ("vgpr_count", "vgpr_spill_count")
         )
         return registers, 4 * spilled, shared
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = nvidia_tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -324,7 +359,8 @@ def _shared_limit(arch: str) -> int:
     return next((n for prefix, n in _SHARED.items() if arch.startswith(prefix)), 49_152)
 
 
-def _config_text(config: Any) -> str:
+def config_text(config: Any) -> str:
+    """A config row's numbers."""
     parts = [f"{config.warps} warps", f"{config.stages} stages"]
     parts += [f"{f.name} {getattr(config, f.name)}" for f in fields(config) if f.name not in _COMMON]
     return ", ".join(parts)
@@ -340,7 +376,7 @@ def _record(i: int) -> Record:
     registers = spills = shared = 0
     problem = None
     try:
-        registers, spills, shared = _resources(compile_launch(launch, arch), arch)
+        registers, spills, shared = resources(compile_launch(launch, arch), arch)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         problem = f"it fails: {type(error).__name__}: {lines[-1]}"
@@ -352,7 +388,7 @@ def _record(i: int) -> Record:
     return Record(
         launch.kernel.__name__,
         arch,
-        _config_text(launch.config),
+        config_text(launch.config),
         call,
         registers=registers,
         spills=spills,
@@ -381,8 +417,17 @@ def compile_report(archs: Iterable[str] | None = None, *, few: bool = False, wor
     archs = tuple(archs or ARCHS)
     for arch in archs:
         _target(arch)
+    return compile_launches([(arch, *job) for arch in archs for job in collect(arch, few=few)], workers)
+
+
+def compile_launches(wanted: Sequence[tuple[str, str, Launch]], workers: int = 0) -> list[Record]:
+    """Compiles (arch, call, launch) in processes side by side, into Triton's cache; each kernel once.
+
+    Args:
+        workers: processes; 0: one for each core.
+    """
     global _jobs
-    _jobs = [(arch, *job) for arch in archs for job in collect(arch, few=few)]
+    _jobs = list({_identity(arch, launch): (arch, call, launch) for arch, call, launch in wanted}.values())
     workers = min(workers or os.cpu_count() or 1, len(_jobs))
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         return [_record(i) for i in range(len(_jobs))]

@@ -175,11 +175,21 @@ def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch,
         return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
 
     monkeypatch.setitem(sys.modules, "vdcore_bench.aot", types.SimpleNamespace(compile_report=compile_report))
-    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1), (["--json"], 0)):
+    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1)):
         assert doctor.main(["--compile", *arguments]) == code
         text = capsys.readouterr().out
         assert "fwd" in text and ("it spills" in text) == bool(code)
-    assert json.loads(text) == [{"kernel": "fwd", "arch": "sm_90", "registers": 96, "problem": None}]
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["--compile", "--arch", "sm_1"])
     assert "--arch: sm_1: not known" in capsys.readouterr().err
+
+
+def test_machine_code_is_one_json_array(monkeypatch, capsys):
+    def report(archs):
+        print("1 of 1", file=sys.stderr)
+        return [{"kernel": "fwd", "arch": arch, "regs": 96} for arch in archs or ("sm_90",)]
+
+    monkeypatch.setitem(sys.modules, "vdcore_bench.machine_code", types.SimpleNamespace(report=report))
+    assert doctor.main(["--compile", "--json", "--arch", "sm_80,sm_90"]) == 0
+    said = capsys.readouterr()
+    assert [row["arch"] for row in json.loads(said.out)] == ["sm_80", "sm_90"] and "1 of 1" in said.err

@@ -242,3 +242,44 @@ def test_jobs_that_had_no_time_left_are_rows(tmp_path):
 def test_peers_can_be_chosen():
     settings = runner.Settings(peers=frozenset({"sdpa", "vdcore"}))
     assert settings.wants("sdpa[flash]") and settings.wants("vdcore[cpu]") and not settings.wants("naive")
+
+
+class WarmClock(FakeClock):
+    """Counts what it measures, and says how long Python took."""
+
+    measured = 0
+
+    def measure(self, call):
+        self.measured += 1
+        call()
+        return Sample(self.seconds, host=3e-4, queued=self.measured > 2)
+
+
+def test_a_cold_first_call_on_a_gpu_is_no_estimate(monkeypatch):
+    """It is plans, modules and compilers; two calls after it are the estimate, and it is no one's sample."""
+    seconds = iter(range(100))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(seconds)))
+    job = SimpleNamespace(device="cuda", mode="fwd")
+    calls = SimpleNamespace(job=job, once=lambda f: (f(), {}), contender=lambda f: Contender(lambda _: f()), dout=[])
+    judge = SimpleNamespace(ratio=lambda *_: 0.5, note="")
+    for device, measured, estimate in (("cuda", 2, 1e-3), ("cpu", 0, 1.0)):
+        job.device, clock = device, WarmClock()
+        c = runner.Candidate("sdpa[cudnn]", function=lambda: [])
+        runner._warm_up(c, calls, judge, clock, 0.5)
+        assert (c.status, c.contender.estimate, clock.measured) == ("ok", estimate, measured)
+
+
+def test_rows_have_python_s_time_apart_and_say_where_it_is_in_theirs(tmp_path, few_peers):
+    rows = [row for row in run(tmp_path, tiny_job("temporal_attention"), clock=WarmClock()) if row.status == "ok"]
+    assert all(row.host == 3e-4 and row.p50 == 1e-3 for row in rows)
+    assert not any(runner.UNQUEUED in row.reason for row in rows)
+
+
+def test_a_sample_that_was_not_queued_is_in_the_reason(tmp_path, few_peers):
+    class Late(FakeClock):
+        def measure(self, call):
+            call()
+            return Sample(self.seconds, host=0.2, queued=False)
+
+    rows = [row for row in run(tmp_path, tiny_job("temporal_attention"), clock=Late()) if row.status == "ok"]
+    assert rows and all(runner.UNQUEUED in row.reason for row in rows)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vdcore_bench.measure import timing
 from vdcore_bench.measure.timing import Contender, CudaClock, Sample, Spread, race, race_calls, rounds_for
 
 
@@ -24,7 +25,7 @@ class FakeCuda:
     """Time passes only in calls, in milliseconds as CUDA events count."""
 
     def __init__(self):
-        self.now, self.log = 0.0, []
+        self.now, self.log, self.sleeps = 0.0, [], []
 
     def Event(self, enable_timing):
         assert enable_timing
@@ -33,19 +34,51 @@ class FakeCuda:
     def synchronize(self):
         self.log.append("synchronize")
 
+    def _sleep(self, cycles):
+        self.log.append("sleep")
+        self.sleeps.append(cycles)
 
-def test_the_cuda_clock_times_the_call_alone_and_in_seconds():
+
+@pytest.fixture
+def host(monkeypatch):
+    """Python's seconds pass only where a test says so."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_cuda_clock_times_the_call_alone_and_in_seconds(host):
     cuda = FakeCuda()
     clock = CudaClock("cpu", cuda, flush_bytes=64)
-    clock.buffer.fill_(7)
 
     def call():
-        assert not clock.buffer.any(), "the cache is flushed before the call"
+        assert clock.sink == 16, "a buffer has been read before the call"
         cuda.log.append("call")
         cuda.now += 3.0
+        host[0] += 1e-3
 
-    assert clock.measure(call).seconds == pytest.approx(3e-3)
-    assert cuda.log == ["synchronize", "record", "call", "record", "wait"]
+    sample = clock.measure(call)
+    assert (sample.seconds, sample.host, sample.queued) == (pytest.approx(3e-3), pytest.approx(1e-3), True)
+    assert cuda.log == ["synchronize", "sleep", "record", "call", "record", "wait"]
+    assert clock.buffer.eq(1).all(), "reading leaves no dirty lines in the cache"
+
+
+def test_the_cuda_clock_sleeps_longer_than_python_launches(host):
+    """A call whose launch outlasts the sleep is measured again; one that waits for the GPU itself says so."""
+    cuda = FakeCuda()
+    clock = CudaClock("cpu", cuda, flush_bytes=0)
+
+    def slow_to_launch():
+        host[0] += 0.01
+
+    assert clock.measure(slow_to_launch).queued and len(cuda.sleeps) == 2
+    assert cuda.sleeps[1] >= 0.01 * 1.98e9 and clock.measure(slow_to_launch).queued and len(cuda.sleeps) == 3
+
+    def waits():
+        host[0] += 1.0
+
+    sample = clock.measure(waits)
+    assert not sample.queued and sample.host == pytest.approx(1.0)
 
 
 def test_quantiles():

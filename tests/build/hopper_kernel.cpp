@@ -1,6 +1,7 @@
 // Runs the Hopper kernel of frame attention under the emulator in several orders, on tiles small enough for a test, and
-// compares with plain sums. Exits with 0 where all is right, 1 for wrong numbers, 2 for what the emulator objects to.
-// tests/build/test_hopper.py compiles it against the kernel as it is and with one line of it wrong.
+// compares with plain sums. With an argument, maps must begin in memory of the call. Exits with 0 where all is right, 1
+// for wrong numbers, 2 for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as
+// it is and with one line of it wrong.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -17,20 +18,21 @@ namespace {
 using Plan = FramePlan<72, 2, 48, 2>;
 constexpr int kFrames = 3, kTokens = 107, kHeads = 1, kChannels = 72, kRow = kHeads * kChannels;
 constexpr int64_t kAll = kFrames * kTokens;
+constexpr int64_t kGap = 32 << 10;  // elements before each tensor that are none of the call's
 
 std::vector<uint16_t> random_rows(uint32_t& state) {
-  std::vector<uint16_t> x(kAll * kRow);
-  for (uint16_t& value : x) {
+  std::vector<uint16_t> x(kGap + kAll * kRow);
+  for (int64_t i = kGap; i < static_cast<int64_t>(x.size()); ++i) {
     float sum = 0;
-    for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j)
       sum += static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) / (1 << 23) - 1;
-    value = static_cast<uint16_t>(pack<bf16>(sum, 0));
+    x[i] = static_cast<uint16_t>(pack<bf16>(sum, 0));
   }
   return x;
 }
 
 float value(const std::vector<uint16_t>& x, int64_t row, int channel) {
-  return unpack<bf16>(x[row * kRow + channel]).lo;
+  return unpack<bf16>(x[kGap + row * kRow + channel]).lo;
 }
 
 // Dense attention over all frames.
@@ -51,7 +53,7 @@ std::vector<double> expected(const std::vector<uint16_t>& q, const std::vector<u
 }
 
 TensorMap map_of(const Where& where, const std::vector<uint16_t>& x, bool windows, int32_t rows) {
-  const char* base = reinterpret_cast<const char*>(x.data());
+  const char* base = reinterpret_cast<const char*>(x.data() + kGap);
   if (!windows)
     return make_tensor_map(where, {DType::bf16, base, {kChannels, kAll, 1, 1, 1}, {1, kRow, 8, 8, 8}, 64, rows});
   return make_tensor_map(
@@ -60,7 +62,8 @@ TensorMap map_of(const Where& where, const std::vector<uint16_t>& x, bool window
 
 }  // namespace
 
-int main() {
+int main(int argc, char**) {
+  emulator::set_mapped_bases(argc > 1);
   uint32_t state = 7;
   const auto q = random_rows(state), k = random_rows(state), v = random_rows(state);
   const auto right = expected(q, k, v);
@@ -86,6 +89,9 @@ int main() {
     std::fill(std::begin(out), std::end(out), 0);
     p.out = out;
     emulator::set_order(order, ++seed);
+    emulator::expose_nothing();
+    for (const auto* x : {&q, &k, &v}) emulator::expose(x->data() + kGap, x->data() + x->size());
+    emulator::expose(out, out + sizeof out);
     try {
       launch(where, frame_attention_sm90_fwd_kernel<Plan, bf16>, p.blocks, Plan::kThreads, Plan::kShared, p);
     } catch (const std::runtime_error& error) {

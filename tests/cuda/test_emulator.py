@@ -11,7 +11,9 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent
 CSRC = TESTS.parent / "csrc"
 
-pytestmark = pytest.mark.compile("tests/emulator/emulator.cpp", "tests/cuda/*.cpp", tools=["c++"])
+pytestmark = pytest.mark.compile(
+    *("tests/emulator/emulator.cpp", "tests/emulator/emulator_sm90.cpp", "tests/cuda/*.cpp"), tools=["c++"]
+)
 
 
 def compile_cpp(*what: object) -> None:
@@ -64,6 +66,67 @@ def test_wrong_kernels_give_wrong_results(said, kernel):
 )
 def test_what_a_kernel_must_not_do(said, kernel, objection):
     assert all(objection in what for what in said[kernel].values())
+
+
+# Rule by rule: kernels of rules.cpp that break it, and what the emulator says; their numbers are right.
+BROKEN = {
+    "E1": {"base-before-the-tensor": "outside of every tensor"},
+    "E2": {
+        "result-written-in-flight": "registers of a wgmma in flight are written: its result",
+        "operand-written-in-flight": "registers of a wgmma in flight are written: its first operand",
+    },
+    "E3": {"registers-written-after-the-fence": "written after the last wgmma.fence"},
+    "E4": {
+        "one-warp-with-another-descriptor": "the warps of a warpgroup issue different wgmma",
+        "a-warp-without-its-product": "wgmma by some warps of a warpgroup only",
+    },
+    "E5": {
+        "more-registers-than-there-are": "waits for ever at setmaxnreg.inc",
+        "no-multiple-of-8": "setmaxnreg.inc of 156",
+    },
+    "E6": {
+        "half-warps": "a barrier that only some lanes of a warp reach",
+        "barrier-16": "barrier 16: there are 0 to 15",
+        "forty-threads": "a barrier of 40 threads",
+    },
+    "E7": {
+        "threads": "a launch of 1056 threads",
+        "shared-memory": "a launch of 232449 bytes of shared memory",
+        "parameters": "bytes of parameters, at most 4096",
+    },
+    "E8": {"no-fence-of-the-proxy": "without its fence.proxy.async"},
+    "E9": {
+        "two-blocks-write": "two blocks write one address",
+        "two-threads-write": "two threads write one address",
+        "constant-load-of-what-is-written": "ld.global.nc of what the kernel writes",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def ruled(tmp_path_factory, emulator) -> dict[str, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("rules")
+    engines, program = folder / "engines.o", folder / "rules"
+    include = ("-DVDCORE_EMULATE", "-I", CSRC, "-I", TESTS)
+    compile_cpp(*include, "-c", TESTS / "emulator" / "emulator_sm90.cpp", "-o", engines)
+    compile_cpp(*include, HERE / "rules.cpp", emulator, engines, "-o", program)
+    found: dict[str, dict[str, str]] = {}
+    for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
+        name, order, what = line.split(" ", 2)
+        found.setdefault(name, {})[order] = what
+    return found
+
+
+def test_kernels_that_keep_the_rules_are_right(ruled):
+    right = {name: set(what.values()) for name, what in ruled.items() if name.endswith("-right")}
+    assert len(right) == 6 and set.union(*right.values()) == {"right"}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_kernel_that_breaks_a_rule_is_an_error_in_every_order(ruled, rule):
+    assert {name.partition("-")[2] for name in ruled if name.startswith(rule)} - {"right"} == set(BROKEN[rule])
+    for name, objection in BROKEN[rule].items():
+        assert all(objection in what for what in ruled[f"{rule}-{name}"].values()), ruled[f"{rule}-{name}"]
 
 
 BACKWARD = HERE / "backward_bits.cpp"

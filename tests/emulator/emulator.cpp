@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -21,6 +22,11 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kPatience = 8;          // passes without progress until a block is stuck
 constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touched cost nothing
+
+// What a launch may ask for: sm_90's, the largest of any architecture. E7.
+constexpr int64_t kMostBlocks = 2147483647;
+constexpr int kMostThreads = 1024;
+constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096;
 
 // ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times. ----
 
@@ -89,6 +95,7 @@ struct Fiber {
 
 struct Warp {
   int arrived = 0;
+  uint32_t met = 0;  // collectives so far
   Complete complete = nullptr;
   void* lanes[kLanes] = {};
 };
@@ -96,17 +103,20 @@ struct Warp {
 struct Barrier {
   uint32_t arrived = 0, count = 0;
   std::vector<Fiber*> waiting;
+  uint8_t lanes[kMostThreads / kLanes] = {};  // of each warp
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  uint32_t met = 0;  // barriers of several warps so far
   Context scheduler;
   Fiber* running = nullptr;
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
   size_t shared_bytes = 0;
+  std::vector<uint16_t> writers;  // of each byte of shared memory: thread + 1, until its fence
   const std::function<void()>* kernel = nullptr;
   std::string error;
   Position position{};
@@ -117,12 +127,21 @@ struct Range {
   const char *begin, *end;
 };
 
+// Who wrote two bytes of global memory last in this launch; block + 1, 0: nobody. What has met since is ordered.
+struct Writer {
+  uint32_t block, thread, block_met, warp_met;
+};
+constexpr uintptr_t kPage = 4096;
+using Page = std::unique_ptr<Writer[]>;
+
 thread_local Block* block = nullptr;
 thread_local std::vector<std::unique_ptr<char[]>> stacks;
 thread_local std::vector<Range> exposed;
 thread_local Order order = Order::forward;
 thread_local uint64_t random_state = 1;
 thread_local int64_t edges = 0;
+thread_local bool bases_required = false;
+thread_local std::unordered_map<uintptr_t, Page> written;
 
 uint32_t random_below(size_t n) {
   random_state ^= random_state << 13;
@@ -182,6 +201,7 @@ bool run_some_warp() {
 void run_block(uint32_t index) {
   block->position.block = index;
   std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every format
+  block->writers.assign(block->shared_bytes, 0);
   for (Warp& warp : block->warps) warp.arrived = 0;
   for (Barrier& barrier : block->barriers) barrier = Barrier{};
   block->extension.reset();
@@ -212,12 +232,26 @@ void set_order(Order o, uint64_t seed) {
 
 void set_edges(int64_t blocks) { edges = blocks; }
 
+void set_mapped_bases(bool required) { bases_required = required; }
+bool mapped_bases() { return bases_required; }
+
 void expose(const void* begin, const void* end) {
   exposed.push_back({static_cast<const char*>(begin), static_cast<const char*>(end)});
 }
 void expose_nothing() { exposed.clear(); }
 
-void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
+         size_t parameter_bytes) {
+  const auto most = [](const char* what, size_t asked, size_t limit) {
+    if (asked > limit)
+      throw std::runtime_error("a launch of " + std::to_string(asked) + " " + what + ", at most " +
+                               std::to_string(limit) + " are possible");
+  };
+  most("blocks", static_cast<size_t>(blocks), kMostBlocks);
+  most("threads a block", static_cast<size_t>(threads), kMostThreads);
+  most("bytes of shared memory", shared_bytes, kMostShared);
+  most("bytes of parameters", parameter_bytes, kMostParameters);
+  written.clear();
   Block running;
   running.fibers.resize(threads);
   running.warps.resize((threads + kLanes - 1) / kLanes);
@@ -259,6 +293,69 @@ void check_access(const void* p, size_t bytes) {
   fail("an access of " + std::to_string(bytes) + " bytes lies outside of every tensor of the call");
 }
 
+namespace {
+
+bool is_shared(const void* p) { return p >= block->shared && p < block->shared + block->shared_bytes; }
+
+Writer* writer_of(uintptr_t address, bool make) {
+  auto found = written.find(address / kPage);
+  if (found == written.end()) {
+    if (!make) return nullptr;
+    found = written.emplace(address / kPage, Page(new Writer[kPage / 2]())).first;
+  }
+  return &found->second[address % kPage / 2];
+}
+
+}  // namespace
+
+void stored(const void* p, size_t bytes) {
+  const Position& here = block->position;
+  if (is_shared(p)) {
+    const size_t first = static_cast<const char*>(p) - block->shared;
+    std::fill_n(block->writers.begin() + first, bytes, static_cast<uint16_t>(here.thread + 1));
+    return;
+  }
+  const Writer mine{here.block + 1, here.thread, block->met, block->warps[here.thread / kLanes].met};
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  for (uintptr_t at = address; at < address + bytes; at += 2) {
+    Writer& last = *writer_of(at, true);
+    if (last.block && last.block != mine.block) fail("two blocks write one address");
+    const bool same_warp = last.thread / kLanes == mine.thread / kLanes;
+    const bool ordered = last.block_met != mine.block_met || (same_warp && last.warp_met != mine.warp_met);
+    if (last.block && last.thread != mine.thread && !ordered)
+      fail("two threads write one address, and nothing orders them");
+    last = mine;
+  }
+}
+
+void loaded(const void* p, size_t bytes, bool constant) {
+  if (written.empty() || is_shared(p)) return;
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  for (uintptr_t at = address; at < address + bytes; at += 2) {
+    const Writer* last = writer_of(at, false);
+    if (!last || !last->block) continue;
+    if (constant) fail("a load by ld.global.nc of what the kernel writes");
+    if (last->block != block->position.block + 1) fail("a load of what another block writes");
+  }
+}
+
+void fence_proxy_async() {
+  std::replace(block->writers.begin(), block->writers.end(), static_cast<uint16_t>(block->position.thread + 1),
+               uint16_t{0});
+}
+
+void read_async(const void* p, size_t bytes) {
+  const auto first = block->writers.begin() + (static_cast<const char*>(p) - block->shared);
+  for (size_t i = 0; i < bytes; ++i)
+    if (first[i])
+      fail("shared memory that thread " + std::to_string(first[i] - 1) +
+           " wrote is read by wgmma without its fence.proxy.async");
+}
+
+void written_async(const void* p, size_t bytes) {
+  std::fill_n(block->writers.begin() + (static_cast<const char*>(p) - block->shared), bytes, uint16_t{0});
+}
+
 void meet_warp(Complete complete, void* mine, const char* what) {
   Fiber& self = *block->running;
   Warp& warp = block->warps[self.index / kLanes];
@@ -269,33 +366,42 @@ void meet_warp(Complete complete, void* mine, const char* what) {
   warp.lanes[self.index % kLanes] = mine;
   if (++warp.arrived < kLanes) return give_way(Fiber::waiting);
   warp.arrived = 0;
+  ++warp.met;
   complete(warp.lanes);
   const uint32_t first = self.index / kLanes * kLanes;
   for (uint32_t i = first; i < first + kLanes; ++i) block->fibers[i].state = Fiber::ready;
 }
 
-void meet_block(int id, uint32_t count) {
-  Fiber& self = *block->running;
+namespace {
+
+// Counts the thread; true for the last one, which frees those that wait.
+bool arrives(int id, uint32_t count) {
+  if (id < 0 || id > 15) fail("barrier " + std::to_string(id) + ": there are 0 to 15");
+  if (!count || count % kLanes) fail("a barrier of " + std::to_string(count) + " threads: warps are whole");
   Barrier& barrier = block->barriers[id];
-  self.where = "a barrier";
   if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
   barrier.count = count;
-  if (++barrier.arrived < count) {
-    barrier.waiting.push_back(&self);
-    return give_way(Fiber::waiting);
-  }
+  ++barrier.lanes[block->position.thread / kLanes];
+  if (++barrier.arrived < count) return false;
+  for (const uint8_t lanes : barrier.lanes)
+    if (lanes % kLanes) fail("a barrier that only some lanes of a warp reach");
   for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
   barrier = Barrier{};
+  ++block->met;
+  return true;
 }
 
-void arrive_block(int id, uint32_t count) {
-  Barrier& barrier = block->barriers[id];
-  if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
-  barrier.count = count;
-  if (++barrier.arrived < count) return;
-  for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
-  barrier = Barrier{};
+}  // namespace
+
+void meet_block(int id, uint32_t count) {
+  Fiber& self = *block->running;
+  self.where = "a barrier";
+  if (arrives(id, count)) return;
+  block->barriers[id].waiting.push_back(&self);
+  give_way(Fiber::waiting);
 }
+
+void arrive_block(int id, uint32_t count) { arrives(id, count); }
 
 bool lands_at_once() { return order == Order::forward || (order == Order::random && random_below(2)); }
 
@@ -312,7 +418,7 @@ void wait_until(bool (*ready)(void*), void* argument, const char* what) {
 
 void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
   check_access(shared, bytes);
-  if (valid) check_access(global, bytes);
+  if (valid) check_access(global, bytes), loaded(global, bytes, true);
   std::memset(shared, 0xff, bytes);
   block->running->open.push_back({shared, global, bytes, valid});
 }
@@ -326,11 +432,13 @@ void async_commit() {
 void async_wait(int groups_left) {
   auto& groups = block->running->groups;
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
-    for (const AsyncCopy& copy : groups.front())
+    for (const AsyncCopy& copy : groups.front()) {
       if (copy.valid)
         std::memcpy(copy.shared, copy.global, copy.bytes);
       else
         std::memset(copy.shared, 0, copy.bytes);
+      stored(copy.shared, copy.bytes);
+    }
 }
 
 }  // namespace vdcore::cuda::emulator

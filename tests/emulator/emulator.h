@@ -4,6 +4,17 @@
 // inside the tensors of the call; cp.async lands when it is waited for, and until then its destination holds NaN; a
 // collective that not all lanes reach, or that lanes reach differently, is an error; warps, and lanes between two
 // collectives, run in an order that the test chooses, each as far as it can, so that a missing barrier shows.
+//
+// Rules that hardware has and right numbers do not show, each an error:
+//   E1  a tensor map's base is memory of the call (only after set_mapped_bases(true))
+//   E2  registers of a wgmma in flight are not written
+//   E3  registers written since the last wgmma.fence are no operands
+//   E4  the four warps of a warpgroup issue the same products
+//   E5  setmaxnreg: whole warpgroups, sizes, and registers that somebody has given back
+//   E6  barriers: whole warps, ids 0 to 15, multiples of 32 threads
+//   E7  a launch: 1,024 threads, 227 KB of shared memory, 4 KB of parameters, 2^31 - 1 blocks
+//   E8  what threads write to shared memory reaches wgmma only behind their fence.proxy.async
+//   E9  no two blocks, nor two unordered threads, write one address; .nc loads read nothing that the kernel writes
 #pragma once
 
 #include <cstddef>
@@ -19,7 +30,8 @@ enum class Order { forward, backward, random };
 void set_order(Order order, uint64_t seed);
 
 // Runs the kernel's blocks. Throws std::runtime_error for what a kernel must not do.
-void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
+         size_t parameter_bytes = 0);
 
 // Of grids larger than twice this, runs only so many blocks at either end: how blocks are numbered shows there. 0: all.
 void set_edges(int64_t blocks);
@@ -27,6 +39,10 @@ void set_edges(int64_t blocks);
 // Memory [begin, end) that the next kernels may touch; without any, all of it.
 void expose(const void* begin, const void* end);
 void expose_nothing();
+
+// Whether a tensor map whose base is no memory of the call is an error: its loads fail on hardware, wherever they land.
+void set_mapped_bases(bool required);
+bool mapped_bases();
 
 // ---- For the instructions of tests/emulator/ptx_emulated.h: called by a thread of a kernel ----
 
@@ -39,6 +55,17 @@ char* shared_memory();
 
 // Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned to its size.
 void check_access(const void* p, size_t bytes);
+
+// A store, and a load that does (ld.global.nc) or does not assume that the kernel writes none of it, after
+// check_access.
+void stored(const void* p, size_t bytes);
+void loaded(const void* p, size_t bytes, bool constant);
+
+// fence.proxy.async of one thread; and a read of shared memory by what runs on its own.
+void fence_proxy_async();
+void read_async(const void* p, size_t bytes);
+// What runs on its own has written shared memory.
+void written_async(const void* p, size_t bytes);
 
 // All 32 lanes of the warp meet here; the last one calls complete(arguments of lane 0 to 31).
 using Complete = void (*)(void* const* lanes);

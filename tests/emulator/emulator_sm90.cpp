@@ -12,7 +12,14 @@
 namespace vdcore::cuda::emulator {
 namespace {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32, kWarpsOfGroup = 4, kMostWarps = 32;
+constexpr uint32_t kInFlight = 0x7fc0dead;  // a NaN: what registers of a result hold until it has been waited for
+
+float in_flight() {
+  float x;
+  std::memcpy(&x, &kInFlight, 4);
+  return x;
+}
 
 // ---- State of a block ----
 
@@ -30,9 +37,24 @@ struct Sum {
   bool at_once;
 };
 
+// Registers of one warp that are operands of wgmma: where they are, and what they held.
+struct Registers {
+  const void* of[kLanes];
+  size_t words;
+  std::vector<uint32_t> held;  // [32][words]
+
+  std::vector<uint32_t> now() const {
+    std::vector<uint32_t> found(kLanes * words);
+    for (int lane = 0; lane < kLanes; ++lane) std::memcpy(&found[lane * words], of[lane], 4 * words);
+    return found;
+  }
+  bool changed() const { return held != now(); }
+};
+
 struct Product {
   Operands operands;
   const uint32_t* a[kLanes];
+  Registers values;  // of a
   std::shared_ptr<Sum> sum;
   int group;
   bool done;
@@ -42,15 +64,39 @@ struct Products {  // of a warp: a warp does 16 rows of its warpgroup's product 
   bool fenced = false;
   int open = 0;  // number of the group that the next product joins
   std::vector<Product> list;
+  std::vector<Registers> known;  // operands so far, as the last fence saw them
+};
+
+// What a warp told wgmma between two commits, without its own registers.
+struct Told {
+  uint64_t a, b;
+  int n, flags;
+  bool operator==(const Told& x) const { return a == x.a && b == x.b && n == x.n && flags == x.flags; }
+};
+struct Warpgroup {
+  std::vector<std::vector<Told>> groups;  // by the first warp that committed each
+  std::vector<int> warps;                 // that have committed it
+  int committed[kWarpsOfGroup] = {};
+  std::vector<Told> open[kWarpsOfGroup];
 };
 
 struct Engines : Extension {
   std::vector<Box> boxes;
-  Products warps[32];
+  Products warps[kMostWarps];
+  Warpgroup warpgroups[kMostWarps / kWarpsOfGroup];
+  int free_registers = 0;
+  int registers[kMostWarps] = {};   // of a thread, by warp; 0: those of the launch
+  int limits_set[kMostWarps] = {};  // setmaxnreg of each warp
   std::string finish() override {
     if (!boxes.empty()) return "the block ends before its boxes have landed";
     for (const Products& warp : warps)
       if (!warp.list.empty()) return "the block ends before its wgmma have been waited for";
+    for (const Warpgroup& group : warpgroups)
+      for (const int warps_of : group.warps)
+        if (warps_of != kWarpsOfGroup) return "wgmma by some warps of a warpgroup only";
+    for (int i = 0; i < kMostWarps; ++i)
+      if (limits_set[i] != limits_set[i / kWarpsOfGroup * kWarpsOfGroup])
+        return "setmaxnreg by some warps of a warpgroup only";
     return "";
   }
 };
@@ -106,6 +152,7 @@ void land(const Box& box) {
         std::memcpy(to, m.base + offset, 2);
       else
         std::memset(to, 0, 2);
+      written_async(to, 2);
     }
   Barrier b = read(box.barrier);
   b.bytes -= 2 * m.box[0] * m.box[1];
@@ -149,6 +196,7 @@ float value(DType type, uint16_t bits) {
 float shared_value(DType type, uint32_t address) {
   const char* p = at_address(swizzled(address));
   check_access(p, 2);
+  read_async(p, 2);
   uint16_t bits;
   std::memcpy(&bits, p, 2);
   return value(type, bits);
@@ -169,6 +217,7 @@ int result_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 void multiply(Product& p, int warp) {
   const Operands& o = p.operands;
   const int n = o.n;
+  if (o.a && p.values.changed()) fail("registers of a wgmma in flight are written: its first operand");
   float a[16][16];
   std::vector<float> b(16 * n);
   const Descriptor right(o.b_descriptor);
@@ -211,15 +260,41 @@ std::shared_ptr<Sum> begin_sum(void* const* lanes, int n) {
     for (int i = 0; i < n / 2; ++i) {
       float& d = sum->d[lane][i];
       sum->rows[result_row(lane, i) * n + result_column(lane, i)] = d;
-      d = std::numeric_limits<float>::quiet_NaN();
+      d = in_flight();
     }
   }
   return sum;
 }
 
+Registers registers_of(void* const* lanes, bool of_result, size_t words) {
+  Registers found{{}, words, {}};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& o = *static_cast<Operands*>(lanes[lane]);
+    found.of[lane] = of_result ? static_cast<const void*>(o.d) : o.a;
+  }
+  found.held = found.now();
+  return found;
+}
+
+// Registers that were operands before and have changed since the last fence.
+void check_fence(Products& warp, const Registers& mine) {
+  for (Registers& known : warp.known)
+    if (known.of[0] == mine.of[0] && known.words == mine.words) {
+      if (known.held != mine.held) fail("wgmma of registers that were written after the last wgmma.fence");
+      return;
+    }
+  warp.known.push_back(mine);
+}
+
+void tell(const Operands& o) {
+  Warpgroup& group = engines().warpgroups[own_index() / kWarpsOfGroup];
+  const int flags = o.columns | o.add << 1 | (o.a != nullptr) << 2;
+  group.open[own_index() % kWarpsOfGroup].push_back({o.a_descriptor, o.b_descriptor, o.n, flags});
+}
+
 void meet_product(void* const* lanes) {
   Products& warp = own_warp();
-  Product p{*static_cast<Operands*>(lanes[0]), {}, nullptr, warp.open, false};
+  Product p{*static_cast<Operands*>(lanes[0]), {}, {}, nullptr, warp.open, false};
   if (!warp.fenced) fail("wgmma without a wgmma.fence since the last wait");
   for (int lane = 0; lane < kLanes; ++lane) {
     const auto& other = *static_cast<Operands*>(lanes[lane]);
@@ -227,27 +302,46 @@ void meet_product(void* const* lanes) {
       fail("lanes give wgmma different descriptors");
     p.a[lane] = other.a;
   }
+  tell(p.operands);
+  if (p.operands.a) {
+    p.values = registers_of(lanes, false, 4);
+    check_fence(warp, p.values);
+  }
   for (const Product& earlier : warp.list)
     if (earlier.operands.d == p.operands.d) p.sum = earlier.sum;
-  if (!p.sum) p.sum = begin_sum(lanes, p.operands.n);
+  if (!p.sum) {  // else it adds to what is in flight, which needs no fence
+    check_fence(warp, registers_of(lanes, true, p.operands.n / 2));
+    p.sum = begin_sum(lanes, p.operands.n);
+  }
   if (p.sum->at_once) multiply(p, own_index());
   warp.list.push_back(std::move(p));
+}
+
+// The result of `sum` goes to its registers, which nobody may have touched.
+void land_sum(const Sum& sum, int n) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int r = 0; r < n / 2; ++r) {
+      uint32_t bits;
+      std::memcpy(&bits, &sum.d[lane][r], 4);
+      if (bits != kInFlight) fail("registers of a wgmma in flight are written: its result");
+      sum.d[lane][r] = sum.rows[result_row(lane, r) * n + result_column(lane, r)];
+    }
 }
 
 void meet_wait(void* const* lanes) {
   Products& warp = own_warp();
   const int left = *static_cast<int*>(lanes[0]);
   size_t done = 0;
-  for (; done < warp.list.size() && warp.list[done].group < warp.open - left; ++done)
-    if (!warp.list[done].done) multiply(warp.list[done], own_index());
+  for (; done < warp.list.size() && warp.list[done].group < warp.open - left; ++done) {
+    Product& p = warp.list[done];
+    if (!p.done) multiply(p, own_index());
+    if (p.operands.a && p.values.changed()) fail("registers of a wgmma in flight are written: its first operand");
+  }
   for (size_t i = 0; i < done; ++i) {
     const Product& p = warp.list[i];
     bool last = true;
     for (size_t j = i + 1; j < warp.list.size(); ++j) last = last && warp.list[j].sum != p.sum;
-    if (!last) continue;
-    const int n = p.operands.n;
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int r = 0; r < n / 2; ++r) p.sum->d[lane][r] = p.sum->rows[result_row(lane, r) * n + result_column(lane, r)];
+    if (last) land_sum(*p.sum, p.operands.n);
   }
   warp.list.erase(warp.list.begin(), warp.list.begin() + done);
   warp.fenced = false;
@@ -255,8 +349,57 @@ void meet_wait(void* const* lanes) {
 
 bool no_longer(void* polls) { return --*static_cast<int*>(polls) < 0; }
 
-void meet_fence(void* const*) { own_warp().fenced = true; }
-void meet_commit(void* const*) { ++own_warp().open; }
+void meet_fence(void* const*) {
+  own_warp().fenced = true;
+  for (Registers& known : own_warp().known) known.held = known.now();
+}
+
+void meet_commit(void* const*) {
+  ++own_warp().open;
+  Warpgroup& group = engines().warpgroups[own_index() / kWarpsOfGroup];
+  const int warp = own_index() % kWarpsOfGroup;
+  const size_t number = group.committed[warp]++;
+  if (number == group.groups.size()) group.groups.push_back(group.open[warp]), group.warps.push_back(0);
+  if (!(group.groups[number] == group.open[warp])) fail("the warps of a warpgroup issue different wgmma");
+  ++group.warps[number];
+  group.open[warp].clear();
+}
+
+// ---- Registers ----
+
+struct Wanted {
+  Engines* engines;
+  int registers;  // of the warp, more than it has
+};
+
+bool has_registers(void* wanted) {
+  const auto& w = *static_cast<Wanted*>(wanted);
+  return w.engines->free_registers >= w.registers;
+}
+
+// What a launch gives a thread that is to have as many as there are.
+int launched_registers() { return std::min(65536 / static_cast<int>(position().threads) / 8 * 8, 248); }
+
+void nothing(void* const*) {}
+
+void set_registers(int registers, bool more, const char* what) {
+  Engines& all = engines();
+  const int warp = own_index();
+  if (registers < 24 || registers > 256 || registers % 8)
+    fail(std::string(what) + " of " + std::to_string(registers) + ": a multiple of 8 from 24 to 256");
+  const int before = all.registers[warp] ? all.registers[warp] : launched_registers();
+  if (more ? registers < before : registers > before)
+    fail(std::string(what) + " of " + std::to_string(registers) + ", and a thread has " + std::to_string(before));
+  meet_warp(nothing, nullptr, what);
+  if (position().thread % kLanes == 0) {
+    Wanted wanted{&all, (registers - before) * kLanes};
+    if (more) wait_until(has_registers, &wanted, what);
+    all.free_registers -= wanted.registers;
+    all.registers[warp] = registers;
+    ++all.limits_set[warp];
+  }
+  meet_warp(nothing, nullptr, what);
+}
 
 }  // namespace
 
@@ -283,6 +426,7 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 
 void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]) {
   if (shared_address(shared) % 1024) fail("a box with a swizzle of 128 bytes begins at a multiple of 1024 bytes");
+  if (mapped_bases()) check_access(map->base, 16);
   Box box{static_cast<char*>(shared), map, barrier, {}};
   std::memcpy(box.at, at, sizeof at);
   check_access(shared, 16);
@@ -292,6 +436,9 @@ void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32
   else
     engines().boxes.push_back(box);
 }
+
+void take_registers(int registers) { set_registers(registers, true, "setmaxnreg.inc"); }
+void give_registers(int registers) { set_registers(registers, false, "setmaxnreg.dec"); }
 
 void wgmma_fence() { meet_warp(meet_fence, nullptr, "wgmma.fence"); }
 

@@ -42,5 +42,9 @@ void wgmma(const Operands& mine);
 void wgmma_commit();
 void wgmma_wait(int groups_left);
 
+// setmaxnreg.inc and .dec: registers of each thread from now on.
+void take_registers(int registers);
+void give_registers(int registers);
+
 }  // namespace emulator
 }  // namespace vdcore::cuda

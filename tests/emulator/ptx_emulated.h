@@ -15,23 +15,32 @@ VDCORE_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 
 // ---- Memory ----
 
+namespace emulated {
+template <typename V>
+inline V load(const void* p, bool constant) {
+  emulator::check_access(p, sizeof(V));
+  emulator::loaded(p, sizeof(V), constant);
+  return *static_cast<const V*>(p);
+}
+}  // namespace emulated
+
 template <typename V>
 VDCORE_DEVICE V load_global(const void* p) {
-  emulator::check_access(p, sizeof(V));
-  return *static_cast<const V*>(p);
+  return emulated::load<V>(p, true);
 }
 template <typename V>
 VDCORE_DEVICE V load_written(const void* p) {
-  return load_global<V>(p);
+  return emulated::load<V>(p, false);
 }
 template <typename V>
 VDCORE_DEVICE void store_global(void* p, const V& v) {
   emulator::check_access(p, sizeof(V));
+  emulator::stored(p, sizeof(V));
   *static_cast<V*>(p) = v;
 }
 template <typename V>
 VDCORE_DEVICE V load_shared(const void* p) {
-  return load_global<V>(p);
+  return emulated::load<V>(p, false);
 }
 template <typename V>
 VDCORE_DEVICE void store_shared(void* p, const V& v) {

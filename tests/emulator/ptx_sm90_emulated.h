@@ -22,9 +22,13 @@ VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrie
 }
 
 template <int kRegisters>
-VDCORE_DEVICE void take_registers() {}
+VDCORE_DEVICE void take_registers() {
+  emulator::take_registers(kRegisters);
+}
 template <int kRegisters>
-VDCORE_DEVICE void give_registers() {}
+VDCORE_DEVICE void give_registers() {
+  emulator::give_registers(kRegisters);
+}
 
 VDCORE_DEVICE void named_barrier_wait(int id, int threads) { emulator::meet_block(id, threads); }
 VDCORE_DEVICE void named_barrier_arrive(int id, int threads) { emulator::arrive_block(id, threads); }

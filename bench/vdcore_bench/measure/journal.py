@@ -18,7 +18,8 @@ from vdcore_bench.measure import machine
 from vdcore_bench.measure.timing import Spread
 
 FILE = "results.jsonl"
-PROFILE, MASKS = "profile: ", "masks: "  # how the case of a row against frames, and of one of the masks, begins
+# How the case of a row against frames begins, of one of the masks, and of a config row that is swept.
+PROFILE, MASKS, SWEEP = "profile: ", "masks: ", "sweep: "
 JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
 
 
@@ -46,6 +47,7 @@ class Row:
         error_ratio: error over what vdcore.testing.error_ratio allows, fine up to 1; None where it was not taken.
         status: ``"ok"``, ``"skipped"`` (not usable here), ``"predicted"`` (would not fit) or ``"failed"``.
         reason: why it is not ok, or what to know about it.
+        host: seconds of Python until a call was enqueued, on a GPU; ``p50`` is the GPU's time alone.
         page_faults: minor faults per call, CPU only; many mean that the allocator was measured.
         flops, bytes: work of the job, visible pairs only, and its least traffic: inputs read, outputs written.
         original, shape: sizes of the workload, and those that ran; ``scaling`` is both in words.
@@ -67,6 +69,7 @@ class Row:
     error_ratio: float | None = None
     status: str = "ok"
     reason: str = ""
+    host: float | None = None
     page_faults: float | None = None
     flops: float | None = None
     bytes: float | None = None
@@ -128,12 +131,19 @@ def text_of(*parts: str) -> str:
 
 
 class Journal:
-    """Appends every row to a file the moment it exists, and remembers it."""
+    """Appends every row to a file the moment it exists, and remembers it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        keep: what the file holds stays, and its rows are remembered too.
+    """
+
+    def __init__(self, path: Path, *, keep: bool = False) -> None:
         self.path, self.rows = path, list[Row]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # the run before this one stays, for --compare
+        if keep and path.exists():
+            self.rows = parse(path.read_text())
+            path.write_text("".join(row.to_json() + "\n" for row in self.rows))  # without a line that was cut off
+        elif path.exists():  # the run before this one stays, for --compare
             path.replace(path.with_name("results.previous.jsonl"))
         self._file = path.open("a", buffering=1)
 

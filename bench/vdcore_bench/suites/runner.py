@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import vdcore
+from vdcore_bench import stub
 from vdcore_bench.jobs.base import Job, Tensors
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.journal import JOINED, Journal, Row, Watch, row_here, text_of
@@ -27,6 +28,7 @@ from vdcore_bench.peers.adapter import Function, masked
 
 REFERENCE_FLOPS = 2e8  # largest problem on which the reference backend is timed if another backend exists
 LATE = "not begun: the time of the run was over"
+UNQUEUED = "it ran while Python was still launching it: the time holds both"
 NEAR = 2.0  # peers slower than this many times the fastest one are not raced again
 
 
@@ -102,12 +104,19 @@ def row_of(base: Row, c: Candidate) -> Row:
         return replace(row, metric="memory", unit="bytes", p50=float(c.need))
     if c.contender is None or not c.contender.samples:
         return row
-    faults = [s.faults for s in c.contender.samples if s.faults is not None]
+    samples = c.contender.samples
     return row.measured(
         c.contender.spread,
         error_ratio=c.error_ratio,
-        page_faults=Spread.of([float(n) for n in faults]).p50 if faults else None,
+        host=_median([s.host for s in samples]),
+        page_faults=_median([s.faults for s in samples]),
+        reason=row.reason if all(s.queued for s in samples) else text_of(row.reason, UNQUEUED),
     )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [float(x) for x in values if x is not None]
+    return Spread.of(known).p50 if known else None
 
 
 def heap_for(jobs: Iterable[Job], limit: int) -> int:
@@ -182,9 +191,10 @@ def _ours(job: Job, tensors: Tensors) -> list[Candidate]:
         name = f"vdcore[{backend}]"
         if reason is None and backend == "reference" and i and job.flops() > REFERENCE_FLOPS:
             reason = "the reference, too slow to be timed at this size"
-        if reason is None and backend == "triton" and not job.device.startswith("cuda"):
+        on_cpu = not job.device.startswith("cuda")
+        if reason is None and backend == "triton" and on_cpu and stub.INSTALLED is None:
             reason = "Triton's interpreter is for tests"
-        if reason is None and backend == "cuda" and not job.device.startswith("cuda"):
+        if reason is None and backend == "cuda" and on_cpu:
             reason = "the emulator of CUDA kernels is for tests"
         if reason is not None:
             found.append(Candidate(name, status="skipped", reason=reason))
@@ -224,6 +234,8 @@ def _copies(job: Job) -> list[Candidate]:
     """Half the job's traffic read and half written: what memory allows."""
     half = max(job.traffic() // (2 * job.dtype.itemsize), 1)
     source = torch.zeros(half, dtype=job.dtype, device=job.device)
+    if source.is_cuda:  # whose memory moves zeros faster than numbers
+        source.normal_()
     target = torch.zeros_like(source)
     return [
         Candidate("copy", "existing memory", contender=Contender(lambda _: target.copy_(source))),
@@ -334,12 +346,14 @@ def _warm_up(c: Candidate, calls: Calls, judge: Judge, clock: Clock, seconds: fl
             c.error_ratio = judge.ratio(outputs, calls.dout, found)
             c.reason = judge.note
             del outputs, found
-            if first > seconds / 2 and "compiled" not in c.variant and calls.job.mode != "bwd":
+            # On a GPU a first call is plans, modules and compilers: no estimate of the next.
+            cold = calls.job.device.startswith("cuda")
+            if first > seconds / 2 and not cold and "compiled" not in c.variant and calls.job.mode != "bwd":
                 c.contender.estimate, c.reason = first, "one cold call"
                 return
         assert c.contender is not None
         c.contender.estimate = c.contender.run(clock).seconds
-        if c.contender.estimate < seconds / 10:
+        if c.contender.estimate < seconds / 10 or calls.job.device.startswith("cuda"):
             c.contender.estimate = c.contender.run(clock).seconds
     except Exception as error:
         c.status, c.reason, c.contender = "failed", first_line(error), None

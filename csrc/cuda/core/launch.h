@@ -32,7 +32,7 @@ template <typename Arguments>
 void launch(const Where& where, void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes,
             const Arguments& arguments) {
   try {
-    emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
+    emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); }, sizeof(Arguments));
   } catch (const std::runtime_error& error) {
     launch_error(where, error.what());
   }

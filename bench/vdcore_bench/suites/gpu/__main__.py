@@ -1,0 +1,99 @@
+"""``python -m vdcore_bench.suites.gpu``: the suite, and, with ``--part``, one part inside its own process."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vdcore_bench.measure.journal import FILE, Journal, Row, Watch
+from vdcore_bench.suites import Options, gpu
+from vdcore_bench.suites.gpu.child import Given, die_with_parent
+from vdcore_bench.suites.gpu.conductor import WITHOUT_GPU, salvage
+
+PROGRAM = "python -m vdcore_bench.suites.gpu"
+
+
+class Progress(Watch):
+    """A line per part."""
+
+    def step(self, what: str, number: int, total: int) -> None:
+        print(f"{number + 1} of {total}: {what}: {gpu.PARTS[what].what}", file=sys.stderr, flush=True)
+
+    def done(self, rows: Any) -> None:
+        count = {status: sum(row.status == status for row in rows) for status in ("ok", "failed", "skipped")}
+        print(f"  {len(rows)} rows: {count}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=gpu.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--only", help="parts to run, such as ceilings,benchmarks", default="")
+    parser.add_argument("--dry", action="store_true", help="without a GPU, on a stub of its driver")
+    inside = parser.add_argument_group("inside of a part's process")
+    inside.add_argument("--part", choices=gpu.PARTS)
+    for name in ("shard", "first"):
+        inside.add_argument(f"--{name}", type=int, default=0)
+    inside.add_argument("--shards", type=int, default=1)
+    inside.add_argument("--until", type=float, default=math.inf)
+    inside.add_argument("--patience", type=float, default=90.0)
+    inside.add_argument("--arch", default="sm_90")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.part:
+        names = ("part", "out", "shard", "shards", "first", "until", "patience", "arch", "dry")
+        _child(Given(**{name: getattr(args, name) for name in names}))
+    wanted = tuple(name for name in args.only.split(",") if name)
+    if unknown := [name for name in wanted if name not in gpu.PARTS]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(gpu.PARTS)}")
+    options = Options(parts=wanted, device="cuda")
+    reason = None if args.dry or (wanted and WITHOUT_GPU.issuperset(wanted)) else gpu.why_not(options)
+    if reason:
+        print(f"{PROGRAM}: no GPU, nothing to measure: {reason}")
+        return
+    sys.exit(_suite(args.out, options, args.dry))
+
+
+def _suite(out: Path, options: Options, dry: bool) -> int:
+    """All of it; rows of earlier runs into the same folder stay. 1 where something was lost."""
+    from vdcore_bench.report import results
+
+    begin, journal = time.monotonic(), Journal(out / FILE, keep=True)
+    journal.add(list(salvage(out.resolve(), journal.rows)))
+    before = len(journal.rows)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the parts
+    try:
+        troubles = gpu.run(options, journal, Progress(), dry=dry)
+    finally:
+        journal.close()
+    new: list[Row] = journal.rows[before:]
+    for table in results.measured("Operators", journal.rows) if not dry else gpu.tables(new):
+        print(table.plain())
+    wrong = sum(row.status == "failed" and row.metric in ("error", "tests") for row in new)
+    print(f"{len(new)} rows in {time.monotonic() - begin:.0f} s: {wrong} wrong, {troubles} that a part lost")
+    return 1 if troubles or wrong else 0
+
+
+def _child(given: Given) -> NoReturn:
+    die_with_parent()
+    if given.dry:
+        from vdcore_bench import stub
+
+        stub.install(given.arch, given.out / "stub")
+    from vdcore_bench.suites.gpu import parts
+
+    parts.run_part(given, Journal(given.file("jsonl")))
+    sys.stdout.flush()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
