@@ -24,7 +24,7 @@ VDCORE = [sys.executable, "-m", "vdcore.cli"]
     [
         (("bench", "weather"), "operators, masks, memory, models, overhead, tangents, gpu"),
         (("bench", "masks", "--op", "modulate"), "the suite masks does not take it"),
-        (("bench", "--only", "weather"), "ceilings, correctness"),
+        (("bench", "--only", "weather"), "ceilings, benchmarks, correctness"),
         (("bench", "--op", "attention"), "temporal_attention, video_attention"),
         (("bench", "--workload", "sora"), "latte-1-512, stdit3-720p-102f"),
         (("bench", "--peer", "naive,someone"), "sdpa[flash]"),
