@@ -1,0 +1,207 @@
+"""What people change around a swap: a mask is never lost to it, and what they put in runs as they wrote it."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+from diffusers.models.transformers import transformer_wan
+from host_runs import MODELS, as_host, run
+from stand_ins import STDiT3Block
+from support import run_python
+from swapping import swapped
+
+from vdcore import FrameMask
+from vdcore.integrations import open_sora, wan
+from vdcore.integrations.diffusers import swap_in
+
+CAUSAL = FrameMask.causal()
+
+
+def replace_processors(model):
+    for block in model.blocks:
+        block.attn1.processor = transformer_wan.WanAttnProcessor()
+
+
+def replace_blocks(model):
+    model.blocks = MODELS["Wan"].model().blocks
+
+
+@pytest.mark.parametrize("change", [replace_processors, replace_blocks])
+def test_a_mask_is_not_lost_to_what_was_replaced(change):
+    model, _ = swapped("Wan", mask=CAUSAL)
+    want = run(model, "Wan")
+    change(model)
+    with pytest.raises(RuntimeError, match=r"replaced since the swap, .*swap in again"):
+        run(model, "Wan")
+    swap_in(model, mask=CAUSAL)
+    torch.testing.assert_close(run(model, "Wan"), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_is_not_lost_to_fused_projections():
+    model, _ = swapped("CogVideoX", mask=CAUSAL)
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="swap in again"):
+        run(model, "CogVideoX")
+
+
+def test_forward_itself_tells_no_frames():
+    model, _ = swapped("Wan", mask=CAUSAL)
+    run(model, "Wan")
+    with pytest.raises(RuntimeError, match=r"not its blocks or its forward\(\)"):
+        model.forward(**MODELS["Wan"].arguments())
+
+
+# ---- Processors of their own ----
+
+
+def attended(attn, x, context, attention):
+    q, k, v = transformer_wan._get_qkv_projections(attn, x, context)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return attn.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class OtherName:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = transformer_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def doubled(function):
+    @functools.wraps(function)
+    def twice(*args, **kwargs):
+        return 2 * function(*args, **kwargs)
+
+    return twice
+
+
+class Decorated:
+    @doubled
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return attended(attn, hidden_states, encoder_hidden_states, F.scaled_dot_product_attention)
+
+
+@dataclass
+class Unhashable:
+    scale: float = 1.0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = transformer_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("processor", [OtherName, Decorated, Unhashable])
+def test_processors_of_others_run_as_they_are(processor):
+    models = MODELS["Wan"].model(), MODELS["Wan"].model()
+    for model in models:
+        for block in model.blocks:
+            block.attn1.processor = processor()
+    report = swap_in(models[1])
+    torch.testing.assert_close(run(models[1], "Wan"), run(models[0], "Wan"), rtol=1e-4, atol=1e-4)
+    assert sum("attn1" in entry.name for entry in report.left) == len(models[1].blocks)
+
+
+@pytest.mark.parametrize("processor", [OtherName, Decorated])
+def test_a_mask_is_refused_for_processors_that_would_lose_it(processor):
+    model = MODELS["Wan"].model()
+    model.blocks[0].attn1.processor = processor()
+    with pytest.raises(ValueError, match=r"mask must be None where blocks\.0\.attn1 cannot be served"):
+        swap_in(model, mask=CAUSAL)
+    assert torch.equal(run(MODELS["Wan"].model(), "Wan"), as_host("Wan"))
+
+
+# ---- Values, hooks, names ----
+
+
+def test_a_mask_of_keys_may_be_written_without_a_version():
+    host, model = MODELS["Mochi"].model(), swapped("Mochi")[0]
+    arguments = MODELS["Mochi"].arguments()
+    with torch.no_grad():
+        model(**arguments)
+        keys = arguments["encoder_attention_mask"]
+        keys.data.copy_(torch.arange(keys.shape[1]) < torch.tensor([[2], [4]]))
+        torch.testing.assert_close(model(**arguments).sample, host(**arguments).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_in_another_process_keep_their_numbers(tmp_path):
+    torch.save(swapped("Wan", mask=CAUSAL)[0], tmp_path / "model.pt")
+    code = f"""
+import torch
+from zoo import MODELS
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+seen = []
+model.register_forward_pre_hook(lambda module, args: seen.append(1))
+model(**MODELS["Wan"].arguments())
+print(len(seen))
+"""
+    assert run_python(code, PYTHONPATH=str(Path(__file__).parent)).strip() == "1"
+
+
+def test_open_sora_leaves_attention_with_hooks():
+    block = STDiT3Block(temporal=True, qk_norm=True).eval()
+    given = torch.randn(2, 12, 16), torch.randn(1, 5, 16), torch.randn(2, 96), None, None, None, 3, 4
+    with torch.no_grad():
+        open_sora.swap_in(nn.ModuleList([block]))
+        plain = block(*given)
+        block.attn.register_forward_hook(lambda module, args, out: 3 * out)
+        hooked = block(*given)
+        open_sora.swap_out(block)
+        torch.testing.assert_close(hooked, block(*given), rtol=1e-5, atol=1e-5)
+        assert not torch.equal(hooked, plain)
+
+
+def test_an_attribute_named_as_the_hosts_function_is_no_call_of_it():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.attention(x)
+
+    with pytest.warns(UserWarning, match="nothing is served"):
+        assert not wan.swap_in(Layer()).served
+
+
+# ---- report.check ----
+
+
+def test_check_starts_generators_anew():
+    model, report = swapped("Wan")
+
+    def pipeline(generator):
+        noise = torch.randn(2, 4, 3, 4, 6, generator=generator)
+        return model(**{**MODELS["Wan"].arguments(), "hidden_states": noise})
+
+    assert report.check(pipeline, generator=torch.Generator().manual_seed(0)).largest < 1e-5
+
+
+def test_check_reads_images_and_nan():
+    _, report = swapped("Wan")
+
+    class Image:  # as PIL's
+        __array_interface__ = np.zeros((4, 4, 3), np.uint8).__array_interface__
+
+    assert report.check(lambda: [[Image()]]).largest == 0
+    calls = []
+
+    def later_nan():
+        calls.append(1)
+        return torch.ones(2), torch.full((2,), torch.nan if len(calls) > 2 else 0.0)
+
+    assert np.isnan(report.check(later_nan).largest)
+    with pytest.raises(TypeError, match="must return tensors, arrays or images, got str"):
+        report.check(lambda: "nothing")
+    with pytest.raises(ValueError, match="check: model must be swapped in"):
+        report.check(MODELS["Wan"].model(), **MODELS["Wan"].arguments())
