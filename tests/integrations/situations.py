@@ -446,7 +446,7 @@ def ema(model: Any, name: str) -> Call:
     return plainly(model, name)
 
 
-@situation("an average, saved and loaded")
+@situation("an average, saved and loaded", "accelerate")
 def ema_saved(model: Any, name: str) -> Call:
     import tempfile
 
@@ -458,7 +458,7 @@ def ema_saved(model: Any, name: str) -> Call:
     return plainly(model, name)
 
 
-@situation("saved and loaded")
+@situation("saved and loaded", "accelerate")
 def saved(model: Any, name: str) -> Call:
     import tempfile
 
