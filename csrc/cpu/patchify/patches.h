@@ -33,6 +33,20 @@ struct TileRange {
   }
 };
 
+// The gradient of the weight: an item is one part of the tokens and one range of their channels.
+struct WeightItems {
+  const PatchWeightGradient& g;
+  PatchShape n;
+  int64_t width, ranges;  // channels of a range
+
+  explicit WeightItems(const PatchWeightGradient& args) : g(args), n(args.patches, args.tokens) {
+    width = 1024;
+    while (width > 128 && g.parts * ((n.E + width - 1) / width) < 4 * g.threads) width /= 2;
+    ranges = (n.E + width - 1) / width;
+  }
+  int64_t items() const { return g.parts * ranges; }
+};
+
 inline char* token_row(const TensorView& tokens, int64_t token) {
   const int64_t T = tokens.size[1], N = tokens.size[2];
   return tokens.at(token / N / T, token / N % T, token % N);

@@ -137,18 +137,8 @@ struct PatchesFromTokens {
   }
 };
 
-// An item is one part of the tokens and one range of their channels.
-struct WeightGradient {
-  const PatchWeightGradient& g;
-  PatchShape n;
-  int64_t width, ranges;  // channels of a range
-
-  explicit WeightGradient(const PatchWeightGradient& args) : g(args), n(args.patches, args.tokens) {
-    width = 1024;
-    while (width > 128 && g.parts * ((n.E + width - 1) / width) < 4 * g.threads) width /= 2;
-    ranges = (n.E + width - 1) / width;
-  }
-  int64_t items() const { return g.parts * ranges; }
+struct WeightGradient : WeightItems {
+  using WeightItems::WeightItems;
 
   template <DType T>
   void run(int64_t item) const {

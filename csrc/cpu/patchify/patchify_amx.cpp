@@ -182,20 +182,10 @@ struct PatchesFromTokens {
   };
 };
 
-// An item is one part of the tokens and one range of their channels.
-struct WeightGradient {
+struct WeightGradient : WeightItems {
   static constexpr int64_t kTokens = 2 * kTileTerms;  // of a tile
 
-  const PatchWeightGradient& g;
-  PatchShape n;
-  int64_t width, ranges;  // channels of a range
-
-  explicit WeightGradient(const PatchWeightGradient& args) : g(args), n(args.patches, args.tokens) {
-    width = 1024;
-    while (width > 128 && g.parts * ((n.E + width - 1) / width) < 4 * g.threads) width /= 2;
-    ranges = (n.E + width - 1) / width;
-  }
-  int64_t items() const { return g.parts * ranges; }
+  using WeightItems::WeightItems;
 
   void run(int64_t item) const {
     const int64_t part = item / ranges, e0 = item % ranges * width, columns = smaller(width, n.E - e0);
