@@ -139,23 +139,18 @@ def video_form(
         L = text[0].shape[1]
         tq, tk = norm_rope(text[0], text[1], text_norm, None, 0)
         q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), (tq, tk, text[2])))
-        n, m = T * S, T_k * S
-        device = q.device
-        whole = torch.ones(B, n + L, m + L, dtype=torch.bool, device=device)
-        if seen is not None:
-            whole[:, :n, :m] = seen
+        alive, valid, live = (torch.ones(B, n, dtype=torch.bool, device=q.device) for n in (T * S, T_k * S, L))
         if lengths is not None:
-            alive = (torch.arange(start, start + T, device=device) < lengths[:, None]).repeat_interleave(S, 1)
-            valid = (torch.arange(T_k, device=device) < lengths[:, None]).repeat_interleave(S, 1)
-            whole[:, :n] &= alive[..., None]
-            whole[:, n:, :m] &= valid[:, None]
-        if text_sees == "text":
-            whole[:, n:, :m] = False
+            alive, valid = (
+                (torch.arange(first, last, device=q.device) < lengths[:, None]).repeat_interleave(S, 1)
+                for first, last in ((start, start + T), (0, T_k))
+            )
         if text_lengths is not None:
-            live = torch.arange(L, device=device) < text_lengths[:, None]
-            whole[:, :, m:] &= live[:, None]
-            whole[:, n:] &= live[..., None]
-        seen = whole
+            live = torch.arange(L, device=q.device) < text_lengths[:, None]
+        among_video = alive[..., None] & valid[:, None] if seen is None else alive[..., None] & seen
+        of_video = torch.cat((among_video, alive[..., None] & live[:, None]), 2)
+        of_text = torch.cat((valid if text_sees == "all" else torch.zeros_like(valid), live), 1)
+        seen = torch.cat((of_video, live[..., None] & of_text[:, None]), 1)
     out, lse = dense(attend, q, k, v, None if seen is None else seen[:, None], scale, return_lse)
 
     def split(x: Tensor) -> Any:
