@@ -185,9 +185,9 @@ def _timed(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[l
         for generator, state in generators:
             generator.set_state(state)
     found = [
-        torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x).detach().cpu().double()
+        torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x)).detach().cpu().double()
         for x in _leaves(result)
-        if isinstance(x, (Tensor, np.ndarray)) or hasattr(x, "__array_interface__")
+        if not isinstance(x, torch.Generator)
     ]
     if not found:
         raise TypeError(f"check: model must return tensors, arrays or images, got {type(result).__name__}")

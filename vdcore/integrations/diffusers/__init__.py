@@ -62,12 +62,12 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         swap_out(model)
     try:
         for path, model in found:
-            watch = _watch_of(model)
-            if watch is None and model not in watches:
+            watch = _watch_of(model) or watches.get(model)
+            if watch is None:
                 watch = Watch(Clip(mask), _grid_of(model, mask))
                 hooks.append(Change.of_hook(model, watch))
-            watches[model] = watch or watches[model]
-            models.append((path, model, _finder(model, path, watches[model].clip)))
+            watches[model] = watch
+            models.append((path, model, _finder(model, path, watch.clip)))
         swap(models, report, hooks)
         for model, watch in watches.items():
             watch.attending = watch.count(model)

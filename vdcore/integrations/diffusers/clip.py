@@ -6,7 +6,6 @@ backward runs after both, never see each other's.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
@@ -39,15 +38,14 @@ class Scope(NamedTuple):
 
 
 _scope: ContextVar[Scope | None] = ContextVar("vdcore.integrations.diffusers.scope", default=None)
-_lock = threading.Lock()  # of what threads share
 
 
 class Clip:
     """Shared by all processors of one model.
 
-    Without a mask nothing depends on frames, and a clip is one long frame. With a mask, the model's forward tells how
-    many frames its tokens are. Attention that runs outside of a call of the model, as a block does that someone's
-    checkpointing runs again in backward, looks it up by the number of tokens, as long as that is not ambiguous.
+    Without a mask nothing depends on frames, and a clip is one long frame. With a mask, a call of the model tells how
+    many frames its tokens are. A block that is compiled on its own looks that up by the number of tokens, as long as
+    that is not ambiguous.
 
     Args:
         mask: which frames a frame sees; None: all.
@@ -128,15 +126,11 @@ class Clip:
         seen = {} if scope is None else scope.seen
         version = 0 if x.is_inference() else x._version
         name = f"{look.__name__} {id(x)}"
-        with _lock:
-            known = seen.get(name)
-            if known is not None and known[0]() is x and known[1] == version:
-                return known[2]
+        known = seen.get(name)
+        if known is not None and known[0]() is x and known[1] == version:
+            return known[2]
         found = look(x)
-        with _lock:
-            for gone in [key for key, (tensor, _, _) in seen.items() if tensor() is None]:
-                del seen[gone]
-            seen[name] = ref(x), version, found
+        seen[name] = ref(x), version, found
         return found
 
     def valid_keys(self, mask: Tensor) -> Keys | str | None:
