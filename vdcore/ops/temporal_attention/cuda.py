@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.cuda import int64, kernels, norm_rope, rows, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.cuda import int64, kernels, norm_rope, rows, stream, why_not, why_not_mask, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
 from vdcore.ops.qk_norm_rope.cuda import WEIGHTS, add_up, norm_rope_backward, normalized_rotated
 
@@ -20,7 +20,7 @@ MAX_FRAMES = 256
 
 
 def why_not_temporal(c: TemporalCall) -> str | None:
-    reason = why_not(c.q) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
+    reason = why_not(c.q) or why_not_mask(c.mask) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
     if reason is not None:
         return reason
     T_k, D = c.k.shape[1], c.q.shape[-1]
