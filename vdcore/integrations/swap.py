@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 
-from vdcore.integrations.report import TURN, Report, note_left, slow_dtype
+from vdcore.integrations.report import TURN, Report, note_left, running, slow_dtype
 
 # ---- Classes that are made at run time ----
 
@@ -84,7 +84,12 @@ class ServingHook:
 
     handle: Any = None
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """
+        Args:
+            args, kwargs: as the hooks of others have left them.
+            output: None if the call failed.
+        """
         raise NotImplementedError
 
 
@@ -95,8 +100,8 @@ class _After:
         self.hook = hook
         self.handle: Any = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.hook.after(module, args, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.hook.after(module, args, kwargs, output)
 
 
 OUR_HOOKS = (ServingHook, _After)
@@ -227,7 +232,18 @@ class Renamed:
     serves: str
 
     def of(self, host: Any) -> Callable[..., Any]:
-        return rebind(host.forward, dict(self.functions))
+        run = rebind(host.forward, dict(self.functions))
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return run(module, *args, **kwargs)
+            token = running.set(module)
+            try:
+                return run(module, *args, **kwargs)
+            finally:
+                running.reset(token)
+
+        return forward
 
     def find(self, name: str, module: nn.Module) -> list[Change] | str | None:
         forward = type(module).forward
@@ -287,7 +303,7 @@ def _watch_with(module: nn.Module, hook: ServingHook) -> None:
     # With their handles, that a pickle's hooks keep their numbers for themselves in another process.
     after = _After(hook)
     hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    after.handle = module.register_forward_hook(after, always_call=True)
+    after.handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
 
 def make_all(changes: Sequence[Change]) -> None:
@@ -359,6 +375,7 @@ def restore(module: Any) -> None:
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, _After):
             del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
 
 

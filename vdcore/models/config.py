@@ -130,7 +130,8 @@ class VDiTConfig:
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            return VDiTConfig(**{**values, "mask": FrameMask(**values["mask"])})
+            mask = values["mask"]
+            return VDiTConfig(**{**values, "mask": FrameMask(**{**mask, "shots": tuple(mask.get("shots", ()))})})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             names = ", ".join(field.name for field in fields(VDiTConfig))
             raise ValueError(

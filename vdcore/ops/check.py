@@ -74,6 +74,8 @@ def check_attention(
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
     if lengths is not None:
         check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
     if norm is not None:

@@ -107,6 +107,13 @@ def _(d: Draw) -> dict[str, Any]:
     return {**d.qkv(1, 4, 83, 1, 40), "mask": FrameMask(past=1, future=0, sink=1)}
 
 
+@case("video_attention", "teacher forcing and text", "masked")
+def _(d: Draw) -> dict[str, Any]:
+    text = tuple(d(f"text_{x}", 1, 5, 2, 16) for x in "qkv")
+    mask = FrameMask.teacher_forcing(4, 2)
+    return {**d.qkv(1, 8, 35, 2, 16), "text": text, "text_sees": "text", "mask": mask, "return_lse": True}
+
+
 def video_form(
     attend: Attend,
     q: Tensor,
