@@ -128,8 +128,7 @@ std::vector<std::vector<char>> everything(int threads) {
   std::vector<std::vector<char>> found;
   const FrameMask same_frame{{0, 0, 1, 0}}, causal{{-1, 0, 1, 0}};
   for (DType dtype : {DType::f32, DType::bf16}) {
-    for (const FrameMask& mask : {same_frame, causal})
-      found.push_back(frame_attention(dtype, mask, threads));
+    for (const FrameMask& mask : {same_frame, causal}) found.push_back(frame_attention(dtype, mask, threads));
     found.push_back(temporal_attention(dtype, threads));
     found.push_back(patchify(dtype, threads));
   }
