@@ -6,6 +6,7 @@
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -148,10 +149,10 @@ void define_frame_attention(py::module_& m) {
   m.def("frame_groups", frame_groups_of, "mask"_a, "batch"_a, "queries"_a, "keys"_a, "tokens"_a, "q_start"_a,
         "lengths"_a, "text"_a, "text_lengths"_a, "text_sees_video"_a);
   m.def("prompt_groups", prompt_groups_of, "batch"_a, "frames"_a, "tokens"_a, "prompt"_a, "per_frame"_a, "lengths"_a);
-  m.def("frame_attention_forward", frame_attention_forward, "groups"_a, "video"_a, "text"_a, "scale"_a, "gate"_a,
-        "threads"_a);
-  m.def("frame_attention_backward", frame_attention_backward, "groups"_a, "video"_a, "text"_a, "scale"_a, "delta"_a,
-        "workspace"_a, "parts"_a, "threads"_a);
+  define_named(m, "frame_attention_forward", frame_attention_forward, "groups", "video", "text", "scale", "gate",
+               "threads");
+  define_named(m, "frame_attention_backward", frame_attention_backward, "groups", "video", "text", "scale", "delta",
+               "workspace", "parts", "threads");
 }
 
 }  // namespace vdcore::cpu
