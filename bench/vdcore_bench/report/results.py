@@ -126,16 +126,19 @@ def every_row(found: Iterable[summary.Line]) -> Table:
 
 
 def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> str:
-    """The page: ``drawn`` are PNGs by file stem, with their titles; those of the profile begin with profile."""
+    """The page, from what a reader wants first: what won and lost, pictures, tables by operator, all rows, the machine.
+
+    ``drawn`` are PNGs by file stem, with their titles; those of the profile begin with profile.
+    """
     found = summary.lines(rows)
     images = {name: page.image(png, title) for name, (title, png) in drawn.items()}
-    parts = [page.note(noise) + (_machine(rows).html() if rows else page.note("There are no rows."))]
+    parts = [page.said(summary.sentences(found)) + page.note(noise if rows else "There are no rows.")]
     wrong = summary.wrong(found)
     if wrong:
         parts.append("<ul>" + "".join(f'<li class="no">{page.escaped(x)}</li>' for x in wrong) + "</ul>")
     if summary.bars(found):
         parts.append(page.titled(bar_table(found), 2))
-    parts += [image for name, image in images.items() if not name.startswith("profile")]
+    parts += images.values()
     if found:
         parts.append(page.heading("Operators") + page.note(summary.LEGEND))
         parts += [
@@ -144,10 +147,14 @@ def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> st
         ]
     for tables in others(rows):
         parts += [page.titled(table, 2) for table in tables]
-    parts += [image for name, image in images.items() if name.startswith("profile")]
-    for table in (unmeasured(rows), absent(found), every_row(found)):
+    for table in (unmeasured(rows), absent(found)):
         if table.rows:
             parts.append(page.titled(table, 2))
+    every = every_row(found)
+    if every.rows:
+        parts.append(page.heading(every.title) + page.folded(f"{len(every.rows)} rows", every.html()))
+    if rows:
+        parts.append(page.heading("Machine and versions") + _machine(rows).html())
     return page.page("vdcore benchmark", parts)
 
 
@@ -155,7 +162,10 @@ def _machine(rows: Sequence[Row]) -> Table:
     last = rows[-1]
     facts = [(name, str(value)) for name, value in last.versions.items() if value]
     facts += [("commit", str(last.commit)), ("threads", str(last.threads)), ("measured until", last.time)]
-    facts += [("allocator", "; ".join(dict.fromkeys(row.allocator for row in rows if row.status == "ok")))]
+    allocators = [*dict.fromkeys(row.allocator for row in rows if row.status == "ok")]
+    facts += [("allocator", allocator) for allocator in allocators[:3]]
+    if len(allocators) > 3:
+        facts += [("allocator", f"and {len(allocators) - 3} others, in results.jsonl")]
     return Table.of(("machine", ""), facts, text=True)
 
 
