@@ -64,7 +64,6 @@ def train(
     """
     if ranks > 1 and not launched():
         raise typer.Exit(relaunch(ranks))
-    from vdcore import FrameMask
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
     from vdcore.diffusion.training import SCENES, Recipe
@@ -76,19 +75,9 @@ def train(
         token = None if patch is None else (default.model.patch[0], patch, patch)
         model = _given(default.model, patch=token, width=width, depth=depth, heads=heads, attention=attention)
         clip = {"frames": frames, "size": None if size is None else (size, size)}
-        if causal:
-            model = replace(model, mask=FrameMask(past=past, future=0, chunk=chunk))
-            hold = 0.0 if hold is None else hold
-        elif chunk != 1 or past is not None:
-            raise typer.BadParameter("it needs --causal", param_hint="--chunk and --past")
-        training = {
-            "batch": batch,
-            "steps": steps,
-            "lr": lr,
-            "hold": hold,
-            "forcing": forcing,
-            "seed": seed,
-        }
+        model = replace(model, mask=_mask_of_chunks(chunk, past, model.mask, causal))
+        hold = 0.0 if causal and hold is None else hold
+        training = dict(batch=batch, steps=steps, lr=lr, hold=hold, forcing=forcing, seed=seed)
         recipe = _given(default, model=model, target=target, causal=causal, **clip, **training)
         source = (
             Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
@@ -109,6 +98,17 @@ def train(
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
     print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _mask_of_chunks(chunk: int, past: int | None, otherwise: Any, causal: bool) -> Any:
+    """What --causal, --chunk and --past say of the model's mask."""
+    from vdcore import FrameMask
+
+    if causal:
+        return FrameMask(past=past, future=0, chunk=chunk)
+    if chunk != 1 or past is not None:
+        raise typer.BadParameter("it needs --causal", param_hint="--chunk and --past")
+    return otherwise
 
 
 def _given(value: Any, **changes: Any) -> Any:
