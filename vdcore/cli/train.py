@@ -77,7 +77,7 @@ def train(
         clip = {"frames": frames, "size": None if size is None else (size, size)}
         model = replace(model, mask=_mask_of_chunks(chunk, past, model.mask, causal))
         hold = 0.0 if causal and hold is None else hold
-        training = dict(batch=batch, steps=steps, lr=lr, hold=hold, forcing=forcing, seed=seed)
+        training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
         recipe = _given(default, model=model, target=target, causal=causal, **clip, **training)
         source = (
             Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
