@@ -66,6 +66,8 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
             if watch is None:
                 watch = Watch(Clip(mask), _grid_of(model, mask))
                 hooks.append(Change.of_hook(model, watch))
+            else:
+                watch.go_last(model)
             watches[model] = watch
             models.append((path, model, _finder(model, path, watch.clip)))
         swap(models, report, hooks)
