@@ -19,6 +19,8 @@ from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vdcore.diffusion.training import Recipe
+
 
 def train(
     clips: Annotated[
@@ -66,19 +68,15 @@ def train(
         raise typer.Exit(relaunch(ranks))
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
-    from vdcore.diffusion.training import SCENES, Recipe
+    from vdcore.diffusion.training import SCENES
     from vdcore_bench.report.terminal import progress
 
     set_threads(threads)
     with plain_errors():
-        default = Recipe()
-        token = None if patch is None else (default.model.patch[0], patch, patch)
-        model = _given(default.model, patch=token, width=width, depth=depth, heads=heads, attention=attention)
+        token = {"patch": patch, "width": width, "depth": depth, "heads": heads, "attention": attention}
         clip = {"frames": frames, "size": None if size is None else (size, size)}
-        model = replace(model, mask=_mask_of_chunks(chunk, past, model.mask, causal))
-        hold = 0.0 if causal and hold is None else hold
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
-        recipe = _given(default, model=model, target=target, causal=causal, **clip, **training)
+        recipe = _recipe(token, {"target": target, **clip, **training}, causal=causal, chunk=chunk, past=past)
         source = (
             Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
             if clips
@@ -100,15 +98,19 @@ def train(
     print(f"next: vdcore sample {run.checkpoint}")
 
 
-def _mask_of_chunks(chunk: int, past: int | None, otherwise: Any, causal: bool) -> Any:
-    """What --causal, --chunk and --past say of the model's mask."""
+def _recipe(token: dict[str, Any], others: dict[str, Any], *, causal: bool, chunk: int, past: int | None) -> Recipe:
+    """The default's, with those options that were given; ``token``: of the model."""
     from vdcore import FrameMask
+    from vdcore.diffusion.training import Recipe
 
+    default, patch = Recipe(), token["patch"]
+    token = {**token, "patch": None if patch is None else (default.model.patch[0], patch, patch)}
     if causal:
-        return FrameMask(past=past, future=0, chunk=chunk)
-    if chunk != 1 or past is not None:
+        token["mask"] = FrameMask(past=past, future=0, chunk=chunk)
+        others = {**others, "hold": others["hold"] or 0.0}
+    elif chunk != 1 or past is not None:
         raise typer.BadParameter("it needs --causal", param_hint="--chunk and --past")
-    return otherwise
+    return _given(default, model=_given(default.model, **token), causal=causal, **others)
 
 
 def _given(value: Any, **changes: Any) -> Any:

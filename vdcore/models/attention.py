@@ -117,15 +117,29 @@ class SelfAttention(nn.Module):
     def remember(
         self, qkv: tuple[Tensor, Tensor, Tensor], ring: Ring, place: Place, rope: Rope | None, branch: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Norms and rotates, writes k and v into the ring: q, and the keys and values of all frames that it sees."""
+        """Norms, and rotates but for a relative ring; writes k and v into it. q, and the keys and values of all frames
+        that it sees."""
         q, k, v = qkv
-        if k.requires_grad or has_tangent(k, v):
-            raise RuntimeError("VDiT: a cache holds no gradients and no tangents, call the model under torch.no_grad()")
-        norm = self.norm(branch)
+        if has_tangent(k, v):
+            raise RuntimeError("VDiT: a cache holds no tangents: call the model without forward-mode derivatives")
+        norm, rope = self.norm(branch), None if place.relative else rope
         if norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
-        k, v = ring.write(k, v, place)
-        return q, k.to(q.dtype), v.to(q.dtype)
+        return q, *ring.write(k, v, place)
+
+    def against_ring(
+        self,
+        operator: Callable[..., Any],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        ring: Ring,
+        place: Place,
+        rope: Rope | None,
+        branch: int = 0,
+    ) -> Tensor:
+        """The operator on the new frames and on those that the ring holds, rotated here where the ring's keys are not:
+        the table has a row for every visible slot, then those of the chunk."""
+        seen = self.remember(qkv, ring, place, rope, branch)
+        return operator(*seen, q_start=place.visible, rope=rope) if place.relative else operator(*seen, q_start=0)
 
     def normalized(self, qkv: tuple[Tensor, Tensor, Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """q and k as the scores see them, and v: what ranks exchange."""
@@ -140,7 +154,7 @@ class SelfAttention(nn.Module):
         if ring is None or context.place is None:
             out = operator(*self.project(x), mask=context.mask or self.mask, norm=self.norm(), rope=rope)
         else:
-            out = operator(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+            out = self.against_ring(operator, self.split(self.qkv(x)), ring, context.place, rope)
         return self.proj(merged(out))
 
 
@@ -235,7 +249,7 @@ class GatedAttention(SelfAttention):
             out = gated_attention(spatial, temporal, alpha, mask=mask, norm=norm, rope=rope)
         else:
             a_s: Any = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
-            a_t: Any = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
+            a_t: Any = self.against_ring(temporal_attention, temporal, ring, context.place, rotations.time, 1)
             out = torch.lerp(a_t, a_s, alpha.to(a_s.dtype))
         return self.proj(merged(out))
 

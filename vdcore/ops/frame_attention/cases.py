@@ -112,9 +112,9 @@ def _(d: Draw) -> dict[str, Any]:
 
 @case("video_attention", "teacher forcing and text", "masked")
 def _(d: Draw) -> dict[str, Any]:
-    text = tuple(d(f"text_{x}", 1, 5, 2, 16) for x in "qkv")
+    text = tuple(d(f"text_{x}", 1, 5, 1, 16) for x in "qkv")
     mask = FrameMask.teacher_forcing(4, 2)
-    return {**d.qkv(1, 8, 35, 2, 16), "text": text, "text_sees": "text", "mask": mask, "return_lse": True}
+    return {**d.qkv(1, 8, 35, 1, 16), "text": text, "text_sees": "text", "mask": mask, "return_lse": True}
 
 
 # Windows in frames, rows and columns of a grid of 3 x 5 tokens, which tiles need not divide.
