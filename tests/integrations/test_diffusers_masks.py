@@ -91,6 +91,13 @@ def test_layers_with_masks_of_their_own():
     same(run(model, "HunyuanVideo"), want)
 
 
+def test_masks_of_heads():
+    name = "Wan"
+    pairs = ((1, WINDOW), (1, CAUSAL))
+    model, _ = swapped(name, mask=pairs)
+    same(run(model, name), dense_run(name, [pairs, pairs]))
+
+
 # ---- In force or not ----
 
 

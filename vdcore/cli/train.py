@@ -19,6 +19,8 @@ from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vdcore.models import VDiTConfig
+
 
 def train(
     clips: Annotated[
@@ -40,6 +42,9 @@ def train(
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads; they divide the width.")] = None,
     attention: Annotated[str | None, typer.Option(help="factorized, gated or full.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Of attention, such as causal, radial or tiles:3/3/3:1/4/8: see vdcore masks.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="sample, flow, v_prediction or epsilon.")] = None,
     hold: Annotated[float | None, typer.Option(min=0, max=1, help="Share of clips with frames held clean.")] = None,
     forcing: Annotated[
@@ -69,6 +74,8 @@ def train(
         default = Recipe()
         token = None if patch is None else (default.model.patch[0], patch, patch)
         model = _given(default.model, patch=token, width=width, depth=depth, heads=heads, attention=attention)
+        if mask is not None:
+            model = replace(model, mask=_mask(mask, model, frames or default.frames, size or default.size[0]))
         clip = {"frames": frames, "size": None if size is None else (size, size)}
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
         recipe = _given(default, model=model, target=target, **clip, **training)
@@ -91,6 +98,13 @@ def train(
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
     print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _mask(name: str, model: VDiTConfig, frames: int, size: int) -> Any:
+    from vdcore.integrations.mask_names import parse_mask
+
+    T, rows, columns = (n // p for n, p in zip((frames, size, size), model.patch))
+    return parse_mask(name, (T, rows, columns))
 
 
 def _given(value: Any, **changes: Any) -> Any:

@@ -11,19 +11,19 @@ Tested with the versions in :data:`TESTED`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdcore.integrations.diffusers import families, registry
 from vdcore.integrations.diffusers.blocks import patches
-from vdcore.integrations.diffusers.clip import Clip, Grid, Settings, Watch, checkpoint_as_host
+from vdcore.integrations.diffusers.clip import Clip, Grid, Settings, Watch, checkpoint_as_host, watch_of
 from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.layers import Layer, Model, give_masks, layers_of
 from vdcore.integrations.diffusers.masks import Masks, check_mask, mask_text
+from vdcore.integrations.diffusers.pipeline import models_of
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.diffusers.switch import count_steps, dense, forget_steps
 from vdcore.integrations.report import Entry, Report
@@ -66,14 +66,14 @@ def swap_in(
         name, value = ("dense_layers", settings.dense_layers) if settings.dense_layers else ("dense_steps", dense_steps)
         raise ValueError(f"swap_in: {name} must come with a mask, without which all is dense, got {value!r}")
     report = Report()
-    found = list(_models(model_or_pipeline, report, "swap_in"))
+    found = list(models_of(model_or_pipeline, report, "swap_in"))
     for _, model in found:
         _check_frames(model, mask)
-    before = {m: w for _, m in found if (w := _watch_of(m)) is not None and w.settings != settings}
+    before = {m: w for _, m in found if (w := watch_of(m)) is not None and w.settings != settings}
     steps = count_steps(model_or_pipeline, dense_steps) if dense_steps else None
     for model in before:
         swap_out(model)
-    fresh = [model for _, model in found if _watch_of(model) is None]
+    fresh = [model for _, model in found if watch_of(model) is None]
     try:
         watches = _swap(found, settings, report, {m: Watch(Clip(mask), _grid_of(m, mask), settings) for m in fresh})
     except BaseException:
@@ -109,7 +109,7 @@ def _swap(
     Args:
         fresh: what those hold that are not swapped yet.
     """
-    watches = [_watch_of(model) or fresh[model] for _, model in found]
+    watches = [watch_of(model) or fresh[model] for _, model in found]
     models = [(path, model, _finder(model, path, watch.clip)) for (path, model), watch in zip(found, watches)]
     swap(models, report, [Change.of_hook(model, watch) for model, watch in fresh.items()], stacklevel=4)
     if settings.mask is not None:
@@ -122,7 +122,7 @@ def _swap(
 
 def swap_out(model_or_pipeline: Any) -> None:
     """Undoes :func:`swap_in`, bit for bit. A model that was never swapped stays as it is."""
-    for _, model in _models(model_or_pipeline, Report(), "swap_out"):
+    for _, model in models_of(model_or_pipeline, Report(), "swap_out"):
         swap_module_out(model)
         checkpoint_as_host(model)
     if not isinstance(model_or_pipeline, nn.Module):
@@ -130,40 +130,6 @@ def swap_out(model_or_pipeline: Any) -> None:
 
 
 # ---- What is to be changed ----
-
-
-def _models(model_or_pipeline: Any, report: Report, verb: str) -> Iterator[tuple[str, nn.Module]]:
-    """The models to swap, with the prefix of their modules' names."""
-    if isinstance(model_or_pipeline, nn.Module):
-        # A block, or another part of a model, is swapped as it is.
-        yield from list(_models_inside(model_or_pipeline)) or [("", model_or_pipeline)]
-        return
-    components = getattr(model_or_pipeline, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(
-            f"{verb}: model_or_pipeline must be a model or a pipeline of diffusers, "
-            f"got {type(model_or_pipeline).__name__}"
-        )
-    for name, component in components.items():
-        if not isinstance(component, nn.Module):
-            continue
-        inside = list(_models_inside(component))
-        if not inside:
-            report.add_left(name, type(component).__name__, "not a model of diffusers")
-        for path, model in inside:
-            if any(".autoencoders." in base.__module__ for base in type(model).__mro__):
-                report.add_left(f"{name}.{path}".rstrip("."), type(model).__name__, "an autoencoder")
-            else:
-                yield f"{name}.{path}", model
-
-
-def _models_inside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost models of diffusers in a module, which may be one, or wrap one; each with a prefix for names."""
-    within: set[nn.Module] = set()
-    for name, child in module.named_modules():
-        if child not in within and isinstance(child, ModelMixin):
-            within.update(child.modules())
-            yield f"{name}." if name else "", child
 
 
 def _check_frames(model: nn.Module, mask: Masks | None) -> None:
@@ -226,8 +192,3 @@ def _attends(module: nn.Module) -> bool:
     if list(module.children()) and type(module).__module__.startswith("torch."):
         return False
     return bool({"scaled_dot_product_attention", "softmax"} & names_used(type(module).forward))
-
-
-def _watch_of(model: nn.Module) -> Watch | None:
-    """The hook of a swapped model, which holds what its attention shares."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)

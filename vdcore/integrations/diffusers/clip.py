@@ -242,6 +242,11 @@ class Watch(ServingHook):
             _scope.set(scope.outer)
 
 
+def watch_of(model: nn.Module) -> Watch | None:
+    """The hook of a swapped model, which holds what its attention shares."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)
+
+
 # ---- Blocks that run again in backward ----
 
 CHECKPOINT = "_gradient_checkpointing_func"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vdcore.grid_mask import GridMask
 from vdcore.mask import FrameMask
 
-One = FrameMask
+One = FrameMask | GridMask
 Mask = One | tuple[tuple[int, One], ...]
 # By layer, as they are named or numbered; layers that are not named are dense.
 Masks = Mask | Mapping[int | str, Mask | None]
 
-EXPECTED = "a FrameMask, pairs (heads, mask), a dict of these by layer, or None"
+EXPECTED = "a FrameMask, a GridMask, pairs (heads, mask), a dict of these by layer, or None"
 
 
 def check_mask(mask: Any) -> None:
@@ -52,7 +53,7 @@ def frames_of(mask: Masks) -> list[FrameMask]:
 
 def has_grid(mask: Masks) -> bool:
     """Some of it is in rows and columns."""
-    return any(not isinstance(one, FrameMask) for one in each(mask))
+    return any(isinstance(one, GridMask) for one in each(mask))
 
 
 def mask_text(mask: Masks | None) -> str:
