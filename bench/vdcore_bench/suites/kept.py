@@ -19,7 +19,7 @@ from vdcore_bench.measure.journal import Journal, Row, Watch, row_here
 from vdcore_bench.report.plot import BEST, COPY, OURS, new_plot, png
 
 OP = "measure_masks"
-MASS, WORST, ERROR, DENSITY, TIME, CHOICE = "mass", "worst mass", "error", "density", "time", "choice"
+MASS, WORST, ERROR, DENSITY, TIME, CHOICE = "mass", "worst mass", "output error", "density", "time", "choice"
 KEEP = 0.95
 
 
@@ -234,6 +234,8 @@ def picture(model: Model) -> bytes:
         table = [[mass.get((layer, head), float("nan")) for head in range(heads)] for layer in model.layers]
         shown = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_title(f"{mask}\n{model.density(mask):.1%} of pairs", fontsize=8)
+        axis.set_xticks(range(heads))
+        axis.set_yticks(range(len(model.layers)))
         axis.set_xlabel("head", fontsize=7)
         axis.set_ylabel("layer", fontsize=7)
         axis.tick_params(labelsize=7)
@@ -243,21 +245,25 @@ def picture(model: Model) -> bytes:
     grid = axes[rows][0].get_gridspec()
     for axis in axes[rows]:
         axis.remove()
-    _cost(figure.add_subplot(grid[rows, :]), model)
+    half = (columns + 1) // 2 if model.of(TIME) and columns > 1 else columns
+    _against(figure.add_subplot(grid[rows, :half]), model, "visible pairs over all", model.density)
+    if half < columns:
+        _against(figure.add_subplot(grid[rows, half:]), model, "time of attention over dense", model.cost)
     figure.suptitle(model.title, fontsize=10)
     return png(figure)
 
 
-def _cost(axis: Any, model: Model) -> None:
+def _against(axis: Any, model: Model, what: str, cost: Callable[[str], float]) -> None:
+    """Mass kept against what a mask costs: every head, and their mean."""
     for mask in model.masks:
-        cost, mass = model.cost(mask), list(model.heads(MASS, mask, min).values())
-        axis.plot([cost] * len(mass), mass, linestyle="", marker=".", color=OURS, alpha=0.35)
-        axis.plot(cost, statistics.fmean(mass), marker="o", color=BEST)
-        axis.annotate(mask, (cost, min(mass)), fontsize=6.5, rotation=35, va="top", ha="right")
+        x, mass = cost(mask), list(model.heads(MASS, mask, min).values())
+        axis.plot([x] * len(mass), mass, linestyle="", marker=".", color=OURS, alpha=0.35)
+        axis.plot(x, statistics.fmean(mass), marker="o", color=BEST)
+        axis.annotate(mask, (x, min(mass)), fontsize=6, rotation=40, va="top", ha="right")
     axis.axhline(model.keep, color=COPY, linewidth=0.8, linestyle=":")
-    axis.set_ylim(-0.25, 1.03)
-    axis.set_xlim(left=0)
-    axis.set_xlabel("time of the attention over dense" if model.of(TIME) else "visible pairs over all")
+    axis.set_ylim(-0.3, 1.03)
+    axis.set_xscale("log")
+    axis.set_xlabel(what)
     axis.set_ylabel("share kept")
     axis.set_title("every head (blue), their mean (orange)", fontsize=8)
     axis.grid(alpha=0.25)
