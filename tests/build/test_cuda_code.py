@@ -93,7 +93,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("vdcore._cuda", {str(cuda_module.built())!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-print(module.missing())
+print(module.why_not_device(0))
 """
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout

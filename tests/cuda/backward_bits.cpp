@@ -50,8 +50,9 @@ int main() {
     using emulator::Order;
     emulator::set_order(run == 0 ? Order::forward : run == 1 ? Order::backward : Order::random, run);
 #if KERNEL == 2
-    launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, S, 32 * 3,
-           long_backward_shared_bytes(T, T, D, H / G), TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3});
+    const size_t bytes = long_backward_shared_bytes(T, T, D, H / G);
+    launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, {S, 32 * 3, bytes},
+           TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3});
 #else
     temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, {args, a.sequences, false});
 #endif

@@ -140,7 +140,6 @@ thread_local std::vector<Range> exposed;
 thread_local Order order = Order::forward;
 thread_local uint64_t random_state = 1;
 thread_local int64_t edges = 0;
-thread_local bool bases_required = false;
 thread_local std::unordered_map<uintptr_t, Page> written;
 
 uint32_t random_below(size_t n) {
@@ -231,9 +230,6 @@ void set_order(Order o, uint64_t seed) {
 }
 
 void set_edges(int64_t blocks) { edges = blocks; }
-
-void set_mapped_bases(bool required) { bases_required = required; }
-bool mapped_bases() { return bases_required; }
 
 void expose(const void* begin, const void* end) {
   exposed.push_back({static_cast<const char*>(begin), static_cast<const char*>(end)});

@@ -6,7 +6,7 @@
 // collectives, run in an order that the test chooses, each as far as it can, so that a missing barrier shows.
 //
 // Rules that hardware has and right numbers do not show, each an error:
-//   E1  a tensor map's base is memory of the call (only after set_mapped_bases(true))
+//   E1  a tensor map's base is memory of the call
 //   E2  registers of a wgmma in flight are not written
 //   E3  registers written since the last wgmma.fence are no operands
 //   E4  the four warps of a warpgroup issue the same products
@@ -39,10 +39,6 @@ void set_edges(int64_t blocks);
 // Memory [begin, end) that the next kernels may touch; without any, all of it.
 void expose(const void* begin, const void* end);
 void expose_nothing();
-
-// Whether a tensor map whose base is no memory of the call is an error: its loads fail on hardware, wherever they land.
-void set_mapped_bases(bool required);
-bool mapped_bases();
 
 // ---- For the instructions of tests/emulator/ptx_emulated.h: called by a thread of a kernel ----
 

@@ -132,11 +132,12 @@ void write(uint64_t* barrier, Barrier b) {
 // ---- Boxes ----
 
 char* at_address(uint32_t address) { return shared_memory() + address; }
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// `span`: bytes of the swizzle, 128 or 64.
+uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ (address >> 7 & (span / 16 - 1)) << 4; }
 
 void land(const Box& box) {
   const TensorMap& m = *box.map;
-  const uint32_t first = shared_address(box.shared);
+  const uint32_t first = shared_address(box.shared), span = 2 * m.box[0];
   for (int32_t r = 0; r < m.box[1]; ++r)
     for (int32_t c = 0; c < m.box[0]; ++c) {
       const int64_t at[5] = {int64_t{box.at[0]} + c, int64_t{box.at[1]} + r, box.at[2], box.at[3], box.at[4]};
@@ -146,7 +147,7 @@ void land(const Box& box) {
         inside = inside && at[i] >= 0 && at[i] < m.size[i];
         offset += at[i] * m.stride[i];
       }
-      char* to = at_address(swizzled(first + 128 * r + 2 * c));
+      char* to = at_address(swizzled(first + span * r + 2 * c, span));
       if (inside) check_access(m.base + offset, 2);
       if (inside)
         std::memcpy(to, m.base + offset, 2);
@@ -193,8 +194,8 @@ float value(DType type, uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
-float shared_value(DType type, uint32_t address) {
-  const char* p = at_address(swizzled(address));
+float shared_value(DType type, uint32_t address, uint32_t span) {
+  const char* p = at_address(swizzled(address, span));
   check_access(p, 2);
   read_async(p, 2);
   uint16_t bits;
@@ -203,11 +204,12 @@ float shared_value(DType type, uint32_t address) {
 }
 
 struct Descriptor {
-  uint32_t address, leading, stride;
+  uint32_t address, leading, stride, span;
   explicit Descriptor(uint64_t x)
       : address((x & 0x3fff) << 4), leading((x >> 16 & 0x3fff) << 4), stride((x >> 32 & 0x3fff) << 4) {
-    if (x >> 62 != 1) fail("a matrix descriptor without the swizzle of 128 bytes");
+    if (x >> 62 != 1 && x >> 62 != 2) fail("a matrix descriptor without a swizzle of 128 or 64 bytes");
     if (x >> 49 & 7) fail("a matrix descriptor with a base offset");
+    span = x >> 62 == 1 ? 128 : 64;
   }
 };
 
@@ -221,11 +223,15 @@ void multiply(Product& p, int warp) {
   float a[16][16];
   std::vector<float> b(16 * n);
   const Descriptor right(o.b_descriptor);
+  const int columns = static_cast<int>(right.span) / 2;
+  if (o.columns && n > columns && n % columns) fail("a product of which columns of its operand are no divisor");
   for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < n; ++j)
-      b[k * n + j] = shared_value(
-          o.type, o.columns ? right.address + j / 64 * right.leading + k / 8 * right.stride + k % 8 * 128 + j % 64 * 2
-                            : right.address + j / 8 * right.stride + j % 8 * 128 + 2 * k);
+    for (int j = 0; j < n; ++j) {
+      const uint32_t at =
+          o.columns ? j / columns * right.leading + k / 8 * right.stride + k % 8 * right.span + j % columns * 2
+                    : j / 8 * right.stride + j % 8 * right.span + 2 * k;
+      b[k * n + j] = shared_value(o.type, right.address + at, right.span);
+    }
   if (o.a) {
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 8; ++i)
@@ -236,7 +242,7 @@ void multiply(Product& p, int warp) {
     for (int r = 0; r < 16; ++r)
       for (int k = 0; k < 16; ++k) {
         const uint32_t row = 16 * (warp % 4) + r;
-        a[r][k] = shared_value(o.type, left.address + row / 8 * left.stride + row % 8 * 128 + 2 * k);
+        a[r][k] = shared_value(o.type, left.address + row / 8 * left.stride + row % 8 * left.span + 2 * k, left.span);
       }
   }
   float* rows = p.sum->rows.data();
@@ -425,12 +431,14 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]) {
-  if (shared_address(shared) % 1024) fail("a box with a swizzle of 128 bytes begins at a multiple of 1024 bytes");
-  if (mapped_bases()) check_access(map->base, 16);
+  const int repeats = 16 * map->box[0];  // bytes after which its swizzle does
+  if (shared_address(shared) % repeats)
+    fail("a box with such a swizzle begins at a multiple of " + std::to_string(repeats) + " bytes");
+  check_access(map->base, 16);  // hardware looks there, wherever the box lands
   Box box{static_cast<char*>(shared), map, barrier, {}};
   std::memcpy(box.at, at, sizeof at);
   check_access(shared, 16);
-  check_access(static_cast<char*>(shared) + 128 * map->box[1] - 16, 16);
+  check_access(static_cast<char*>(shared) + 2 * map->box[0] * map->box[1] - 16, 16);
   if (lands_at_once())
     land(box);
   else

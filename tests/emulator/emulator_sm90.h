@@ -11,7 +11,7 @@
 
 namespace vdcore::cuda {
 
-// What cuTensorMapEncodeTiled would be told, for elements of two bytes and a swizzle of 128 bytes.
+// What cuTensorMapEncodeTiled would be told, for elements of two bytes and a swizzle as wide as a row of the box.
 struct alignas(64) TensorMap {
   const char* base;
   int64_t size[5], stride[5];  // stride in bytes

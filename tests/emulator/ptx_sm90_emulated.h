@@ -51,6 +51,10 @@ struct Wgmma {
   }
 };
 
+template <int N>
+VDCORE_DEVICE void fence_operands(float (&)[N]) {}
+template <int M, int N>
+VDCORE_DEVICE void fence_operands(uint32_t (&)[M][N]) {}
 VDCORE_DEVICE void after_computing(float, const void*) {}
 
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {

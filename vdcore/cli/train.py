@@ -50,6 +50,11 @@ def train(
     forcing: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of clips with a timestep of its own for every frame.")
     ] = None,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Teacher forcing: each chunk sees clean chunks before it; samples roll on.")
+    ] = False,
+    chunk: Annotated[int, typer.Option(min=1, help="With --causal, token frames per chunk.")] = 1,
+    past: Annotated[int | None, typer.Option(min=0, help="With --causal, chunks that a frame sees; all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and of all that is drawn.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 250,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing the checkpoint in --out.")] = False,
@@ -64,6 +69,7 @@ def train(
     """
     if ranks > 1 and not launched():
         raise typer.Exit(relaunch(ranks))
+    from vdcore import FrameMask
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
     from vdcore.diffusion.training import SCENES, Recipe
@@ -77,8 +83,20 @@ def train(
         if mask is not None:
             model = replace(model, mask=_mask(mask, model, frames or default.frames, size or default.size[0]))
         clip = {"frames": frames, "size": None if size is None else (size, size)}
-        training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
-        recipe = _given(default, model=model, target=target, **clip, **training)
+        if causal:
+            model = replace(model, mask=FrameMask(past=past, future=0, chunk=chunk))
+            hold = 0.0 if hold is None else hold
+        elif chunk != 1 or past is not None:
+            raise typer.BadParameter("it needs --causal", param_hint="--chunk and --past")
+        training = {
+            "batch": batch,
+            "steps": steps,
+            "lr": lr,
+            "hold": hold,
+            "forcing": forcing,
+            "seed": seed,
+        }
+        recipe = _given(default, model=model, target=target, causal=causal, **clip, **training)
         source = (
             Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
             if clips

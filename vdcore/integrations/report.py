@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,12 +20,37 @@ from torch import Tensor, nn
 
 
 class _Turn:
-    """Whose code runs: the host's while :meth:`Report.check` asks for it."""
+    """Whose code runs: the host's while :meth:`Report.check` asks for it, in the thread or task that checks."""
 
-    is_hosts = False
+    def __init__(self) -> None:
+        self._checks = 0  # that run now, anywhere
+        self._lock = Lock()
+        self._mine: ContextVar[bool] = ContextVar("vdcore.integrations.turn", default=False)
+
+    @property
+    def is_hosts(self) -> bool:
+        if self._checks == 0:
+            return False
+        # A compiler knows no context variables: code that it made is the host's for everybody while anybody checks.
+        return True if torch.compiler.is_compiling() else self._mine.get()
+
+    @contextmanager
+    def of_host(self) -> Iterator[None]:
+        with self._lock:
+            self._checks += 1
+        token = self._mine.set(True)
+        try:
+            yield
+        finally:
+            self._mine.reset(token)
+            with self._lock:
+                self._checks -= 1
 
 
 TURN = _Turn()
+
+# The module whose forward runs with functions of vdcore in it, which do not get it.
+running: ContextVar[nn.Module | None] = ContextVar("vdcore.integrations.running", default=None)
 
 # Why calls of a served module, processor or function went to the host after all.
 _left_at_run_time: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -33,6 +60,13 @@ def note_left(who: Any, reason: str) -> None:
     """Remembers why a call was left to the host, for the report."""
     if not torch.compiler.is_compiling() and not TURN.is_hosts:
         _left_at_run_time.setdefault(who, set()).add(reason)
+
+
+def note_left_by_running(reason: str) -> None:
+    """As :func:`note_left`, of the module that calls a function of vdcore."""
+    who = None if torch.compiler.is_compiling() else running.get()
+    if who is not None:
+        note_left(who, reason)
 
 
 @dataclass(frozen=True)
@@ -121,18 +155,15 @@ class Report:
         """Calls a swapped model, or pipeline, as its host and as it is, and prints how far apart the results are.
 
         Each is called twice without gradients, from the same state of torch's random numbers; the second call's time
-        counts. Under a mask the results differ, as they should. While it runs, the swap's models are the host's in
-        other threads too.
+        counts. Under a mask the results differ, as they should. Other threads' calls go on as they are, but for those
+        of compiled models, which are the host's meanwhile.
         """
         if isinstance(model, nn.Module) and not any(hasattr(type(x), "SERVES") for x in _parts(model)):
             raise ValueError("check: model must be swapped in, got one of which nothing is")
         results, seconds = [], []
-        for is_hosts in (True, False):
-            TURN.is_hosts = is_hosts
-            try:
+        for turn in (TURN.of_host(), nullcontext()):
+            with turn:
                 result, time = _timed(model, args, inputs)
-            finally:
-                TURN.is_hosts = False
             results.append(result)
             seconds.append(time)
         found = Check(*_differences(*results), *seconds)

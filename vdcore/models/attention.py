@@ -45,6 +45,7 @@ class Context:
         place: with a cache, where this chunk's keys and values go.
         frame_embedding: ``(T, 1, C)``, what is added to the tokens before the first block that looks across frames.
         grid: token frames, rows and columns (T', H', W').
+        mask: in place of the layers' own.
         split: how several processes share the frames. Conditions and ``rotations.time`` are of all frames then, all
             else is of this rank's.
     """
@@ -58,6 +59,7 @@ class Context:
     text_lengths: Tensor | None = None
     place: Place | None = None
     frame_embedding: Tensor | None = None
+    mask: FrameMask | None = None
     split: Split | None = None
 
     def of_own_frames(self, condition: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """The operator on all frames of ``x``, or with a ring on its new frames and those that the ring holds."""
         if ring is None or context.place is None:
-            out = operator(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
+            out = operator(*self.project(x), mask=context.mask or self.mask, norm=self.norm(), rope=rope)
         else:
             out = operator(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
         return self.proj(merged(out))
@@ -233,7 +235,8 @@ class GatedAttention(SelfAttention):
         alpha, rotations = self.alpha(x), context.rotations
         if ring is None or context.place is None:
             norm, rope = (self.norm(0), self.norm(1)), (rotations.space, rotations.time)
-            out = gated_attention(spatial, temporal, alpha, mask=self.mask, norm=norm, rope=rope)
+            mask = context.mask or self.mask
+            out = gated_attention(spatial, temporal, alpha, mask=mask, norm=norm, rope=rope)
         else:
             a_s: Any = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
             a_t: Any = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)

@@ -113,6 +113,8 @@ def slots_needed(mask: FrameMask, frames: int | None) -> int:
     """
     if mask.future != 0:
         raise ValueError(f"new_cache: the model's mask must be causal by chunks, future=0, got {mask}")
+    if mask.clean or mask.shots:
+        raise ValueError(f"new_cache: the model's mask must have neither shots nor a clean half, got {mask}")
     if mask.past is not None:
         return mask.sink + (mask.past + 1) * mask.chunk
     if frames is None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vdcore.mask import FrameMask
 from vdcore.models.attention import Context, CrossAttention, SelfAttention
 from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_frames, modulated_rows
 from vdcore.models.cache import FrameCache, new_ring, slots_needed
@@ -89,6 +90,8 @@ class VDiT(nn.Module):
         keep: bool = False,
         control: Sequence[Tensor] | None = None,
         frames: int | None = None,
+        history: Tensor | None = None,
+        history_timestep: Tensor | None = None,
     ) -> Tensor:
         """Predicts what the model was trained to: noise, velocity or clean video.
 
@@ -106,6 +109,10 @@ class VDiT(nn.Module):
             control: per block, from the first on, what is added to its result: ``(B, T', S, C)`` each.
             frames: T of the whole, where a mesh shares the frames; None: ranks tell one another what they have, for
                 which the host waits.
+            history: the clean video, of the shape of ``video``: teacher forcing. Each chunk of ``video`` sees the clean
+                chunks before its own, as it would after a cache of them, all chunks in one pass
+                (:meth:`FrameMask.teacher_forcing`). For masks that are causal by chunks, ``future=0``, without sinks.
+            history_timestep: ``(B,)``, that of clean frames; None: 0.
 
         Returns:
             ``(B, out_channels, T, H, W)``.
@@ -114,6 +121,10 @@ class VDiT(nn.Module):
             ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
         """
         given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions}
+        if history is not None:
+            if cache is not None or control is not None or self.ranks > 1:
+                _wrong("history", "None with a cache, a control or a mesh of several ranks", tuple(history.shape))
+            return self._forced(video, timestep, history, history_timestep, given)
         x, context = self.embed(video, timestep, cache=cache, frames=frames, **given)
         if control is not None and len(control) > len(self.blocks):
             _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
@@ -124,6 +135,36 @@ class VDiT(nn.Module):
         if cache is not None and keep:
             cache.frames += context.grid[0]
         return scale_gradient(self.final(x, context), self.ranks)
+
+    def _forced(
+        self, video: Tensor, timestep: Tensor, history: Tensor, history_timestep: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        """Clean and noisy video as one sequence of frames; the noisy half of the prediction."""
+        mask, B, T, pt = self.config.frame_mask, *video.shape[:3:2], self.config.patch[0]
+        if mask.future != 0 or mask.sink or mask.shots or mask.clean:
+            _wrong("history", "None where the mask is not causal by chunks, future=0, without sinks and shots", mask)
+        if history.shape != video.shape:
+            _wrong("history", f"of the video's shape {tuple(video.shape)}", tuple(history.shape))
+        if history_timestep is None:
+            history_timestep = timestep.new_zeros(B)
+        if history_timestep.shape != (B,):
+            _wrong("history_timestep", f"(B,) = {(B,)}", tuple(history_timestep.shape))
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, T // pt)
+        still = history_timestep.to(timestep.dtype)[:, None].expand_as(timestep)
+        given = dict(given)
+        for name, axis, ndim in (("text", 1, 4), ("text_lengths", 1, 2)):
+            if given[name] is not None and given[name].ndim == ndim:
+                given[name] = torch.cat((given[name],) * 2, axis)
+        positions = given["positions"]
+        if positions is None:
+            positions = torch.arange(T // pt, dtype=torch.float64, device=video.device)
+        given["positions"] = torch.cat((positions,) * 2)
+        x, context = self.embed(torch.cat((history, video), 2), torch.cat((still, timestep), 1), **given)
+        context.mask = FrameMask.teacher_forcing(T // pt, mask.chunk, mask.past)
+        for i in range(len(self.blocks)):
+            x = self.run(i, x, context, None)
+        return self.final(x, context)[:, :, T:]
 
     @property
     def ranks(self) -> int:

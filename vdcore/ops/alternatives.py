@@ -78,7 +78,24 @@ def space(op: str, allows: Callable[[Choice], bool] = lambda choice: True, **alt
 
 # ---- Parts that several operators share ----
 
-MASKS = (
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """A mask of teacher forcing, over the frames that a call turns out to have."""
+
+    chunk: int
+    past: int | None
+
+    def over(self, frames: int) -> FrameMask:
+        return FrameMask.teacher_forcing(max(-(-frames // 2), 1), self.chunk, self.past)
+
+
+def draw_mask(given: FrameMask | TeacherForcing, frames: int) -> FrameMask:
+    """Of a call whose key frames, or last query frame, are so many."""
+    return given.over(frames) if isinstance(given, TeacherForcing) else given
+
+
+MASKS: tuple[FrameMask | TeacherForcing, ...] = (
     FrameMask(),
     FrameMask.causal(),
     FrameMask.same_frame(),
@@ -87,6 +104,10 @@ MASKS = (
     FrameMask(past=1, sink=2),
     FrameMask(past=1, future=1, chunk=2),
     FrameMask(past=0, future=0, chunk=3, sink=1),
+    FrameMask(past=1, future=0, shots=(0, 2)),
+    FrameMask(past=0, future=1, chunk=2, shots=(1,)),
+    TeacherForcing(1, None),
+    TeacherForcing(2, 1),
 )
 # (kind, over, which weights), and whether weights are float32 beside half precision
 NORMS = (

@@ -77,19 +77,21 @@ _UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such n
 
 
 def mask_numbers(mask: FrameMask) -> list[int]:
-    """past, future (-1: all), chunk, sink."""
+    """past, future (-1: all), chunk, sink, clean, then shots."""
     past, future = mask.past, mask.future
     return [
         -1 if past is None or past >= _UNBOUNDED else past,
         -1 if future is None or future >= _UNBOUNDED else future,
         min(mask.chunk, _UNBOUNDED),
         min(mask.sink, _UNBOUNDED),
+        min(mask.clean, _UNBOUNDED),
+        *(shot for shot in mask.shots if shot < _UNBOUNDED),
     ]
 
 
 def _build_mask(numbers: list[int]) -> FrameMask:
-    past, future, chunk, sink = numbers
-    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink)
+    past, future, chunk, sink, clean, *shots = numbers
+    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink, clean, tuple(shots))
 
 
 # Of a group of heads: (heads, tile * 3, shift of the grid, shift of frames, sink, *count and numbers of frames,

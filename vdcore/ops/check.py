@@ -75,6 +75,8 @@ def check_attention(
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
     lengths = check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
     norm = check_norm(op, norm, q, H, G, D)
     rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)

@@ -119,7 +119,8 @@ using Lengths = std::optional<std::vector<int64_t>>;
 inline const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
 
 inline FrameMask checked_mask(const std::vector<int64_t>& numbers) {
-  require(numbers.size() == 4 && numbers[2] > 0, "a mask is (past, future, chunk, sink), its chunk at least 1");
+  require(numbers.size() >= 5 && numbers[2] > 0,
+          "a mask is (past, future, chunk, sink, clean, *shots), its chunk at least 1");
   return mask_of(numbers);
 }
 

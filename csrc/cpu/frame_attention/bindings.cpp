@@ -121,17 +121,17 @@ py::list group_list(const std::vector<TokenGroup>& groups) {
   return found;
 }
 
-// For tests: the engine's view of a mask, [(sink_end, begin, end)] per query and [(begin, end)] per key.
+// For tests: the engine's view of a mask, two runs per query and two per key.
 py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t keys, int64_t start) {
+  using Runs = std::array<std::array<int64_t, 2>, 2>;
   const VisibleTables t(checked_mask(mask), queries, keys, start, nullptr, 1);
-  std::vector<std::array<int64_t, 3>> rows;
-  std::vector<std::array<int64_t, 2>> columns;
+  std::vector<Runs> rows, columns;
   for (int64_t i = 0; i < queries; ++i)
-    rows.push_back(t.dense ? std::array<int64_t, 3>{0, 0, keys}
-                           : std::array<int64_t, 3>{t.sink[i], t.begin[i], t.end[i]});
+    rows.push_back(t.dense ? Runs{{{0, 0}, {0, keys}}}
+                           : Runs{{{t.low_begin[i], t.low_end[i]}, {t.begin[i], t.end[i]}}});
   for (int64_t i = 0; i < keys; ++i)
-    columns.push_back(t.dense ? std::array<int64_t, 2>{0, queries}
-                              : std::array<int64_t, 2>{t.seen_begin[i], t.seen_end[i]});
+    columns.push_back(t.dense ? Runs{{{0, queries}, {0, 0}}}
+                              : Runs{{{t.seen_begin[i], t.seen_end[i]}, {t.also_begin[i], t.also_end[i]}}});
   return py::make_tuple(rows, columns);
 }
 

@@ -41,8 +41,17 @@ struct TemporalArguments {
                     int threads)
       : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
         tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
-    args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
-                    tables.seen_end.data(), tables.per_sample, tables.dense};
+    args.visible = {tables.begin.data(),
+                    tables.end.data(),
+                    tables.low_begin.data(),
+                    tables.low_end.data(),
+                    tables.seen_begin.data(),
+                    tables.seen_end.data(),
+                    tables.also_begin.data(),
+                    tables.also_end.data(),
+                    tables.per_sample,
+                    tables.dense,
+                    tables.twice};
   }
 };
 

@@ -49,7 +49,7 @@ struct Gate {
 
 // Which frames see which: see common/frame_runs.h.
 struct Frames {
-  FrameMask mask;
+  FrameWindow mask;
   int64_t start;           // index of the first query frame among the keys
   const int64_t* lengths;  // (B) on the device, or null
   int32_t queries, keys;

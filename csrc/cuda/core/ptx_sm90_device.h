@@ -35,9 +35,9 @@ VDCORE_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "TRY:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni DONE;\n"
-      "bra.uni TRY;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n"  // ns that a thread may be suspended for
+      "@done bra DONE;\n"
+      "bra TRY;\n"
       "DONE:\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
@@ -88,6 +88,19 @@ VDCORE_DEVICE void named_barrier_arrive(int id, int threads) {
 VDCORE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 VDCORE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// No instruction that touches these registers moves over this one. What a wait is for must be named so behind it, and
+// what products take before them: to the compiler they are ordinary registers all along.
+template <int N>
+VDCORE_DEVICE void fence_operands(float (&x)[N]) {
+  VDCORE_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int M, int N>
+VDCORE_DEVICE void fence_operands(uint32_t (&x)[M][N]) {
+  VDCORE_UNROLL
+  for (int i = 0; i < M * N; ++i) asm volatile("" : "+r"(x[i / N][i % N])::"memory");
+}
 
 // Until at most so many of the latest groups are still running.
 template <int kGroups>

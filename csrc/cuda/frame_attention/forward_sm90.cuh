@@ -12,11 +12,12 @@
 // text. Where frames follow one another in memory, a run is one sequence of tokens. A tile that begins with a run and
 // ends with it needs no mask but at its last, partial tile, whose other rows must not be read at all: what is not
 // visible may be NaN, and 0 * NaN is NaN. So keys and values are seen through a tensor map of windows, channels x
-// kKeys x ends x heads x batch, in which window e holds the kKeys tokens before token e: its second and third stride
-// are the same. A box that starts kKeys - rows tokens into window start + rows holds exactly the tokens [start, start +
-// rows), and the accelerator fills the rest with zeros, because there the window ends. Every tile, whole or not, is
-// loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay inside a
-// frame and the map is channels x S x frames x heads x batch, which ends where the frame does.
+// kKeys x tokens x heads x batch, in which window t holds the kKeys tokens from token t on: its second and third stride
+// are the same. A box that starts kKeys - rows before window t holds, in its last rows, exactly the tokens [t, t +
+// rows), and the accelerator fills those before with zeros, because there the window has not begun. Every tile, whole
+// or not, is loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay
+// inside a frame, the map is channels x S x frames x heads x batch, and the rows before are zeros or tokens that the
+// frame's tile before has had.
 //
 // Plan. Work is 4 D FLOP per visible pair; an SM's tensor cores do 4,096 FLOP per cycle and its special units 16
 // exponentials.
@@ -26,7 +27,8 @@
 //     block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
 //   D = 64, 192 queries x 128 keys: 6.3 MFLOP, 1,536 cycles, and as many for the exponentials: these are the bound.
 //     Three warpgroups share what is loaded, 21 B per cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
-//   D = 72, 80, 96: as 128; the second column of 64 channels is partly zeros, which only cost shared memory.
+//   D = 80, 96: as 128, with results of 96 channels: see plan_sm90.cuh. 65 to 80 channels multiply 5 steps of 16 for a
+//     score, and then 96 for the result where 80 are needed: 9 % more of the tensor cores' time.
 // Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, the rates of FlashAttention-3,
 // whose tiles these are, and 90 % of that per pair under a mask, where the last tile of a run is partly empty. None of
 // it is measured yet.
@@ -36,12 +38,13 @@
 
 namespace vdcore::cuda {
 
-template <class Plan>
+// Boxes of kColumn channels.
+template <int kColumns, int kColumn>
 VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, uint64_t* barrier, int32_t c1, int32_t c2,
                                 int32_t c3, int32_t c4) {
   VDCORE_UNROLL
-  for (int column = 0; column < Plan::kColumns; ++column)
-    load_box(shared + column * rows * 128, map, barrier, 64 * column, c1, c2, c3, c4);
+  for (int column = 0; column < kColumns; ++column)
+    load_box(shared + column * rows * 2 * kColumn, map, barrier, kColumn * column, c1, c2, c3, c4);
 }
 
 // A length below 0 counts as 0.
@@ -50,19 +53,16 @@ VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
   return static_cast<int32_t>(larger(smaller(load_global<int64_t>(lengths + sample), INT32_MAX), 0));
 }
 
-// Where a tile of keys lies in its tensor map.
+// Where a tile of keys lies in its tensor map: in the last rows of a box.
 struct KeyBox {
   const FrameSource* source = nullptr;
   int32_t c1 = 0, c2 = 0, rows = 0;
   KeyBox() = default;
   VDCORE_DEVICE KeyBox(const FrameParameters& p, const KeyTile& tile, int32_t window)
-      : source(tile.of_text ? &p.text : &p.video), rows(tile.rows) {
+      : source(tile.of_text ? &p.text : &p.video), c1(tile.rows - window), c2(tile.start), rows(tile.rows) {
     if (source->k_frame) {
       c2 = tile.start / source->k_frame;
-      c1 = tile.start - c2 * source->k_frame;
-    } else {
-      c2 = tile.start + tile.rows;
-      c1 = window - tile.rows;
+      c1 += tile.start - c2 * source->k_frame;
     }
   }
 };
@@ -88,8 +88,8 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
     mbarrier_arrive_expect(shared.q_full, walk.count ? Plan::kQueryBytes : 0);
     if (!walk.count) continue;
     const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
-    load_columns<Plan>(shared.queries, Plan::kRows, &own.q, shared.q_full, tile.start - frame * own.q_frame, frame,
-                       head, sample);
+    load_columns<Plan::kColumns, 64>(shared.queries, Plan::kRows, &own.q, shared.q_full,
+                                     tile.start - frame * own.q_frame, frame, head, sample);
 
     // In the order of their use: the keys of a tile, then the values of the one before.
     KeyBox box, before;
@@ -99,15 +99,16 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
         mbarrier_wait(shared.k_empty + k_ring.stage, k_ring.parity ^ 1);
         shared.key_rows[k_ring.stage] = box.rows;
         mbarrier_arrive_expect(shared.k_full + k_ring.stage, Plan::kKeyBytes);
-        load_columns<Plan>(shared.keys + k_ring.stage * Plan::kKeyBytes, Plan::kKeys, &box.source->k,
-                           shared.k_full + k_ring.stage, box.c1, box.c2, head / p.ratio, sample);
+        load_columns<Plan::kColumns, 64>(shared.keys + k_ring.stage * Plan::kKeyBytes, Plan::kKeys, &box.source->k,
+                                         shared.k_full + k_ring.stage, box.c1, box.c2, head / p.ratio, sample);
         k_ring.next();
       }
       if (j) {
         mbarrier_wait(shared.v_empty + v_ring.stage, v_ring.parity ^ 1);
-        mbarrier_arrive_expect(shared.v_full + v_ring.stage, Plan::kKeyBytes);
-        load_columns<Plan>(shared.values + v_ring.stage * Plan::kKeyBytes, Plan::kKeys, &before.source->v,
-                           shared.v_full + v_ring.stage, before.c1, before.c2, head / p.ratio, sample);
+        mbarrier_arrive_expect(shared.v_full + v_ring.stage, Plan::kValueBytes);
+        load_columns<Plan::kValueColumns, Plan::kValueColumn>(
+            shared.values + v_ring.stage * Plan::kValueBytes, Plan::kKeys, &before.source->v,
+            shared.v_full + v_ring.stage, before.c1, before.c2, head / p.ratio, sample);
         v_ring.next();
       }
     }
@@ -124,7 +125,7 @@ struct FrameSoftmax {
     if (rows < Plan::kKeys) {
       VDCORE_UNROLL
       for (int i = 0; i < Plan::kKeys / 2; ++i)
-        if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= rows) s[i] = -infinity();
+        if (8 * (i / 4) + 2 * (lane % 4) + i % 2 < Plan::kKeys - rows) s[i] = -infinity();
     }
     VDCORE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -149,14 +150,14 @@ struct FrameSoftmax {
 
 template <class Plan, typename E>
 struct FrameConsumer {
-  static constexpr int kKeys = Plan::kKeys, D = Plan::D;
+  static constexpr int kKeys = Plan::kKeys, D = Plan::D, kResult = Plan::kResult;
   const FrameParameters& p;
   const FrameShared<Plan>& shared;
   int group, lane, row;  // warpgroup; lane of its warp; first of the two rows, row and row + 8
   Ring<Plan::kStages> k_ring, v_ring;
   Ring<2> slot;
   uint32_t q_parity = 0;
-  float o[D / 2];
+  float o[kResult / 2];
   uint32_t probabilities[kKeys / 16][4];
 
   VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory, int thread)
@@ -181,7 +182,7 @@ struct FrameConsumer {
     const uint32_t k = shared_address(shared.keys) + k_ring.stage * Plan::kKeyBytes;
     wgmma_fence();
     VDCORE_UNROLL
-    for (int step = 0; step < (D + 15) / 16; ++step) {
+    for (int step = 0; step < D / 16; ++step) {
       const uint32_t column = step / 4, offset = step % 4 * 32;
       const uint64_t a = rows_descriptor(q + column * Plan::kRows * 128 + offset);
       const uint64_t b = rows_descriptor(k + column * kKeys * 128 + offset);
@@ -194,13 +195,28 @@ struct FrameConsumer {
   }
 
   VDCORE_DEVICE void issue_result() {
-    const uint32_t v = shared_address(shared.values) + v_ring.stage * Plan::kKeyBytes;
+    const uint32_t v = shared_address(shared.values) + v_ring.stage * Plan::kValueBytes;
+    constexpr int kRow = 2 * Plan::kValueColumn;
+    fence_operands(o);
+    fence_operands(probabilities);
     wgmma_fence();
     VDCORE_UNROLL
     for (int step = 0; step < kKeys / 16; ++step)
-      Wgmma<E, D>::registers_times_columns(o, probabilities[step],
-                                           columns_descriptor(v + step * 16 * 128, kKeys * 128));
+      Wgmma<E, kResult>::registers_times_columns(
+          o, probabilities[step], columns_descriptor<Plan::kValueColumn>(v + step * 16 * kRow, kKeys * kRow));
     wgmma_commit();
+  }
+
+  // Waits for the scores; with kAll for the result, too.
+  template <bool kAll>
+  VDCORE_DEVICE void await_scores(float (&s)[kKeys / 2]) {
+    wgmma_wait<kAll ? 0 : 1>();
+    fence_operands(s);
+  }
+  VDCORE_DEVICE void await_result() {
+    wgmma_wait<0>();
+    fence_operands(o);
+    fence_operands(probabilities);
   }
 
   VDCORE_DEVICE void await_keys() const { mbarrier_wait(shared.k_full + k_ring.stage, k_ring.parity); }
@@ -222,7 +238,7 @@ struct FrameConsumer {
 
   VDCORE_DEVICE void shrink_result(const float (&shrink)[2]) {
     VDCORE_UNROLL
-    for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < kResult / 2; ++i) o[i] *= shrink[i / 2 % 2];
   }
 
   VDCORE_DEVICE void run() {
@@ -230,7 +246,7 @@ struct FrameConsumer {
     q_parity ^= 1;
     FrameSoftmax<Plan> softmax;
     VDCORE_UNROLL
-    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    for (int i = 0; i < kResult / 2; ++i) o[i] = 0;
     const int32_t key_tiles = shared.items[slot.stage].key_tiles;
     if (key_tiles) {
       float shrink[2];
@@ -239,7 +255,7 @@ struct FrameConsumer {
         await_keys();
         const int32_t rows = shared.key_rows[k_ring.stage];
         issue_scores(s);
-        wgmma_wait<0>();
+        await_scores<true>(s);
         release_keys();
         softmax.step(s, rows, lane, p.exponent, shrink);
         keep_probabilities(s);
@@ -253,11 +269,11 @@ struct FrameConsumer {
         await_values();
         issue_result();
         pass_turn();
-        wgmma_wait<1>();
+        await_scores<false>(s);
         release_keys();
         softmax.step(s, rows, lane, p.exponent, shrink);
         after_computing(softmax.sum[0] + softmax.sum[1], shared.q_full);
-        wgmma_wait<0>();
+        await_result();
         release_values();
         shrink_result(shrink);
         keep_probabilities(s);
@@ -267,7 +283,7 @@ struct FrameConsumer {
     if (key_tiles) {
       await_values();
       issue_result();
-      wgmma_wait<0>();
+      await_result();
       release_values();
     }
     store(shared.items[slot.stage], softmax);
@@ -283,12 +299,12 @@ struct FrameConsumer {
       const float factor = live ? 1 / sum : 0;
       const int64_t at = item.first + static_cast<int64_t>(mine) * p.heads;
       VDCORE_UNROLL
-      for (int c = 0; c < D / 8; c += 4) {
+      for (int c = 0; c < kResult / 8; c += 4) {
         uint32_t word[4];
         VDCORE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int d = 4 * (c + i) + 2 * r;
-          word[i] = c + i < D / 8 && live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
+          word[i] = live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
         }
         transpose_quad(word, lane);
         const int channel = 8 * (c + lane % 4);

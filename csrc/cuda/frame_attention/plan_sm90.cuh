@@ -7,19 +7,27 @@
 
 namespace vdcore::cuda {
 
-// The compile-time plan of a kernel: channels D (a multiple of 8), warpgroups of 64 query rows, keys per tile, stages.
+// The compile-time plan of a kernel: channels D (a multiple of 16), warpgroups of 64 query rows, keys per tile, stages.
+//
+// Queries and keys lie in columns of 64 channels, zeros past the last one. The channels of values are the N of their
+// product, which columns must divide: no public kernel has it otherwise. So 65 to 96 channels are 96, three columns of
+// 32 with a swizzle of 64 bytes, as in FlashAttention-3.
 template <int kD, int kGroups, int kKeyRows, int kStageCount, bool kTurns = true>
 struct FramePlan {
   static constexpr int D = kD, kConsumers = kGroups, kKeys = kKeyRows, kStages = kStageCount;
   static constexpr bool kPingPong = kTurns;  // warpgroups take turns at the tensor cores
   static constexpr int kRows = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   static constexpr int kColumns = (D + 63) / 64;  // of 64 channels, 128 bytes
+  static constexpr int kResult = D <= 64 ? 64 : D <= 96 ? 96 : 128;
+  static constexpr int kValueColumn = kResult % 64 ? 32 : 64, kValueColumns = kResult / kValueColumn;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
   static constexpr uint32_t kQueryBytes = kRows * kColumns * 128, kKeyBytes = kKeys * kColumns * 128;
+  static constexpr uint32_t kValueBytes = kKeys * kResult * 2;
   static constexpr int kBarriers = 2 + 4 * kStages;
-  static constexpr size_t kShared = 1024 + kQueryBytes + 2 * kStages * kKeyBytes + 2 * 40 + 8 * kBarriers + 4 * kStages;
-  static_assert(D % 8 == 0 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
+  static constexpr size_t kShared =
+      1024 + kQueryBytes + kStages * (kKeyBytes + kValueBytes) + 2 * 40 + 8 * kBarriers + 4 * kStages;
+  static_assert(D % 16 == 0 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
   static_assert(kShared <= 232448, "of 227 KB");
 };
 
@@ -62,9 +70,9 @@ struct FrameItem {
 
 template <class Plan>
 struct FrameShared {
-  char* queries;  // [columns][rows][64]
-  char* keys;     // [stages][columns][keys][64]
-  char* values;
+  char* queries;     // [columns][rows][64]
+  char* keys;        // [stages][columns][keys][64]
+  char* values;      // [stages][value columns][keys][64 or 32]
   FrameItem* items;  // [2]: the next one is written while the last one's result is stored
   uint64_t *q_full, *q_empty;
   uint64_t *k_full, *k_empty, *v_full, *v_empty;  // [stages]
@@ -75,7 +83,7 @@ struct FrameShared {
     queries = base;
     keys = queries + Plan::kQueryBytes;
     values = keys + Plan::kStages * Plan::kKeyBytes;
-    items = reinterpret_cast<FrameItem*>(values + Plan::kStages * Plan::kKeyBytes);
+    items = reinterpret_cast<FrameItem*>(values + Plan::kStages * Plan::kValueBytes);
     q_full = reinterpret_cast<uint64_t*>(items + 2);
     q_empty = q_full + 1;
     k_full = q_empty + 1;

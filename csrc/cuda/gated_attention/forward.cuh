@@ -26,7 +26,7 @@ constexpr int kTileKeys = 64, kGatedThreads = 128;
 // Eight lanes read 64 bytes of two rows of keys, and 16 bytes of eight rows of values: rows must differ in their banks.
 constexpr int key_pitch(int C) { return 64 * (C | 1); }
 constexpr int value_pitch(int C) { return 64 * C + 16; }
-constexpr int gated_shared_bytes(int C) { return 2 * kTileKeys * (key_pitch(C) + value_pitch(C)); }
+constexpr size_t gated_shared_bytes(int C) { return 2 * kTileKeys * (key_pitch(C) + value_pitch(C)); }
 constexpr int row_tiles(int C) { return C <= 2 ? 2 : 1; }
 
 // What a warp of the kernel does. C: chunks of 32 channels.
@@ -176,7 +176,7 @@ void spatial_gated_forward_of(const Where& where, const SpatialGated& a) {
   with_chunks<2, 3, 4, 8>(where, a.head_dim, [&](auto chunks) {
     constexpr int C = decltype(chunks)::value;
     const int64_t rows = 64 * row_tiles(C), blocks = a.batch * a.frames * a.heads * ((a.tokens + rows - 1) / rows);
-    launch(where, spatial_gated_kernel<E, C>, blocks, kGatedThreads, gated_shared_bytes(C), a);
+    launch(where, spatial_gated_kernel<E, C>, {blocks, kGatedThreads, gated_shared_bytes(C)}, a);
   });
 }
 

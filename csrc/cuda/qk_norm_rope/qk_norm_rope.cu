@@ -172,7 +172,7 @@ void with_kernel(const Where& where, DType dtype, int D, F f) {
 void rows_norm_rope(const Where& where, DType dtype, const RowsNormRope& args) {
   const int64_t blocks = (args.rows + kRowsPerBlock - 1) / kRowsPerBlock;
   with_kernel(where, dtype, args.head_dim, [&](auto e, auto chunks) {
-    launch(where, rows_norm_rope_kernel<decltype(e), decltype(chunks)::value>, blocks, kThreads, 0, args);
+    launch(where, rows_norm_rope_kernel<decltype(e), decltype(chunks)::value>, {blocks, kThreads, 0}, args);
   });
 }
 
@@ -180,16 +180,16 @@ void rows_norm_rope_backward(const Where& where, DType dtype, const RowsNormRope
   const int64_t blocks = rows_backward_blocks(args.forward.rows);
   with_kernel(where, dtype, args.forward.head_dim, [&](auto e, auto chunks) {
     constexpr int C = decltype(chunks)::value;
-    const int bytes = args.sums ? kThreads / 32 * weight_sum_bytes(C) : 0;
-    launch(where, rows_norm_rope_backward_kernel<decltype(e), C>, blocks, kThreads, bytes, args);
+    const size_t bytes = args.sums ? kThreads / 32 * weight_sum_bytes(C) : 0;
+    launch(where, rows_norm_rope_backward_kernel<decltype(e), C>, {blocks, kThreads, bytes}, args);
   });
 }
 
 void rope_table_backward(const Where& where, DType dtype, const RopeTableBackward& args) {
   const int64_t warps = args.frames * args.tokens * args.heads * args.chunks, each = kThreads / 32;
   with_kernel(where, dtype, args.of.forward.head_dim, [&](auto e, auto chunks) {
-    launch(where, rope_table_backward_kernel<decltype(e), decltype(chunks)::value>, (warps + each - 1) / each, kThreads,
-           0, args);
+    launch(where, rope_table_backward_kernel<decltype(e), decltype(chunks)::value>,
+           {(warps + each - 1) / each, kThreads, 0}, args);
   });
 }
 

@@ -36,7 +36,7 @@ struct TemporalBackward {
 
 constexpr int kBackwardThreads = 128, kBackwardRows = kBackwardThreads / 32 * 16;  // of all sequences of a block
 constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : 2; }
-constexpr int temporal_backward_shared_bytes(int C, bool norm_rope) {
+constexpr size_t temporal_backward_shared_bytes(int C, bool norm_rope) {
   const int rows = 2 * 64 * C * kBackwardRows, sums = kBackwardThreads / 32 * weight_sum_bytes(C);
   return 8 * kBackwardRows + (norm_rope ? rows + sums : 0);
 }
@@ -200,8 +200,8 @@ temporal_backward_kernel(const TemporalBackward f) {
 template <typename E, int N, int C, bool kNormRope>
 void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) {
   constexpr int kSequences = BackwardWarp<E, N, C, kNormRope>::kSequences;
-  launch(where, temporal_backward_kernel<E, N, C, kNormRope>, (f.items + kSequences - 1) / kSequences, kBackwardThreads,
-         temporal_backward_shared_bytes(C, kNormRope), f);
+  launch(where, temporal_backward_kernel<E, N, C, kNormRope>,
+         {(f.items + kSequences - 1) / kSequences, kBackwardThreads, temporal_backward_shared_bytes(C, kNormRope)}, f);
 }
 
 template <typename E, int N>
@@ -218,7 +218,7 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
   const TemporalAttention& a = args.forward;
   const int frames = a.frames.queries > a.frames.keys ? a.frames.queries : a.frames.keys, D = a.head_dim;
   const int shared = a.heads / a.groups;
-  if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared))
+  if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared, most_shared_memory(where)))
     launch_error(where, "no kernel for so many frames and channels");
   if (a.norm_rope.any() && !temporal_backward_fuses_norm_rope(D))
     launch_error(where, "no kernel for such norm or rope");

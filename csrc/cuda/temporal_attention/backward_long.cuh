@@ -12,7 +12,7 @@
 //
 //                                 D <= 64      96      128     256
 //   registers, own rows and sums       64      96      128     128     (beyond 128 channels own rows are read again)
-//   shared memory, KiB, 256 frames     66      98      130       -     one query head per key head
+//   shared memory, KiB, 256 frames     74     110      146       -     one query head per key head
 #pragma once
 
 #include "cuda/core/dispatch.h"
@@ -225,8 +225,9 @@ void temporal_long_backward(const Where& where, const TemporalAttentionBackward&
   const int shared = a.heads / a.groups, D = a.head_dim, queries = a.frames.queries, keys = a.frames.keys;
   const TemporalLongBackward f{args, tiles_of(queries), tiles_of(keys), long_backward_warps(queries, keys, shared)};
   with_chunks<2, 3, 4, 8>(where, D, [&](auto chunks) {
-    launch(where, temporal_long_backward_kernel<E, decltype(chunks)::value>, a.sequences / shared, 32 * f.warps,
-           long_backward_shared_bytes(queries, keys, D, shared), f);
+    const size_t bytes = long_backward_shared_bytes(queries, keys, D, shared);
+    launch(where, temporal_long_backward_kernel<E, decltype(chunks)::value>,
+           {a.sequences / shared, 32 * f.warps, bytes}, f);
   });
 }
 

@@ -26,7 +26,7 @@ struct TemporalForward {
 
 inline void launch_temporal(const Where& where, void (*kernel)(TemporalForward), const TemporalForward& f) {
   const int64_t warps = kTemporalThreads / 32;
-  launch(where, kernel, (f.items + warps - 1) / warps, kTemporalThreads, 0, f);
+  launch(where, kernel, {(f.items + warps - 1) / warps, kTemporalThreads, 0}, f);
 }
 
 constexpr int temporal_long_blocks_per_sm(int C) { return 6 - C; }  // as many as without a spill

@@ -110,6 +110,8 @@ def _swap(
         fresh: what those hold that are not swapped yet.
     """
     watches = [watch_of(model) or fresh[model] for _, model in found]
+    for (_, model), watch in zip(found, watches):
+        watch.go_last(model)
     models = [(path, model, _finder(model, path, watch.clip)) for (path, model), watch in zip(found, watches)]
     swap(models, report, [Change.of_hook(model, watch) for model, watch in fresh.items()], stacklevel=4)
     if settings.mask is not None:

@@ -6,10 +6,11 @@ backward runs after both, never see each other's.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -109,6 +110,9 @@ class Clip:
         return found[0][1:]
 
     def _unknown(self, tokens: int, found: list[Any], what: str) -> RuntimeError:
+        scope = self._scope()
+        if scope is not None and scope.grid is not None:
+            return RuntimeError(_changed(scope.grid, f"{tokens} tokens under {mask_text(self.given)}"))
         either = f", either of {' or '.join(map(str, found))} {what}," if found else ""
         return RuntimeError(
             f"swap_in: attention over {tokens} tokens{either} under {mask_text(self.given)}, outside of a call of the "
@@ -236,10 +240,33 @@ class Watch(ServingHook):
             checkpoint_in_scope(module)
         _scope.set(Scope(self.clip, grid, {}, _scope.get(), self.clip.switch.is_dense))
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        scope = None if torch.compiler.is_compiling() else _scope.get()
-        if scope is not None and scope.clip is self.clip:
-            _scope.set(scope.outer)
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        scope = _scope.get()
+        if scope is None or scope.clip is not self.clip:
+            return
+        _scope.set(scope.outer)
+        if output is None or self.grid is None or scope.grid is None:
+            return
+        grid = self.grid(module, *args, **kwargs)
+        if grid != scope.grid:  # of as many tokens: nothing else has seen it
+            raise RuntimeError(
+                _changed(scope.grid, f"{' x '.join(map(str, grid))} tokens under {mask_text(self.clip.given)}")
+            )
+
+    def go_last(self, model: nn.Module) -> None:
+        """After the hooks that others have registered since, which may change what the model is called with."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                cast(OrderedDict[int, Any], model._forward_pre_hooks).move_to_end(key)
+
+
+def _changed(grid: Grid, found: str) -> str:
+    return (
+        f"swap_in: attention over {found} in a call of a model with {' x '.join(map(str, grid))}: these are not the "
+        f"clip's, or a hook that was registered after the swap changed the model's inputs: then swap in again"
+    )
 
 
 def watch_of(model: nn.Module) -> Watch | None:
@@ -323,7 +350,7 @@ class Keys(NamedTuple):
 
 def _rows(mask: Tensor) -> Tensor | str:
     """A mask ``(B, ..., n)`` as ``(B, n)``, or as ``(B, H, n)`` where heads may differ; or why it has no such form."""
-    if mask.ndim < 2 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
+    if not 2 <= mask.ndim <= 4 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
         return "the attention mask is not one of keys alone"
     if mask.ndim == 2 or mask.shape[1] == 1 or mask.stride(1) == 0:
         return mask if mask.ndim == 2 else mask[:, 0].reshape(mask.shape[0], mask.shape[-1])

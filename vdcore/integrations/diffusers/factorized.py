@@ -76,7 +76,7 @@ class SpatialAttention(Processor):
         as_sequences, is_self = hidden_states.ndim == 3, encoder_hidden_states is None
         reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
         keys, pairs = None, None
-        if reason is None and is_observed(norm for norm in (attn.norm_q, attn.norm_k) if norm is not None):
+        if reason is None and is_observed((attn.norm_q, attn.norm_k)):
             reason = OBSERVED
         if reason is None and attention_mask is not None and is_self and as_sequences and not self.TEMPORAL:
             pairs = self.clip.once(text_pairs, attention_mask)
@@ -235,7 +235,7 @@ def run_block(
     """Calls a block of a module with ``(B, T, S, C)``, or as the host does if someone put another there since."""
     if not takes_clips(block):
         _note_replaced(module, "a block", temporal)
-    elif is_observed(block.modules()):
+    elif is_observed([block]):
         note_left(module, OBSERVED)
     else:
         return served()

@@ -106,7 +106,10 @@ class Rebound(Processor):
         self, to_context: bool, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """diffusers' dispatcher: ``(B, N, H, D)``."""
-        served = self._served(query, key, value, Options(*args, **kwargs), to_context)
+        options = Options(*args, **kwargs)
+        if isinstance(options.attn_mask, Tensor) and options.attn_mask.ndim == 2:  # (B, n), to the dispatcher
+            options = options._replace(attn_mask=options.attn_mask[:, None, None])
+        served = self._served(query, key, value, options, to_context)
         if not isinstance(served, str):
             return served
         self._leave(served, query, key, to_context)
@@ -162,7 +165,7 @@ class Rebound(Processor):
             return None
         if not isinstance(mask, Tensor):
             return f"an attention mask of type {type(mask).__name__}"
-        if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
+        if mask.ndim != 4 or mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
             return "an attention mask of another shape"
         keys = self.clip.valid_keys(mask)
         return keys.expand(q.shape[0]) if isinstance(keys, Keys) else keys
