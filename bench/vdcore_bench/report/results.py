@@ -9,7 +9,7 @@ from pathlib import Path
 from vdcore_bench.measure.journal import MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, masks, ranks, tangents
+from vdcore_bench.suites import gpu, kept, masks, ranks, tangents
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -56,6 +56,25 @@ def mask_tables(rows: Sequence[Row]) -> list[Table]:
     )
 
 
+def kept_tables(rows: Sequence[Row]) -> list[Table]:
+    """What masks keep of a model's attention, and the mask that every head is recommended; two for a model."""
+    found = []
+    for model in kept.models(rows):
+        found.append(Table.of(kept.HEADER, kept.cells(model), model.title))
+        title = f"{model.name}: masks that keep {model.keep:.0%} in every head"
+        found.append(Table.of(kept.CHOICE_HEADER, kept.choice_cells(model), title, text=True))
+    return _with_note(found, kept.LEGEND)
+
+
+def head_tables(rows: Sequence[Row]) -> list[Table]:
+    """Every head of the models that masks were tried on."""
+    found = []
+    for model in kept.models(rows):
+        header, cells = kept.head_cells(model)
+        found.append(Table.of(header, cells, f"{model.name}: mass / worst 1 % / error of every head"))
+    return found
+
+
 def block_table(rows: Sequence[Row]) -> Table:
     return Table.of(block.HEADER, block.cells(rows), "A V-DiT block")
 
@@ -86,7 +105,7 @@ def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     for one in (overhead_table(rows), tangents_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
         if one.rows:
             yield [one]
-    for several in (gpu.tables(rows), mask_tables(rows), profile_tables(rows)):
+    for several in (gpu.tables(rows), mask_tables(rows), kept_tables(rows), profile_tables(rows)):
         if several:
             yield several
 
@@ -147,7 +166,7 @@ def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> st
         ]
     for tables in others(rows):
         parts += [page.titled(table, 2) for table in tables]
-    for table in (unmeasured(rows), absent(found)):
+    for table in (*head_tables(rows), unmeasured(rows), absent(found)):
         if table.rows:
             parts.append(page.titled(table, 2))
     every = every_row(found)
