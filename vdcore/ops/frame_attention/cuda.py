@@ -32,7 +32,7 @@ def _why_not_strides(**tensors: Tensor) -> str | None:
     return why_not_rows(**tensors)
 
 
-def _why_not(c: VideoCall) -> str | None:
+def why_not_frames(c: VideoCall) -> str | None:
     reason = why_not(c.q) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
     if reason is not None:
         return reason
@@ -96,4 +96,4 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
     return out, lse
 
 
-FRAMES = Implementation(_forward, None, _why_not)
+FRAMES = Implementation(_forward, None, why_not_frames)
