@@ -33,7 +33,7 @@ def _why_not_strides(**tensors: Tensor) -> str | None:
     return why_not_rows(**tensors)
 
 
-def _why_not(c: VideoCall) -> str | None:
+def why_not_frames(c: VideoCall) -> str | None:
     if isinstance(c.mask, HeadMasks):
         return "it has no GridMask"
     reason = why_not(c.q) or why_not_mask(c.mask) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
@@ -99,4 +99,4 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
     return out, lse
 
 
-FRAMES = Implementation(_forward, None, _why_not)
+FRAMES = Implementation(_forward, None, why_not_frames)
