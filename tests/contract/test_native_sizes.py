@@ -15,7 +15,7 @@ from vdcore.ops.native import missing as why_no_native
 pytestmark = pytest.mark.skipif(why_no_native() is not None, reason=str(why_no_native()))
 
 B, T, K, S, H, G, D, L = 3, 4, 5, 6, 4, 2, 8, 7
-MASK = [2, 0, 1, 1]
+MASK = [2, 0, 1, 1, 0]
 
 
 def zeros(*shape):
@@ -272,7 +272,7 @@ def test_lists_and_numbers():
             n.prompt_groups(B, T, S, L, False, lengths)
         with pytest.raises(ValueError):
             n.prompt_groups(B, T, S, L, True, lengths)
-    for mask in ([0, 0, 0, 0], [0, 0, 1], [0, 0, -1, 0]):
+    for mask in ([0, 0, 0, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0, 0]):
         with pytest.raises(ValueError):
             n.frame_groups(mask, B, T, K, S, 1, None, 0, None, True)
     with pytest.raises(ValueError):

@@ -66,7 +66,8 @@ def test_equal_to_every_prefix_by_itself(attention):
     ],
 )
 def test_on_backends(attention, backend):
-    """One pass on a backend against prefixes in float64, by the tolerance rule."""
+    """One pass on a backend against prefixes in float64, by the tolerance rule; gradients all together, because PyTorch
+    is lucky with a scalar now and then."""
     model, given, keywords = drawn(attention, frames=4)
     exact, gradients = run(
         by_prefix, doubled(model), [to_double(x) for x in given], {name: to_double(x) for name, x in keywords.items()}
@@ -78,8 +79,8 @@ def test_on_backends(attention, backend):
     with vdcore.use_backend(backend):
         out, found = run(at_once, model, given, keywords)
     assert error_ratio(out, exact, [p[0] for p in plain]).worst <= 1
-    for i, gradient in enumerate(found):
-        assert error_ratio(gradient, gradients[i], [p[1][i] for p in plain], gradient=True).worst <= 1
+    flat = [torch.cat([g.flatten() for g in grads]) for grads in (found, gradients, *(p[1] for p in plain))]
+    assert error_ratio(flat[0], flat[1], flat[2:], gradient=True).worst <= 1
 
 
 def test_the_history_of_later_chunks_is_never_seen():

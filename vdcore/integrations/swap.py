@@ -21,6 +21,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 
 from vdcore.integrations.report import TURN, Report, note_left, running, slow_dtype
@@ -334,7 +335,24 @@ def is_plain(module: nn.Module) -> bool:
     They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks) and has_plain_parameters(module)
+    if "forward" in module.__dict__ or any(hooks) or has_global_hooks():
+        return False
+    return has_plain_parameters(module)
+
+
+def has_global_hooks() -> bool:
+    """Others hook every module there is. Torch's own count and track modules, and look at no tokens."""
+    tables = (
+        *(torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks),
+        *(torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks),
+    )
+    return any(tables) and not all(is_from(hook, "torch.") for hooks in tables for hook in hooks.values())
+
+
+def is_from(hook: Any, *packages: str) -> bool:
+    """A hook is a function, or an object of a class, of one of these packages."""
+    named = hook if hasattr(hook, "__qualname__") else type(hook)
+    return str(named.__module__).startswith(packages)
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
@@ -396,13 +414,17 @@ Find = Callable[[str, nn.Module], "list[Change] | str | None"]
 
 
 def swap(
-    models: Iterable[tuple[str, nn.Module, Find]], report: Report | None = None, hooks: Sequence[Change] = ()
+    models: Iterable[tuple[str, nn.Module, Find]],
+    report: Report | None = None,
+    hooks: Sequence[Change] = (),
+    stacklevel: int = 3,
 ) -> Report:
     """Changes all modules for which changes are found, or none of any model if one fails.
 
     Args:
         models: each with the prefix of its modules' names in the report.
         hooks: changes that come with the swap, and are not reported.
+        stacklevel: of the warning that nothing is served, which is for whoever called the host's ``swap_in``.
     """
     report = Report() if report is None else report
     models = list(models)
@@ -415,8 +437,10 @@ def swap(
             if isinstance(found, str):
                 report.add_left(prefix + name, type(module).__name__, found)
             elif found:
-                changes += found
-                planned |= {change.module for change in found}
+                for change in found:
+                    if change.module not in planned:  # a model may use one twice
+                        planned.add(change.module)
+                        changes.append(change)
             if module in planned or is_served(module):
                 served.append((prefix + name, module))
     make_all([*changes, *hooks])
@@ -426,7 +450,7 @@ def swap(
     dtypes = {x.dtype for _, model, _ in models for x in model.parameters() if x.device.type == "cpu"}
     report.notes += [note for dtype in dtypes if (note := slow_dtype(dtype)) is not None]
     if not report.served:
-        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=3)
+        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=stacklevel)
     return report
 
 

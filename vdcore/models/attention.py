@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: VDiTConfig, branches: int = 1) -> None:
         super().__init__()
-        self.mask, self.head_dim, self.branches = config.mask, config.head_dim, branches
+        self.mask: Any = config.mask
+        self.head_dim, self.branches = config.head_dim, branches
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.width, branches * rows)
@@ -117,15 +119,29 @@ class SelfAttention(nn.Module):
     def remember(
         self, qkv: tuple[Tensor, Tensor, Tensor], ring: Ring, place: Place, rope: Rope | None, branch: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Norms and rotates, writes k and v into the ring: q, and the keys and values of all frames that it sees."""
+        """Norms, and rotates but for a relative ring; writes k and v into it. q, and the keys and values of all frames
+        that it sees."""
         q, k, v = qkv
-        if k.requires_grad or has_tangent(k, v):
-            raise RuntimeError("VDiT: a cache holds no gradients and no tangents, call the model under torch.no_grad()")
-        norm = self.norm(branch)
+        if has_tangent(k, v):
+            raise RuntimeError("VDiT: a cache holds no tangents: call the model without forward-mode derivatives")
+        norm, rope = self.norm(branch), None if place.relative else rope
         if norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
-        k, v = ring.write(k, v, place)
-        return q, k.to(q.dtype), v.to(q.dtype)
+        return q, *ring.write(k, v, place)
+
+    def against_ring(
+        self,
+        operator: Callable[..., Any],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        ring: Ring,
+        place: Place,
+        rope: Rope | None,
+        branch: int = 0,
+    ) -> Tensor:
+        """The operator on the new frames and on those that the ring holds, rotated here where the ring's keys are not:
+        the table has a row for every visible slot, then those of the chunk."""
+        seen = self.remember(qkv, ring, place, rope, branch)
+        return operator(*seen, q_start=place.visible, rope=rope) if place.relative else operator(*seen, q_start=0)
 
     def normalized(self, qkv: tuple[Tensor, Tensor, Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """q and k as the scores see them, and v: what ranks exchange."""
@@ -140,7 +156,7 @@ class SelfAttention(nn.Module):
         if ring is None or context.place is None:
             out = operator(*self.project(x), mask=context.mask or self.mask, norm=self.norm(), rope=rope)
         else:
-            out = operator(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+            out = self.against_ring(operator, self.split(self.qkv(x)), ring, context.place, rope)
         return self.proj(merged(out))
 
 
@@ -174,7 +190,7 @@ class TemporalAttention(SelfAttention):
 
 
 class FullAttention(SelfAttention):
-    """All tokens of the frames that the mask shows."""
+    """All tokens that the mask shows."""
 
     def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
@@ -182,7 +198,9 @@ class FullAttention(SelfAttention):
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         split = context.split
         if split is None:
-            return self.across_frames(video_attention, x, context, ring, context.rotations.full)
+            in_frames = isinstance(self.mask, FrameMask)
+            operator = video_attention if in_frames else partial(video_attention, grid=context.grid[1:])
+            return self.across_frames(operator, x, context, ring, context.rotations.full)
         shared = Shared(split.peers, split.sizes[0], self.mask, self.head_dim**-0.5, plan=split.plan)
         out, _ = shared.attend(*self.normalized(self.split(self.qkv(x)), context.rotations.full))
         return self.proj(merged(out))
@@ -235,7 +253,7 @@ class GatedAttention(SelfAttention):
             out = gated_attention(spatial, temporal, alpha, mask=mask, norm=norm, rope=rope)
         else:
             a_s: Any = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
-            a_t: Any = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
+            a_t: Any = self.against_ring(temporal_attention, temporal, ring, context.place, rotations.time, 1)
             out = torch.lerp(a_t, a_s, alpha.to(a_s.dtype))
         return self.proj(merged(out))
 

@@ -140,7 +140,7 @@ class VDiT(nn.Module):
         self, video: Tensor, timestep: Tensor, history: Tensor, history_timestep: Tensor | None, given: dict[str, Any]
     ) -> Tensor:
         """Clean and noisy video as one sequence of frames; the noisy half of the prediction."""
-        mask, B, T, pt = self.config.mask, *video.shape[:3:2], self.config.patch[0]
+        mask, B, T, pt = self.config.frame_mask, *video.shape[:3:2], self.config.patch[0]
         if mask.future != 0 or mask.sink or mask.shots or mask.clean:
             _wrong("history", "None where the mask is not causal by chunks, future=0, without sinks and shots", mask)
         if history.shape != video.shape:
@@ -195,7 +195,13 @@ class VDiT(nn.Module):
             if made != here:
                 _wrong("cache", f"made for (batch, rows, columns, blocks) = {here}", made)
         start = 0 if cache is None else cache.frames
-        positions, everywhere = self._positions(positions, start, T, split, x.device)
+        if cache is not None and cache.relative:
+            if positions is not None:
+                _wrong("positions", "None with a relative cache, which has its own", tuple(positions.shape))
+            cache.place(T)  # raises where the chunk does not fit
+            positions = everywhere = cache.positions(T, x.device)
+        else:
+            positions, everywhere = self._positions(positions, start, T, split, x.device)
         if timestep.shape == (B, video.shape[2]) != (B, T):
             timestep = timestep.unflatten(1, (T, config.patch[0])).amax(2)
         elif timestep.shape not in ((B,), (B, T)):
@@ -236,7 +242,14 @@ class VDiT(nn.Module):
         return block(x, context, ring)
 
     def new_cache(
-        self, batch: int, height: int, width: int, *, frames: int | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        relative: bool = False,
     ) -> FrameCache:
         """A cache for streams of chunks of ``mask.chunk`` frames.
 
@@ -244,17 +257,25 @@ class VDiT(nn.Module):
             batch: samples B.
             height, width: of the video.
             frames: the longest stream in token frames, where ``mask.past`` is None.
-            dtype: of keys and values; None: autocast's if it is on, else the weights'.
+            dtype: of keys and values; None: autocast's if it is on, else the weights'. ``torch.int8``: a scale per
+                frame and head.
+            relative: keys are kept without rotation and rotated when they are read, by their place in the window, with
+                sinks at 0: a stream goes on for ever at the positions of its first window. With ``position``
+                ``"rope"`` or ``"sincos+rope"``.
 
         Raises:
-            ValueError: if the mask sees the future, or the sizes are not multiples of the patch.
+            ValueError: if the mask is not of frames alone, or sees the future, or sizes are not multiples of the patch.
         """
         config = self.config
+        if relative and config.position == "sincos":
+            raise ValueError("new_cache: relative must be False with position sincos, which is added to the tokens")
+        if dtype is not None and not (dtype.is_floating_point or dtype == torch.int8):
+            raise ValueError(f"new_cache: dtype must be a floating point one or torch.int8, got {dtype}")
         for name, size, p in (("height", height, config.patch[1]), ("width", width, config.patch[2])):
             if size % p or size < 1:
                 raise ValueError(f"new_cache: {name} must be a multiple of the patch size {p}, got {size}")
         grid = height // config.patch[1], width // config.patch[2]
-        slots = slots_needed(config.mask, frames)
+        slots = slots_needed(config.frame_mask, frames)
         device = self.patch.weight.device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
@@ -262,7 +283,7 @@ class VDiT(nn.Module):
         shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
         needed = (looks_across_frames(config.parts(i)) for i in range(config.depth))
         rings = [new_ring(shape, dtype, device) if ring else None for ring in needed]
-        return FrameCache(config.mask, slots, batch, grid, rings)
+        return FrameCache(config.frame_mask, slots, batch, grid, rings, relative=relative)
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         config = self.config
@@ -321,7 +342,7 @@ class VDiT(nn.Module):
             expected = f"with the {pt * self.peers.size(frames // pt)} of {frames} frames that rank {self.peers.rank}"
             _wrong("video", f"{expected} of {self.ranks} holds", f"{video.shape[2]} frames")
         heads, kv_heads = config.heads, config.kv_heads or config.heads
-        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.mask)
+        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.frame_mask)
         plan = choose("VDiT", self.plan, layer, self.ranks, ways(config))
         return Split(self.peers, (frames // pt, S), plan)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import GridMask, HeadMasks, Steps
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
@@ -110,6 +113,60 @@ def _build_mask(numbers: list[int]) -> FrameMask:
     return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink, clean, tuple(shots))
 
 
+# Of a group of heads: (heads, tile * 3, shift of the grid, shift of frames, sink, *count and numbers of frames,
+# *count and steps of rows, *count and steps of columns).
+def grid_numbers(heads: int, mask: GridMask) -> list[int]:
+    found = [heads, *mask.tile, int(mask.border == "shift"), int(mask.frame_border == "shift")]
+    found.append(min(mask.sink, _UNBOUNDED))
+    for part in (mask_numbers(mask.frames), *(_flat(steps) for steps in (mask.row_steps, mask.column_steps))):
+        found += [len(part), *part]
+    return found
+
+
+def _flat(steps: Steps) -> list[int]:
+    return [min(x, _UNBOUNDED) for step in steps for x in step]
+
+
+def _head_masks_numbers(mask: FrameMask | HeadMasks) -> tuple[list[int], list[int]]:
+    if isinstance(mask, FrameMask):
+        return mask_numbers(mask), []
+    found = list(mask.grid)
+    for heads, one in mask.groups:
+        found += grid_numbers(heads, one)
+    return [], found
+
+
+def _build_head_masks(frames: list[int], grids: list[int]) -> FrameMask | HeadMasks:
+    return _read_head_masks(tuple(grids)) if grids else _build_mask(frames)
+
+
+@lru_cache(maxsize=256)
+def _read_head_masks(numbers: tuple[int, ...]) -> HeadMasks:
+    left = list(reversed(numbers))
+
+    def some(count: int) -> list[int]:
+        return [left.pop() for _ in range(count)]
+
+    def radius() -> int | tuple[int, ...] | None:
+        """By distance, of its steps."""
+        flat = some(left.pop())
+        steps = list(zip(flat[::2], flat[1::2]))
+        if len(steps) == 1:
+            return None if steps[0][1] < 0 else steps[0][1]
+        radii = [r for (first, r), (end, _) in pairwise(steps) for _ in range(first, end)]
+        return (*radii, steps[-1][1])
+
+    rows, columns = some(2)
+    groups = []
+    while left:
+        heads, *tile, shift, frame_shift, sink = some(7)
+        frames = _build_mask(some(left.pop()))
+        by_row, by_column = radius(), radius()
+        border, frame_border = ("shift" if x else "clip" for x in (shift, frame_shift))
+        groups.append((heads, GridMask(frames, by_row, by_column, tuple(tile), border, frame_border, sink)))  # type: ignore[arg-type]
+    return HeadMasks((rows, columns), tuple(groups))
+
+
 def _norm_tensors(norm: QKNorm | None) -> tuple[Tensor | None, ...]:
     return (None,) * 4 if norm is None else (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
 
@@ -132,6 +189,9 @@ CODECS: dict[Any, Codec] = {
     Triple | None: _triple("?"),
     QKV: Codec(("q", "k?", "v?"), split=QKV.tensors, build=QKV),
     FrameMask: Codec(numbers=("int[] {field}",), describe=lambda x: (mask_numbers(x),), build=_build_mask),
+    FrameMask | HeadMasks: Codec(
+        numbers=("int[] {field}", "int[] {field}_grids"), describe=_head_masks_numbers, build=_build_head_masks
+    ),
     QKNorm | None: Codec(
         ("{prefix}q_weight?", "{prefix}k_weight?", "{prefix}q_bias?", "{prefix}k_bias?"),
         ("str {field}", "float {field}_eps"),
@@ -150,6 +210,7 @@ CODECS: dict[Any, Codec] = {
     float: Codec(numbers=("float {field}",)),
     bool: Codec(numbers=("bool {field}",)),
     str: Codec(numbers=("str {field}",)),
+    tuple[int, int]: Codec(numbers=("SymInt[] {field}",), describe=lambda x: (list(x),), build=lambda x: tuple(x)),
     tuple[int, int, int]: Codec(numbers=("SymInt[] {field}",), describe=lambda x: (list(x),), build=lambda x: tuple(x)),
 }
 

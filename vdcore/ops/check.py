@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops.call import QKV
@@ -68,8 +69,7 @@ def check_attention(
     qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
     q = qkv.main
     B, T, S, H, D, T_k, G = qkv.sizes
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    check_mask_type(op, mask)
     if q_start is None:
         q_start = max(T_k - T, 0)
     else:
@@ -83,6 +83,69 @@ def check_attention(
     if rope is not None:
         rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
+
+
+def check_mask_type(op: str, mask: Any, *, grids: bool = False) -> None:
+    """A FrameMask; where an operator has ``grids`` also a GridMask, or pairs (heads, mask)."""
+    if isinstance(mask, FrameMask) or (grids and isinstance(mask, (GridMask, tuple, list))):
+        return
+    expected = "a FrameMask, a GridMask or a tuple of pairs (heads, mask)" if grids else "a FrameMask"
+    raise TypeError(f"{op}: mask must be {expected}, got {type(mask).__name__}")
+
+
+def check_grid(op: str, grid: Any, S: int, *, needed: str = "") -> tuple[int, int] | None:
+    """``(rows, columns)`` of S tokens; needed: what it must be given for."""
+    if grid is None:
+        if needed:
+            wrong(op, "grid", f"(rows, columns) {needed}", None)
+        return None
+    sizes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in sizes):
+        raise TypeError(f"{op}: grid must be a tuple of two ints (rows, columns), got {grid!r}")
+    if min(sizes) < 0 or sizes[0] * sizes[1] != S:
+        wrong(op, "grid", f"(rows, columns) with rows * columns = S = {S}", sizes)
+    return int(sizes[0]), int(sizes[1])  # torch.compile specialises on them
+
+
+def check_grid_mask(op: str, mask: Any, grid: Any, S: int, H: int, G: int) -> FrameMask | HeadMasks:
+    """What of all these is a mask of frames alone is that."""
+    if isinstance(mask, FrameMask):
+        check_grid(op, grid, S)
+        return mask
+    grouped = isinstance(mask, (tuple, list))
+    pairs = _check_pairs(op, mask, H, G) if grouped else [(H, mask)]
+    has_grid = any(isinstance(one, GridMask) for _, one in pairs)
+    grid = check_grid(op, grid, S, needed="with a GridMask" if has_grid else "")
+    groups: list[tuple[int, GridMask]] = []
+    for heads, one in pairs:
+        whole = one if isinstance(one, GridMask) else GridMask(one)
+        if groups and groups[-1][1] == whole:
+            groups[-1] = groups[-1][0] + heads, whole
+        elif heads:
+            groups.append((heads, whole))
+    if not groups:  # no heads
+        return pairs[0][1] if isinstance(pairs[0][1], FrameMask) else pairs[0][1].frames
+    if len(groups) == 1 and groups[0][1].frames_alone:
+        return groups[0][1].frames
+    return HeadMasks((1, int(S)) if grid is None else grid, tuple(groups))
+
+
+def _check_pairs(op: str, pairs: Any, H: int, G: int) -> list[tuple[int, Any]]:
+    shared = H // G if G else 1
+    expected = "a tuple of pairs (count, FrameMask or GridMask)"
+    if not pairs:
+        wrong(op, "mask", expected, "none")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], (FrameMask, GridMask)):
+            raise TypeError(f"{op}: mask must be {expected}, got {pair!r} as its entry {i}")
+        if isinstance(pair[0], bool) or not isinstance(pair[0], int):
+            raise TypeError(f"{op}: mask[{i}] must have an int as its count, got {pair[0]!r}")
+        if pair[0] < 0 or pair[0] % shared:
+            wrong(op, f"mask[{i}]", f"of a multiple of H // G = {shared} query heads", pair[0])
+    total = sum(count for count, _ in pairs)
+    if total != H:
+        wrong(op, "mask", f"of H = {H} query heads in all", total)
+    return [(count, one) for count, one in pairs]
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:

@@ -26,7 +26,7 @@ from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, grid_masks
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
@@ -64,7 +64,9 @@ class _Entry:
 
 
 def run(options: Options, journal: Journal, watch: Watch) -> None:
-    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+    dtypes = [DTYPES[name] for name in options.dtypes or BOTH]
+    sweep(journal, watch, options.device, dtypes, until=options.until)
+    grid_masks.sweep(journal, watch, options.device, dtypes, until=options.until)
 
 
 def sweep(
@@ -192,7 +194,7 @@ def _row(entry: _Entry) -> Row:
 # ---- Tables ----
 
 HEADER: tuple[str, ...] = ("mask", "frames", "visible", "vdcore", "time per visible pair", "relative to dense")
-HEADER += ("SDPA, dense mask", "speed-up", "FlexAttention, padded", "error")
+HEADER += ("SDPA, dense mask", "speed-up", "error")
 LEGEND = (
     "Forward. Time per visible pair: the time over the number of (query, key) pairs of all heads that the mask leaves "
     "visible. Relative to dense: that, over the same of dense attention at the greatest length measured, in one race."
@@ -214,19 +216,21 @@ def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
     made = {}
     for (dtype, device), group in groups.items():
         ours = [row for row in group if row.provider == "vdcore"]
-        sdpa, flex = ({(row.case, row.x): row for row in group if row.provider == name} for name in ("sdpa", "flex"))
+        theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
+        flex = [row for row in group if row.provider == "flex"]
         dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
         s = ours[0].shape if ours else group[0].shape
         title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
-        made[title] = [_cells(row, dense, *(x.get((row.case, row.x)) for x in (sdpa, flex))) for row in ours]
+        made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
+        made[title] += [_cells(row, dense, None) for row in flex]
     return made
 
 
-def _cells(row: Row, dense: Row | None, sdpa: Row | None, flex: Row | None) -> tuple[str, ...]:
+def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
     assert row.p50 and row.flops and row.x
     s = row.shape
     pairs = row.flops / (4 * s["D"] * s["H"] * s["B"])
-    name = row.case.removeprefix(MASKS)
+    name = row.case.removeprefix(MASKS) + (", FlexAttention, padded" if row.provider == "flex" else "")
     return (
         f"{name} ({row.reason})" if row.reason else name,
         f"{row.x:g}",
@@ -236,6 +240,5 @@ def _cells(row: Row, dense: Row | None, sdpa: Row | None, flex: Row | None) -> t
         "-" if dense is None else f"{_pair(row) / _pair(dense):.2f}",
         "-" if sdpa is None or not sdpa.p50 else seconds_text(sdpa.p50),
         "-" if sdpa is None or not sdpa.p50 else f"{sdpa.p50 / row.p50:.1f}x",
-        "-" if flex is None or not flex.p50 else seconds_text(flex.p50),
         "-" if row.error_ratio is None else f"{row.error_ratio:.2f}",
     )

@@ -25,6 +25,7 @@ from vdcore.integrations.diffusers.attention import (
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
@@ -258,7 +259,8 @@ def takes_clips(module: Any) -> bool:
 def _note_replaced(parent: Any, what: str, is_masked: bool) -> None:
     mask = getattr(parent, SHARED).mask
     if is_masked and mask is not None:
-        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {mask}: swap in again")
+        under = mask_text(mask)
+        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {under}: swap in again")
     note_left(parent, f"{what} was replaced since the swap")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vdcore.integrations.swap import OUR_HOOKS, changed_forward
+from vdcore.integrations.swap import OUR_HOOKS, changed_forward, has_global_hooks, is_from
 
 OBSERVED = "a hook of others inside, which gets what the host would give it"
 
@@ -24,6 +24,8 @@ _OF_WEIGHTS = (
 
 def is_observed(modules: Iterable[nn.Module | None]) -> bool:
     """A hook on one of these modules, or on one inside of them, sees its tokens."""
+    if has_global_hooks():
+        return True
     left = list(modules)
     if torch.compiler.is_compiling():  # which knows no other walk
         return any(_sees_tokens(inside) for module in left if module is not None for inside in module.modules())
@@ -54,7 +56,4 @@ def _sees_tokens(module: nn.Module) -> bool:
 
 
 def _is_of_weights(hook: Any) -> bool:
-    if isinstance(hook, OUR_HOOKS):
-        return True
-    named = hook if hasattr(hook, "__qualname__") else type(hook)
-    return str(named.__module__).startswith(_OF_WEIGHTS)
+    return isinstance(hook, OUR_HOOKS) or is_from(hook, *_OF_WEIGHTS)

@@ -108,8 +108,7 @@ def gated_attention(
     check.check_like(op, "gate", gate, q, "spatial.q", or_float32=True)
     if gate.ndim > 5 or any(n not in (1, m) for n, m in zip(reversed(gate.shape), reversed(q.shape))):
         check.wrong(op, "gate", f"broadcastable to (B, T, S, H, D) = {tuple(q.shape)}", check.shape_of(gate))
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    check.check_mask_type(op, mask)
     for name, pair in (("norm", norm), ("rope", rope)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{op}: {name} must be a pair (spatial, temporal), got {type(pair).__name__}")

@@ -61,9 +61,9 @@ def _(d: Draw) -> dict[str, Any]:
 
 @case("gated_attention", "teacher forcing", "masked")
 def _(d: Draw) -> dict[str, Any]:
-    spatial, temporal = (tuple(d.qkv(1, 8, 5, 2, 16, prefix=p).values()) for p in ("", "temporal_"))
+    spatial, temporal = (tuple(d.qkv(1, 6, 3, 2, 16, prefix=p).values()) for p in ("", "temporal_"))
     gate = d("gate", 2, 1, around=0.5, spread=0.2)
-    return {"spatial": spatial, "temporal": temporal, "gate": gate, "mask": FrameMask.teacher_forcing(4, 2)}
+    return {"spatial": spatial, "temporal": temporal, "gate": gate, "mask": FrameMask.teacher_forcing(3, 2)}
 
 
 @case("gated_attention", "gate of full size", "layout")

@@ -69,11 +69,11 @@ FRAME_ARGUMENTS: dict[str, tuple[Callable[[Draw], dict[str, Any]], tuple[str, ..
     ),
     "teacher forcing in a window, norm, rope, lengths": (
         lambda d: {
-            **d.qkv(2, 12, 3, 4, 24, G=2),
-            "mask": FrameMask.teacher_forcing(6, 1, past=2),
-            "norm": d.norm(4, 2, 24),
-            "rope": d.rope(12, 1, 8),
-            "lengths": d.integers(12, 9),
+            **d.qkv(2, 8, 3, 2, 24, G=1),
+            "mask": FrameMask.teacher_forcing(4, 1, past=2),
+            "norm": d.norm(2, 1, 24),
+            "rope": d.rope(8, 1, 8),
+            "lengths": d.integers(8, 6),
         },
         ("masked", "norm_rope"),
     ),
@@ -137,13 +137,13 @@ def _(d: Draw) -> dict[str, Any]:
 
 @case("temporal_attention", "long, teacher forcing", "long")
 def _(d: Draw) -> dict[str, Any]:
-    return {**d.qkv(1, 270, 2, 2, 40), "mask": FrameMask.teacher_forcing(135, 3, past=30)}
+    return {**d.qkv(1, 160, 1, 2, 40), "mask": FrameMask.teacher_forcing(80, 3, past=12)}
 
 
 @case("temporal_attention", "long, shots", "long")
 def _(d: Draw) -> dict[str, Any]:
-    shots = (3, 30, 31, 75, 140)
-    return {**d.qkv(1, 170, 1, 2, 40, T_k=190), "mask": FrameMask(past=20, future=0, shots=shots), "q_start": 25}
+    shots = (3, 30, 31, 75, 110)
+    return {**d.qkv(1, 110, 1, 1, 40, T_k=140), "mask": FrameMask(past=20, future=0, shots=shots), "q_start": 25}
 
 
 @case("temporal_attention", "long and dense", "long")
