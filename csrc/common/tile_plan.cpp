@@ -107,7 +107,7 @@ OwnedPlan plan_of_windows(const GridSizes& sizes, const std::vector<WindowsOfHea
     head += w.heads;
     const AxisTables rows = axis_tables(owned, w.rows, sizes.rows, w.tile[1], w.shifted);
     const AxisTables columns = axis_tables(owned, w.columns, sizes.columns, w.tile[2], w.shifted);
-    std::vector<std::pair<int64_t, FrameWindow>> sees[2];
+    std::vector<std::pair<int64_t, SeenFrame>> sees[2];
     for (int64_t t = 0; t < sizes.queries; ++t)
       for (const Run& run : w.frame_runs[static_cast<size_t>(t)])
         for (int64_t g = run.begin; g < run.end; ++g) {
@@ -162,8 +162,8 @@ OwnedPlan plan_of_lists(const GridSizes& sizes, const int64_t* tile, int64_t lis
   for (int side = 0; side < 2; ++side)
     by_place(owned, owned.ints, sees[side], lists * (n + 1), &plan.listed[side].first, &plan.listed[side].tiles);
   const double share = static_cast<double>(sees[0].size()) / static_cast<double>(std::max<int64_t>(lists, 1));
-  const double area = static_cast<double>(std::min(tile[0], extent[0]) * std::min(tile[1], extent[1]) *
-                                          std::min(tile[2], extent[2]));
+  const double area =
+      static_cast<double>(std::min(tile[0], extent[0]) * std::min(tile[1], extent[1]) * std::min(tile[2], extent[2]));
   owned.pairs = share * area * area * static_cast<double>(sizes.batch);  // of one head
   return owned;
 }
