@@ -114,7 +114,7 @@ inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_
   const auto cost = [&](int64_t height, int64_t width) {
     double total = 0;
     for (int64_t i = 0; i < count; i += step) {
-      const SeenFrame& w = windows.windows[first + i];
+      const FrameWindow& w = windows.windows[first + i];
       total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
                                                   windows.row_end + w.row_step * rows, rows, height)) *
                static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
@@ -253,6 +253,17 @@ VDCORE_INLINE void fill_units(Slots& slots, int64_t filled) {
   for (int64_t u = 0; u < slots.units; ++u) slots.filled[u] = smaller(slots.lanes, filled - u * slots.lanes);
 }
 
+// Calls body(slot in its unit, tokens) for runs of slots, and done(unit) after each unit's.
+template <typename Body, typename Done>
+VDCORE_INLINE void for_units(const Slots& slots, const Body& body, const Done& done) {
+  int64_t u = 0;
+  slots.for_runs([&](const SlotRun& r) {
+    if (r.slot / slots.lanes != u) done(u++);
+    body(r.slot % slots.lanes, r.tokens);
+  });
+  done(u);
+}
+
 // Calls body(run) for the tokens of a tile, as runs inside of rows or whole frames of it.
 template <typename Body>
 VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body) {
@@ -335,7 +346,7 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
   if (box.frame >= own) return;
   const GridWindows& w = box.group->side[side];
   for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
-    const SeenFrame& window = w.windows[i];
+    const FrameWindow& window = w.windows[i];
     if (window.frame >= limit) break;
     const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
                   *row_end = w.row_end + window.row_step * plan.rows;
@@ -509,11 +520,12 @@ VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& p
   return static_cast<int32_t>(j - piece->at);
 }
 
-// out rows += weights of the strange rows times these, for the unit's slots that see them. weights (tile, lanes).
+// Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
+template <typename Add>
 inline void add_strange(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t u,
-                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange, const TensorView& from,
-                        const TensorView& from_text, int64_t head, const float* center, Tile weights, Tile out,
-                        Tile stage) {
+                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange,
+                        const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, Tile stage,
+                        const Add& add) {
   for (int64_t s = 0; s < strange.count; ++s) {
     const int64_t j = strange.rows[s];
     bool seen = false, edge = false;
@@ -522,20 +534,15 @@ inline void add_strange(const TilePlan& plan, const Box& box, Side side, const S
     if (!seen) continue;
     const Piece* p;
     const int64_t offset = token_of(tile, j, p);
-    gather_run(p->of.tokens.text ? from_text : from, box.sample, head, piece(p->of.tokens, offset, 1), stage);
-    for (int64_t lane = 0; lane < slots.filled[u]; lane += W) {
-      float sees[W];
-      store(sees, splat(1.f));
+    gather_run(segments[p->of.tokens.text].*of, box.sample, head, piece(p->of.tokens, offset, 1), stage);
+    for (int64_t lane = 0; lane < slots.filled[u]; ++lane) {
       if (edge) {
-        const LaneMask mask(plan, box, side, slots, u * slots.lanes + lane, *p);
+        float sees[W];
+        const LaneMask mask(plan, box, side, slots, u * slots.lanes + lane / W * W, *p);
         store(sees, select(mask.sees(j), splat(1.f), vf{}));
+        if (sees[lane % W] == 0) continue;
       }
-      for (int64_t i = 0; i < smaller(W, slots.filled[u] - lane); ++i) {
-        if (sees[i] == 0) continue;
-        float* at = out.at(lane + i, 0).data;
-        const float weight = weights.at(j, lane + i).data[0];
-        for (int64_t c = 0; c < out.row; ++c) at[c] += weight * (stage.data[c] - (center ? center[c] : 0.f));
-      }
+      for (int64_t c = 0; c < stage.row; ++c) add(j, lane, c, stage.data[c]);
     }
   }
 }
