@@ -211,11 +211,6 @@ OVERLOADS: dict[str, Any] = {}  # torch operators, by name
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def is_transformed() -> bool:
-    """A transform of torch.func is at work, or forward-mode derivatives: no path may leave autograd then."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def has_tangent(*tensors: Tensor | None) -> bool:
     """One of the tensors carries a forward-mode derivative, of ``torch.func.jvp`` or a dual level."""
     return forward_ad._current_level >= 0 and any(

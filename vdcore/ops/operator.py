@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
+from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
@@ -26,7 +27,6 @@ from vdcore.ops.choose import (
     Implementation,
     choose,
     has_tangent,
-    is_transformed,
     reasons,
     requested,
     run_backward,
