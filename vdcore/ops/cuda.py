@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore.mask import FrameMask
 from vdcore.norm import KINDS, QKNorm
 from vdcore.ops.native import capsule
 from vdcore.rope import STYLES, Rope
@@ -115,6 +116,12 @@ def why_not_rows(**tensors: Tensor) -> str | None:
     for name, x in tensors.items():
         if not aligned(x):
             return f"rows must start at multiples of {ROW_BYTES} bytes; {name} has strides {tuple(x.stride())}"
+    return None
+
+
+def why_not_mask(mask: FrameMask) -> str | None:
+    if mask.clean or mask.shots:
+        return "its kernels know windows of frames and sinks, no teacher forcing (clean) and no shots"
     return None
 
 

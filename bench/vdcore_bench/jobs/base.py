@@ -49,7 +49,7 @@ def cut(x: Tensor, axes: Cut) -> Tensor:
 
 def mask_text(mask: FrameMask) -> str:
     """``"past 30, future 0"``; empty if every frame sees every frame."""
-    names = ("past", "future", "chunk", "sink")
+    names = ("past", "future", "chunk", "sink", "clean", "shots")
     return ", ".join(f"{n} {getattr(mask, n)}" for n in names if getattr(mask, n) != getattr(FrameMask(), n))
 
 

@@ -164,6 +164,37 @@ def groups(found: Sequence[Line]) -> dict[str, list[Line]]:
     return tables
 
 
+def sentences(found: Sequence[Line]) -> list[str]:
+    """What won, what lost, by how much, and whether the results are right; empty without a race."""
+    races = [line for line in found if line.speedup is not None]
+    if not races:
+        return []
+    lost = sorted((line for line in races if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
+    won = [line for line in races if (line.speedup or 0) >= 1]
+    said = [
+        f"vdcore is at least as fast as the best peer in {len(won)} of {len(races)} jobs, by a geometric mean of"
+        f" {geomean([line.speedup or 1.0 for line in races]):.2f}x over all of them"
+        + (f"; most in {_job_text(max(won, key=lambda line: line.speedup or 0))}." if won else ".")
+    ]
+    clear = [line for line in lost if not line.noise]
+    if not lost:
+        said.append("It loses none.")
+    else:
+        noisy = f", {len(clear) or 'none'} of them by more than noise" if len(clear) < len(lost) else ""
+        said.append(f"It loses {len(lost)}{noisy}: worst in {_job_text((clear or lost)[0])}.")
+    ratios = [line.ours.error_ratio for line in found if line.ours is not None and line.ours.error_ratio is not None]
+    if ratios:
+        beyond = sum(not ratio <= 1 for ratio in ratios)
+        within = f"all are within the tolerance rule, the largest at {max(ratios):.2f} of what it allows"
+        said.append(f"Of {len(ratios)} results, {f'{beyond} are beyond the tolerance rule' if beyond else within}.")
+    return said
+
+
+def _job_text(line: Line) -> str:
+    job, best = line.job, name_of(line.best) if line.best else "-"
+    return f"{job.op}{case_of(line)}, {job.workload}, {job.dtype}, {job.mode}: {line.speedup:.2f}x of {best}"
+
+
 def absent(found: Sequence[Line]) -> dict[str, list[str]]:
     """Why providers are missing: reason -> providers, each once."""
     reasons: dict[str, list[str]] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import Triple, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
@@ -148,7 +149,7 @@ def groups_of(c: VideoCall) -> Groups:
     B, T, S = c.q.shape[:3]
     text = 0 if c.text is None else c.text[0].shape[1]
     return native().frame_groups(
-        mask=mask_numbers(c.mask),
+        mask=mask_numbers(c.frame_mask),
         batch=B,
         queries=T,
         keys=c.k.shape[1],
@@ -235,6 +236,8 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
 
 
 def _why_not(c: VideoCall) -> str | None:
+    if isinstance(c.mask, HeadMasks):
+        return "it has no GridMask yet"
     return why_not(c.q, c.q.shape[-1])
 
 

@@ -17,6 +17,7 @@ from vdcore.ops.cuda import (
     rows,
     stream,
     why_not,
+    why_not_mask,
     why_not_norm,
     why_not_rows,
 )
@@ -30,7 +31,7 @@ MAX_FRAMES = 256
 
 
 def why_not_temporal(c: TemporalCall) -> str | None:
-    reason = why_not(c.q) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
+    reason = why_not(c.q) or why_not_mask(c.mask) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
     if reason is not None:
         return reason
     T_k, D = c.k.shape[1], c.q.shape[-1]
