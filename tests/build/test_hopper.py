@@ -15,26 +15,38 @@ FLAGS = ("-std=c++17", "-O1", "-DVDCORE_EMULATE", "-Wno-psabi")
 INCLUDE = ("-I", ROOT / "csrc", "-I", ROOT / "tests")
 
 # What is wrong, and the line that is replaced by others.
-LOOP_WAIT = "        await_result();\n        release_values();\n        shrink_result(shrink);\n"
+LOOP_WAIT = "        await_result();\n        values.release(cluster, lane);\n        shrink_result(shrink);\n"
 MISTAKES = {
     "keys are released while they are read": (
-        "        await_scores<false>(s);\n        release_keys();\n",
-        "        release_keys();\n        await_scores<false>(s);\n",
+        "        await_scores<false>(s);\n        keys.release(cluster, lane);\n",
+        "        keys.release(cluster, lane);\n        await_scores<false>(s);\n",
     ),
     "values are released while they are read": (
         LOOP_WAIT,
-        "        release_values();\n        await_result();\n        shrink_result(shrink);\n",
+        "        values.release(cluster, lane);\n        await_result();\n        shrink_result(shrink);\n",
     ),
     "the result is touched while products add to it": (
         LOOP_WAIT,
-        "        shrink_result(shrink);\n        await_result();\n        release_values();\n",
+        "        shrink_result(shrink);\n        await_result();\n        values.release(cluster, lane);\n",
     ),
-    "values are not waited for": ("        await_values();\n        issue_result();\n", "        issue_result();\n"),
+    "values are not waited for": (
+        "        values.await();\n        issue_result();\n",
+        "        issue_result();\n",
+    ),
     "no fence between registers and products": ("    wgmma_fence();\n", ""),
     "queries are replaced while they are read": (
-        "    mbarrier_wait(shared.q_empty, q_parity ^ 1);\n",
+        "    queries.claim();\n",
         "",
     ),
+    "the other block of a cluster is not told that keys are free": (
+        "keys.release(cluster, lane);",
+        "keys.release({1, cluster.rank}, lane);",
+    ),
+    "a block of a cluster ends while the other one reaches for it": (
+        "  if (cluster.size > 1) sync_cluster();\n}",
+        "}",
+    ),
+    "both blocks of a cluster load the same half": ("half = cluster.rank; half", "half = 0; half"),
     "a descriptor that skips rows": ("(v + step * 16 * kRow", "(v + step * 8 * kRow"),
     "a window that begins a token late": ("c2(tile.start)", "c2(tile.start + 1)"),
     "the last columns are hidden, not the first": ("< Plan::kKeys - rows) s[i]", ">= rows) s[i]"),

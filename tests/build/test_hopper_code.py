@@ -18,10 +18,10 @@ SHARED_LIMIT = 232_448  # of a block on sm_90
 # warpgroups, keys per tile, stages. The plan: registers at entry, then of producer and consumers.
 PLANS = {
     (64, 3, 128, 2): (128, 32, 160),
-    (80, 2, 176, 2): (168, 24, 240),
-    (96, 2, 176, 2): (168, 24, 240),
-    (128, 2, 176, 2): (168, 24, 240),
-    (128, 2, 128, 2): (168, 24, 240),
+    (80, 2, 176, 2): (168, 40, 232),
+    (96, 2, 176, 2): (168, 40, 232),
+    (128, 2, 176, 2): (168, 40, 232),
+    (128, 2, 128, 2): (168, 40, 232),
 }
 
 
@@ -125,7 +125,11 @@ def test_products_and_loads(kernel):
     # Each twice: the first scores and the last result stand outside of the loop.
     assert (scores, result) == (2 * -(-D // 16), 2 * keys // 16)
     assert kernel.count(r"\bHGMMA\b") == scores + result and kernel.count(r"\bHMMA\b") == 0
-    assert kernel.count(r"UTMALDG\.5D") == 2 * -(-D // 64) + (3 if N == 96 else N // 64)
+    boxes, clusters = -(-D // 64) + (3 if N == 96 else N // 64), D > 96
+    assert kernel.count(r"UTMALDG\.5D\.MULTICAST") == (boxes if clusters else 0)  # for both blocks of a cluster
+    queries = -(-D // 64)
+    assert kernel.count(r"UTMALDG\.5D") == (2 if clusters else 1) * boxes + queries  # of a block by itself, too
+    assert kernel.count(r"UTMACCTL\.PF") == 6
     assert kernel.count(r"STG\.E\.128") > 0 and kernel.count(r"STG\.E\.(U16|64)") == 0
 
 

@@ -55,7 +55,7 @@ void boxed(const Arguments a) {
   sync_block();
   if (i == 0) {
     mbarrier_arrive_expect(barrier, 1024);
-    load_box(tile, &a.map, barrier, 0, a.first, 0, 0, 0);
+    load_box(tile, &a.map, barrier, kReadOnce, 0, a.first, 0, 0, 0);
   }
   mbarrier_wait(barrier, 0);
   const uint32_t row = i % 8;

@@ -25,6 +25,7 @@ float in_flight() {
 
 struct Box {
   char* shared;
+  char* memory;  // of the block that it is in
   const TensorMap* map;
   uint64_t* barrier;
   int32_t at[5];
@@ -101,11 +102,11 @@ struct Engines : Extension {
   }
 };
 
-Engines& engines() {
-  auto& own = extension();
-  if (!own) own.reset(new Engines);
-  return static_cast<Engines&>(*own);
+Engines& engines_in(std::unique_ptr<Extension>& block) {
+  if (!block) block.reset(new Engines);
+  return static_cast<Engines&>(*block);
 }
+Engines& engines() { return engines_in(extension()); }
 
 // ---- mbarrier: phase, arrivals that are pending and expected, bytes, in the 64 bits themselves ----
 
@@ -115,8 +116,8 @@ struct Barrier {
 };
 constexpr uint32_t kCounts = (1u << 19) - 1;
 
+// In this block, or in another one of the cluster.
 Barrier read(const uint64_t* barrier) {
-  check_access(barrier, 8);
   const uint64_t x = *barrier;
   if (x == ~uint64_t{0}) fail("an mbarrier is used before it is initialised");
   return {static_cast<uint32_t>(x & 1), static_cast<uint32_t>(x >> 1) & kCounts,
@@ -137,7 +138,7 @@ uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ (address >
 
 void land(const Box& box) {
   const TensorMap& m = *box.map;
-  const uint32_t first = shared_address(box.shared), span = 2 * m.box[0];
+  const uint32_t first = static_cast<uint32_t>(box.shared - box.memory), span = 2 * m.box[0];
   for (int32_t r = 0; r < m.box[1]; ++r)
     for (int32_t c = 0; c < m.box[0]; ++c) {
       const int64_t at[5] = {int64_t{box.at[0]} + c, int64_t{box.at[1]} + r, box.at[2], box.at[3], box.at[4]};
@@ -147,7 +148,7 @@ void land(const Box& box) {
         inside = inside && at[i] >= 0 && at[i] < m.size[i];
         offset += at[i] * m.stride[i];
       }
-      char* to = at_address(swizzled(first + span * r + 2 * c, span));
+      char* to = box.memory + swizzled(first + span * r + 2 * c, span);
       if (inside) check_access(m.base + offset, 2);
       if (inside)
         std::memcpy(to, m.base + offset, 2);
@@ -417,7 +418,9 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   write(barrier, {0, arrivals, arrivals, 0});
 }
 
-void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+namespace {
+
+void arrive(uint64_t* barrier, uint32_t bytes) {
   Barrier b = read(barrier);
   if (!b.pending) fail("more arrivals at an mbarrier than it was initialised with");
   b.bytes += static_cast<int32_t>(bytes);
@@ -425,24 +428,45 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
   write(barrier, b);
 }
 
+}  // namespace
+
+void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+  check_access(barrier, 8);
+  arrive(barrier, bytes);
+}
+
+void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  check_access(barrier, 8);
+  arrive(static_cast<uint64_t*>(in_block(barrier, rank)), 0);
+}
+
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  check_access(barrier, 8);
   Awaited awaited{barrier, parity};
   wait_until(completed, &awaited, "an mbarrier");
 }
 
-void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]) {
+void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5], bool for_both) {
   const int repeats = 16 * map->box[0];  // bytes after which its swizzle does
   if (shared_address(shared) % repeats)
     fail("a box with such a swizzle begins at a multiple of " + std::to_string(repeats) + " bytes");
   check_access(map->base, 16);  // hardware looks there, wherever the box lands
-  Box box{static_cast<char*>(shared), map, barrier, {}};
-  std::memcpy(box.at, at, sizeof at);
   check_access(shared, 16);
   check_access(static_cast<char*>(shared) + 2 * map->box[0] * map->box[1] - 16, 16);
-  if (lands_at_once())
-    land(box);
-  else
-    engines().boxes.push_back(box);
+  check_access(barrier, 8);
+  for (uint32_t rank = 0; rank < position().cluster; ++rank) {
+    if (!for_both && rank != position().rank) continue;
+    Box box{static_cast<char*>(in_block(shared, rank)),
+            static_cast<char*>(in_block(shared_memory(), rank)),
+            map,
+            static_cast<uint64_t*>(in_block(barrier, rank)),
+            {}};
+    std::memcpy(box.at, at, sizeof at);
+    if (lands_at_once())
+      land(box);
+    else
+      engines_in(extension_of(rank)).boxes.push_back(box);
+  }
 }
 
 void take_registers(int registers) { set_registers(registers, true, "setmaxnreg.inc"); }

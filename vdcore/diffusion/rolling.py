@@ -80,14 +80,7 @@ def self_forcing(
         if cache is None:
             cache = model.new_cache(len(noise), *noise.shape[3:])
         last: list[Tensor] = []
-
-        def denoise(
-            video: Tensor, timestep: Tensor, cache: Any = cache, last: list[Tensor] = last, **given: Any
-        ) -> Tensor:
-            last[:] = video, timestep
-            return model(video, timestep, cache=cache, **given)
-
-        sample(denoise, process, noise, steps, **conditions)
+        sample(partial(_remembered, model, cache, last), process, noise, steps, **conditions)
         noisy, timestep = last
         with torch.enable_grad():
             output = model(noisy, timestep, cache=cache, **conditions)
@@ -121,3 +114,9 @@ def roll_by_recomputing(
             past = sample(model, process, whole, steps, held=held, known=known, **conditions)
             clean = past[:, :, -chunk:]
         yield clean
+
+
+def _remembered(model: Any, cache: Any, last: list[Tensor], video: Tensor, timestep: Tensor, **given: Any) -> Tensor:
+    """The model's output; ``last`` holds what it was made of."""
+    last[:] = video, timestep
+    return model(video, timestep, cache=cache, **given)

@@ -180,7 +180,7 @@ def _rolled(
     on_clip: Callable[[int, int], None] | None,
 ) -> Tensor:
     """Chunk after chunk, as :func:`vdcore.diffusion.roll` gives them."""
-    recipe, mask, pt = trained.recipe, trained.recipe.model.mask, trained.recipe.model.patch[0]
+    recipe, mask, pt = trained.recipe, trained.recipe.model.frame_mask, trained.recipe.model.patch[0]
     chunks, random = -(-frames // (mask.chunk * pt)), torch.Generator().manual_seed(seed)
     shape = (count, recipe.model.in_channels, mask.chunk * pt, *recipe.size)
     noises = (torch.randn(shape, generator=random).to(device) for _ in range(chunks))

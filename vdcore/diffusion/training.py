@@ -110,7 +110,7 @@ class Recipe:
         if self.target not in TARGETS:
             raise ValueError(f"Recipe: target must be one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.causal:
-            mask = self.model.mask
+            mask = self.model.frame_mask
             if mask.future != 0 or mask.sink or mask.shots or mask.clean:
                 raise ValueError(f"Recipe: causal needs a mask with future=0 and neither sink nor shots, got {mask}")
             if self.hold or self.forcing:
@@ -210,7 +210,7 @@ class Trainer:
         timestep = timestep.repeat_interleave(together, 1)
         forced = torch.rand(recipe.batch, 1, generator=random) < recipe.forcing
         if recipe.causal:
-            chunk = together * recipe.model.mask.chunk
+            chunk = together * recipe.model.frame_mask.chunk
             timestep = timestep[:, torch.arange(recipe.frames) // chunk * chunk]
         elif recipe.hold or recipe.forcing:
             timestep = torch.where(forced, timestep, timestep[:, :1])

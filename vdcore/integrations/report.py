@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -116,6 +116,8 @@ class Report:
 
     served: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Makes what :meth:`dense` is, where a host's models have masks.
+    dense_inside: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     _left: list[Entry] = field(default_factory=list)
     _serving: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
@@ -141,6 +143,13 @@ class Report:
 
     def add_left(self, name: str, kind: str, reason: str) -> None:
         self._left.append(Entry(name, kind, reason))
+
+    def dense(self) -> AbstractContextManager[None]:
+        """A block in which all layers see everything, whatever their mask, in this thread's calls.
+
+        Code that is compiled already runs dense in other threads too while one is inside.
+        """
+        return self.dense_inside()
 
     def check(self, model: Any, *args: Any, **inputs: Any) -> Check:
         """Calls a swapped model, or pipeline, as its host and as it is, and prints how far apart the results are.

@@ -414,13 +414,17 @@ Find = Callable[[str, nn.Module], "list[Change] | str | None"]
 
 
 def swap(
-    models: Iterable[tuple[str, nn.Module, Find]], report: Report | None = None, hooks: Sequence[Change] = ()
+    models: Iterable[tuple[str, nn.Module, Find]],
+    report: Report | None = None,
+    hooks: Sequence[Change] = (),
+    stacklevel: int = 3,
 ) -> Report:
     """Changes all modules for which changes are found, or none of any model if one fails.
 
     Args:
         models: each with the prefix of its modules' names in the report.
         hooks: changes that come with the swap, and are not reported.
+        stacklevel: of the warning that nothing is served, which is for whoever called the host's ``swap_in``.
     """
     report = Report() if report is None else report
     models = list(models)
@@ -446,7 +450,7 @@ def swap(
     dtypes = {x.dtype for _, model, _ in models for x in model.parameters() if x.device.type == "cpu"}
     report.notes += [note for dtype in dtypes if (note := slow_dtype(dtype)) is not None]
     if not report.served:
-        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=3)
+        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=stacklevel)
     return report
 
 

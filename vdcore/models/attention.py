@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: VDiTConfig, branches: int = 1) -> None:
         super().__init__()
-        self.mask, self.head_dim, self.branches = config.mask, config.head_dim, branches
+        self.mask: Any = config.mask
+        self.head_dim, self.branches = config.head_dim, branches
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.width, branches * rows)
@@ -188,7 +190,7 @@ class TemporalAttention(SelfAttention):
 
 
 class FullAttention(SelfAttention):
-    """All tokens of the frames that the mask shows."""
+    """All tokens that the mask shows."""
 
     def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
@@ -196,7 +198,9 @@ class FullAttention(SelfAttention):
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         split = context.split
         if split is None:
-            return self.across_frames(video_attention, x, context, ring, context.rotations.full)
+            in_frames = isinstance(self.mask, FrameMask)
+            operator = video_attention if in_frames else partial(video_attention, grid=context.grid[1:])
+            return self.across_frames(operator, x, context, ring, context.rotations.full)
         shared = Shared(split.peers, split.sizes[0], self.mask, self.head_dim**-0.5, plan=split.plan)
         out, _ = shared.attend(*self.normalized(self.split(self.qkv(x)), context.rotations.full))
         return self.proj(merged(out))

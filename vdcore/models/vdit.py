@@ -140,7 +140,7 @@ class VDiT(nn.Module):
         self, video: Tensor, timestep: Tensor, history: Tensor, history_timestep: Tensor | None, given: dict[str, Any]
     ) -> Tensor:
         """Clean and noisy video as one sequence of frames; the noisy half of the prediction."""
-        mask, B, T, pt = self.config.mask, *video.shape[:3:2], self.config.patch[0]
+        mask, B, T, pt = self.config.frame_mask, *video.shape[:3:2], self.config.patch[0]
         if mask.future != 0 or mask.sink or mask.shots or mask.clean:
             _wrong("history", "None where the mask is not causal by chunks, future=0, without sinks and shots", mask)
         if history.shape != video.shape:
@@ -264,7 +264,7 @@ class VDiT(nn.Module):
                 ``"rope"`` or ``"sincos+rope"``.
 
         Raises:
-            ValueError: if the mask sees the future, or the sizes are not multiples of the patch.
+            ValueError: if the mask is not of frames alone, or sees the future, or sizes are not multiples of the patch.
         """
         config = self.config
         if relative and config.position == "sincos":
@@ -275,7 +275,7 @@ class VDiT(nn.Module):
             if size % p or size < 1:
                 raise ValueError(f"new_cache: {name} must be a multiple of the patch size {p}, got {size}")
         grid = height // config.patch[1], width // config.patch[2]
-        slots = slots_needed(config.mask, frames)
+        slots = slots_needed(config.frame_mask, frames)
         device = self.patch.weight.device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
@@ -283,7 +283,7 @@ class VDiT(nn.Module):
         shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
         needed = (looks_across_frames(config.parts(i)) for i in range(config.depth))
         rings = [new_ring(shape, dtype, device) if ring else None for ring in needed]
-        return FrameCache(config.mask, slots, batch, grid, rings, relative=relative)
+        return FrameCache(config.frame_mask, slots, batch, grid, rings, relative=relative)
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         config = self.config
@@ -342,7 +342,7 @@ class VDiT(nn.Module):
             expected = f"with the {pt * self.peers.size(frames // pt)} of {frames} frames that rank {self.peers.rank}"
             _wrong("video", f"{expected} of {self.ranks} holds", f"{video.shape[2]} frames")
         heads, kv_heads = config.heads, config.kv_heads or config.heads
-        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.mask)
+        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.frame_mask)
         plan = choose("VDiT", self.plan, layer, self.ranks, ways(config))
         return Split(self.peers, (frames // pt, S), plan)
 

@@ -26,7 +26,7 @@ from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, grid_masks
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
@@ -64,7 +64,9 @@ class _Entry:
 
 
 def run(options: Options, journal: Journal, watch: Watch) -> None:
-    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+    dtypes = [DTYPES[name] for name in options.dtypes or BOTH]
+    sweep(journal, watch, options.device, dtypes, until=options.until)
+    grid_masks.sweep(journal, watch, options.device, dtypes, until=options.until)
 
 
 def sweep(

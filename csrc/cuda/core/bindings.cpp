@@ -17,7 +17,6 @@ void define(py::module_& m) {
   m.def("why_not_device", why_not_device);
   m.def("most_shared_memory", [](int device) { return most_shared_memory({"most_shared_memory", device}); });
   define_frame_attention(m);
-  define_gated_attention(m);
   define_qk_norm_rope(m);
   define_temporal_attention(m);
 }

@@ -96,9 +96,18 @@ void launch_kernel(const Where& where, const void* kernel, const Grid& grid, voi
   const OnDevice on(where);
   allow_shared_memory(where, kernel, grid.shared_bytes);
   void* pointers[] = {arguments};
-  check(where,
-        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(static_cast<unsigned>(grid.threads)),
-                         pointers, grid.shared_bytes, static_cast<cudaStream_t>(where.stream)));
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  how.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  how.dynamicSmemBytes = grid.shared_bytes;
+  how.stream = static_cast<cudaStream_t>(where.stream);
+  how.attrs = &cluster;
+  how.numAttrs = grid.cluster > 1 ? 1 : 0;
+  check(where, cudaLaunchKernelExC(&how, kernel, pointers));
 }
 
 }  // namespace vdcore::cuda

@@ -31,6 +31,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   size_t shared_bytes;
+  int cluster = 1;  // blocks that run side by side
 };
 
 #ifdef VDCORE_EMULATE
@@ -42,7 +43,8 @@ inline std::optional<std::string> why_not_device(int) { return {}; }
 template <typename Arguments>
 void launch(const Where& where, void (*kernel)(Arguments), const Grid& grid, const Arguments& arguments) {
   try {
-    emulator::run(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(arguments); }, sizeof(Arguments));
+    emulator::run(
+        grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(arguments); }, sizeof(Arguments), grid.cluster);
   } catch (const std::runtime_error& error) {
     launch_error(where, error.what());
   }

@@ -19,6 +19,13 @@
 
 namespace vdcore::cuda {
 
+// Two blocks that run at the same time on neighbouring multiprocessors, or one by itself. A number of shared memory or
+// of a barrier there is one in any block: that of the block with a rank is reached by its rank.
+constexpr int kMostInCluster = 2;
+
+// What a load leaves in L2: policies that createpolicy would make, as CUTLASS has them.
+constexpr uint64_t kReadOnce = 0x12F0000000000000, kReadAgain = 0x14F0000000000000;
+
 // ---- Tiles in shared memory and their descriptors (PTX ISA 9.7.15.5.1) ----
 // Tiles lie as TMA writes them. With a swizzle of 128 bytes: rows of 64 channels, 8 rows in 1024 bytes, in which the
 // 16-byte piece i of row r stands at i ^ r. With one of 64 bytes: rows of 32 channels, 8 rows in 512 bytes, in which

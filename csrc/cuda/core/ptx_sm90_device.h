@@ -23,6 +23,15 @@ VDCORE_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// At the same barrier of the block with this rank.
+VDCORE_DEVICE void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      " mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives, and lets the phase wait for so many more bytes.
 VDCORE_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -51,14 +60,37 @@ VDCORE_DEVICE void prefetch_map(const TensorMap* map) {
 }
 
 // Copies the box at these coordinates, innermost first, to shared memory, 0 where it leaves the tensor, and then counts
-// all its bytes at the barrier.
-VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1, int32_t c2,
-                            int32_t c3, int32_t c4) {
+// all its bytes at the barrier. `policy`: of L2.
+VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, uint64_t policy, int32_t c0,
+                            int32_t c1, int32_t c2, int32_t c3, int32_t c4) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
-      "[%7];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
+      "%4, %5, %6}], [%7], %8;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+}
+
+// The same, to the same place of both blocks of a cluster, and counted at the barrier of each.
+VDCORE_DEVICE void load_box_for_both(void* shared, const TensorMap* map, uint64_t* barrier, uint64_t policy, int32_t c0,
+                                     int32_t c1, int32_t c2, int32_t c3, int32_t c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(shared_address(barrier)), "h"(uint16_t{3}), "l"(policy)
+      : "memory");
+}
+
+// ---- Clusters (9.7.13.4) ----
+
+VDCORE_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of the cluster meet.
+VDCORE_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- Warpgroups ----

@@ -48,11 +48,11 @@ TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32
   return make_tensor_map(where, shape);
 }
 
-// channels x rows of a window x tokens x heads x batch: window t holds the rows from token t on. The last ones end
+// channels x window x tokens x heads x batch: window t holds so many rows from token t on. The last ones end
 // behind the tensor, and no box touches that part.
-TensorMap windows_map(const Where& where, const TensorView& x, int32_t columns, int32_t rows) {
+TensorMap windows_map(const Where& where, const TensorView& x, int32_t columns, int32_t window, int32_t rows) {
   MapShape shape = shape_of(x, columns, rows);
-  shape.size[1] = rows;
+  shape.size[1] = window;
   shape.size[2] = x.size[1] * x.size[2];
   shape.stride[1] = shape.stride[2] = std::max<int64_t>(token_stride(x), 8);
   return make_tensor_map(where, shape);
@@ -63,7 +63,8 @@ FrameSource source_of(const Where& where, const FrameTokens& x) {
   FrameSource source{};
   const bool q_flat = flat(x.q), k_flat = flat(x.k) && flat(x.v);
   const auto keys_map = [&](const TensorView& of, int32_t columns) {
-    return k_flat ? windows_map(where, of, columns, Plan::kKeys) : frames_map(where, of, false, columns, Plan::kKeys);
+    return k_flat ? windows_map(where, of, columns, Plan::kKeys, Plan::kBoxRows)
+                  : frames_map(where, of, false, columns, Plan::kBoxRows);
   };
   source.q = frames_map(where, x.q, q_flat, 64, Plan::kRows);
   source.k = keys_map(x.k, 64);
@@ -119,11 +120,20 @@ Work work_of(const FrameAttention& call, const QueryTiles& tiles, int32_t keys) 
   return work;
 }
 
+// Blocks of a cluster: two, where few tiles are left without another of their group.
+template <class Plan>
+int32_t blocks_of_cluster(QueryTiles tiles) {
+  const int32_t alone = tiles.count();
+  tiles.side = 2;
+  return Plan::kCluster == 2 && tiles.count() - alone <= alone / 50 ? 2 : 1;
+}
+
 template <class Plan, typename E>
 void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   const TensorView& q = call.video.q;
   FrameParameters p{};
   tiles.rows = Plan::kRows;
+  p.cluster = tiles.side = blocks_of_cluster<Plan>(tiles);
   p.tiles = tiles;
   p.video = source_of<Plan>(where, call.video);
   if (call.text.q) p.text = source_of<Plan>(where, call.text);
@@ -140,14 +150,15 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   p.ratio = static_cast<int32_t>(q.size[3] / call.video.k.size[3]);
   p.channels = static_cast<int32_t>(q.size[4]);
   p.exponent = call.exponent;
-  const int64_t items = q.size[0] * q.size[3] * tiles.count();
-  if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
-  p.items = static_cast<int32_t>(items);
+  const int64_t all = q.size[0] * q.size[3] * tiles.count();
+  if (all > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
+  p.items = static_cast<int32_t>(all / p.cluster);
   // Where all tiles cost the same, one block per SM takes them in turn and loads the next one's tokens while it stores.
   // Otherwise one block per tile: the hardware hands them out, the longest first.
   const bool even = work_of(call, tiles, Plan::kKeys).even;
-  p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
-  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, {p.blocks, Plan::kThreads, Plan::kShared}, p);
+  const int32_t clusters = even ? std::min(p.items, std::max(multiprocessors(where) / p.cluster, 1)) : p.items;
+  p.blocks = clusters * p.cluster;
+  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster}, p);
 }
 
 template <typename E>

@@ -19,12 +19,8 @@ struct TemporalArguments {
     const dlpack::Tensor &shape = tensor_of(q), &keys = tensor_of(k);
     args.q = call.tokens(q), args.k = call.tokens(k), args.v = call.tokens(v), args.out = call.tokens(out);
     args.lse = call.floats(lse, 4);
-    args.frames = {mask_of(mask),
-                   q_start,
-                   call.integers(lengths),
-                   static_cast<int32_t>(shape.shape[1]),
-                   static_cast<int32_t>(keys.shape[1]),
-                   masked};
+    args.frames = Frames(mask_of(mask), q_start, call.integers(lengths), static_cast<int32_t>(shape.shape[1]),
+                         static_cast<int32_t>(keys.shape[1]), masked);
     args.sequences = shape.shape[0] * shape.shape[2] * shape.shape[3];
     args.positions = shape.shape[2];
     args.heads = static_cast<int32_t>(shape.shape[3]);

@@ -43,7 +43,6 @@ struct TemporalAttentionBackward {
 constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared) {
   return shared == 1 && channels <= 128 && frames <= 32;
 }
-constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two sequences per tile
 
 // Whether the norm/RoPE backward is fused into the kernel: beyond, its rows and sums are too many registers.
 constexpr bool temporal_backward_fuses_norm_rope(int64_t channels) { return channels <= 128; }
@@ -76,8 +75,8 @@ constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_
                                            int64_t sequences) {
   const int64_t frames = queries > keys ? queries : keys;
   if (!temporal_backward_is_short(frames, channels, shared)) return sequences / shared;
-  const int64_t items = temporal_backward_packs(frames) ? (sequences + 1) / 2 : sequences, each = frames <= 16 ? 4 : 2;
-  return (items + each - 1) / each;
+  const int64_t each = frames <= 16 ? 4 : 2;
+  return (sequences + each - 1) / each;
 }
 
 void temporal_attention_backward(const Where& where, DType dtype, const TemporalAttentionBackward& args);

@@ -18,17 +18,18 @@ from torch import Tensor
 import vdcore
 from vdcore.integrations.diffusers.attention import (
     heads,
-    is_differentiated,
     output_projection,
     project,
     qk_norm,
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
+from vdcore.modes import is_differentiated
 
 BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
@@ -258,7 +259,8 @@ def takes_clips(module: Any) -> bool:
 def _note_replaced(parent: Any, what: str, is_masked: bool) -> None:
     mask = getattr(parent, SHARED).mask
     if is_masked and mask is not None:
-        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {mask}: swap in again")
+        under = mask_text(mask)
+        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {under}: swap in again")
     note_left(parent, f"{what} was replaced since the swap")
 
 

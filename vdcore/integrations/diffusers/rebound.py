@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.attention import cross, video
 from vdcore.integrations.diffusers.clip import Keys
+from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import decorated, globals_used, names_used, rebind
@@ -129,7 +130,7 @@ class Rebound(Processor):
 
     def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
         if self.clip.mask is not None and not self._is_cross(q, k, to_context):
-            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+            raise RuntimeError(f"swap_in: attention cannot run under {mask_text(self.clip.mask)}: {reason}")
         note_left(self, reason)
 
     def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:

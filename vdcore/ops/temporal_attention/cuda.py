@@ -37,7 +37,9 @@ def why_not_temporal(c: TemporalCall) -> str | None:
     T_k, D = c.k.shape[1], c.q.shape[-1]
     if not kernels().temporal_fits(T_k, D):
         return f"it holds up to {MAX_FRAMES} key frames, or 32 beyond 128 channels; got {T_k} x {D}"
-    return None if c.q.shape[1] < 2**31 else "it counts frames in 32 bits"
+    if c.q_start + c.q.shape[1] >= 2**31 or c.q.shape[:-1].numel() >= 2**31:
+        return "it counts frames and sequences in 32 bits"
+    return None
 
 
 def _lanes_hold_pairs(c: TemporalCall) -> bool:
