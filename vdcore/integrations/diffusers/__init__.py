@@ -22,6 +22,8 @@ from vdcore.integrations.diffusers import families, registry
 from vdcore.integrations.diffusers.blocks import patches
 from vdcore.integrations.diffusers.clip import Clip, Grid, Watch, checkpoint_as_host
 from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
+from vdcore.integrations.diffusers.ranks import models as mesh_models
+from vdcore.integrations.diffusers.ranks.mesh import Ranks, ranks_of
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.report import Entry, Report
 from vdcore.integrations.swap import Change, Find, host_type, known_as, names_used, swap
@@ -31,7 +33,14 @@ from vdcore.mask import FrameMask
 __all__ = ["TESTED", "Entry", "Report", "swap_in", "swap_out"]
 
 
-def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
+def swap_in(
+    model_or_pipeline: Any,
+    mask: FrameMask | None = None,
+    *,
+    mesh: Any = None,
+    parts: bool = False,
+    plan: str | None = None,
+) -> Report:
     """Puts the attention of a video model, and what vdcore fuses around it, on vdcore.
 
     Only the modules of this model change, and only their processor or class: parameters, hooks and other models stay as
@@ -42,29 +51,46 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         model_or_pipeline: a diffusers model, or a pipeline, whose models are swapped; its autoencoders are not.
         mask: which frames a frame sees in temporal and in full 3D attention, training-free; None: as trained, exact.
             Under a causal mask text does not attend to video.
+        mesh: processes that share the frames of every clip: a ``DeviceMesh`` of one dimension, or diffusers'
+            ``ContextParallelConfig``, of which the processes count. Every rank passes the whole clip and gets the
+            whole result, and gradients of inputs are whole as well; those of parameters are such that their mean over
+            the mesh, what DDP and FSDP2 take, is the gradient of one process. For Latte, SVD, AnimateDiff, Wan and
+            CogVideoX; of others the report says that they are left, whole on every rank.
+        parts: on a mesh each rank passes and gets its own frames (:func:`vdcore.parallel.shard`), and what else has
+            frames alike. The loss is the sum of the ranks' losses then, gradients of inputs the rank's share.
+        plan: how attention over all frames is shared out, ``"heads"``, ``"ring"`` or ``"halo"``; None: what sends the
+            least bytes (:func:`vdcore.parallel.explain`).
 
     Raises:
-        TypeError: if there is no model in it.
-        ValueError: if a mask is given and a model's frames are not known.
+        TypeError: if there is no model in it, or the mesh is none.
+        ValueError: if a mask is given and a model's frames are not known; a mesh of several dimensions; parts of a
+            pipeline, or of a model that is not served under a mesh.
         RuntimeError: if this version of diffusers was not tested.
     """
     check_version()
     if mask is not None and not isinstance(mask, FrameMask):
         raise TypeError(f"swap_in: mask must be a FrameMask or None, got {type(mask).__name__}")
+    return _swap_in(model_or_pipeline, mask, ranks_of(mesh, plan, parts))
+
+
+def _swap_in(model_or_pipeline: Any, mask: FrameMask | None, ranks: Ranks | None) -> Report:
     report, models = Report(), []
     hooks: list[Change] = []
     watches: dict[nn.Module, Watch] = {}
     found = list(_models(model_or_pipeline, report, "swap_in"))
+    if ranks is not None:
+        found = list(_shareable(found, ranks, report, isinstance(model_or_pipeline, nn.Module)))
     for _, model in found:
         _check_frames(model, mask)
-    before = {model: masks[0] for _, model in found if (masks := _mask_of(model)) is not None and masks != (mask,)}
+    clips = ((model, watch.clip) for _, model in found if (watch := _watch_of(model)) is not None)
+    before = {model: clip for model, clip in clips if (clip.mask, clip.ranks) != (mask, ranks)}
     for model in before:
         swap_out(model)
     try:
         for path, model in found:
             watch = _watch_of(model) or watches.get(model)
             if watch is None:
-                watch = Watch(Clip(mask), _grid_of(model, mask))
+                watch = Watch(Clip(mask, ranks=ranks), _grid_of(model, mask) if ranks is None else None)
                 hooks.append(Change.of_hook(model, watch))
             watches[model] = watch
             models.append((path, model, _finder(model, path, watch.clip)))
@@ -74,7 +100,7 @@ def swap_in(model_or_pipeline: Any, mask: FrameMask | None = None) -> Report:
         return report
     except BaseException:
         for model, earlier in before.items():
-            swap_in(model, earlier)
+            _swap_in(model, earlier.mask, earlier.ranks)
         raise
 
 
@@ -122,6 +148,22 @@ def _models_inside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}." if name else "", child
 
 
+def _shareable(
+    found: list[tuple[str, nn.Module]], ranks: Ranks, report: Report, is_model: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Those whose clips ranks may share; others are left to the host, every rank with the whole."""
+    if ranks.parts and not is_model:
+        raise ValueError("swap_in: parts must be False for a pipeline, which calls its models with the whole")
+    for path, model in found:
+        reason = mesh_models.why_not(model)
+        if reason is None:
+            yield path, model
+        elif ranks.parts:
+            raise ValueError(f"swap_in: parts must be False for {type(model).__name__}: {reason}")
+        else:
+            report.add_left(path.rstrip(".") or type(model).__name__, type(model).__name__, reason)
+
+
 def _check_frames(model: nn.Module, mask: FrameMask | None) -> None:
     """A mask needs a model whose frames are known, before anything of it changes."""
     if mask is None:
@@ -144,25 +186,36 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
     """Finds the changes of one model's modules."""
     embeddings = patches.find(model)
     has_grid = isinstance(known_as(host_type(model), registry.GRIDS), type)
+    # Attention of a factorized model outside of its temporal parts is within a frame, whoever else has frames.
+    around = clip if has_grid or clip.ranks is None else Clip(clip.mask)
+    bound = " and ".join(name for name in ("mask", "ranks") if getattr(clip, name) is not None)
+    bound = bound.replace("ranks", "mesh")
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:
         found: list[Change] | Change | str | None = None
         kind = known_as(type(module), registry.FACTORIZED)
         if kind is not None:
             found = kind if isinstance(kind, str) else registry.FACTORIZED[kind](module, clip)
-            if isinstance(found, str) and clip.mask is not None:
-                raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
+            if isinstance(found, str) and bound:
+                raise ValueError(f"swap_in: {bound} must be None where {path}{name} cannot be served: {found}")
+        elif clip.ranks is not None and (layer := mesh_models.change_of_layer(module, clip)) is not None:
+            found = layer
+            if isinstance(found, str):
+                raise ValueError(f"swap_in: mesh must be None where {path}{name} cannot be served: {found}")
         elif known_as(type(module), registry.FORWARDS) is not None:
             found = families.change_of_forward(module)
         elif module in embeddings:
             found = embeddings[module]
         elif hasattr(module, "processor"):
-            found = families.change_of_attention(module, name, clip)
-            if isinstance(found, str) and clip.mask is not None and has_grid and not _is_cross(module):
-                raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
+            found = families.change_of_attention(module, name, around)
+            if isinstance(found, str) and bound and has_grid and not _is_cross(module):
+                raise ValueError(f"swap_in: {bound} must be None where {path}{name} cannot be served: {found}")
         elif _attends(module):
             found = "its attention is written into its forward"
-        return [found] if isinstance(found, Change) else found
+        found = [found] if isinstance(found, Change) else found
+        if module is model and clip.ranks is not None and not isinstance(found, str):
+            found = mesh_models.changes_of_model(model, clip, found or [])
+        return found
 
     return find
 
@@ -182,9 +235,3 @@ def _attends(module: nn.Module) -> bool:
 def _watch_of(model: nn.Module) -> Watch | None:
     """The hook of a swapped model, which holds what its attention shares."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)
-
-
-def _mask_of(model: nn.Module) -> tuple[FrameMask | None] | None:
-    """The mask that a model was swapped with, in a tuple; None if it is not swapped."""
-    watch = _watch_of(model)
-    return None if watch is None else (watch.clip.mask,)

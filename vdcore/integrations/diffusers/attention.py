@@ -13,6 +13,7 @@ import vdcore
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.swap import is_plain
 from vdcore.norm import QKNorm
+from vdcore.parallel.attention import attention_of
 from vdcore.rope import Rope, Style
 
 _RMS = (nn.RMSNorm, normalization.RMSNorm, normalization.MochiRMSNorm)
@@ -138,7 +139,21 @@ def video(clip: Clip, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None, rope
     """Attention over all tokens of a clip: ``(B, N, H, D)`` in and out."""
     split = clip.split(q.shape[1])
     q, k, v = (x.unflatten(1, split) for x in (q, k, v))
-    return vdcore.video_attention(q, k, v, mask=clip.frame_mask, norm=norm, rope=rope).flatten(1, 2)
+    return video_attention(clip, q, k, v, norm=norm, rope=rope).flatten(1, 2)
+
+
+def video_attention(clip: Clip, q: Tensor, k: Tensor, v: Tensor, *, text_first: bool = False, **options: Any) -> Any:
+    """:func:`vdcore.video_attention` over a clip, all of it here or shared with other ranks.
+
+    Args:
+        text_first: where a text lies in the memory of the result, if one process has the clip.
+    """
+    split = clip.shared(q.shape[1], q.shape[2])
+    if split is None or clip.ranks is None:
+        return vdcore.video_attention(q, k, v, mask=clip.frame_mask, text_first=text_first, **options)
+    return attention_of(
+        split.peers, q, k, v, frames=split.sizes[0], mask=clip.frame_mask, plan=clip.ranks.plan, **options
+    )
 
 
 def cross(

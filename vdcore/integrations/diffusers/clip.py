@@ -6,7 +6,8 @@ backward runs after both, never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from vdcore.integrations.diffusers.ranks.mesh import Ranks
+from vdcore.integrations.report import TURN
 from vdcore.integrations.swap import ServingHook
 from vdcore.mask import FrameMask
+from vdcore.models.layout import Split
 
 Grid = tuple[int, int, int]
 Seen = dict[str, tuple[Any, int, Any]]
@@ -26,15 +30,17 @@ class Scope(NamedTuple):
     """One call of a model.
 
     Args:
-        grid: of its tokens, where a mask needs it.
+        grid: of its tokens, where a mask needs it, or ranks that share the clip: of this rank's then.
         seen: what values of tensors said.
         outer: the call of another model that it is part of.
+        whole: frames of the whole clip, where ranks share it.
     """
 
     clip: Clip
     grid: Grid | None
     seen: Seen
     outer: Scope | None
+    whole: int | None = None
 
 
 _scope: ContextVar[Scope | None] = ContextVar("vdcore.integrations.diffusers.scope", default=None)
@@ -50,26 +56,34 @@ class Clip:
     Args:
         mask: which frames a frame sees; None: all.
         frames: of the one clip that it is for; None: of the call of the model.
+        ranks: the processes that share the clip; None: this one has it.
     """
 
-    def __init__(self, mask: FrameMask | None, frames: int | None = None) -> None:
+    def __init__(self, mask: FrameMask | None, frames: int | None = None, ranks: Ranks | None = None) -> None:
         self.mask = mask
         self.frames = frames
-        self._frames: list[tuple[int, int]] = []  # tokens and frames of clips so far
+        self.ranks = ranks
+        self._frames: list[tuple[int, int, int]] = []  # tokens and frames of clips so far, and of the whole clips
+
+    @property
+    def bound(self) -> str | None:
+        """What a call that is left to the host would get wrong; None: nothing."""
+        found = [str(x) for x in (self.mask, self.ranks) if x is not None]
+        return " and ".join(found) or None
 
     @property
     def frame_mask(self) -> FrameMask:
         return FrameMask() if self.mask is None else self.mask
 
     def split(self, tokens: int) -> tuple[int, int]:
-        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens."""
-        if self.mask is None:
+        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens; of this rank's."""
+        if self.bound is None:
             return 1, tokens
         found = self._frames_of(tokens)
         if len(found) != 1:
             either = f", either of {' or '.join(map(str, found))} frames," if found else ""
             raise RuntimeError(
-                f"swap_in: attention over {tokens} tokens{either} under {self.mask}, outside of a call of the model "
+                f"swap_in: attention over {tokens} tokens{either} under {self.bound}, outside of a call of the model "
                 f"that tells how many frames they are: call the model, not its blocks or its forward(), and checkpoint "
                 f"with its own enable_gradient_checkpointing()"
             )
@@ -86,12 +100,31 @@ class Clip:
 
     # ---- frames, from the model's forward ----
 
-    def announce(self, grid: Grid) -> None:
+    def announce(self, grid: Grid, whole: int | None = None) -> None:
         T, H, W = grid
+        found = T * H * W, T, T if whole is None else whole
         if torch.compiler.is_compiling():
-            self._frames = [(T * H * W, T)]  # what is traced is this call
-        elif (T * H * W, T) not in self._frames:
-            self._frames = [*self._frames, (T * H * W, T)]
+            self._frames = [found]  # what is traced is this call
+        elif found not in self._frames:
+            self._frames = [*self._frames, found]
+
+    def shared(self, frames: int, tokens: int) -> Split | None:
+        """How ranks share the clip of which this one has ``frames`` frames of ``tokens``; None: they do not."""
+        if self.ranks is None:
+            return None
+        scope = self._scope()
+        if scope is not None:
+            found = {scope.whole}
+        else:
+            found = {whole for _, T, whole in self._frames if T == frames and torch.compiler.is_compiling()}
+        whole = found.pop() if len(found) == 1 else None
+        if whole is None or self.ranks.peers.size(whole) != frames:
+            raise RuntimeError(
+                f"swap_in: {frames} frames under {self.bound}, outside of a call of the model that tells how many the "
+                f"whole clip has: call the model, not its blocks, and checkpoint with its own "
+                f"enable_gradient_checkpointing()"
+            )
+        return Split(self.ranks.peers, (whole, tokens), "switch")
 
     def _frames_of(self, tokens: int) -> list[int]:
         """The frames of a clip of so many tokens: none or several where they are not known."""
@@ -102,7 +135,7 @@ class Clip:
             T, H, W = scope.grid
             return [T] if tokens == T * H * W else []
         if torch.compiler.is_compiling():  # a block on its own is guarded by what its model has announced
-            return [frames for n, frames in self._frames if n == tokens]
+            return sorted({frames for n, frames, _ in self._frames if n == tokens})
         return []
 
     def _scope(self) -> Scope | None:
@@ -172,12 +205,15 @@ class Watch(ServingHook):
             self.clip.announce(grid)
         if torch.compiler.is_compiling():
             return
-        if grid is not None and self.count(module) < self.attending:
+        bound = grid is not None or self.clip.ranks is not None
+        if bound and self.count(module) < self.attending:
             raise RuntimeError(
                 f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
-                f"{self.clip.mask}: swap in again"
+                f"{self.clip.bound}: swap in again"
             )
-        if grid is not None and torch.is_grad_enabled():
+        if self.clip.ranks is not None and self.clip.ranks.parts and TURN.is_hosts:
+            raise ValueError("check: the host has no way to run a rank's part of a clip: swap in without parts")
+        if bound and torch.is_grad_enabled():
             checkpoint_in_scope(module)
         _scope.set(Scope(self.clip, grid, {}, _scope.get()))
 
@@ -185,6 +221,17 @@ class Watch(ServingHook):
         scope = None if torch.compiler.is_compiling() else _scope.get()
         if scope is not None and scope.clip is self.clip:
             _scope.set(scope.outer)
+
+
+@contextmanager
+def in_scope(clip: Clip, grid: Grid, whole: int) -> Iterator[None]:
+    """A call of a model on this rank's part of a clip, ``grid``, of which the whole has ``whole`` frames."""
+    clip.announce(grid, whole)
+    token = _scope.set(Scope(clip, grid, {}, _scope.get(), whole))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
 
 
 # ---- Blocks that run again in backward ----

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-import vdcore
 from vdcore.integrations.diffusers.attention import (
     as_rope,
     cross,
@@ -19,6 +18,7 @@ from vdcore.integrations.diffusers.attention import (
     project_added,
     qk_norm,
     video,
+    video_attention,
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
@@ -144,11 +144,11 @@ class Fused(Rebound):
         text_q, text_k, text_norm = qk_norm(text_q, text_k, *norms)
         rope, split = self.rope(call.rotary, q), self.clip.split(q.shape[1])
         q, k, v = (x.unflatten(1, split) for x in (q, k, v))
-        out, out_text = vdcore.video_attention(
+        out, out_text = video_attention(
+            self.clip,
             q,
             k,
             v,
-            mask=self.clip.frame_mask,
             text=(text_q, text_k, text_v),
             text_lengths=None if text_keys is None else text_keys.lengths,
             text_norm=text_norm,

@@ -125,8 +125,8 @@ class Rebound(Processor):
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
     def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
-        if self.clip.mask is not None and not self._is_cross(q, k, to_context):
-            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+        if self.clip.bound is not None and not self._is_cross(q, k, to_context):
+            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.bound}: {reason}")
         note_left(self, reason)
 
     def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:
@@ -142,13 +142,13 @@ class Rebound(Processor):
         keys, scale = self._keys(options.attn_mask, q, k), options.scale
         if isinstance(keys, str):
             return keys
-        if self._is_cross(q, k, to_context) or (self.clip.mask is None and not (keys is None and scale is None)):
+        if self._is_cross(q, k, to_context) or (self.clip.bound is None and not (keys is None and scale is None)):
             if keys is None:
                 return cross(q, k, v, scale=scale)
             return cross(q, keys.sort(k), keys.sort(v), lengths=keys.lengths, scale=scale)
         if keys is not None or scale is not None:
             return "padding of video tokens, or a scale of its own"
-        if self.clip.mask is not None and not self.clip.has(q.shape[1]):
+        if self.clip.bound is not None and not self.clip.has(q.shape[1]):
             return f"{q.shape[1]} tokens are not those of the clip alone"
         return video(self.clip, q, k, v, None, None)
 
