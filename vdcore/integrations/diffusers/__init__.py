@@ -70,10 +70,7 @@ def swap_in(
     check_version()
     if mask is not None and not isinstance(mask, FrameMask):
         raise TypeError(f"swap_in: mask must be a FrameMask or None, got {type(mask).__name__}")
-    return _swap_in(model_or_pipeline, mask, ranks_of(mesh, plan, parts))
-
-
-def _swap_in(model_or_pipeline: Any, mask: FrameMask | None, ranks: Ranks | None) -> Report:
+    ranks = ranks_of(mesh, plan, parts)
     report, models = Report(), []
     hooks: list[Change] = []
     watches: dict[nn.Module, Watch] = {}
@@ -100,7 +97,7 @@ def _swap_in(model_or_pipeline: Any, mask: FrameMask | None, ranks: Ranks | None
         return report
     except BaseException:
         for model, earlier in before.items():
-            _swap_in(model, earlier.mask, earlier.ranks)
+            swap_in(model, earlier.mask, mesh=earlier.ranks)
         raise
 
 

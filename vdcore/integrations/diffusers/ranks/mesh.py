@@ -41,6 +41,8 @@ def ranks_of(mesh: Any, plan: str | None, parts: bool) -> Ranks | None:
     Raises:
         ValueError, TypeError: a mesh of several dimensions, of other processes, or none; an unknown plan.
     """
+    if isinstance(mesh, Ranks):  # as a model was swapped before
+        return mesh
     if mesh is None:
         if plan is not None or parts:
             given = "plan" if plan is not None else "parts"
