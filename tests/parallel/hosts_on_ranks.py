@@ -63,16 +63,26 @@ def models():
 
     found["Wan by token"] = replace(found["Wan"], inputs=by_token)
 
-    def added(**sizes):
-        build = dict(sample_width=6, sample_height=4, sample_frames=25, max_text_seq_length=5, num_layers=1) | sizes
-        heads = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4)
-        return diffusers.CogVideoXTransformer3DModel(**heads, time_embed_dim=8, text_embed_dim=16, **build)
+    def added(columns=6, frames=25):
+        return diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=16,
+            num_layers=1,
+            sample_width=columns,
+            sample_height=4,
+            sample_frames=frames,
+            max_text_seq_length=5,
+        )
 
     def inputs():
         return {name: x for name, x in joint._cogvideox_inputs().items() if name != "image_rotary_emb"}
 
     found["CogVideoX added positions"] = zoo.Tiny(added, inputs)
-    found["CogVideoX resized"] = zoo.Tiny(lambda: added(sample_width=12, sample_frames=9), inputs)
+    found["CogVideoX resized"] = zoo.Tiny(lambda: added(12, 9), inputs)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.parallel.messages import all_reduce
+from vdcore.parallel.messages import all_reduce, refuse_transforms
 from vdcore.parallel.peers import Peers, part_sizes, peers_of
 from vdcore.parallel.switch import gather_along
 
@@ -37,6 +37,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """
     if factor == 1 or not torch.is_grad_enabled() or not x.requires_grad:
         return x
+    refuse_transforms("scale_gradient", x)
     return _Scale.apply(x, factor)
 
 
@@ -64,6 +65,7 @@ def own_part(x: Tensor, peers: Peers, dim: int, each: int = 1) -> Tensor:
     sizes = tuple(n * each for n in part_sizes(x.shape[dim] // each, peers.ranks))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.split(list(sizes), dim)[peers.rank]
+    refuse_transforms("shard", x)
     return _OwnPart.apply(x, peers, dim, sizes)
 
 
@@ -84,6 +86,7 @@ def everywhere(x: Tensor, peers: Peers) -> Tensor:
     """As :func:`own_part`, of what has no frames and is the same on every rank."""
     if peers.ranks == 1 or not torch.is_grad_enabled() or not x.requires_grad:
         return x
+    refuse_transforms("everywhere", x)
     return _Everywhere.apply(x, peers)
 
 

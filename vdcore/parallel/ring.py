@@ -19,7 +19,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask, Run
 from vdcore.ops import video_attention
 from vdcore.parallel.halo import frames_in, shifts, within
-from vdcore.parallel.messages import start_exchange, wait
+from vdcore.parallel.messages import refuse_transforms, start_exchange, wait
 from vdcore.parallel.peers import Peers, part_sizes, part_starts
 
 
@@ -262,4 +262,5 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor,
     q ``(B, T_r, S, H, D)``, k and v ``(B, T_r, S, G, D)``, normalized and rotated; lse is float32 at least,
     ``(B, T_r, S, H)``, and differentiable.
     """
+    refuse_transforms("video_attention", q, k, v)
     return _RingAttention.apply(q, k, v, ring)

@@ -116,7 +116,7 @@ class Clip:
         if scope is not None:
             found = {scope.whole}
         else:
-            found = {whole for _, T, whole in self._frames if T == frames and torch.compiler.is_compiling()}
+            found = {whole for _, T, whole in self._frames if frames == T and torch.compiler.is_compiling()}
         whole = found.pop() if len(found) == 1 else None
         if whole is None or self.ranks.peers.size(whole) != frames:
             raise RuntimeError(

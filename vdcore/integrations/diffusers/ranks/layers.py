@@ -44,7 +44,9 @@ def cogvideox_patches(self: Any, text_embeds: Tensor, image_embeds: Tensor) -> T
     host: Any = host_type(self).forward
     names = ("patch_size", "patch_size_t", "text_proj", "proj")
     positions = {"use_positional_embeddings": False, "use_learned_positional_embeddings": False}
-    embeds = host(SimpleNamespace(**{name: getattr(self, name) for name in names}, **positions), text_embeds, image_embeds)
+    embeds = host(
+        SimpleNamespace(**{name: getattr(self, name) for name in names}, **positions), text_embeds, image_embeds
+    )
     if not (self.use_positional_embeddings or self.use_learned_positional_embeddings):
         return embeds
     L, (rows, columns) = text_embeds.shape[1], image_embeds.shape[-2:]

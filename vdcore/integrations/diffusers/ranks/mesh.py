@@ -73,9 +73,8 @@ def _new_mesh(config: Any) -> Any:
         raise RuntimeError("swap_in: mesh needs torch.distributed.init_process_group() first, or a DeviceMesh")
     ranks = config.ring_degree * config.ulysses_degree
     if ranks != dist.get_world_size():
-        raise ValueError(
-            f"swap_in: mesh must be given for ring_degree * ulysses_degree = {ranks} of {dist.get_world_size()} processes"
-        )
+        degrees = f"ring_degree * ulysses_degree = {ranks} of {dist.get_world_size()} processes"
+        raise ValueError(f"swap_in: mesh must be given in the configuration for {degrees}")
     found = torch.accelerator.current_accelerator()
     device = "cpu" if found is None or dist.get_backend() == "gloo" else found.type
     return dist.device_mesh.init_device_mesh(device, config.mesh_shape, mesh_dim_names=DIMS)

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from diffusers.models.unets import unet_3d_blocks, unet_motion_model
 from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.families import latte
