@@ -244,7 +244,7 @@ def wrong_arguments_say_what_is_wrong(mesh):
     with pytest.raises(ExchangeError, match=words):
         model(part[:other], timestep)
     with pytest.raises(
-        ExchangeError, match="VDiT: timestep must be the same .*, got float32 .* and float64 .* on rank 1"
+        ExchangeError, match=r"VDiT: timestep must be the same .*, got float32 .* and float64 .* on rank 1"
     ):
         model(part, timestep.double() if mesh.get_local_rank() == 1 else timestep)
     recorded = torch.set_grad_enabled(mesh.get_local_rank() != 1)
