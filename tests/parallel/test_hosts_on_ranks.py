@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("diffusers")
 
 from hosts_on_ranks import run_cases
+from test_parallel import wrong_in_a_world as cases_in_a_world
 
 from vdcore.parallel.world import run_ranks
 
@@ -32,4 +33,10 @@ def test_two_ranks(wrong_on_two_ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_more_ranks_and_all_alternatives(ranks):
     wrong = wrong_in_a_world(ranks, True, twice=ranks == 3)
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_beside_what_else_wraps_a_model():
+    wrong = cases_in_a_world(4, True, ("hosts_around",))
     assert not wrong, wrong

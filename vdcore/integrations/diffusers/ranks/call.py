@@ -39,12 +39,14 @@ class Frames:
         axis: of its frames.
         per_token: of the model, frames in a token.
         others: from the model, the frames of the whole and the arguments: those besides the clip that have frames, cut.
+        along: of tensors among these, the dimension with frames; of one that is not there, it has none.
     """
 
     clip: str
     axis: int
     per_token: Callable[[Any], int]
     others: Callable[[Any, int, dict[str, Any], Cut], dict[str, Any]]
+    along: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class OnRanks:
         counted = (here,) * peers.ranks
         if peers.ranks > 1:
             tensors = {n: y if isinstance(y, Tensor) else None for n in _names(model) for y in (given.get(n),)}
-            free = {name: self.frames.axis} if ranks.parts else {}
+            free = {n: dim for n, dim in self.frames.along if (y := tensors[n]) is not None and y.ndim > dim}
+            free = {name: self.frames.axis, **free} if ranks.parts else {}
             counted = agreed("swap_in", tensors, free, peers, x.device).get(name, counted)
         whole = sum(counted) // each if ranks.parts else here // each
         if ranks.parts and counted != tuple(n * each for n in part_sizes(whole, peers.ranks)):

@@ -61,6 +61,9 @@ def _of_cogvideox(model: Any, T: int, given: dict[str, Any], cut: Cut) -> dict[s
     return {} if tables is None else {"image_rotary_emb": tuple(cut(x, 0, x.shape[0] // T) for x in tables)}
 
 
+_ANIMATEDIFF = ("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual")
+
+
 def _of_animatediff(model: Any, T: int, given: dict[str, Any], cut: Cut) -> dict[str, Any]:
     """Texts ``(B T, L, C)``, and what a ControlNet adds, ``(B T, C, H, W)``."""
 
@@ -69,8 +72,7 @@ def _of_animatediff(model: Any, T: int, given: dict[str, Any], cut: Cut) -> dict
             return tuple(own(y) for y in x)
         return cut(x.unflatten(0, (-1, T)), 1, 1).flatten(0, 1)
 
-    names = ("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual")
-    return {name: own(given[name]) for name in names if given.get(name) is not None}
+    return {name: own(given[name]) for name in _ANIMATEDIFF if given.get(name) is not None}
 
 
 def _one(model: Any) -> int:
@@ -109,7 +111,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
         Frames("hidden_states", 2, _one, _none), (LatteTransformer3DModel.forward,), latte.forward
     ),
     WanTransformer3DModel: Family(
-        Frames("hidden_states", 2, _patch_of_wan, _of_wan),
+        Frames("hidden_states", 2, _patch_of_wan, _of_wan, (("timestep", 1),)),
         (WanTransformer3DModel.forward, WanTransformerBlock.forward),
     ),
     CogVideoXTransformer3DModel: Family(
@@ -118,7 +120,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
         why_not=_why_not_cogvideox,
     ),
     UNetMotionModel: Family(
-        Frames("sample", 2, _one, _of_animatediff),
+        Frames("sample", 2, _one, _of_animatediff, tuple((name, 0) for name in _ANIMATEDIFF)),
         (UNetMotionModel.forward, unet_motion_model.UNetMidBlockCrossAttnMotion.forward, *_MOTION),
     ),
     UNetSpatioTemporalConditionModel: Family(
