@@ -87,22 +87,25 @@ def fsdp2(mesh):
 
 
 def compiled_blocks(mesh):
-    """Without and with gradients; the exchanges are in the graph of a block, whose clips may have other lengths."""
-    for name, mask in (("Wan", None), ("Wan", FrameMask.window(1)), ("Latte", None), ("CogVideoX", FrameMask.causal())):
+    """The exchanges of attention are in the graph of a block. On two ranks: compiling takes time."""
+    for name, mask in (("Wan", FrameMask.window(1)), ("CogVideoX", FrameMask.causal())):
         torch._dynamo.reset()
         model, arguments = tiny(name).model(), tiny(name).arguments()
-        swap_in(model, mask=mask, mesh=mesh, plan="halo" if name in ("Wan", "CogVideoX") else None)
+        swap_in(model, mask=mask, mesh=mesh, plan="halo")
         with torch.no_grad():
             expected = model(**arguments, return_dict=False)[0]
-        blocks = getattr(model, "blocks", None) or model.transformer_blocks
-        for block in blocks:
-            block.compile(backend="aot_eager", fullgraph=name != "Latte")
-        with torch.no_grad():
-            found = model(**arguments, return_dict=False)[0]
-        torch.testing.assert_close(found, expected)
+        for block in getattr(model, "blocks", None) or model.transformer_blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
         found = model(**arguments, return_dict=False)[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         found.square().sum().backward()
+        ours = [p.grad for p in model.parameters()]
+        average_gradients(model, mesh)
+        host = tiny(name).model()
+        swap_in(host, mask=mask)
+        host(**arguments, return_dict=False)[0].square().sum().backward()
+        for grad, p in zip(ours, host.parameters()):
+            torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-5)
 
 
 def diffusers_own_configuration(mesh):
@@ -158,7 +161,6 @@ def a_pipeline(mesh):
 
     class Latents(WanPipeline):
         def __init__(self, transformer, scheduler):
-            torch.nn.Module.__init__  # noqa: B018
             super(WanPipeline, self).__init__()
             self.register_modules(transformer=transformer, scheduler=scheduler)
 
@@ -215,6 +217,7 @@ def what_is_not_served_is_left_or_refused(mesh):
 
 def copies_and_back(mesh):
     from vdcore.integrations.diffusers import swap_out
+    from vdcore.integrations.swap import make_all
 
     for name in ("Wan", "SVD", "Latte"):
         model, arguments = tiny(name).model(), tiny(name).arguments()
@@ -231,9 +234,10 @@ def copies_and_back(mesh):
                 model(**arguments)
             assert not traffic.bytes
             swap_in(model, mesh=mesh)
-            with mock.patch("vdcore.integrations.diffusers.ranks.mesh.peers_of", side_effect=ValueError):
-                with pytest.raises(ValueError):  # noqa: PT011  a failed swap leaves the one before
-                    swap_in(model, mesh=mesh, plan="ring")
+            failing = mock.patch("vdcore.integrations.swap.make_all", side_effect=[RuntimeError("no"), mock.DEFAULT])
+            failing.kwargs["wraps"] = make_all
+            with failing, pytest.raises(RuntimeError, match="no"):  # the swap before is made again
+                swap_in(model, mesh=mesh, plan="ring")
             assert torch.equal(model(**arguments, return_dict=False)[0], shared)
             swap_out(model)
             assert [type(m) for m in model.modules()] == before
@@ -269,7 +273,6 @@ CASES = {
         a_loss_of_parts,
         ddp,
         fsdp2,
-        compiled_blocks,
     )
 }
 SLOW: dict = {}

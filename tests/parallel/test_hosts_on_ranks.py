@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+from hosts_around import compiled_blocks
 from hosts_on_ranks import run_cases
 from test_parallel import wrong_in_a_world as cases_in_a_world
 
@@ -40,3 +41,8 @@ def test_more_ranks_and_all_alternatives(ranks):
 def test_beside_what_else_wraps_a_model():
     wrong = cases_in_a_world(4, True, ("hosts_around",))
     assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    run_ranks(compiled_blocks, 2, timeout=600)

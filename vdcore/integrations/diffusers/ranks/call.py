@@ -30,6 +30,10 @@ from vdcore.parallel.switch import gather_along
 Cut = Callable[[Tensor, int, int], Tensor]
 
 
+def _nothing(model: Any, given: dict[str, Any]) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Frames:
     """Where frames are in a model's arguments.
@@ -39,6 +43,7 @@ class Frames:
         axis: of its frames.
         per_token: of the model, frames in a token.
         others: from the model, the frames of the whole and the arguments: those besides the clip that have frames, cut.
+        check: raises if what blocks rely on is not so.
         along: of tensors among these, the dimension with frames; of one that is not there, it has none.
     """
 
@@ -47,6 +52,7 @@ class Frames:
     per_token: Callable[[Any], int]
     others: Callable[[Any, int, dict[str, Any], Cut], dict[str, Any]]
     along: tuple[tuple[str, int], ...] = ()
+    check: Callable[[Any, dict[str, Any]], None] = _nothing
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class OnRanks:
         given = {**_signature(host).bind(model, *args, **kwargs).arguments}
         given.pop("self")
         _check_dropout(model)
+        self.frames.check(model, given)
         whole = self._whole(model, clip, given)
         given = self._cut(model, clip, whole, given)
         shape, each = given[self.frames.clip].shape, self.frames.per_token(model)

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
-from vdcore.integrations.diffusers.clip import Clip
+from vdcore.integrations.diffusers.clip import Clip, may_look, pairs_agree
 from vdcore.integrations.diffusers.families import latte
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.ranks import layers
@@ -59,6 +59,12 @@ def _of_cogvideox(model: Any, T: int, given: dict[str, Any], cut: Cut) -> dict[s
     """Rotary tables ``(N, D)``."""
     tables = given.get("image_rotary_emb")
     return {} if tables is None else {"image_rotary_emb": tuple(cut(x, 0, x.shape[0] // T) for x in tables)}
+
+
+def _check_cogvideox(model: Any, given: dict[str, Any]) -> None:
+    """Its blocks may be compiled, where no value is looked at."""
+    if not all(may_look(x) and pairs_agree(x) for x in given.get("image_rotary_emb") or ()):
+        raise ValueError("swap_in: image_rotary_emb must have every angle twice on a mesh, for neighboring channels")
 
 
 _ANIMATEDIFF = ("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual")
@@ -115,7 +121,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
         (WanTransformer3DModel.forward, WanTransformerBlock.forward),
     ),
     CogVideoXTransformer3DModel: Family(
-        Frames("hidden_states", 1, _patch_of_cogvideox, _of_cogvideox),
+        Frames("hidden_states", 1, _patch_of_cogvideox, _of_cogvideox, check=_check_cogvideox),
         (CogVideoXTransformer3DModel.forward, CogVideoXBlock.forward),
         why_not=_why_not_cogvideox,
     ),
