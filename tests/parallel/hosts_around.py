@@ -133,11 +133,11 @@ def diffusers_own_configuration(mesh):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert traffic.bytes
         assert {m.processor.clip.ranks.peers.ranks for m in swapped.modules() if hasattr(m, "processor")} >= {ranks}
-    with pytest.raises(ValueError, match="swap_in: mesh must be given in the configuration for .* = 2 of 4 processes"):
+    with pytest.raises(ValueError, match=r"swap_in: mesh must be given in the configuration for .* = 2 of 4 processes"):
         swap_in(model, mesh=ContextParallelConfig(ulysses_degree=2))
     with pytest.raises(ValueError, match="swap_in: mesh must be of one dimension"):
         swap_in(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context")))
-    with pytest.raises(TypeError, match="swap_in: mesh must be a torch.distributed DeviceMesh, got int"):
+    with pytest.raises(TypeError, match=r"swap_in: mesh must be a torch.distributed DeviceMesh, got int"):
         swap_in(model, mesh=4)
 
 
