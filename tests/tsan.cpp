@@ -84,8 +84,17 @@ std::vector<char> temporal_attention(DType dtype, int threads) {
   const VisibleTables t(FrameMask{}, T, T, 0, nullptr, B);
   cpu::TemporalAttention a;
   a.q = q.view, a.k = k.view, a.v = v.view, a.out = out.view;
-  a.visible = {t.begin.data(),    t.end.data(), t.sink.data(), t.seen_begin.data(),
-               t.seen_end.data(), t.per_sample, t.dense};
+  a.visible = {t.begin.data(),
+               t.end.data(),
+               t.low_begin.data(),
+               t.low_end.data(),
+               t.seen_begin.data(),
+               t.seen_end.data(),
+               t.also_begin.data(),
+               t.also_end.data(),
+               t.per_sample,
+               t.dense,
+               t.twice};
   a.scale = 0.15f;
   a.threads = threads;
   cpu::kernels().temporal_attention_forward(a);
@@ -118,7 +127,7 @@ std::vector<char> patchify(DType dtype, int threads) {
 
 std::vector<std::vector<char>> everything(int threads) {
   std::vector<std::vector<char>> found;
-  const FrameMask same_frame{0, 0, 1, 0}, causal{-1, 0, 1, 0};
+  const FrameMask same_frame{{0, 0, 1, 0}}, causal{{-1, 0, 1, 0}};
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (const FrameMask& mask : {same_frame, causal})
       for (Pass pass : {Pass::one, Pass::shared, Pass::two})

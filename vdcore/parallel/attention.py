@@ -116,8 +116,7 @@ def attention_of(
     backend: str | None = None,
 ) -> Any:
     """As :func:`video_attention`, of the processes of a mesh."""
-    qkv = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v))
-    q, k, v = qkv.q, qkv.k, qkv.v
+    q, k, v = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v)).views
     if frames < 0 or q.shape[1] != peers.size(frames) or k.shape[1] != q.shape[1]:
         expected = f"the {peers.size(max(frames, 0))} frames of rank {peers.rank} of {peers.ranks}, of {frames} in all"
         check.wrong(OP, "q and k", expected, f"{q.shape[1]} and {k.shape[1]}")

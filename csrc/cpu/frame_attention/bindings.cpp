@@ -6,6 +6,7 @@
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -121,17 +122,17 @@ py::list group_list(const std::vector<TokenGroup>& groups) {
   return found;
 }
 
-// For tests: the engine's view of a mask, [(sink_end, begin, end)] per query and [(begin, end)] per key.
+// For tests: the engine's view of a mask, two runs per query and two per key.
 py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t keys, int64_t start) {
+  using Runs = std::array<std::array<int64_t, 2>, 2>;
   const VisibleTables t(checked_mask(mask), queries, keys, start, nullptr, 1);
-  std::vector<std::array<int64_t, 3>> rows;
-  std::vector<std::array<int64_t, 2>> columns;
+  std::vector<Runs> rows, columns;
   for (int64_t i = 0; i < queries; ++i)
-    rows.push_back(t.dense ? std::array<int64_t, 3>{0, 0, keys}
-                           : std::array<int64_t, 3>{t.sink[i], t.begin[i], t.end[i]});
+    rows.push_back(t.dense ? Runs{{{0, 0}, {0, keys}}}
+                           : Runs{{{t.low_begin[i], t.low_end[i]}, {t.begin[i], t.end[i]}}});
   for (int64_t i = 0; i < keys; ++i)
-    columns.push_back(t.dense ? std::array<int64_t, 2>{0, queries}
-                              : std::array<int64_t, 2>{t.seen_begin[i], t.seen_end[i]});
+    columns.push_back(t.dense ? Runs{{{0, queries}, {0, 0}}}
+                              : Runs{{{t.seen_begin[i], t.seen_end[i]}, {t.also_begin[i], t.also_end[i]}}});
   return py::make_tuple(rows, columns);
 }
 
@@ -148,10 +149,10 @@ void define_frame_attention(py::module_& m) {
   m.def("frame_groups", frame_groups_of, "mask"_a, "batch"_a, "queries"_a, "keys"_a, "tokens"_a, "q_start"_a,
         "lengths"_a, "text"_a, "text_lengths"_a, "text_sees_video"_a);
   m.def("prompt_groups", prompt_groups_of, "batch"_a, "frames"_a, "tokens"_a, "prompt"_a, "per_frame"_a, "lengths"_a);
-  m.def("frame_attention_forward", frame_attention_forward, "groups"_a, "video"_a, "text"_a, "scale"_a, "gate"_a,
-        "threads"_a);
-  m.def("frame_attention_backward", frame_attention_backward, "groups"_a, "video"_a, "text"_a, "scale"_a, "delta"_a,
-        "workspace"_a, "parts"_a, "threads"_a);
+  define_named(m, "frame_attention_forward", frame_attention_forward, "groups", "video", "text", "scale", "gate",
+               "threads");
+  define_named(m, "frame_attention_backward", frame_attention_backward, "groups", "video", "text", "scale", "delta",
+               "workspace", "parts", "threads");
 }
 
 }  // namespace vdcore::cpu

@@ -145,7 +145,7 @@ def temporal_arguments(
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
     (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
-    frames, masked = frame_bounds(mask, T, T_k, q_start)
+    frames, masked = frame_bounds(mask, T, T_k, q_start, q.device)
     q_stats, k_stats = (row_stats(x, norm) for x in (q, k))
     shape = Shape(
         ROW=row,

@@ -83,8 +83,8 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
     def leave_unmasked(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`leave`, for attention across frames: under a mask leaving it would be a wrong result, not a slow
         one, and so it is where other ranks have frames."""
-        if self.clip.bound is not None and not TURN.is_hosts:
-            raise RuntimeError(f"swap_in: a call cannot run under {self.clip.bound}: {reason}")
+        if self.clip.is_bound and not TURN.is_hosts:
+            raise RuntimeError(f"swap_in: a call cannot run under {self.clip.under}: {reason}")
         return self.leave(reason, attn, *args, **kwargs)
 
     def leave(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:

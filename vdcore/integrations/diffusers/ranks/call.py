@@ -81,7 +81,7 @@ class OnRanks:
         with in_scope(clip, grid, whole):
             out = (self.inner or host)(model, **given)
         if isinstance(out, str):
-            raise RuntimeError(f"swap_in: a call cannot run under {clip.bound}: {out}")
+            raise RuntimeError(f"swap_in: a call cannot run under {clip.under}: {out}")
         if isinstance(out, tuple):
             return self._result(clip, out[0], whole, each), *out[1:]
         out["sample"] = self._result(clip, out.sample, whole, each)
@@ -142,7 +142,7 @@ class Served:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = self.function(module, *args, **kwargs)
         if isinstance(out, str):
-            raise RuntimeError(f"swap_in: a call cannot run under {getattr(module, SHARED).bound}: {out}")
+            raise RuntimeError(f"swap_in: a call cannot run under {getattr(module, SHARED).under}: {out}")
         return out
 
 

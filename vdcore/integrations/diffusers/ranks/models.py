@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,13 @@ from torch import nn
 from vdcore.integrations.diffusers.clip import Clip, may_look, pairs_agree
 from vdcore.integrations.diffusers.families import latte
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.masks import Masks, mask_text
 from vdcore.integrations.diffusers.ranks import layers
 from vdcore.integrations.diffusers.ranks.call import Cut, Frames, OnRanks, Served
+from vdcore.integrations.diffusers.ranks.mesh import Ranks
+from vdcore.integrations.report import Report
 from vdcore.integrations.swap import Change, changed_forward, host_type, known_as
+from vdcore.mask import FrameMask
 
 SERVES = "clips shared by ranks"
 
@@ -141,6 +145,30 @@ LAYERS: dict[type[nn.Module], Callable[..., Any]] = {
     embeddings.CogVideoXPatchEmbed: layers.cogvideox_patches,
     resnet.TemporalResnetBlock: layers.temporal_resnet,
 }
+
+
+def check_mask(mask: Masks | None) -> None:
+    """Ranks exchange frames: a mask that is not in frames alone, or not of all heads, is not served yet."""
+    for one in mask.values() if isinstance(mask, Mapping) else (mask,):
+        if one is not None and not isinstance(one, FrameMask):
+            raise ValueError(f"swap_in: mask must be a FrameMask, or a dict of these, on a mesh, got {mask_text(one)}")
+
+
+def shareable(
+    found: Iterable[tuple[str, nn.Module]], ranks: Ranks, report: Report, is_model: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Models whose clips ranks may share; others are left to the host, every rank with the whole."""
+    if ranks.parts and not is_model:
+        raise ValueError("swap_in: parts must be False for a pipeline, which calls its models with the whole")
+    for path, model in found:
+        reason = why_not(model)
+        if reason is None:
+            yield path, model
+        elif ranks.parts:
+            raise ValueError(f"swap_in: parts must be False for {type(model).__name__}: {reason}")
+        else:
+            report.add_left(path.rstrip(".") or type(model).__name__, type(model).__name__, reason)
+
 
 NOT_YET = "not served under a mesh yet: what mixes frames in it has not been looked through"
 
