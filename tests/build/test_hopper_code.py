@@ -127,9 +127,8 @@ def test_products_and_loads(kernel):
     assert kernel.count(r"\bHGMMA\b") == scores + result and kernel.count(r"\bHMMA\b") == 0
     boxes, clusters = -(-D // 64) + (3 if N == 96 else N // 64), D > 96
     assert kernel.count(r"UTMALDG\.5D\.MULTICAST") == (boxes if clusters else 0)  # for both blocks of a cluster
-    assert kernel.count(r"UTMALDG\.5D") == (2 if clusters else 1) * boxes + -(
-        -D // 64
-    )  # for one by itself, and queries
+    queries = -(-D // 64)
+    assert kernel.count(r"UTMALDG\.5D") == (2 if clusters else 1) * boxes + queries  # of a block by itself, too
     assert kernel.count(r"UTMACCTL\.PF") == 6
     assert kernel.count(r"STG\.E\.128") > 0 and kernel.count(r"STG\.E\.(U16|64)") == 0
 

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
     choose,
     implementation,
-    is_transformed,
     record,
     run_backward,
     run_forward,

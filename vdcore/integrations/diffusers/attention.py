@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from diffusers.models import normalization
 from torch import Tensor, nn
 
@@ -56,13 +55,6 @@ def output_projection(attn: Any, x: Tensor) -> Tensor:
 
 
 # ---- Norm and rope ----
-
-
-def is_differentiated() -> bool:
-    """Derivatives may be taken through what runs now, of either mode."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return True
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _weight(x: Tensor | None, like: Tensor) -> bool:

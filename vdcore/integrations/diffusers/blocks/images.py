@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.swap import is_plain
 from vdcore.models.layout import Split
+from vdcore.modes import is_differentiated
 from vdcore.norm import compute_dtype
 
 
