@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcore.modes import is_differentiated, is_transformed
+from vdcore.modes import is_differentiated
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
