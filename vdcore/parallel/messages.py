@@ -15,7 +15,8 @@ import torch
 import torch.distributed._functional_collectives
 from torch import Tensor
 
-from vdcore.ops.choose import has_tangent, is_transformed
+from vdcore.modes import is_transformed
+from vdcore.ops.choose import has_tangent
 from vdcore.parallel.peers import Peers
 
 # Ranks compare sizes before every exchange, which costs a small one and the host's time.
