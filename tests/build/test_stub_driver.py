@@ -51,7 +51,6 @@ def kernels(counts):
     return max(counts.values(), default=0)
 
 
-@pytest.mark.xfail(reason="numbers inside of tuples are specialized: a rollout compiles on its way", strict=True)
 def test_a_rollout_compiles_three_kernels_at_most():
     assert all(kernels(counts) <= 3 for counts in on_the_stub("rollout").values())
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vdcore.mask import FrameMask
 from vdcore_kernels.core.frames import Frames, seeing_run, valid_frames
 from vdcore_kernels.core.launch import Config, cdiv, launch, power_of_2, step
 from vdcore_kernels.core.tile import (
@@ -33,6 +34,7 @@ from vdcore_kernels.core.tile import (
 from vdcore_kernels.core.tokens import (
     NEAR,
     At,
+    Lengths,
     Runs,
     Sizes,
     Tile,
@@ -59,7 +61,7 @@ from vdcore_kernels.frame_attention.forward import (
     FrameConfig,
     Triple,
     base_2,
-    frame_arguments,
+    frame_sizes,
     pick_for,
     query_programs,
     with_positive_scale,
@@ -169,9 +171,30 @@ def _to_queries(state, queries, k, v, at, stop, S, exponent, WHOLE: tl.constexpr
     return rows_times(b_ds, b_k, b_dq), b_sum + tl.sum(b_ds.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "tiles"])
+@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles"])
 def frame_attention_bwd_q_kernel(
-    q, k, v, given, dq, p_dlse, lengths, sizes, frames, tiles, exponent, sm_scale, TILE: tl.constexpr
+    q,
+    k,
+    v,
+    given,
+    dq,
+    p_dlse,
+    lengths,
+    S_q,
+    S_k,
+    L,
+    H,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    tiles,
+    exponent,
+    sm_scale,
+    TILE: tl.constexpr,
 ):
     """One program: the gradient of a tile of BM queries of one sample and head, over all keys that they see.
 
@@ -180,6 +203,7 @@ def frame_attention_bwd_q_kernel(
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     ROW: tl.constexpr = TILE.ROW
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
@@ -188,22 +212,22 @@ def frame_attention_bwd_q_kernel(
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
-        b_sum -= tl.load(p_dlse + row + o_n * sizes.H, mask=m_live, other=0.0)
+        b_sum -= tl.load(p_dlse + row + o_n * H, mask=m_live, other=0.0)
     n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
         is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
         at_k = At(is_text, at.b, i_g, first)
-        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, first, sizes.S_k, exponent, WHOLE=True, TILE=TILE)
+        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
     for i in range(n_left):
         is_text, first, stop = left_tile(i, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
-        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, stop, sizes.S_k, exponent, WHOLE=False, TILE=TILE)
+        b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, stop, S_k, exponent, WHOLE=False, TILE=TILE)
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
     # a row of dS adds up to dlse, and what it does add up to tells the error.
-    b_mean = _mean_key(k, At(False, at.b, i_g, 0), runs, sizes.S_k, 16, TILE)  # [1, W]
+    b_mean = _mean_key(k, At(False, at.b, i_g, 0), runs, S_k, 16, TILE)  # [1, W]
     b_dq = add(b_dq, scale(b_mean, -b_sum[:, None]))
     b_dq = keep(scale(b_dq, sm_scale), m_live[:, None])
-    store_tokens(dq, at, o_n < n_rows, sizes.S_q, b_dq, BM, TILE)
+    store_tokens(dq, at, o_n < n_rows, S_q, b_dq, BM, TILE)
 
 
 @triton.jit
@@ -254,9 +278,33 @@ def _to_keys(state, k, v, queries, exponent):
     return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "tiles", "group", "splits", "B"])
+@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles", "group", "splits", "B"])
 def frame_attention_bwd_kv_kernel(
-    q, k, v, given, dk, dv, lengths, sizes, frames, tiles, group, splits, B, exponent, sm_scale, TILE: tl.constexpr
+    q,
+    k,
+    v,
+    given,
+    dk,
+    dv,
+    lengths,
+    S_q,
+    S_k,
+    L,
+    H,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    tiles,
+    group,
+    splits,
+    B,
+    exponent,
+    sm_scale,
+    TILE: tl.constexpr,
 ):
     """One program: gradients of a tile of BN keys of one sample and key/value head, over all queries that see them.
 
@@ -268,7 +316,8 @@ def frame_attention_bwd_kv_kernel(
     BN: tl.constexpr = TILE.BN
     R: tl.constexpr = TILE.R
     ROW: tl.constexpr = TILE.ROW
-    G = sizes.H // R
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink)
+    G = H // R
     i_tile = tl.program_id(0) % tiles
     i_split = tl.program_id(0) // tiles % splits
     i_bg = tl.program_id(0) // tiles // splits
@@ -276,8 +325,8 @@ def frame_attention_bwd_kv_kernel(
     at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, group, TILE)
     o_n = tl.arange(0, BN)
     m_live = o_n < n_live
-    b_k = load_tokens(k, at, m_live, sizes.S_k, BN, TILE)  # [BN, W]
-    b_v = load_tokens(v, at, m_live, sizes.S_k, BN, TILE)
+    b_k = load_tokens(k, at, m_live, S_k, BN, TILE)  # [BN, W]
+    b_v = load_tokens(v, at, m_live, S_k, BN, TILE)
     b_dk = filled(BN, 0.0, ROW)
     b_dv = filled(BN, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(runs, BM)
@@ -299,8 +348,8 @@ def frame_attention_bwd_kv_kernel(
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
     part = At(at.is_text, i_split * B + i_b, i_g, at.start)
-    store_tokens(dk, part, o_n < n_rows, sizes.S_k, b_dk, BN, TILE)
-    store_tokens(dv, part, o_n < n_rows, sizes.S_k, b_dv, BN, TILE)
+    store_tokens(dk, part, o_n < n_rows, S_k, b_dk, BN, TILE)
+    store_tokens(dv, part, o_n < n_rows, S_k, b_dv, BN, TILE)
 
 
 def _row(D: int) -> Row:
@@ -350,16 +399,18 @@ def frame_backward(
     text_first: bool,
     text_sees: bool,
     sm_scale: float,
-    **visible: Any,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Lengths,
 ) -> None:
     """Fills the gradients of what frame_forward takes, in its shapes; dout as out, any strides; dlse as lse."""
     B, G = q.shape[0], k.shape[3]
     # Scores of negated queries: the gradient of q turns its sign, that of k comes out right.
     q, words = with_positive_scale(q, text, sm_scale)
     dout = dout if dout.stride(1) < NEAR else dout.contiguous()
-    arguments = frame_arguments(q, k, words, **visible)
+    sizes, frames = frame_sizes(q, k, words, mask, q_start)
     config = pick_for(KEYS, q)
-    shares: dict[str, Any] = _shares(B, G, arguments["sizes"], arguments["frames"], config, text is not None)
+    shares: dict[str, Any] = _shares(B, G, sizes, frames, config, text is not None)
     splits = shares["splits"]
     dq, dk, dv = gradients
     if splits > 1:
@@ -381,7 +432,8 @@ def frame_backward(
         TEXT_FIRST=text_first,
         TEXT_SEES=text_sees,
     )
-    shared: dict[str, Any] = {"like": q, **sides, "given": given, "exponent": base_2(sm_scale), **arguments}
+    numbers: dict[str, Any] = {**sizes._asdict(), **frames._asdict(), "exponent": base_2(sm_scale)}
+    shared: dict[str, Any] = {"like": q, **sides, "given": given, "lengths": lengths, **numbers}
     launch(
         frame_attention_bwd_kv_kernel,
         B * G * splits * shares["tiles"],
@@ -397,7 +449,7 @@ def frame_backward(
         for whole, parts in zip(gradients[1:], (dk, dv)):
             whole.copy_(parts.unflatten(0, (splits, B)).sum(0))
     config = pick_for(QUERIES, q)
-    programs, tiles = query_programs(B, arguments["sizes"], arguments["frames"], config.m)
+    programs, tiles = query_programs(B, sizes, frames, config.m)
     launch(
         frame_attention_bwd_q_kernel,
         programs,

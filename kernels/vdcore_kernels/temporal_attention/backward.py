@@ -17,6 +17,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 from vdcore_kernels.core.frames import (
+    Frames,
     Side,
     frame_bounds,
     frame_pairs,
@@ -122,9 +123,32 @@ def _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE: tl.constexpr):
     return weighted(transposed(b_ds).to(b_q[0].dtype), b_q, seeing, SHAPE.MASKED), b_dv
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_bwd_kernel(
-    q, k, v, do, dq, dk, dv, p_dlse, p_len, q_norm, k_norm, angles, p_sums, frames, S, G, sm_scale, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    do,
+    dq,
+    dk,
+    dv,
+    p_dlse,
+    p_len,
+    q_norm,
+    k_norm,
+    angles,
+    p_sums,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    S,
+    G,
+    sm_scale,
+    SHAPE: tl.constexpr,
 ):
     """One program: all gradients of BP sequences (position, key/value head), R query heads each.
 
@@ -135,11 +159,12 @@ def temporal_attention_bwd_kernel(
     ROW: tl.constexpr = SHAPE.ROW
     V: tl.constexpr = SHAPE.V
     R: tl.constexpr = SHAPE.R
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
     o_f = tl.arange(0, SHAPE.BK)
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
     pairs = frame_pairs(p_len, at.b, frames, tl.arange(0, SHAPE.BQ), o_f, SHAPE.MASKED)
     m_f = pairs[1]
-    of_q, of_k = Side(q, q_norm, frames.q_start, frames.T), Side(k, k_norm, 0, frames.T_k)
+    of_q, of_k = Side(q, q_norm, q_start, T), Side(k, k_norm, 0, T_k)
     heads = Heads(of_q, do, dq, p_dlse, p_sums, angles, S=S, G=G, sm_scale=sm_scale)
     b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)  # [BP, BK, W]
     b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)
@@ -148,7 +173,7 @@ def temporal_attention_bwd_kernel(
     for i_r in range(1, R):
         b_k_more, b_v_more = _one_head(i_r, b_k, b_v, heads, pairs, at, SHAPE)
         b_dk, b_dv = add(b_dk, b_k_more), add(b_dv, b_v_more)
-    store_frames(dv, at, o_f, frames.T_k, b_dv, SHAPE.A, V)
+    store_frames(dv, at, o_f, T_k, b_dv, SHAPE.A, V)
     _store_gradient(b_dk, dk, of_k, R, heads, at, o_f, m_f, SHAPE)
 
 

@@ -17,6 +17,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 from vdcore_kernels.core.frames import (
+    Frames,
     Shape,
     Side,
     frame_bounds,
@@ -62,9 +63,29 @@ FORWARD = (
 )
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_fwd_kernel(
-    q, k, v, gate, p_o, p_lse, p_len, q_norm, k_norm, angles, frames, S, G, exponent, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    gate,
+    p_o,
+    p_lse,
+    p_len,
+    q_norm,
+    k_norm,
+    angles,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    S,
+    G,
+    exponent,
+    SHAPE: tl.constexpr,
 ):
     """One program: all frames of BP sequences (position, key/value head), R query heads each, one after another.
 
@@ -75,8 +96,8 @@ def temporal_attention_fwd_kernel(
     V: tl.constexpr = SHAPE.V
     ROW: tl.constexpr = SHAPE.ROW
     R: tl.constexpr = SHAPE.R
-    T = frames.T
-    of_q = Side(q, q_norm, frames.q_start, T)
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
+    of_q = Side(q, q_norm, q_start, T)
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
     o_t = tl.arange(0, SHAPE.BQ)
     o_f = tl.arange(0, SHAPE.BK)
@@ -84,7 +105,7 @@ def temporal_attention_fwd_kernel(
     b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)  # [BP, BK, W]
     b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)
     b_q = load_frames(q, query_head(at, 0, R), o_t, m_t, SHAPE.A, ROW)  # [BP, BQ, W]
-    b_k = normalized_rotated(b_k, Side(k, k_norm, 0, frames.T_k), angles, at, o_f, m_f, S, SHAPE)
+    b_k = normalized_rotated(b_k, Side(k, k_norm, 0, T_k), angles, at, o_f, m_f, S, SHAPE)
     for i_r in range(R):
         head = query_head(at, i_r, R)
         if R > 1:
@@ -162,7 +183,7 @@ def temporal_arguments(
     )
     norms = {"q_norm": norm_arguments(norm, "q", q_stats), "k_norm": norm_arguments(norm, "k", k_stats)}
     angles = rope_arguments(rope)
-    return {"p_len": lengths, **norms, "angles": angles, "frames": frames, "S": S, "G": G, "SHAPE": shape}
+    return {"p_len": lengths, **norms, "angles": angles, **frames._asdict(), "S": S, "G": G, "SHAPE": shape}
 
 
 def temporal_forward(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore_kernels.core.frames import (
+    Frames,
     Sequences,
     frame_bounds,
     frame_pairs,
@@ -132,8 +133,28 @@ def _block_at(i, n_low, start):
     return tl.where(i < n_low, i, start + i - n_low)
 
 
-@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
-def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blocks, exponent, SHAPE: tl.constexpr):
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "H", "blocks"])
+def temporal_long_fwd_kernel(
+    q,
+    k,
+    v,
+    gate,
+    p_o,
+    p_lse,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    S,
+    H,
+    blocks,
+    exponent,
+    SHAPE: tl.constexpr,
+):
     """One program: BT query frames of one sequence (position, head), and all key frames that these see.
 
     q: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse: (B, T, S, H), or
@@ -143,10 +164,11 @@ def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blo
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t = o_t < frames.T
+    m_t = o_t < T
     b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
     b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
     b_l = tl.zeros([1, BT, 1], tl.float32)
@@ -166,7 +188,7 @@ def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blo
         b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, SHAPE.MASKED))
         b_m = b_new
     m_row = at.m[:, None] & m_t[None, :]
-    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
+    o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
     none = b_m == -float("inf")
     b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
     if gate is not None:
@@ -186,9 +208,30 @@ def _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale):
     return b_p, b_ds
 
 
-@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "H", "blocks"])
 def temporal_long_bwd_q_kernel(
-    q, k, v, do, dq, p_o, p_lse, p_dlse, p_delta, p_len, frames, S, H, blocks, sm_scale, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    do,
+    dq,
+    p_o,
+    p_lse,
+    p_dlse,
+    p_delta,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    S,
+    H,
+    blocks,
+    sm_scale,
+    SHAPE: tl.constexpr,
 ):
     """One program: the gradient of BT query frames of one sequence (position, head), and their delta.
 
@@ -199,13 +242,14 @@ def temporal_long_bwd_q_kernel(
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
     m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
-    m_t = m_t & (o_t < frames.T)
+    m_t = m_t & (o_t < T)
     m_row = at.m[:, None] & m_t[None, :]
-    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
+    o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
     b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
     b_do = load_frames(do, at, o_t, m_t, A, ROW)
     b_o = load_rows(p_o, o_row * ROW.D, m_row, ROW)
@@ -242,12 +286,32 @@ def temporal_long_bwd_q_kernel(
             b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
             b_dq = add(b_dq, weighted(b_share, b_k, seen, SHAPE.MASKED))
             b_left = b_left & (b_n == 0.0)
-    store_frames(dq, at, o_t, frames.T, b_dq, A, ROW)
+    store_frames(dq, at, o_t, T, b_dq, A, ROW)
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "G", "blocks"])
 def temporal_long_bwd_kv_kernel(
-    q, k, v, do, dk, dv, p_lse, p_delta, p_len, frames, S, G, blocks, sm_scale, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    do,
+    dk,
+    dv,
+    p_lse,
+    p_delta,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    S,
+    G,
+    blocks,
+    sm_scale,
+    SHAPE: tl.constexpr,
 ):
     """One program: the gradients of BT key frames of one sequence (position, key/value head), after R query heads.
 
@@ -258,6 +322,7 @@ def temporal_long_bwd_kv_kernel(
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
     i_k, at = _sequence(tl.program_id(0), S, G, blocks)
     o_f = i_k * BT + tl.arange(0, BT)
     valid, last = valid_frames(p_len, at.b, frames)
@@ -271,16 +336,16 @@ def temporal_long_bwd_kv_kernel(
     b_dv = zeros(1, BT, ROW)
     begin, end_first = seeing_run(i_k * BT, last, frames)
     _, end_last = seeing_run(i_k * BT + BT - 1, last, frames)
-    i_first = (begin - frames.q_start) // BT
-    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - frames.q_start, BT) - i_first, 0)
+    i_first = (begin - q_start) // BT
+    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - q_start, BT) - i_first, 0)
     n = tl.where(i_k * BT < valid, n, 0)
     for i in range(n * R):
         head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
         o_t = (i_first + i % n) * BT + tl.arange(0, BT)
         m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
-        m_t = m_t & (o_t < frames.T)
+        m_t = m_t & (o_t < T)
         m_row = at.m[:, None] & m_t[None, :]
-        o_row = row_offsets(head, o_t, frames.T, S, G * R)
+        o_row = row_offsets(head, o_t, T, S, G * R)
         b_q = load_frames(q, head, o_t, m_t, A, ROW)
         b_do = load_frames(do, head, o_t, m_t, A, ROW)
         b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
@@ -289,8 +354,8 @@ def temporal_long_bwd_kv_kernel(
         seeing = tl.permute(seen, (0, 2, 1))
         b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, SHAPE.MASKED))
         b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, SHAPE.MASKED))
-    store_frames(dk, at, o_f, frames.T_k, b_dk, A, ROW)
-    store_frames(dv, at, o_f, frames.T_k, b_dv, A, ROW)
+    store_frames(dk, at, o_f, T_k, b_dk, A, ROW)
+    store_frames(dv, at, o_f, T_k, b_dv, A, ROW)
 
 
 def _long_arguments(
@@ -318,7 +383,7 @@ def _long_arguments(
         "config": config,
         **sides,
         "p_len": lengths,
-        "frames": frames,
+        **frames._asdict(),
         "S": q.shape[2],
         "SHAPE": shape,
     }
