@@ -18,10 +18,12 @@ from vdcore.mask import FrameMask
 from vdcore_kernels.core.frames import (
     Frames,
     Sequences,
+    finite_rows,
     frame_bounds,
     frame_pairs,
     inner,
     load_frames,
+    poisoned,
     row_offsets,
     seeing_run,
     store_frames,
@@ -185,7 +187,10 @@ def temporal_long_fwd_kernel(
         b_p = tl.exp2(b_s - b_safe)
         b_c = tl.exp2(b_m - b_safe)
         b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
-        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, SHAPE.MASKED))
+        b_v, v_flag = finite_rows(b_v, SHAPE.MASKED)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
+        b_o = add(scale(b_o, b_c), weighted(b_p, b_v))
         b_m = b_new
     m_row = at.m[:, None] & m_t[None, :]
     o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
@@ -270,7 +275,8 @@ def temporal_long_bwd_q_kernel(
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         b_sum += tl.sum(b_ds.to(b_k[0].dtype).to(tl.float32), 2, keep_dims=True)
-        b_dq = add(b_dq, weighted(b_ds, b_k, seen, SHAPE.MASKED))
+        b_k, _ = finite_rows(b_k, SHAPE.MASKED)  # a row that sees what is not finite has it in its lse or delta
+        b_dq = add(b_dq, weighted(b_ds, b_k))
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
     # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
     # block that a row sees: one block for all rows, or two where windows are small.
@@ -284,7 +290,8 @@ def temporal_long_bwd_q_kernel(
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
             seen = seen & b_left
             b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
-            b_dq = add(b_dq, weighted(b_share, b_k, seen, SHAPE.MASKED))
+            b_k, _ = finite_rows(b_k, SHAPE.MASKED)
+            b_dq = add(b_dq, weighted(b_share, b_k))
             b_left = b_left & (b_n == 0.0)
     store_frames(dq, at, o_t, T, b_dq, A, ROW)
 
@@ -351,9 +358,12 @@ def temporal_long_bwd_kv_kernel(
         b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)[:, :, None]
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
-        seeing = tl.permute(seen, (0, 2, 1))
-        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, SHAPE.MASKED))
-        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, SHAPE.MASKED))
+        b_do, do_flag = finite_rows(b_do, SHAPE.MASKED)
+        b_q, _ = finite_rows(b_q, SHAPE.MASKED)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, do_flag, seen, 0.0)
+        b_dv = add(b_dv, weighted(transposed(b_p), b_do))
+        b_dk = add(b_dk, weighted(transposed(b_ds), b_q))
     store_frames(dk, at, o_f, T_k, b_dk, A, ROW)
     store_frames(dv, at, o_f, T_k, b_dv, A, ROW)
 
