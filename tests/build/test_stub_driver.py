@@ -34,13 +34,9 @@ def test_every_kernel_is_launched_forward_and_backward():
     assert found["cases"] > 20 and found["launches"] > 60
 
 
-# Its backward does not compile where every size is 1: all of them are constants then.
-KNOWN = {"video_attention (1, 1, 1, 8)", "spatial_attention (1, 1, 1, 8)"}
-
-
 def test_sizes_of_one_and_nothing_inside_of_tuples():
     found = on_the_stub("ones")
-    assert len(found) > 20 and {name for name, what in found.items() if what} == KNOWN, found
+    assert len(found) > 20 and not {name: what for name, what in found.items() if what}
 
 
 def test_a_parameter_in_the_wrong_place_is_an_error():

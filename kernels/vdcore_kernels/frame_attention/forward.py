@@ -56,14 +56,15 @@ class FrameConfig(Config):
 FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
-    FrameConfig("sm_9|sm_10", 4, 3, "predicted: one warpgroup, 64 keys; two programs per SM hide softmax", 64, 64, 64),
-    FrameConfig("sm_9|sm_10", 8, 3, "predicted: two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
-    FrameConfig("sm_9|sm_10", 8, 2, "predicted: 256 channels: the result takes 128 registers", 128, 64, 256),
-    FrameConfig("sm_8", 4, 3, "predicted: 160 KB of shared memory hold three stages of 64 keys", 64, 64, 64),
-    FrameConfig("sm_8", 8, 2, "predicted: two stages of 64 keys beside the queries", 128, 64, 128),
-    FrameConfig("sm_8", 8, 1, "predicted: one stage of 256 channels", 64, 32, 256),
-    FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 64, 32, 128),
-    FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 256),
+    FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
+    FrameConfig("sm_9|sm_10", 8, 3, "two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
+    FrameConfig("sm_9|sm_10", 8, 2, "256 channels: the result takes 128 registers", 128, 64, 256),
+    FrameConfig("sm_80", 8, 2, "128 queries; 64 keys spill", 128, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
+    FrameConfig("sm_8|sm_11|sm_12", 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage of 256 channels", 64, 32, 256),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
     FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
 )
@@ -130,7 +131,7 @@ def frame_attention_fwd_kernel(
         is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
-    for i in range(n_left):
+    for i in tl.range(n_left, num_stages=1):
         is_text, first, stop = left_tile(i, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, stop, S_k, exponent, WHOLE=False, TILE=TILE)

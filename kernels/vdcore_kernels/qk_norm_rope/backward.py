@@ -69,7 +69,7 @@ class SumConfig(ValuesConfig):
     programs: int = 1024
 
 
-_SUMS = "predicted: rows, gradients and two sums of 16 values per thread each stay under 128 registers"
+_SUMS = "rows, gradients and two sums of 16 values a thread each: 56 to 109 registers"
 BACKWARD_ROWS = (
     SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 8),
     SumConfig("", 4, 1, _SUMS, 2048),

@@ -36,7 +36,7 @@ from vdcore_kernels.core.tile import (
     to,
 )
 
-_ROWS = "predicted: 32 values per thread are 4 loads of 16 bytes in flight, and heads of one token share its angles"
+_ROWS = "32 values a thread: 4 loads of 16 bytes, and heads of one token share its angles"
 WHOLE_TOKEN = "a norm over all heads holds a token's heads at once"
 ROWS = (
     ValuesConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024),

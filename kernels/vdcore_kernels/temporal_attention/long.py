@@ -61,18 +61,21 @@ class LongConfig(Config):
 
 
 _INTERPRETED = LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 1024)
+_SMALL = "sm_8|sm_11|sm_12"
 _LESS = "more channels, or a mask's numbers beside them, leave room for fewer frames"
 FORWARD = (
     _INTERPRETED,
-    LongConfig("", 4, 2, "predicted: 64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
-    LongConfig("", 8, 1, "predicted: the accumulator of 256 channels over twice the threads", 64, 256),
+    LongConfig(_SMALL, 4, 2, "64 frames a side; more channels spill", 64, 64),
+    LongConfig(_SMALL, 8, 1, _LESS, 32, 512),
+    LongConfig("", 4, 2, "64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
+    LongConfig("", 8, 1, "the accumulator of 256 channels over twice the threads", 64, 256),
     LongConfig("", 8, 1, _LESS, 32, 512),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 BACKWARD = (
     _INTERPRETED,
-    LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 64),
-    LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 144),
+    LongConfig("", 4, 1, "two accumulators of 64 frames", 64, 64),
+    LongConfig("", 8, 1, "two accumulators of 64 frames over twice the threads", 64, 144),
     LongConfig("", 8, 1, _LESS, 32, 192),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
@@ -261,7 +264,6 @@ def temporal_long_bwd_q_kernel(
     b_delta = row_sum(mul(to(b_do, tl.float32), to(b_o, tl.float32)), 0)  # [1, BT, 1]
     if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None]
-    tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
     b_dq = zeros(1, BT, ROW)
     b_sum = tl.zeros([1, BT, 1], tl.float32)
@@ -278,8 +280,11 @@ def temporal_long_bwd_q_kernel(
         b_k, _ = finite_rows(b_k, SHAPE.MASKED)  # a row that sees what is not finite has it in its lse or delta
         b_dq = add(b_dq, weighted(b_ds, b_k))
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
-    # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
-    # block that a row sees: one block for all rows, or two where windows are small.
+    # a row of dS adds up to dlse, and what it adds up to beside that is taken off again: of delta, for the other
+    # kernel, and of dq over the keys of the first block that a row sees: one block for all rows, or two where windows
+    # are small.
+    b_delta += tl.where(sm_scale == 0.0, 0.0, b_sum / sm_scale)
+    tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
     b_left = m_t[None, :, None]
     n = n_low + n_run if SHAPE.MASKED else tl.minimum(n_run, 1)
     for i in range(n):

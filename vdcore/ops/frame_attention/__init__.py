@@ -30,6 +30,11 @@ class VideoCall(AttentionCall):
     text_sees: str = "all"
 
     @property
+    def is_dense(self) -> bool:
+        dense = self.mask in (FrameMask.full(), FrameMask.same_frame())
+        return dense and self.lengths is self.text is self.norm is self.rope is None
+
+    @property
     def rows(self) -> int:
         """Length of the joint sequence of video and text."""
         return self.q.shape[1] * self.q.shape[2] + (0 if self.text is None else self.text[0].shape[1])
