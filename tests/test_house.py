@@ -22,7 +22,7 @@ PACKAGES = {
     "vdcore_bench": "bench/vdcore_bench",
     "examples": "examples",
 }
-VALUES = {"mask", "norm", "rope", "geometry", "extras", "_version"}
+VALUES = {"mask", "grid_mask", "tile_lists", "norm", "rope", "geometry", "modes", "extras", "_version"}
 # Layer -> the layers that it may import, beside the value types. A layer is a package or a part of vdcore; "vdcore" is
 # the public names.
 LAYERS = {
@@ -50,6 +50,7 @@ ROOMS = {
     "frame_attention": {"qk_norm_rope", "temporal_attention"},
     "gated_attention": {"qk_norm_rope", "temporal_attention", "frame_attention"},
     "cross_attention": {"qk_norm_rope", "temporal_attention", "frame_attention"},
+    "tile_attention": {"qk_norm_rope", "temporal_attention", "frame_attention"},
     "patchify": set(),
     "adaln": set(),
 }

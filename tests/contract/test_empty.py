@@ -5,7 +5,7 @@ import torch
 from support import backends_of, dtype_of
 
 import vdcore
-from vdcore import QKNorm, Rope
+from vdcore import GridMask, QKNorm, Rope, TileLists
 
 QKV = {"B": 2, "T": 3, "S": 4, "H": 2, "D": 8}
 
@@ -23,6 +23,10 @@ def attention(op, sizes, dtype):
     if op == "cross_attention":
         text = torch.randn(sizes["B"], 5, sizes["H"], D, dtype=dtype, requires_grad=True)
         return {"q": q, "k": text, "v": text}, [q, text]
+    if op == "tile_attention":
+        n = -(-T // 2) * -(-sizes["S"] // 3)
+        lists = TileLists(torch.zeros(1, 1, n, 2, dtype=torch.int32), torch.ones(1, 1, n, dtype=torch.int32))
+        return {"q": q, "k": k, "v": v, "tiles": lists, "tile": (2, 1, 3), "grid": (1, sizes["S"])}, [q, k, v]
     if op == "qk_norm_rope":
         return {"q": q, "k": k, **extra}, [q, k, weight]
     return {"q": q, "k": k, "v": v, **extra}, [q, k, v, weight]
@@ -34,6 +38,7 @@ ATTENTION = [
     "video_attention",
     "gated_attention",
     "cross_attention",
+    "tile_attention",
     "qk_norm_rope",
 ]
 
@@ -54,6 +59,17 @@ def test_attention(op, backend, axis):
     args, leaves = attention(op, {**QKV, axis: 0}, dtype_of(backend))
     (out, *_) = run_and_differentiate(op, args, leaves, backend)
     assert out.shape == leaves[0].shape
+
+
+@pytest.mark.parametrize("axis", list(QKV))
+def test_windows(axis):
+    sizes = {**QKV, axis: 0}
+    args, leaves = attention("video_attention", sizes, torch.float32)
+    H = sizes["H"]
+    for mask in (GridMask.neighborhood((3, 1, 3)), ((H // 2, GridMask.radial(2, 2)), (H - H // 2, GridMask(rows=0)))):
+        grid = (2, sizes["S"] // 2)
+        (out,) = run_and_differentiate("video_attention", {**args, "mask": mask, "grid": grid}, leaves, "auto")
+        assert out.shape == leaves[0].shape
 
 
 @pytest.mark.parametrize("op", ["temporal_attention", "video_attention"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vdcore
-from vdcore import FrameMask, QKNorm, Rope
+from vdcore import FrameMask, GridMask, QKNorm, Rope, TileLists
 
 
 def qkv(T_k=4, G=2, **kwargs):
@@ -19,6 +19,17 @@ q, k, v = qkv()
 x = torch.randn(2, 3, 4, 8)
 video = torch.randn(1, 3, 4, 6, 8)
 table = torch.randn(4, 3, 4)
+
+TILES = {"tile": (2, 1, 3), "grid": (1, 3)}  # two of them
+
+
+def lists(n=2, heads=1, first=(0, 1), count=2):
+    indices = torch.tensor([0, 1]).repeat(1, heads, n, 1)
+    indices[0, 0, 0] = torch.tensor(first)
+    counts = torch.full((1, heads, n), 2)
+    counts[0, 0, 1] = count
+    return TileLists(indices.int(), counts.int())
+
 
 WRONG = [
     (ValueError, "temporal_attention", (q[0], k, v), {}, ["q", "(B, T, S, H, D)", "(4, 3, 2, 8)"]),
@@ -116,6 +127,50 @@ WRONG = [
         {"text_lengths": torch.tensor([1, 1])},
         ["text_lengths", "without text"],
     ),
+    (TypeError, "video_attention", (q, k, v), {"mask": "causal"}, ["mask", "FrameMask, a GridMask or a tuple", "str"]),
+    (TypeError, "temporal_attention", (q, k, v), {"mask": GridMask()}, ["mask", "a FrameMask", "GridMask"]),
+    (ValueError, "video_attention", (q, k, v), {"mask": GridMask(rows=1)}, ["grid", "with a GridMask", "None"]),
+    (ValueError, "video_attention", (q, k, v), {"mask": GridMask(rows=1), "grid": (2, 2)}, ["grid", "S = 3", "(2, 2)"]),
+    (ValueError, "video_attention", (q, k, v), {"grid": (2, 2)}, ["grid", "S = 3", "(2, 2)"]),
+    (TypeError, "video_attention", (q, k, v), {"grid": 3}, ["grid", "tuple of two ints", "3"]),
+    (ValueError, "video_attention", (q, k, v), {"mask": ((1, FrameMask()),)}, ["mask", "H = 2", "1"]),
+    (ValueError, "video_attention", (q, k, v), {"mask": ((3, FrameMask()), (-1, FrameMask()))}, ["mask[1]", "-1"]),
+    (
+        ValueError,
+        "video_attention",
+        (q, k[..., :1, :], v[..., :1, :]),
+        {"mask": ((1, FrameMask()), (1, FrameMask.causal()))},
+        ["mask[0]", "multiple of H // G = 2", "1"],
+    ),
+    (ValueError, "video_attention", (q, k, v), {"mask": ()}, ["mask", "tuple of pairs", "none"]),
+    (TypeError, "video_attention", (q, k, v), {"mask": ((2, "all"),)}, ["mask", "pairs", "'all'", "entry 0"]),
+    (TypeError, "video_attention", (q, k, v), {"mask": ((2.0, FrameMask()),)}, ["mask[0]", "int", "2.0"]),
+    (
+        ValueError,
+        "tile_attention",
+        (q, k[:, :3], v[:, :3], lists()),
+        TILES,
+        ["k", "(2, 4, 3, 2, 8)", "(2, 3, 3, 2, 8)"],
+    ),
+    (ValueError, "tile_attention", (q, k, v, lists()), {**TILES, "grid": (2, 2)}, ["grid", "S = 3", "(2, 2)"]),
+    (ValueError, "tile_attention", (q, k, v, lists()), {**TILES, "grid": None}, ["grid", "(rows, columns)", "None"]),
+    (
+        ValueError,
+        "tile_attention",
+        (q, k, v, lists()),
+        {**TILES, "tile": (2, 0, 3)},
+        ["tile", "at least 1", "(2, 0, 3)"],
+    ),
+    (TypeError, "tile_attention", (q, k, v, lists()), {**TILES, "tile": (2, 3)}, ["tile", "three ints", "(2, 3)"]),
+    (TypeError, "tile_attention", (q, k, v, torch.zeros(1)), TILES, ["tiles", "TileLists", "Tensor"]),
+    (ValueError, "tile_attention", (q, k, v, lists(n=3)), TILES, ["tiles.counts", "n = 2", "(1, 1, 3)"]),
+    (ValueError, "tile_attention", (q, k, v, lists(heads=3)), TILES, ["tiles.counts", "H = 2", "(1, 3, 2)"]),
+    (ValueError, "tile_attention", (q, k, v, lists(first=[0, 2])), TILES, ["tiles.indices", "0 to n - 1 = 1", "2"]),
+    (ValueError, "tile_attention", (q, k, v, lists(first=[-1, 1])), TILES, ["tiles.indices", "0 to n - 1 = 1", "-1"]),
+    (ValueError, "tile_attention", (q, k, v, lists(first=[1, 0])), TILES, ["tiles.indices", "ascending", "1 before 0"]),
+    (ValueError, "tile_attention", (q, k, v, lists(first=[1, 1])), TILES, ["tiles.indices", "once", "1 before 1"]),
+    (ValueError, "tile_attention", (q, k, v, lists(count=3)), TILES, ["tiles.counts", "0 to K = 2", "3"]),
+    (ValueError, "tile_attention", (q, k, v, lists(count=-1)), TILES, ["tiles.counts", "0 to K = 2", "-1"]),
     (ValueError, "gated_attention", ((q, k, v), (q, k, v), torch.randn(3, 8)), {}, ["gate", "broadcastable", "(3, 8)"]),
     (TypeError, "gated_attention", (q, (q, k, v), torch.tensor(0.5)), {}, ["spatial", "tuple (q, k, v)"]),
     (ValueError, "cross_attention", (q, x[:1], x[:1]), {}, ["k", "(2, 3, 4, 8)", "(1, 3, 4, 8)"]),

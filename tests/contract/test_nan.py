@@ -5,7 +5,7 @@ import torch
 from support import backends_of, dtype_of
 
 import vdcore
-from vdcore import FrameMask, QKNorm, Rope
+from vdcore import FrameMask, GridMask, QKNorm, Rope, TileLists
 
 FRAMES = [(op, b) for op in ("temporal_attention", "video_attention") for b in backends_of(op) if b != "sdpa"]
 
@@ -86,6 +86,56 @@ def test_one_channel_of_a_value(backend, value):
     rest = [i for i in range(16) if i != 5]
     same = out[0, bad:][..., rest] == clean[0, bad:][..., rest]
     assert (same | out[0, bad:][..., rest].isnan()).all()
+
+
+WINDOWS = [GridMask.neighborhood((3, 3, 3)), GridMask.tiles((1, 3, 1), (2, 2, 1)), GridMask.window(1, 0, (1, 0), 1)]
+
+
+def windows_run_on(backend):
+    q = torch.randn(1, 5, 12, 2, 16, dtype=dtype_of(backend), requires_grad=True)
+    return dict(vdcore.explain("video_attention", q, q, q, mask=WINDOWS[0], grid=(3, 4)))[backend] is None
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("backend", [b for b in backends_of("video_attention") if windows_run_on(b)])
+@pytest.mark.parametrize("mask", WINDOWS, ids=str)
+def test_hidden_tokens(backend, name, mask):
+    """NaN and infinity in one key token reach exactly the queries that see it, and their gradients: bit for bit."""
+    T, bad = 5, 2 * 20
+    tensors = {n: torch.randn(1, T, 20, 2, 16) for n in "qkv"}
+    clean, clean_grads = run("video_attention", *tensors.values(), backend, mask=mask, grid=(4, 5))
+    sees = mask.visible(T, 4, 5)[:, bad].view(T, 20)
+    touched = mask.visible(T, 4, 5)[sees.flatten()].any(0).view(T, 20)
+    assert sees.any() and not sees.all() and not touched.all()
+    for filler in (torch.nan, torch.inf):
+        tensors[name] = tensors[name].clone()
+        tensors[name].flatten(1, 2)[0, bad] = filler
+        out, grads = run("video_attention", *tensors.values(), backend, mask=mask, grid=(4, 5))
+        assert not out[0, sees].isfinite().any(-1).any() or filler == torch.inf, "real NaN must propagate"
+        torch.testing.assert_close(out[0, ~sees], clean[0, ~sees], rtol=0, atol=0)
+        torch.testing.assert_close(grads[0][0, ~sees], clean_grads[0][0, ~sees], rtol=0, atol=0)
+        for i in (1, 2):
+            torch.testing.assert_close(grads[i][0, ~touched], clean_grads[i][0, ~touched], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends_of("tile_attention"))
+def test_tiles_that_nobody_lists(backend):
+    """They may hold anything."""
+    lists = TileLists(
+        torch.tensor([[0, 2], [0, 9], [2, 2], [0, 2]]).int()[None, None], torch.tensor([[[2, 1, 0, 2]]]).int()
+    )
+    results = []
+    qkv = [torch.randn(1, 4, 15, 2, 16).to(dtype_of(backend)) for _ in range(3)]
+    for filler in (0.5, torch.nan):
+        for x in qkv[1:]:
+            x.unflatten(2, (3, 5))[:, :2, :, 3:] = filler  # tiles 1 and 3
+            x.unflatten(2, (3, 5))[:, 2:, :, 3:] = filler
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        out = vdcore.tile_attention(*leaves, lists, tile=(2, 3, 3), grid=(3, 5), backend=backend)
+        assert out.unflatten(2, (3, 5))[:, 2:, :, :3].eq(0).all()
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    for clean, poisoned in zip(*results):
+        torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends_of("cross_attention") if b != "sdpa"])

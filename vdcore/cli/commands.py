@@ -6,6 +6,7 @@ import typer
 
 from vdcore.cli.bench import bench
 from vdcore.cli.demo import demo
+from vdcore.cli.masks import masks
 from vdcore.cli.profile import profile
 from vdcore.cli.sample import sample
 from vdcore.cli.train import train
@@ -23,5 +24,5 @@ def doctor(context: typer.Context) -> None:
     raise typer.Exit(doctor.main(context.args))  # reads its options itself, since it also runs where typer is not
 
 
-for command in (bench, profile, train, sample, demo):
+for command in (bench, profile, masks, train, sample, demo):
     app.command()(command)

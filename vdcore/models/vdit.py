@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vdcore.mask import FrameMask
 from vdcore.models.attention import Context, CrossAttention, SelfAttention
 from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_frames, modulated_rows
 from vdcore.models.cache import FrameCache, new_ring, slots_needed
@@ -89,6 +90,8 @@ class VDiT(nn.Module):
         keep: bool = False,
         control: Sequence[Tensor] | None = None,
         frames: int | None = None,
+        history: Tensor | None = None,
+        history_timestep: Tensor | None = None,
     ) -> Tensor:
         """Predicts what the model was trained to: noise, velocity or clean video.
 
@@ -106,6 +109,10 @@ class VDiT(nn.Module):
             control: per block, from the first on, what is added to its result: ``(B, T', S, C)`` each.
             frames: T of the whole, where a mesh shares the frames; None: ranks tell one another what they have, for
                 which the host waits.
+            history: the clean video, of the shape of ``video``: teacher forcing. Each chunk of ``video`` sees the clean
+                chunks before its own, as it would after a cache of them, all chunks in one pass
+                (:meth:`FrameMask.teacher_forcing`). For masks that are causal by chunks, ``future=0``, without sinks.
+            history_timestep: ``(B,)``, that of clean frames; None: 0.
 
         Returns:
             ``(B, out_channels, T, H, W)``.
@@ -114,6 +121,10 @@ class VDiT(nn.Module):
             ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
         """
         given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions}
+        if history is not None:
+            if cache is not None or control is not None or self.ranks > 1:
+                _wrong("history", "None with a cache, a control or a mesh of several ranks", tuple(history.shape))
+            return self._forced(video, timestep, history, history_timestep, given)
         x, context = self.embed(video, timestep, cache=cache, frames=frames, **given)
         if control is not None and len(control) > len(self.blocks):
             _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
@@ -124,6 +135,36 @@ class VDiT(nn.Module):
         if cache is not None and keep:
             cache.frames += context.grid[0]
         return scale_gradient(self.final(x, context), self.ranks)
+
+    def _forced(
+        self, video: Tensor, timestep: Tensor, history: Tensor, history_timestep: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        """Clean and noisy video as one sequence of frames; the noisy half of the prediction."""
+        mask, B, T, pt = self.config.frame_mask, *video.shape[:3:2], self.config.patch[0]
+        if mask.future != 0 or mask.sink or mask.shots or mask.clean:
+            _wrong("history", "None where the mask is not causal by chunks, future=0, without sinks and shots", mask)
+        if history.shape != video.shape:
+            _wrong("history", f"of the video's shape {tuple(video.shape)}", tuple(history.shape))
+        if history_timestep is None:
+            history_timestep = timestep.new_zeros(B)
+        if history_timestep.shape != (B,):
+            _wrong("history_timestep", f"(B,) = {(B,)}", tuple(history_timestep.shape))
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, T // pt)
+        still = history_timestep.to(timestep.dtype)[:, None].expand_as(timestep)
+        given = dict(given)
+        for name, axis, ndim in (("text", 1, 4), ("text_lengths", 1, 2)):
+            if given[name] is not None and given[name].ndim == ndim:
+                given[name] = torch.cat((given[name],) * 2, axis)
+        positions = given["positions"]
+        if positions is None:
+            positions = torch.arange(T // pt, dtype=torch.float64, device=video.device)
+        given["positions"] = torch.cat((positions,) * 2)
+        x, context = self.embed(torch.cat((history, video), 2), torch.cat((still, timestep), 1), **given)
+        context.mask = FrameMask.teacher_forcing(T // pt, mask.chunk, mask.past)
+        for i in range(len(self.blocks)):
+            x = self.run(i, x, context, None)
+        return self.final(x, context)[:, :, T:]
 
     @property
     def ranks(self) -> int:
@@ -154,7 +195,13 @@ class VDiT(nn.Module):
             if made != here:
                 _wrong("cache", f"made for (batch, rows, columns, blocks) = {here}", made)
         start = 0 if cache is None else cache.frames
-        positions, everywhere = self._positions(positions, start, T, split, x.device)
+        if cache is not None and cache.relative:
+            if positions is not None:
+                _wrong("positions", "None with a relative cache, which has its own", tuple(positions.shape))
+            cache.place(T)  # raises where the chunk does not fit
+            positions = everywhere = cache.positions(T, x.device)
+        else:
+            positions, everywhere = self._positions(positions, start, T, split, x.device)
         if timestep.shape == (B, video.shape[2]) != (B, T):
             timestep = timestep.unflatten(1, (T, config.patch[0])).amax(2)
         elif timestep.shape not in ((B,), (B, T)):
@@ -195,7 +242,14 @@ class VDiT(nn.Module):
         return block(x, context, ring)
 
     def new_cache(
-        self, batch: int, height: int, width: int, *, frames: int | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        relative: bool = False,
     ) -> FrameCache:
         """A cache for streams of chunks of ``mask.chunk`` frames.
 
@@ -203,17 +257,25 @@ class VDiT(nn.Module):
             batch: samples B.
             height, width: of the video.
             frames: the longest stream in token frames, where ``mask.past`` is None.
-            dtype: of keys and values; None: autocast's if it is on, else the weights'.
+            dtype: of keys and values; None: autocast's if it is on, else the weights'. ``torch.int8``: a scale per
+                frame and head.
+            relative: keys are kept without rotation and rotated when they are read, by their place in the window, with
+                sinks at 0: a stream goes on for ever at the positions of its first window. With ``position``
+                ``"rope"`` or ``"sincos+rope"``.
 
         Raises:
-            ValueError: if the mask sees the future, or the sizes are not multiples of the patch.
+            ValueError: if the mask is not of frames alone, or sees the future, or sizes are not multiples of the patch.
         """
         config = self.config
+        if relative and config.position == "sincos":
+            raise ValueError("new_cache: relative must be False with position sincos, which is added to the tokens")
+        if dtype is not None and not (dtype.is_floating_point or dtype == torch.int8):
+            raise ValueError(f"new_cache: dtype must be a floating point one or torch.int8, got {dtype}")
         for name, size, p in (("height", height, config.patch[1]), ("width", width, config.patch[2])):
             if size % p or size < 1:
                 raise ValueError(f"new_cache: {name} must be a multiple of the patch size {p}, got {size}")
         grid = height // config.patch[1], width // config.patch[2]
-        slots = slots_needed(config.mask, frames)
+        slots = slots_needed(config.frame_mask, frames)
         device = self.patch.weight.device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
@@ -221,7 +283,7 @@ class VDiT(nn.Module):
         shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
         needed = (looks_across_frames(config.parts(i)) for i in range(config.depth))
         rings = [new_ring(shape, dtype, device) if ring else None for ring in needed]
-        return FrameCache(config.mask, slots, batch, grid, rings)
+        return FrameCache(config.frame_mask, slots, batch, grid, rings, relative=relative)
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         config = self.config
@@ -280,7 +342,7 @@ class VDiT(nn.Module):
             expected = f"with the {pt * self.peers.size(frames // pt)} of {frames} frames that rank {self.peers.rank}"
             _wrong("video", f"{expected} of {self.ranks} holds", f"{video.shape[2]} frames")
         heads, kv_heads = config.heads, config.kv_heads or config.heads
-        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.mask)
+        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.frame_mask)
         plan = choose("VDiT", self.plan, layer, self.ranks, ways(config))
         return Split(self.peers, (frames // pt, S), plan)
 

@@ -8,17 +8,21 @@ from vdcore.ops.operator import explain
 from vdcore.ops.patchify import patchify, unpatchify
 from vdcore.ops.qk_norm_rope import qk_norm_rope
 from vdcore.ops.temporal_attention import temporal_attention
+from vdcore.ops.tile_attention import kept_mass, select_tiles, tile_attention
 
 __all__ = [
     "cross_attention",
     "explain",
     "gate_residual",
     "gated_attention",
+    "kept_mass",
     "modulate",
     "patchify",
     "qk_norm_rope",
+    "select_tiles",
     "spatial_attention",
     "temporal_attention",
+    "tile_attention",
     "unpatchify",
     "video_attention",
 ]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vdcore.grid_mask import HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm, compute_dtype
 from vdcore.rope import Rope
@@ -99,6 +100,22 @@ def frame_mask(
         valid = torch.arange(T_k, device=device) < lengths[:, None]
         alive = torch.arange(start, start + T, device=device) < lengths[:, None]
         seen = seen & valid[:, None, :] & alive[:, :, None]
+    return seen
+
+
+def token_mask(
+    mask: FrameMask | HeadMasks, T: int, T_k: int, S: int, start: int, lengths: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Of all tokens: ``(1 or B, 1 or H, T*S, T_k*S)``, or None for all."""
+    if isinstance(mask, FrameMask):
+        frames = frame_mask(mask, T, T_k, start, lengths, device)
+        return None if frames is None else frames.repeat_interleave(S, 1).repeat_interleave(S, 2)[:, None]
+    each = [one.visible(T, *mask.grid, T_k, start).expand(heads, T * S, T_k * S) for heads, one in mask.groups]
+    seen = torch.cat(each).to(device)[None]
+    if lengths is not None:
+        among = frame_mask(FrameMask(), T, T_k, start, lengths, device)
+        assert among is not None
+        seen = seen & among.repeat_interleave(S, 1).repeat_interleave(S, 2)[:, None]
     return seen
 
 

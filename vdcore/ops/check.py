@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops.call import QKV, unpack
+from vdcore.ops.call import QKV
 from vdcore.rope import Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -32,11 +33,11 @@ def check_tensor(op: str, name: str, x: Any) -> Tensor:
 
 def check_main(op: str, name: str, x: Any, dims: str) -> Tensor:
     """A floating tensor of as many dimensions as ``dims`` names, e.g. ``"(B, T, S, H, D)"``."""
+    if isinstance(x, Tensor) and x.dtype in FLOATS and x.ndim == dims.count(",") + 1:
+        return x
     check_tensor(op, name, x)
     check_dims(op, name, x, dims)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    return x
+    raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
 def check_dims(op: str, name: str, x: Tensor, dims: str) -> None:
@@ -66,52 +67,117 @@ def check_attention(
 ) -> tuple[QKV, FrameMask, int, Tensor | None, float, QKNorm | None, Rope | None]:
     """The arguments of an :class:`AttentionCall`, checked, in its order, with all defaults filled in."""
     qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
-    q = qkv.q
-    B, T, S, H, D = q.shape
-    _, T_k, _, G, _ = qkv.k.shape
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    q = qkv.main
+    B, T, S, H, D, T_k, G = qkv.sizes
+    check_mask_type(op, mask)
     if q_start is None:
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
-    lengths = check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
-    norm = check_norm(op, norm, q, H, G, D)
-    rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
+    if lengths is not None:
+        check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
+    if norm is not None:
+        check_norm(op, norm, q, H, G, D)
+    if rope is not None:
+        rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
+
+
+def check_mask_type(op: str, mask: Any, *, grids: bool = False) -> None:
+    """A FrameMask; where an operator has ``grids`` also a GridMask, or pairs (heads, mask)."""
+    if isinstance(mask, FrameMask) or (grids and isinstance(mask, (GridMask, tuple, list))):
+        return
+    expected = "a FrameMask, a GridMask or a tuple of pairs (heads, mask)" if grids else "a FrameMask"
+    raise TypeError(f"{op}: mask must be {expected}, got {type(mask).__name__}")
+
+
+def check_grid(op: str, grid: Any, S: int, *, needed: str = "") -> tuple[int, int] | None:
+    """``(rows, columns)`` of S tokens; needed: what it must be given for."""
+    if grid is None:
+        if needed:
+            wrong(op, "grid", f"(rows, columns) {needed}", None)
+        return None
+    sizes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in sizes):
+        raise TypeError(f"{op}: grid must be a tuple of two ints (rows, columns), got {grid!r}")
+    if min(sizes) < 0 or sizes[0] * sizes[1] != S:
+        wrong(op, "grid", f"(rows, columns) with rows * columns = S = {S}", sizes)
+    return int(sizes[0]), int(sizes[1])  # torch.compile specialises on them
+
+
+def check_grid_mask(op: str, mask: Any, grid: Any, S: int, H: int, G: int) -> FrameMask | HeadMasks:
+    """What of all these is a mask of frames alone is that."""
+    if isinstance(mask, FrameMask):
+        check_grid(op, grid, S)
+        return mask
+    grouped = isinstance(mask, (tuple, list))
+    pairs = _check_pairs(op, mask, H, G) if grouped else [(H, mask)]
+    has_grid = any(isinstance(one, GridMask) for _, one in pairs)
+    grid = check_grid(op, grid, S, needed="with a GridMask" if has_grid else "")
+    groups: list[tuple[int, GridMask]] = []
+    for heads, one in pairs:
+        whole = one if isinstance(one, GridMask) else GridMask(one)
+        if groups and groups[-1][1] == whole:
+            groups[-1] = groups[-1][0] + heads, whole
+        elif heads:
+            groups.append((heads, whole))
+    if not groups:  # no heads
+        return pairs[0][1] if isinstance(pairs[0][1], FrameMask) else pairs[0][1].frames
+    if len(groups) == 1 and groups[0][1].frames_alone:
+        return groups[0][1].frames
+    return HeadMasks((1, int(S)) if grid is None else grid, tuple(groups))
+
+
+def _check_pairs(op: str, pairs: Any, H: int, G: int) -> list[tuple[int, Any]]:
+    shared = H // G if G else 1
+    expected = "a tuple of pairs (count, FrameMask or GridMask)"
+    if not pairs:
+        wrong(op, "mask", expected, "none")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], (FrameMask, GridMask)):
+            raise TypeError(f"{op}: mask must be {expected}, got {pair!r} as its entry {i}")
+        if isinstance(pair[0], bool) or not isinstance(pair[0], int):
+            raise TypeError(f"{op}: mask[{i}] must have an int as its count, got {pair[0]!r}")
+        if pair[0] < 0 or pair[0] % shared:
+            wrong(op, f"mask[{i}]", f"of a multiple of H // G = {shared} query heads", pair[0])
+    total = sum(count for count, _ in pairs)
+    if total != H:
+        wrong(op, "mask", f"of H = {H} query heads in all", total)
+    return [(count, one) for count, one in pairs]
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
     """q ``(B, T, S, H, D)`` with k and v ``(B, T_k, S, G, D)``, or q packed ``(B, T, S, 3, H, D)``."""
-    names = prefix + "q", prefix + "k", prefix + "v"
-    check_tensor(op, names[0], q)
+    name = prefix + "q"
     if k is None or v is None:
         if k is not None or v is not None:
-            wrong(op, f"{names[1]} and {names[2]}", f"both given, or neither with {names[0]} packed", "one of them")
-        check_main(op, names[0], q, "(B, T, S, 3, H, D)")
+            wrong(op, f"{prefix}k and {prefix}v", f"both given, or neither with {name} packed", "one of them")
+        check_main(op, name, q, "(B, T, S, 3, H, D)")
         if q.shape[3] != 3:
-            wrong(op, names[0], "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
-        return unpack(unit_stride(q))
-    check_main(op, names[0], q, "(B, T, S, H, D)")
-    if not _alike(q, k, v):
-        for name, x in ((names[1], k), (names[2], v)):
-            check_like(op, name, x, q, names[0])
-            check_dims(op, name, x, "(B, T_k, S, G, D)")
-        B, _, S, H, D = q.shape
-        _, T_k, _, G, _ = k.shape
-        check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
-        check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
-        check_groups(op, names[1], G, H)
+            wrong(op, name, "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
+        return QKV(unit_stride(q))
+    check_main(op, name, q, "(B, T, S, H, D)")
+    if not (_alike(q, k) and _alike(q, v)):
+        _check_keys(op, prefix, q, k, v)
     return QKV(unit_stride(q), unit_stride(k), unit_stride(v))
 
 
-def _alike(x: Tensor, *others: Any) -> bool:
+def _check_keys(op: str, prefix: str, q: Tensor, k: Any, v: Any) -> None:
+    for name, x in ((prefix + "k", k), (prefix + "v", v)):
+        check_like(op, name, x, q, prefix + "q")
+        check_dims(op, name, x, "(B, T_k, S, G, D)")
+    B, _, S, H, D = q.shape
+    _, T_k, _, G, _ = k.shape
+    check_shape(op, prefix + "k", k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
+    check_shape(op, prefix + "v", v, k.shape, f"the shape of {prefix}k")
+    check_groups(op, prefix + "k", G, H)
+
+
+def _alike(x: Tensor, y: Any) -> bool:
     """Tensors of one shape, dtype and device: most calls, and soon seen."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    for y in others:
-        if not isinstance(y, Tensor) or y.shape != shape or y.dtype != dtype or y.device != device:
-            return False
-    return True
+    return isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype and y.device == x.device
 
 
 def check_groups(op: str, name: str, G: int, H: int) -> None:
@@ -200,7 +266,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on; float64 stays."""
-    device = tensors[0].device.type
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -75,8 +75,7 @@ def video_attention(
         ExchangeError: a rank has ended, came with another shape, or not within the group's timeout.
     """
     peers = peers_of(OP, mesh)
-    qkv = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v))
-    q, k, v = qkv.q, qkv.k, qkv.v
+    q, k, v = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v)).views
     if frames < 0 or q.shape[1] != peers.size(frames) or k.shape[1] != q.shape[1]:
         expected = f"the {peers.size(max(frames, 0))} frames of rank {peers.rank} of {peers.ranks}, of {frames} in all"
         check.wrong(OP, "q and k", expected, f"{q.shape[1]} and {k.shape[1]}")

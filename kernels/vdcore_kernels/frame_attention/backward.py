@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore.mask import FrameMask
-from vdcore_kernels.core.frames import Frames, seeing_run, valid_frames
+from vdcore_kernels.core.frames import Frames, noisy_seeing_run, seeing_run, valid_frames
 from vdcore_kernels.core.launch import ValuesConfig, cdiv, how_many, launch, power_of_2, step
 from vdcore_kernels.core.tile import (
     LOG2_E,
@@ -153,11 +153,12 @@ def _load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TI
 @triton.jit
 def _mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
     """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
-    low, begin, end, n_text = runs
-    is_text = n_text > tl.maximum(low, end - begin)
-    is_run = (end - begin >= low) & ~is_text
-    start = tl.where(is_run, begin, 0)
-    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, low)), N)
+    low, low_end, begin, end, n_text = runs
+    n_low = low_end - low
+    is_text = n_text > tl.maximum(n_low, end - begin)
+    is_run = (end - begin >= n_low) & ~is_text
+    start = tl.where(is_run, begin, tl.where(is_text, 0, low))
+    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, n_low)), N)
     b_k = load_tokens(k, At(is_text, at.b, at.h, start), tl.arange(0, N) < count, S, N, TILE)
     return scale(column_sum(to(b_k, tl.float32)), 1.0 / tl.maximum(count, 1))
 
@@ -195,6 +196,9 @@ def frame_attention_bwd_q_kernel(
     future,
     chunk,
     sink,
+    group,
+    clean,
+    shots,
     tiles,
     exponent,
     sm_scale,
@@ -209,7 +213,7 @@ def frame_attention_bwd_q_kernel(
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     ROW: tl.constexpr = TILE.ROW
-    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink)
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
@@ -222,7 +226,7 @@ def frame_attention_bwd_q_kernel(
         b_sum -= tl.load(p_dlse + (at.b * N + row + o_n) * H + at.h, mask=m_live, other=0.0)
     n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
-        is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
+        is_text, first = whole_tile(i, n_low, n_run, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
     for i in tl.range(n_left, num_stages=1):
@@ -259,6 +263,11 @@ def key_tile(i, i_b, i_g, lengths, sizes, frames, group, TILE: tl.constexpr):
     n_live = tl.minimum(tl.maximum(shown - o, 0), BN)
     begin, end = seeing_run(first, last, frames)
     begin, end = (begin - frames.q_start) * sizes.S_q, (end - frames.q_start) * sizes.S_q
+    low, low_end = 0, 0
+    if frames.clean is not None:
+        low, low_end = begin, tl.maximum(begin, end)
+        begin, end = noisy_seeing_run(first, last, frames)
+        begin, end = (begin - frames.q_start) * sizes.S_q, (end - frames.q_start) * sizes.S_q
     is_text = i < 0
     n_text = 0
     if TILE.TEXT:
@@ -270,12 +279,13 @@ def key_tile(i, i_b, i_g, lengths, sizes, frames, group, TILE: tl.constexpr):
         n_live = tl.where(is_text, tl.minimum(tl.maximum(of_text - o_text, 0), BN), n_live)
         begin = tl.where(is_text, 0, begin)
         end = tl.where(is_text, (last - frames.q_start) * sizes.S_q, end)
+        low_end = tl.where(is_text, low, low_end)
         n_text = of_text
         if not TILE.TEXT_SEES:
             n_text = tl.where(is_text, of_text, 0)
     if n_live <= 0:
-        end, n_text = begin, 0
-    return At(is_text, i_b, i_g, start), n_rows, n_live, Runs(0, begin, end, n_text)
+        low_end, end, n_text = low + 0, begin, 0
+    return At(is_text, i_b, i_g, start), n_rows, n_live, Runs(low, low_end, begin, end, n_text)
 
 
 @triton.jit
@@ -288,7 +298,7 @@ def _to_keys(state, k, v, queries, exponent):
     return rows_times(b_ds.to(queries.q[0].dtype), queries.q, b_dk), b_dv
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles", "group", "splits", "B"])
+@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles", "key_group", "splits", "B"])
 def frame_attention_bwd_kv_kernel(
     q,
     k,
@@ -309,8 +319,11 @@ def frame_attention_bwd_kv_kernel(
     future,
     chunk,
     sink,
-    tiles,
     group,
+    clean,
+    shots,
+    tiles,
+    key_group,
     splits,
     B,
     exponent,
@@ -321,20 +334,20 @@ def frame_attention_bwd_kv_kernel(
 
     do, p_pairs: as frame_attention_bwd_q_kernel's.
     dk: as k, dv: as v, with splits (splits*B, ...) of partial sums. tiles: of keys, per sample and head.
-    group: frames whose keys the same queries see. splits: programs that share a tile's queries. B: samples. sm_scale:
-    its size. The others as frame_attention_fwd_kernel's.
+    key_group: frames whose keys the same queries see. splits: programs that share a tile's queries. B: samples.
+    sm_scale: its size. The others as frame_attention_fwd_kernel's.
     """
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     R: tl.constexpr = TILE.R
     ROW: tl.constexpr = TILE.ROW
-    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink)
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     G = H // R
     i_tile = tl.program_id(0) % tiles
     i_split = tl.program_id(0) // tiles % splits
     i_bg = tl.program_id(0) // tiles // splits
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, group, TILE)
+    at, n_rows, n_live, runs = key_tile(i_tile, i_b, i_g, lengths, sizes, frames, key_group, TILE)
     o_n = tl.arange(0, BN)
     m_live = o_n < n_live
     b_k = load_tokens(k, at, m_live, S_k, BN, TILE)  # [BN, W]
@@ -342,10 +355,10 @@ def frame_attention_bwd_kv_kernel(
     b_dk = filled(BN, 0.0, ROW)
     b_dv = filled(BN, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(runs, BM)
-    n_whole = n_run + n_txt
+    n_whole = n_low + n_run + n_txt
     for i in range(i_split, n_whole * R, splits):
         i_r = i // n_whole if R > 1 else 0
-        is_text, first = whole_tile(i - i_r * n_whole, 0, n_run, runs.begin, BM)
+        is_text, first = whole_tile(i - i_r * n_whole, n_low, n_run, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
         queries = _load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
@@ -401,13 +414,14 @@ _PROGRAMS = 512
 def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> dict[str, int]:
     """How programs share out the keys and their queries.
 
-    Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk.
+    Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk. The first frame
+    of a shot is in a group of its own.
     """
-    group = min(math.gcd(frames.chunk, frames.sink) if frames.sink else frames.chunk, frames.T_k)
+    group = min(math.gcd(frames.group, frames.sink) if frames.shots is None else 1, frames.T_k)
     tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
     most = cdiv(frames.T * sizes.S_q, 8 * config.m)
     splits = 1 if has_text else max(min(_PROGRAMS // (B * G * tiles), most), 1)
-    return {"tiles": tiles, "group": group, "splits": splits, "B": B}
+    return {"tiles": tiles, "key_group": group, "splits": splits, "B": B}
 
 
 def frame_backward(

@@ -105,6 +105,9 @@ def frame_attention_fwd_kernel(
     future,
     chunk,
     sink,
+    group,
+    clean,
+    shots,
     tiles,
     exponent,
     TILE: tl.constexpr,
@@ -118,7 +121,7 @@ def frame_attention_fwd_kernel(
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     ROW: tl.constexpr = TILE.ROW
-    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink)
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
     i_g = at.h // TILE.R
     m_live = tl.arange(0, BM) < n_live
@@ -128,7 +131,7 @@ def frame_attention_fwd_kernel(
     b_o = filled(BM, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
-        is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
+        is_text, first = whole_tile(i, n_low, n_run, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
     for i in tl.range(n_left, num_stages=1):
@@ -170,13 +173,13 @@ def frame_sizes(q: Tensor, k: Tensor, text: Text, mask: FrameMask, q_start: int)
     """The numbers that the kernels of both directions take by the same names."""
     _, T, S_q, H, _ = q.shape
     L = 0 if text[0] is None else text[0].shape[1]
-    frames, _ = frame_bounds(mask, T, k.shape[1], q_start)
+    frames, _ = frame_bounds(mask, T, k.shape[1], q_start, q.device)
     return Sizes(S_q, k.shape[2], L, H), frames
 
 
 def query_programs(B: int, sizes: Sizes, frames: Frames, BM: int) -> tuple[int, int]:
     """Programs of a kernel over queries, and tiles per sample and head."""
-    tiles = query_tiles(frames.T, sizes.S_q, sizes.L, frames.q_start, frames.chunk, BM)
+    tiles = query_tiles(frames.T, sizes.S_q, sizes.L, frames.q_start, frames.group, BM)
     return B * sizes.H * tiles, tiles
 
 

@@ -21,6 +21,7 @@ from vdcore_kernels.core.frames import (
     finite_rows,
     frame_pairs,
     inner,
+    load_dlse,
     load_frames,
     poisoned,
     query_head,
@@ -46,15 +47,6 @@ BACKWARD = (
 )
 
 
-@triton.jit
-def load_dlse(p_dlse, o_row, m_row):
-    """[BP, BQ, 1]: the gradient of lse, 0 where there is none."""
-    if p_dlse is not None:
-        return tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None]
-    else:
-        return 0.0
-
-
 @triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_bwd_kernel(
     q,
@@ -73,6 +65,9 @@ def temporal_attention_bwd_kernel(
     future,
     chunk,
     sink,
+    group,
+    clean,
+    shots,
     S,
     G,
     sm_scale,
@@ -87,7 +82,7 @@ def temporal_attention_bwd_kernel(
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     MASKED: tl.constexpr = SHAPE.MASKED
-    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
     o_t, o_f = tl.arange(0, SHAPE.BQ), tl.arange(0, SHAPE.BK)
     m_t, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)

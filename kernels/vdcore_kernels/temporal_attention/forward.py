@@ -88,6 +88,9 @@ def temporal_attention_fwd_kernel(
     future,
     chunk,
     sink,
+    group,
+    clean,
+    shots,
     S,
     G,
     exponent,
@@ -106,7 +109,7 @@ def temporal_attention_fwd_kernel(
     R: tl.constexpr = SHAPE.R
     NR: tl.constexpr = SHAPE.NR
     dtype: tl.constexpr = q.p.dtype.element_ty
-    frames = Frames(T, T_k, q_start, past, future, chunk, sink)
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     of_q, of_k = Side(q, q_norm, angles, q_start, T, S), Side(k, k_norm, angles, 0, T_k, S)
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
     head = query_head(at, 0, R)
@@ -204,7 +207,7 @@ def temporal_arguments(
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
     (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
-    frames, masked = frame_bounds(mask, T, T_k, q_start)
+    frames, masked = frame_bounds(mask, T, T_k, q_start, q.device)
     shape = Shape(
         ROW=row,
         V=split_row(D),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from diffusers.models import normalization
 from torch import Tensor, nn
 
@@ -55,13 +54,6 @@ def output_projection(attn: Any, x: Tensor) -> Tensor:
 
 
 # ---- Norm and rope ----
-
-
-def is_differentiated() -> bool:
-    """Derivatives may be taken through what runs now, of either mode."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return True
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _weight(x: Tensor | None, like: Tensor) -> bool:
@@ -136,9 +128,20 @@ def as_rope(cos: Tensor, sin: Tensor, like: Tensor, split: tuple[int, int], styl
 
 def video(clip: Clip, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
     """Attention over all tokens of a clip: ``(B, N, H, D)`` in and out."""
-    split = clip.split(q.shape[1])
-    q, k, v = (x.unflatten(1, split) for x in (q, k, v))
-    return vdcore.video_attention(q, k, v, mask=clip.frame_mask, norm=norm, rope=rope).flatten(1, 2)
+    return over_clip(clip, q, k, v, norm=norm, rope=rope).flatten(1, 2)
+
+
+def over_clip(clip: Clip, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
+    """Attention over all tokens of a clip ``(B, N, H, D)``: ``(B, T, S, H, D)``, and with a text the text's as well.
+
+    Args:
+        rest: of :func:`vdcore.video_attention`.
+    """
+    tokens = q.shape[1]
+    q, k, v = (x.unflatten(1, clip.split(tokens)) for x in (q, k, v))
+    if clip.probe is not None:
+        clip.probe(q, k, v, clip.grid(tokens), rest)
+    return vdcore.video_attention(q, k, v, **clip.masking(tokens), **rest)
 
 
 def cross(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.attention import cross, video
 from vdcore.integrations.diffusers.clip import Keys
+from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import decorated, globals_used, names_used, rebind
@@ -105,7 +106,10 @@ class Rebound(Processor):
         self, to_context: bool, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """diffusers' dispatcher: ``(B, N, H, D)``."""
-        served = self._served(query, key, value, Options(*args, **kwargs), to_context)
+        options = Options(*args, **kwargs)
+        if isinstance(options.attn_mask, Tensor) and options.attn_mask.ndim == 2:  # (B, n), to the dispatcher
+            options = options._replace(attn_mask=options.attn_mask[:, None, None])
+        served = self._served(query, key, value, options, to_context)
         if not isinstance(served, str):
             return served
         self._leave(served, query, key, to_context)
@@ -126,7 +130,7 @@ class Rebound(Processor):
 
     def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
         if self.clip.mask is not None and not self._is_cross(q, k, to_context):
-            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+            raise RuntimeError(f"swap_in: attention cannot run under {mask_text(self.clip.mask)}: {reason}")
         note_left(self, reason)
 
     def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:
@@ -161,7 +165,7 @@ class Rebound(Processor):
             return None
         if not isinstance(mask, Tensor):
             return f"an attention mask of type {type(mask).__name__}"
-        if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
+        if mask.ndim != 4 or mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
             return "an attention mask of another shape"
         keys = self.clip.valid_keys(mask)
         return keys.expand(q.shape[0]) if isinstance(keys, Keys) else keys

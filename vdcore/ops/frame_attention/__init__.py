@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
 
 from torch import Tensor
 
+from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
-from vdcore.ops.frame_attention import cpu, cpu_tangents, cuda, reference, sdpa, tangents, triton
+from vdcore.ops.frame_attention import cpu_tangents, cuda, reference, sdpa, tangents, triton, windows_cpu
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class VideoCall(AttentionCall):
     op: ClassVar[str] = "video_attention"
 
+    mask: FrameMask | HeadMasks  # type: ignore[assignment]
     text: Triple | None = None
     text_lengths: Tensor | None = None
     text_norm: QKNorm | None = None
@@ -33,6 +35,12 @@ class VideoCall(AttentionCall):
     def is_dense(self) -> bool:
         dense = self.mask in (FrameMask.full(), FrameMask.same_frame())
         return dense and self.lengths is self.text is self.norm is self.rope is None
+
+    @property
+    def frame_mask(self) -> FrameMask:
+        """The mask, for who knows no other."""
+        assert isinstance(self.mask, FrameMask)
+        return self.mask
 
     @property
     def rows(self) -> int:
@@ -102,8 +110,12 @@ def spatial_attention(
     return (out.view(shape), lse.view(shape[:-1])) if return_lse else out.view(shape)
 
 
+Mask = FrameMask | GridMask | tuple[tuple[int, FrameMask | GridMask], ...]
+
+
 class _VideoMore(_More, total=False):
-    mask: FrameMask
+    mask: Mask
+    grid: tuple[int, int] | None
     q_start: int | None
     lengths: Tensor | None
     text_lengths: Tensor | None
@@ -147,7 +159,8 @@ def video_attention(
     k: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    mask: FrameMask = FrameMask(),
+    mask: Mask = FrameMask(),
+    grid: tuple[int, int] | None = None,
     q_start: int | None = None,
     lengths: Tensor | None = None,
     text: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -166,7 +179,11 @@ def video_attention(
     Work is proportional to the visible pairs. Text joins the sequence without being concatenated to it.
 
     Args:
-        q, k, v, mask, q_start, lengths, scale, norm, rope, return_lse, backend: as in :func:`temporal_attention`.
+        q, k, v, q_start, lengths, scale, norm, rope, return_lse, backend: as in :func:`temporal_attention`.
+        mask: a :class:`FrameMask`; a :class:`GridMask`, with windows in rows and columns of tokens; or a tuple of pairs
+            ``(count, mask)``: groups of query heads with masks of their own. Counts are multiples of ``H // G``: heads
+            that share a key are of one group. Their sum is H.
+        grid: ``(rows, columns)`` of a frame's tokens, in raster order; ``rows * columns == S``. Needed with a GridMask.
         text: ``(q, k, v)`` of the text, ``(B, L, H, D)``, ``(B, L, G, D)`` twice; they may be views of one tensor.
         text_lengths: ``(B,)``, valid text tokens. Text keys past it are invisible, text query rows past it give 0.
             Below 0 counts as 0, above L as L.
@@ -185,20 +202,26 @@ def video_attention(
         BackendError: if the named backend cannot run the call.
     """
     op = VideoCall.op
-    arguments = check.check_attention(op, q, k, v, mask, q_start, lengths, scale, norm, rope)
+    check.check_mask_type(op, mask, grids=True)
+    frames = mask if isinstance(mask, FrameMask) else FrameMask()
+    arguments = check.check_attention(op, q, k, v, frames, q_start, lengths, scale, norm, rope)
     qkv = arguments[0]
     if text_sees not in ("all", "text"):
         check.wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
     if text is not None:
-        (B, _, _, H, D), G = qkv.q.shape, qkv.k.shape[3]
-        text = _check_text(text, qkv.q, G)
-        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", qkv.q)
-        text_norm = check.check_norm(op, text_norm, qkv.q, H, G, D, name="text_norm")
+        (B, _, _, H, D, _, G), video = qkv.sizes, qkv.views[0]
+        text = _check_text(text, video, G)
+        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", video)
+        text_norm = check.check_norm(op, text_norm, video, H, G, D, name="text_norm")
     elif text_lengths is not None or text_norm is not None:
         name = "text_lengths" if text_lengths is not None else "text_norm"
         check.wrong(op, name, "None without text", "a value")
+    _, _, S, H, _, _, G = qkv.sizes
+    masks = check.check_grid_mask(op, mask, grid, S, H, G)
     call = VideoCall(
-        *arguments,
+        qkv,
+        masks,
+        *arguments[2:],
         bool(return_lse),
         text=text,
         text_lengths=text_lengths,
@@ -235,7 +258,7 @@ def _check_text(text: Any, q: Tensor, G: int) -> Triple:
 
 
 _BACKENDS = {
-    "cpu": replace(cpu.FRAMES, tangents=cpu_tangents.video_attention),
+    "cpu": replace(windows_cpu.FRAMES, tangents=cpu_tangents.video_attention),
     "triton": triton.FRAMES,
     "cuda": cuda.FRAMES,
     "sdpa": sdpa.FRAMES,

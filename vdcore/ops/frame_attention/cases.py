@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops.alternatives import (
@@ -20,7 +22,8 @@ from vdcore.ops.alternatives import (
     heads_allow,
     space,
 )
-from vdcore.ops.cases import Attend, case, dense, frame_mask, norm_rope, unpack, with_each
+from vdcore.ops.cases import Attend, case, dense, norm_rope, token_mask, unpack, with_each
+from vdcore.ops.check import check_grid_mask
 from vdcore.ops.temporal_attention.cases import FRAME_ARGUMENTS, FRAMES, draw_frames
 from vdcore.rope import Rope, axial_rope
 
@@ -107,13 +110,59 @@ def _(d: Draw) -> dict[str, Any]:
     return {**d.qkv(1, 4, 83, 1, 40), "mask": FrameMask(past=1, future=0, sink=1)}
 
 
+@case("video_attention", "teacher forcing and text", "masked")
+def _(d: Draw) -> dict[str, Any]:
+    text = tuple(d(f"text_{x}", 1, 5, 1, 16) for x in "qkv")
+    mask = FrameMask.teacher_forcing(4, 2)
+    return {**d.qkv(1, 8, 35, 1, 16), "text": text, "text_sees": "text", "mask": mask, "return_lse": True}
+
+
+# Windows in frames, rows and columns of a grid of 3 x 5 tokens, which tiles need not divide.
+GRIDS: dict[str, Callable[[Draw], dict[str, Any]]] = {
+    "neighborhood": lambda d: {**d.qkv(2, 4, 15, 2, 40), "mask": GridMask.neighborhood((3, 3, 3))},
+    "causal neighborhood against a cache": lambda d: {
+        **d.qkv(1, 2, 15, 2, 16, T_k=5),
+        "mask": GridMask.neighborhood((3, 1, 3), causal=True),
+        "return_lse": True,
+    },
+    "sliding tiles": lambda d: {**d.qkv(1, 5, 15, 2, 24), "mask": GridMask.tiles((1, 3, 1), (2, 1, 2))},
+    "radial, lengths": lambda d: {
+        **d.qkv(2, 6, 15, 2, 16),
+        "mask": GridMask.radial(3, 5),
+        "lengths": d.integers(6, 3),
+    },
+    "window, text, grouped heads, norm and rope": lambda d: {
+        **d.qkv(2, 4, 15, 4, 24, G=2),
+        "mask": GridMask.window(2, 0, (1, 1, 0), 1),
+        "text": (d("text_q", 2, 6, 4, 24), d("text_k", 2, 6, 2, 24), d("text_v", 2, 6, 2, 24)),
+        "text_lengths": d.integers(4, 0),
+        "text_norm": d.norm(4, 2, 24, prefix="text_"),
+        "text_first": True,
+        "lengths": d.integers(3, 4),
+        "norm": d.norm(4, 2, 24, over="all"),
+        "rope": d.rope(4, 15, 12),
+        "return_lse": True,
+    },
+    "masks of heads, packed": lambda d: {
+        "q": d("q", 1, 4, 15, 3, 4, 16),
+        "mask": ((1, GridMask.window(1, 1, 1, 2)), (2, FrameMask.causal()), (1, GridMask(columns=1, sink=1))),
+        "q_start": 1,
+    },
+}
+for _name, _build in GRIDS.items():
+    case("video_attention", _name, "windows", *(("layout",) if "packed" in _name else ()))(
+        lambda d, _build=_build: {**_build(d), "grid": (3, 5)}
+    )
+
+
 def video_form(
     attend: Attend,
     q: Tensor,
     k: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    mask: FrameMask = FrameMask(),
+    mask: Any = FrameMask(),
+    grid: tuple[int, int] | None = None,
     q_start: int | None = None,
     lengths: Tensor | None = None,
     text: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -132,8 +181,9 @@ def video_form(
     start = max(T_k - T, 0) if q_start is None else q_start
     scale = D**-0.5 if scale is None else scale
     q, k = norm_rope(q, k, norm, rope, start)
-    frames = frame_mask(mask, T, T_k, start, lengths, q.device)
-    seen = None if frames is None else frames.repeat_interleave(S, 1).repeat_interleave(S, 2)
+    if not isinstance(mask, HeadMasks):
+        mask = check_grid_mask("video_attention", mask, grid, S, q.shape[3], k.shape[3])
+    seen = token_mask(mask, T, T_k, S, start, lengths, q.device)
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     if text is not None:
         L = text[0].shape[1]
@@ -147,11 +197,13 @@ def video_form(
             )
         if text_lengths is not None:
             live = torch.arange(L, device=q.device) < text_lengths[:, None]
-        among_video = alive[..., None] & valid[:, None] if seen is None else alive[..., None] & seen
-        of_video = torch.cat((among_video, alive[..., None] & live[:, None]), 2)
+        alive, live_rows = (x[:, None, :, None] for x in (alive, live))
+        among_video = alive & valid[:, None, None] if seen is None else alive & seen
+        of_video = torch.cat((among_video, (alive & live[:, None, None]).expand(-1, among_video.shape[1], -1, -1)), 3)
         of_text = torch.cat((valid if text_sees == "all" else torch.zeros_like(valid), live), 1)
-        seen = torch.cat((of_video, live[..., None] & of_text[:, None]), 1)
-    out, lse = dense(attend, q, k, v, None if seen is None else seen[:, None], scale, return_lse)
+        to_text = (live_rows & of_text[:, None, None]).expand(-1, of_video.shape[1], -1, -1)
+        seen = torch.cat((of_video, to_text), 2)
+    out, lse = dense(attend, q, k, v, seen, scale, return_lse)
 
     def split(x: Tensor) -> Any:
         if text is None:
@@ -164,10 +216,25 @@ def video_form(
 # ---- How it may be called ----
 
 
+WINDOWS = (
+    GridMask.neighborhood((3, 3, 3)),
+    GridMask.neighborhood((3, 3, 1), causal=True),
+    GridMask.tiles((1, 3, 3), (2, 2, 1)),
+    GridMask.radial(3, 3),
+    GridMask(FrameMask(past=1, sink=1), (2, 1, 0), None, (1, 1, 2), sink=1),
+    "masks of heads",
+)
+
+
+def grid_of(S: int) -> tuple[int, int]:
+    rows = max(n for n in range(1, S + 1) if S % n == 0 and n * n <= S)
+    return rows, S // rows
+
+
 @space(
     "video_attention",
     heads_allow,
-    **FRAMES,
+    **{**FRAMES, "mask": (*FRAMES["mask"], *WINDOWS)},
     text=(None, "given"),
     text_lengths=(None, "some", "beyond"),
     text_norm=(None, ("rms", "head", "qk", False), ("layer", "all", "qk+", True)),
@@ -176,9 +243,13 @@ def video_form(
 )
 def _video(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
     args = draw_frames(d, c, n)
+    G = args["k"].shape[3] if "k" in args else n.H
+    if c["mask"] == "masks of heads":
+        args["mask"] = tuple((n.H // G, WINDOWS[g % 5] if g % 3 else FrameMask.causal()) for g in range(G))
+    if not isinstance(c["mask"], FrameMask):
+        args["grid"] = grid_of(n.S)
     if c["text"] is None:
         return args
-    G = args["k"].shape[3] if "k" in args else n.H
     heads = {"q": n.H, "k": G, "v": G}
     return {
         **args,

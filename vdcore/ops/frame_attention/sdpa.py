@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vdcore.grid_mask import HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.ops.temporal_attention.sdpa import Dense
 
@@ -16,6 +17,8 @@ def _is_spatial(c: Any) -> bool:
 
 class _Frames(Dense):
     def why_not_keys(self, c: Any) -> str | None:
+        if isinstance(c.mask, HeadMasks):
+            return "windows in rows and columns would need a mask"
         if c.text is not None:
             return "text would have to be concatenated to the video's keys"
         return None if _is_spatial(c) else super().why_not_keys(c)

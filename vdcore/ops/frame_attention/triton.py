@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 
 def _frame_why_not(c: VideoCall) -> str | None:
+    if isinstance(c.mask, HeadMasks):
+        return "it has no GridMask yet"
     norms = why_not_norm(c.q, c.k, c.norm) or (c.text and why_not_norm(c.text[0], c.text[1], c.text_norm)) or None
     return why_not(c.q) or why_not_head(c.q) or why_not_tokens(c.q, c.k) or norms
 
@@ -84,7 +87,7 @@ def _frame_backward(
         live = live_frames(
             c.q,
             c.k,
-            mask=c.mask,
+            mask=c.frame_mask,
             q_start=c.q_start,
             lengths=c.lengths,
             text=L,

@@ -98,7 +98,7 @@ def gated_attention(
         if not isinstance(triple, (tuple, list)) or len(triple) != 3:
             raise TypeError(f"{op}: {name} must be a tuple (q, k, v), got {type(triple).__name__}")
         cast = check.autocast(*(check.check_tensor(op, f"{name}.{x}", y) for x, y in zip("qkv", triple)))
-        triples.append(check.check_qkv(op, *cast, prefix=f"{name}.")[:3])  # never packed
+        triples.append(check.check_qkv(op, *cast, prefix=f"{name}.").views)  # never packed
     q = triples[0][0]
     B, T, S, H, D = q.shape
     check.check_like(op, "temporal.q", triples[1][0], q, "spatial.q")
@@ -108,8 +108,7 @@ def gated_attention(
     check.check_like(op, "gate", gate, q, "spatial.q", or_float32=True)
     if gate.ndim > 5 or any(n not in (1, m) for n, m in zip(reversed(gate.shape), reversed(q.shape))):
         check.wrong(op, "gate", f"broadcastable to (B, T, S, H, D) = {tuple(q.shape)}", check.shape_of(gate))
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{op}: mask must be a FrameMask, got {type(mask).__name__}")
+    check.check_mask_type(op, mask)
     for name, pair in (("norm", norm), ("rope", rope)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{op}: {name} must be a pair (spatial, temporal), got {type(pair).__name__}")

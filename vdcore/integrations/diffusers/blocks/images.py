@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.swap import is_plain
+from vdcore.modes import is_differentiated
 from vdcore.norm import compute_dtype
 
 

@@ -69,6 +69,8 @@ def forward(
         return "a text mask, which the host gives per frame"
     if is_observed((self.norm_out, self.proj_out)):
         return OBSERVED
+    if encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 0:
+        return "a text of no tokens, of which the host makes no rows"
     B, _, T, H, W = hidden_states.shape
     p = self.config.patch_size
     x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T))  # (B, T, S, C)
