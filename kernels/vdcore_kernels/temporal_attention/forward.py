@@ -69,6 +69,15 @@ FORWARD = (
 )
 
 
+@triton.jit
+def _powers(b_s):
+    """2 ** (scores less their row's largest), which is 0 where nothing is seen, and their sums: [BP, BQ, 1]."""
+    b_m = tl.max(b_s, 2, keep_dims=True)
+    b_m = tl.where(b_m == -float("inf"), 0.0, b_m)
+    b_p = tl.exp2(b_s - b_m)
+    return b_p, b_m, tl.sum(b_p, 2, keep_dims=True)
+
+
 @triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_fwd_kernel(
     q,
@@ -121,9 +130,7 @@ def temporal_attention_fwd_kernel(
     b_v = materialize_before_dot(load_frames(v, at, o_f, m_f, A, V))
     b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))  # [BP, BQ, W]
     k_angles = load_frame_angles(of_k, at, o_f, m_f, SHAPE)
-    q_angles = k_angles
-    if not SHAPE.SAME:
-        q_angles = load_frame_angles(of_q, head, o_t, m_t, SHAPE)
+    q_angles = k_angles if SHAPE.SAME else load_frame_angles(of_q, head, o_t, m_t, SHAPE)
     k_turn = load_turn(of_k, at, o_f, m_f, SHAPE)
     q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
 
@@ -140,10 +147,7 @@ def temporal_attention_fwd_kernel(
         if NR.KIND > 0 or NR.STYLE > 0:
             b_q = rotated(normalized(b_q, q_turn, q_norm, at.m[:, None] & m_t[None, :], SHAPE), q_angles, dtype, NR)
         b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [BP, BQ, BK]
-        b_m = tl.max(b_s, 2, keep_dims=True)
-        b_m = tl.where(b_m == -float("inf"), 0.0, b_m)
-        b_p = tl.exp2(b_s - b_m)
-        b_l = tl.sum(b_p, 2, keep_dims=True)  # [BP, BQ, 1]; 0 where a row sees nothing
+        b_p, b_m, b_l = _powers(b_s)
         if SHAPE.MASKED:
             b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
         b_o = scale(weighted(b_p, b_v), tl.where(b_l == 0.0, 0.0, 1 / b_l))
