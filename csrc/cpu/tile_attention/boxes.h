@@ -536,10 +536,9 @@ VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& p
 
 // Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
 template <typename Add>
-inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u,
-                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange,
-                        const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, Tile stage,
-                        const Add& add) {
+inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const OtherTile& tile,
+                        const UnitView& view, const StrangeRows& strange, const FrameSegment* segments,
+                        TensorView FrameSegment::* of, int64_t head, Tile stage, const Add& add) {
   for (int64_t s = 0; s < strange.count; ++s) {
     const int64_t j = strange.rows[s];
     bool seen = false, edge = false;
