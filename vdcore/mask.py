@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -23,6 +25,9 @@ class FrameMask:
         future: later chunks that a frame sees; ``None``: all of them; 0: none, causal.
         chunk: frames per chunk; frames of one chunk always see one another.
         sink: the first ``sink`` frames never fall out of the past window. A sink never shows a frame its future.
+        clean: frames of the clean half of a sequence for teacher forcing, see :meth:`teacher_forcing`; 0: none.
+        shots: first frames of shots, ascending. The last of them at or before a query frame, the first frame of its own
+            shot, never falls out of its past window. In place of ``sink``.
 
     For every query frame the visible keys are at most two contiguous runs: see :meth:`runs`.
     """
@@ -31,9 +36,11 @@ class FrameMask:
     future: int | None = None
     chunk: int = 1
     sink: int = 0
+    clean: int = 0
+    shots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("past", "future", "chunk", "sink"):
+        for name in ("past", "future", "chunk", "sink", "clean"):
             value = getattr(self, name)
             if value is None and name in ("past", "future"):
                 continue
@@ -42,6 +49,22 @@ class FrameMask:
             least = 1 if name == "chunk" else 0
             if value < least:
                 raise ValueError(f"FrameMask: {name} must be at least {least}, got {value}")
+        if self.shots != ():
+            self._check_shots()
+        if self.clean:
+            for name, unset in (("future", None), ("sink", 0), ("shots", ())):
+                value = getattr(self, name)
+                if value != unset:
+                    raise ValueError(f"FrameMask: {name} must be {unset!r} beside clean={self.clean}, got {value!r}")
+
+    def _check_shots(self) -> None:
+        shots = self.shots
+        if not isinstance(shots, tuple) or any(isinstance(s, bool) or not isinstance(s, int) for s in shots):
+            raise TypeError(f"FrameMask: shots must be a tuple of ints, got {shots!r}")
+        if shots[0] < 0 or any(a >= b for a, b in pairwise(shots)):
+            raise ValueError(f"FrameMask: shots must ascend from 0 or above, got {shots!r}")
+        if self.sink:
+            raise ValueError(f"FrameMask: sink must be 0 beside shots, which take its place, got {self.sink}")
 
     @staticmethod
     def full() -> FrameMask:
@@ -89,44 +112,112 @@ class FrameMask:
 
         return FrameMask(past=frames(past), future=frames(future))
 
+    @staticmethod
+    def teacher_forcing(frames: int, chunk: int = 1, past: int | None = None) -> FrameMask:
+        """Training of causal models on all chunks at once, over ``2 * frames`` frames: clean ones, then noisy ones.
+
+        With ``c = (frame % frames) // chunk``, a clean frame sees clean frames of chunks up to its own, and a noisy
+        frame clean frames of chunks before its own and the noisy frames of its own. So each noisy chunk is computed as
+        it would be after a cache of clean ones. Clean and noisy frame i are one place in time: a rope table of
+        ``frames`` rows is passed twice, ``torch.cat((cos, cos))``.
+
+        Args:
+            frames: of the video.
+            chunk: frames that are generated together.
+            past: earlier chunks that a frame sees; ``None``: all of them.
+        """
+        if not isinstance(frames, int) or isinstance(frames, bool):
+            raise TypeError(f"FrameMask.teacher_forcing: frames must be an int, got {frames!r}")
+        if frames < 1:
+            raise ValueError(f"FrameMask.teacher_forcing: frames must be at least 1, got {frames}")
+        return FrameMask(past=past, chunk=chunk, clean=frames)
+
+    def beyond(self, T_q: int, T_k: int, q_start: int) -> str | None:
+        """What is wrong with so many frames under this mask: ``"q_start + T"`` or ``"T_k"``; None: nothing."""
+        if not self.clean:
+            return None
+        names = (("q_start + T", q_start + T_q), ("T_k", T_k))
+        return next((f"{name} = {n}" for name, n in names if n > 2 * self.clean), None)
+
+    def _frames(self, T_q: int, T_k: int | None, q_start: int) -> tuple[int, int, int]:
+        """As ints: torch.compile specialises on symbolic frame counts."""
+        found = int(T_q), int(q_start + T_q if T_k is None else T_k), int(q_start)
+        if wrong := self.beyond(*found):
+            most = f"2 * clean = {2 * self.clean}"
+            raise ValueError(f"FrameMask: T_k and q_start + T must be at most {most}, got {wrong}")
+        return found
+
     def visible(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> torch.Tensor:
         """The definition, as a boolean tensor ``(T_q, T_k)``. ``T_k=None`` means ``q_start + T_q``.
 
         Args:
             q_start: index, among the key frames, of the first query frame.
         """
-        T_k = q_start + T_q if T_k is None else T_k
+        T_q, T_k, q_start = self._frames(T_q, T_k, q_start)
         q = torch.arange(q_start, q_start + T_q)[:, None]
         k = torch.arange(T_k)[None, :]
+        if self.clean:
+            return self._visible_teacher_forcing(q, k)
         cq, ck = q // self.chunk, k // self.chunk
         seen = torch.ones(T_q, T_k, dtype=torch.bool)
         if self.future is not None:
             seen = seen & (ck <= cq + self.future)
         if self.past is not None:
-            seen = seen & ((ck >= cq - self.past) | (k < self.sink))
+            kept = k < self.sink
+            if self.shots:
+                first = torch.tensor((-1, *self.shots))  # of the shot of every query frame, -1 before the first one
+                kept = k == first[(torch.tensor(self.shots) <= q).sum(-1, keepdim=True)]
+            seen = seen & ((ck >= cq - self.past) | kept)
         return seen
+
+    def _visible_teacher_forcing(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        cq, ck = q % self.clean // self.chunk, k % self.clean // self.chunk
+        noisy_q, noisy_k = q >= self.clean, k >= self.clean
+        seen = torch.where(noisy_q, ck < cq, ck <= cq) & ~noisy_k
+        if self.past is not None:
+            seen = seen & (ck >= cq - self.past)
+        return seen | (noisy_q & noisy_k & (ck == cq))
 
     def runs(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> tuple[tuple[Run, ...], ...]:
         """Per query frame the visible key frames as 0 to 2 half-open runs, sorted, merged where they touch."""
-        T_k = q_start + T_q if T_k is None else T_k
-        return _runs(self, int(T_q), int(T_k), int(q_start))  # int: torch.compile specialises on symbolic frame counts
+        return _runs(self, *self._frames(T_q, T_k, q_start))
 
     def density(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> float:
         """Visible pairs over all pairs; 0 where there are none."""
-        T_k = q_start + T_q if T_k is None else T_k
+        T_q, T_k, q_start = self._frames(T_q, T_k, q_start)
         if T_q * T_k == 0:
             return 0.0
         return sum(end - begin for runs in self.runs(T_q, T_k, q_start) for begin, end in runs) / (T_q * T_k)
+
+    def frame_runs(self, q: int, T_k: int) -> tuple[Run, Run]:
+        """Two runs of key frames that query frame q sees; either may be empty, and they may touch."""
+        if self.clean:
+            noisy, frame = divmod(q, self.clean)
+            chunk = frame // self.chunk
+            begin = 0 if self.past is None else max(chunk - self.past, 0) * self.chunk
+            own, after = chunk * self.chunk, min((chunk + 1) * self.chunk, self.clean)
+            if not noisy:
+                return _cut(begin, after, T_k), (T_k, T_k)
+            return _cut(begin, own, T_k), _cut(self.clean + own, self.clean + after, T_k)
+        chunk = q // self.chunk
+        end = T_k if self.future is None else min(T_k, (chunk + self.future + 1) * self.chunk)
+        begin = 0 if self.past is None else min(max(chunk - self.past, 0) * self.chunk, end)
+        if not self.shots:
+            return (0, min(self.sink, begin)), (begin, end)
+        shot = bisect_right(self.shots, q) - 1
+        first = self.shots[shot] if shot >= 0 else begin
+        return _cut(first, first + 1, begin), (begin, end)
+
+
+def _cut(begin: int, end: int, most: int) -> Run:
+    return min(begin, most), min(end, most)
 
 
 @lru_cache(maxsize=256)
 def _runs(mask: FrameMask, T_q: int, T_k: int, q_start: int) -> tuple[tuple[Run, ...], ...]:
     rows = []
     for q in range(q_start, q_start + T_q):
-        chunk = q // mask.chunk
-        end = T_k if mask.future is None else min(T_k, (chunk + mask.future + 1) * mask.chunk)
-        begin = 0 if mask.past is None else min(max(chunk - mask.past, 0) * mask.chunk, end)
-        sink = min(mask.sink, begin)
-        runs = [(0, end)] if sink == begin else [(0, sink), (begin, end)]
+        first, second = mask.frame_runs(q, T_k)
+        runs = [(first[0], second[1])] if first[1] == second[0] else [first, second]
         rows.append(tuple(run for run in runs if run[0] < run[1]))
     return tuple(rows)

@@ -126,6 +126,13 @@ def _int(*shape: int) -> Tensor:
 
 
 _CAUSAL = FrameMask.causal()
+_SHOTS = FrameMask(past=3, future=0, shots=(0, 7, 12))
+
+
+def _forced(frames: int, chunk: int = 3) -> FrameMask:
+    return FrameMask.teacher_forcing(frames, chunk)
+
+
 _F32, _F16 = torch.float32, torch.float16
 _RMS: dict[str, Any] = {"norm": "rms/head", "rope": "interleaved"}
 
@@ -157,6 +164,10 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "T 240, 8 x 64, causal": ("temporal_attention", _temporal(240, 8, 64, mask=_CAUSAL), False),
     "T 240, 8 x 128, causal": ("temporal_attention", _temporal(240, 8, 128, mask=_CAUSAL), False),
     "T 240, 8 x 256, causal": ("temporal_attention", _temporal(240, 8, 256, mask=_CAUSAL), False),
+    "T 42, 12 x 128, teacher forcing": ("temporal_attention", _temporal(42, 12, 128, mask=_forced(21)), False),
+    "T 16, 16 x 72, shots": ("temporal_attention", _temporal(16, 16, 72, mask=_SHOTS), False),
+    "T 240, 8 x 64, teacher forcing": ("temporal_attention", _temporal(240, 8, 64, mask=_forced(120)), False),
+    "T 240, 8 x 64, shots": ("temporal_attention", _temporal(240, 8, 64, mask=_SHOTS), False),
     "T 4 to 16, grouped, causal": ("temporal_attention", _temporal(4, 8, 64, T_k=16, G=2, mask=_CAUSAL), False),
     "T 16, 8 x 64, float32": ("temporal_attention", _temporal(16, 8, 64, dtype=_F32), False),
     "T 16, 8 x 64, float16": ("temporal_attention", _temporal(16, 8, 64, dtype=_F16), False),
@@ -178,6 +189,12 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
         },
         True,
     ),
+    "3D, 12 x 128, teacher forcing": (
+        "video_attention",
+        lambda: {**_qkv(42, 1560, 12, 128), "mask": _forced(21), "norm": _norm(12, 12, 128, "rms", "all")},
+        False,
+    ),
+    "3D, 12 x 128, shots": ("video_attention", lambda: {**_qkv(21, 1560, 12, 128), "mask": _SHOTS}, False),
     "3D, 24 x 128, text": (
         "video_attention",
         lambda: {**_qkv(16, 1560, 24, 128), "text": _text(256, 24, 128), "text_lengths": _int(1), "lengths": _int(1)},
@@ -285,7 +302,7 @@ def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
 def _identity(arch: str, launch: Launch) -> Any:
     """What makes two launches run one compiled kernel, as far as it is known without compiling."""
     variables, constants = arguments_of(launch)
-    kinds = tuple(x.dtype if isinstance(x, Tensor) else None for x in flat(variables))
+    kinds = tuple(x.dtype if isinstance(x, Tensor) else x is None for x in flat(variables))
     return arch, launch.kernel.__name__, launch.config, repr(constants), kinds
 
 

@@ -20,21 +20,22 @@ struct QueryTile {
 };
 
 struct QueryTiles {
-  FrameMask mask;
+  FrameWindow mask;
   int32_t queries = 0, keys = 0;  // frames
   int32_t tokens = 0;             // a frame
   int32_t text = 0;               // tokens of text
   int32_t q_start = 0;
   int32_t group = 1;  // frames that a tile may reach over: a chunk of the mask, or 1
   int32_t rows = 1;   // of a tile
+  int32_t side = 1;   // tiles that are taken side by side: of one group, which may end with empty ones
   bool text_sees_video = true;
 
   VDCORE_INLINE int32_t first_group() const { return q_start / group; }
   VDCORE_INLINE int32_t groups() const { return (q_start + queries - 1) / group - first_group() + 1; }
-  VDCORE_INLINE int32_t per_group() const { return tiles_of((group < queries ? group : queries) * tokens); }
+  VDCORE_INLINE int32_t per_group() const { return even(tiles_of((group < queries ? group : queries) * tokens)); }
   // Some are empty where the first or the last chunk is cut.
   VDCORE_INLINE int32_t video_tiles() const { return groups() * per_group(); }
-  VDCORE_INLINE int32_t count() const { return video_tiles() + tiles_of(text); }
+  VDCORE_INLINE int32_t count() const { return video_tiles() + even(tiles_of(text)); }
 
   // The tile with this index, of a sample with so many valid frames and text tokens.
   VDCORE_INLINE QueryTile at(int32_t index, int32_t frames_valid, int32_t text_valid) const {
@@ -56,7 +57,7 @@ struct QueryTiles {
       tile.rows = clamp((end - first) * tokens - offset, rows);
       tile.live = clamp((last - first) * tokens - offset, rows);
       Run sink, window;
-      mask.visible(first, valid, sink, window);
+      mask.visible_of_chunk(first / static_cast<int32_t>(mask.chunk), valid, sink, window);  // at most all frames
       if (sink.end == window.begin) window.begin = sink.begin, sink.end = sink.begin;
       tile.sink = span(sink);
       tile.window = span(window);
@@ -68,6 +69,7 @@ struct QueryTiles {
 
  private:
   VDCORE_INLINE int32_t tiles_of(int32_t n) const { return (n + rows - 1) / rows; }
+  VDCORE_INLINE int32_t even(int32_t n) const { return (n + side - 1) / side * side; }
   VDCORE_INLINE static int32_t clamp(int32_t n, int32_t most) { return n < 0 ? 0 : n < most ? n : most; }
   VDCORE_INLINE TokenSpan span(Run frames) const {
     if (frames.end <= frames.begin) return {};

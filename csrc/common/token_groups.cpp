@@ -31,23 +31,28 @@ TokenRun video_run(Run frames, int64_t tokens) { return {false, frames.begin * t
 
 bool overlap(Run a, Run b) { return intersect(a, b).size() > 0; }
 
+bool begins_before_end(Run a, Run b) { return a.size() && b.size() && a.begin < b.end; }
+
 Run hull(Run a, Run b) {
   if (!a.size()) return b;
   if (!b.size()) return a;
   return {smaller(a.begin, b.begin), larger(a.end, b.end)};
 }
 
-// Keys come in order and so do the queries that see them, so a new group can only join the components at the end.
+// Keys come in order, so a new group can only join components at the end: those whose queries begin before its own end.
+// Where the queries that see a key are in two runs, they may have others in between, which then join as well.
 void find_components(TokenGroups& groups) {
   std::vector<TokenComponent>& found = groups.components;
   for (size_t i = 0; i < groups.keys.size(); ++i) {
     const TokenGroup& keys = groups.keys[i];
     const int64_t seen = keys.count ? keys.tokens.size() : 0;
     TokenComponent next{keys.sample, {}, {}, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1, seen > 0, seen, 0};
-    for (int r = 0; r < keys.count; ++r)
-      (keys.runs[r].text ? next.text : next.video) = {keys.runs[r].begin, keys.runs[r].end};
+    for (int r = 0; r < keys.count; ++r) {
+      Run& queries = keys.runs[r].text ? next.text : next.video;
+      queries = hull(queries, {keys.runs[r].begin, keys.runs[r].end});
+    }
     while (!found.empty() && found.back().sample == next.sample &&
-           (overlap(found.back().video, next.video) || overlap(found.back().text, next.text) ||
+           (begins_before_end(next.video, found.back().video) || overlap(found.back().text, next.text) ||
             found.back().queries() == 0)) {
       next.video = hull(next.video, found.back().video);
       next.text = hull(next.text, found.back().text);
@@ -105,10 +110,10 @@ TokenGroups frame_groups(const FrameMask& mask, int64_t batch, int64_t queries, 
     for (int64_t t = 0; t < queries; ++t) {
       TokenGroup group{b, video_run({t, t + 1}, tokens), {}, 0};
       if (t < alive) {
-        Run sink, window;
-        mask.visible(start + t, valid, sink, window);
-        if (sink.end == window.begin) window.begin = sink.begin, sink.end = sink.begin;
-        group.add(video_run(sink, tokens));
+        Run low, window;
+        mask.visible(start + t, valid, low, window);
+        if (low.end == window.begin) window.begin = low.begin, low.end = low.begin;
+        group.add(video_run(low, tokens));
         group.add(video_run(window, tokens));
         group.add(prompt);
       }
@@ -117,7 +122,12 @@ TokenGroups frame_groups(const FrameMask& mask, int64_t batch, int64_t queries, 
     for (int64_t k = 0; k < keys; ++k) {
       TokenGroup group{b, video_run({k, k + 1}, tokens), {}, 0};
       if (k < valid) {
-        group.add(video_run(intersect(mask.seen_by(k, start, queries), {0, alive}), tokens));
+        Run seen = intersect(mask.seen_by(k, start, queries), {0, alive});
+        const Run also = intersect(mask.also_seen_by(k, start, queries), {0, alive});
+        const bool touch = seen.size() && also.begin == seen.end;
+        if (touch) seen.end = larger(also.end, seen.end);
+        group.add(video_run(seen, tokens));
+        if (!touch) group.add(video_run(also, tokens));
         if (text.sees_video) group.add(prompt);
       }
       append(groups.keys, group);

@@ -10,21 +10,37 @@ from vdcore_bench.suites import masks
 @pytest.fixture
 def rows(tmp_path):
     journal = Journal(tmp_path / FILE)
-    masks.sweep(journal, Watch(), frames=(4, 6), tokens=(2, 2), rounds=3)
+    masks.sweep(journal, Watch(), frames=(4, 6), tokens=(2, 2), rounds=3, flex=False)
     journal.close()
     return parse((tmp_path / FILE).read_text())
 
 
 def test_every_mask_at_every_length_by_both(rows):
     found = {(row.case.removeprefix(MASKS), row.x, row.provider) for row in rows}
-    assert found == {(name, T, who) for name in masks.SWEEP for T in (4, 6) for who in ("vdcore", "sdpa")}
+    names = (*masks.SWEEP, masks.RADIAL)
+    assert found == {(name, T, who) for name in names for T in (4, 6) for who in ("vdcore", "sdpa")}
     assert all(row.samples == 3 and row.p50 > 0 and row.error_ratio <= 1 for row in rows)
     assert {row.reason for row in rows if row.case.endswith("chunk-causal")} == {"future 0, chunk 4"}
 
 
+@pytest.mark.slow
+def test_flex_attention_beside_teacher_forcing(tmp_path):
+    """On padded sequences: 28 tokens of 128."""
+    journal = Journal(tmp_path / FILE)
+    masks.sweep(journal, Watch(), frames=(4,), tokens=(1, 7), rounds=3)
+    journal.close()
+    (row,) = [row for row in parse((tmp_path / FILE).read_text()) if row.provider == "flex"]
+    assert row.variant == "padded" and row.case.endswith(masks.FORCED) and row.error_ratio <= 1
+    assert any(
+        "FlexAttention, padded" in line[0]
+        for lines in masks.tables([*parse((tmp_path / FILE).read_text())]).values()
+        for line in lines
+    )
+
+
 def test_the_table_counts_visible_pairs(rows):
     ((title, cells),) = masks.tables(rows).items()
-    assert "float32, cpu" in title and len(cells) == 2 * len(masks.SWEEP)
+    assert "float32, cpu" in title and len(cells) == 2 * (len(masks.SWEEP) + 1)
     visible = {(line[0].split(" (")[0], line[1]): line[2] for line in cells}
     assert visible["dense", "4"] == "100.0%" and visible["causal", "4"] == "62.5%" and visible["window", "6"] == "41.7%"
 

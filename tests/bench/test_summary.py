@@ -102,3 +102,14 @@ def test_a_busy_machine_is_said_with_its_numbers(others, stolen, spread, busy):
     assert said.startswith("The machine was busy" if busy else "The machine was quiet")
     assert f"others used {others:.2f}" in said and f"took {stolen:.2f}" in said and f"differ by {spread:.0%}" in said
     assert bool(summary.noise(copies)) == (spread > summary.UNSTEADY), "rows alone know of the copies only"
+
+
+def test_what_won_and_what_lost_in_sentences():
+    lost = [row(p50=5.0, p20=4.9, p80=5.1, workload="a"), row("naive", 4.0, p20=3.9, p80=4.1, workload="a")]
+    won, worst, right = summary.sentences(summary.lines([*TIMES, *lost]))
+    assert "in 1 of 2 jobs" in won and f"{(2 * 0.8) ** 0.5:.2f}x" in won and "2.00x of sdpa[flash] strided" in won
+    assert worst.startswith("It loses 1: worst in") and "0.80x of naive" in worst
+    assert "all are within the tolerance rule" in right
+    beyond = summary.sentences(summary.lines([row(error_ratio=3.0), *TIMES[1:]]))
+    assert "1 are beyond" in beyond[-1] and beyond[1] == "It loses none."
+    assert summary.sentences(summary.lines(TIMES[:1])) == []

@@ -1,7 +1,7 @@
-// Runs the Hopper kernel of frame attention under the emulator in several orders, on tiles small enough for a test, and
-// compares with plain sums. With an argument, maps must begin in memory of the call. Exits with 0 where all is right, 1
-// for wrong numbers, 2 for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as
-// it is and with one line of it wrong.
+// Runs the Hopper kernel of frame attention under the emulator in several orders, in blocks and clusters of two, on
+// tiles small enough for a test, and compares with plain sums. Exits with 0 where all is right, 1 for wrong numbers, 2
+// for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as it is and with one
+// line of it wrong.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -15,7 +15,7 @@ using namespace vdcore::cuda;
 
 namespace {
 
-using Plan = FramePlan<72, 2, 48, 2>;
+using Plan = FramePlan<80, 2, 48, 2, 2>;
 constexpr int kFrames = 3, kTokens = 107, kHeads = 1, kChannels = 72, kRow = kHeads * kChannels;
 constexpr int64_t kAll = kFrames * kTokens;
 constexpr int64_t kGap = 32 << 10;  // elements before each tensor that are none of the call's
@@ -52,39 +52,40 @@ std::vector<double> expected(const std::vector<uint16_t>& q, const std::vector<u
   return out;
 }
 
-TensorMap map_of(const Where& where, const std::vector<uint16_t>& x, bool windows, int32_t rows) {
+TensorMap map_of(const Where& where, const std::vector<uint16_t>& x, bool windows, int32_t columns, int32_t rows) {
   const char* base = reinterpret_cast<const char*>(x.data() + kGap);
   if (!windows)
-    return make_tensor_map(where, {DType::bf16, base, {kChannels, kAll, 1, 1, 1}, {1, kRow, 8, 8, 8}, 64, rows});
+    return make_tensor_map(where, {DType::bf16, base, {kChannels, kAll, 1, 1, 1}, {1, kRow, 8, 8, 8}, columns, rows});
   return make_tensor_map(
-      where, {DType::bf16, base - 2 * rows * kRow, {kChannels, rows, kAll + 1, 1, 1}, {1, kRow, kRow, 8, 8}, 64, rows});
+      where, {DType::bf16, base, {kChannels, Plan::kKeys, kAll, 1, 1}, {1, kRow, kRow, 8, 8}, columns, rows});
 }
 
 }  // namespace
 
-int main(int argc, char**) {
-  emulator::set_mapped_bases(argc > 1);
+int main() {
   uint32_t state = 7;
   const auto q = random_rows(state), k = random_rows(state), v = random_rows(state);
   const auto right = expected(q, k, v);
   const Where where{"frame_attention"};
   FrameParameters p{};
-  p.video = {map_of(where, q, false, Plan::kRows), map_of(where, k, true, Plan::kKeys),
-             map_of(where, v, true, Plan::kKeys), 0, 0};
-  p.tiles.mask = FrameMask{};
+  p.video = {map_of(where, q, false, 64, Plan::kRows), map_of(where, k, true, 64, Plan::kBoxRows),
+             map_of(where, v, true, Plan::kValueColumn, Plan::kBoxRows), 0, 0};
+  p.tiles.mask = FrameWindow{};
   p.tiles.queries = p.tiles.keys = p.tiles.group = kFrames;
   p.tiles.tokens = kTokens;
   p.tiles.rows = Plan::kRows;
   p.rows = kAll;
-  p.items = p.tiles.count();
-  p.blocks = 1;  // which takes one tile after the other
   p.heads = p.ratio = kHeads;
   p.channels = kChannels;
   p.exponent = 0.125f;
   using emulator::Order;
   const Order orders[] = {Order::forward, Order::backward, Order::random, Order::random, Order::random, Order::random};
   uint64_t seed = 0;
-  for (const Order order : orders) {
+  for (int i = 0; i < 12; ++i) {
+    const Order order = orders[i / 2];
+    p.cluster = p.tiles.side = 1 + i % 2;
+    p.items = p.tiles.count() / p.cluster;
+    p.blocks = p.cluster;  // which take one tile after the other, or one pair of tiles
     alignas(16) static char out[2 * kAll * kRow];
     std::fill(std::begin(out), std::end(out), 0);
     p.out = out;
@@ -93,7 +94,8 @@ int main(int argc, char**) {
     for (const auto* x : {&q, &k, &v}) emulator::expose(x->data() + kGap, x->data() + x->size());
     emulator::expose(out, out + sizeof out);
     try {
-      launch(where, frame_attention_sm90_fwd_kernel<Plan, bf16>, p.blocks, Plan::kThreads, Plan::kShared, p);
+      launch(where, frame_attention_sm90_fwd_kernel<Plan, bf16>, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster},
+             p);
     } catch (const std::runtime_error& error) {
       std::printf("%s\n", error.what());
       return 2;
@@ -104,7 +106,7 @@ int main(int argc, char**) {
       worst = error <= worst ? worst : error;  // NaN too
     }
     if (!(worst < 0.03)) {
-      std::printf("wrong by %g in order %d\n", worst, static_cast<int>(order));
+      std::printf("wrong by %g in order %d, in clusters of %d\n", worst, static_cast<int>(order), p.cluster);
       return 1;
     }
   }

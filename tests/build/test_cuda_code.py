@@ -28,7 +28,6 @@ PLAN = {
     "temporal_long_forward_kernel": 255,
     "temporal_backward_kernel": 255,
     "temporal_long_backward_kernel": 255,
-    "spatial_gated_kernel": 255,
     "rows_norm_rope_kernel": 128,
     "rows_norm_rope_backward_kernel": 255,
     "rope_table_backward_kernel": 255,
@@ -67,7 +66,6 @@ SPILLS = {
     ("temporal_long_backward_kernel", 4, 0): 32,  # chunks alone, here and below
     ("temporal_long_backward_kernel", 8, 0): 160,
     ("rows_norm_rope_backward_kernel", 8, 0): 256,  # 256 channels with norm or rope: no workload has them
-    ("spatial_gated_kernel", 8, 0): 16,  # 256 channels
 }
 
 
@@ -75,7 +73,7 @@ def test_spills(usage):
     found = []
     for u in usage:
         # A mangled name begins after its length; before it may stand a file's name, with a hash.
-        match = re.search(r"(?<=\d)((?:temporal|spatial|rows|rope)_\w+?_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
+        match = re.search(r"(?<=\d)((?:temporal|rows|rope)_\w+?_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
         allowed = SPILLS.get((match[1], int(match[2]), int(match[3] or 0)), 0) if match else 0
         if u.local or u.stack > allowed:
             found.append((u, allowed))
@@ -93,7 +91,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("vdcore._cuda", {str(cuda_module.built())!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-print(module.missing())
+print(module.why_not_device(0))
 """
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout

@@ -18,11 +18,10 @@ SHARED_LIMIT = 232_448  # of a block on sm_90
 # warpgroups, keys per tile, stages. The plan: registers at entry, then of producer and consumers.
 PLANS = {
     (64, 3, 128, 2): (128, 32, 160),
-    (72, 2, 176, 2): (168, 24, 240),
-    (80, 2, 176, 2): (168, 24, 240),
-    (96, 2, 176, 2): (168, 24, 240),
-    (128, 2, 176, 2): (168, 24, 240),
-    (128, 2, 128, 2): (168, 24, 240),
+    (80, 2, 176, 2): (168, 40, 232),
+    (96, 2, 176, 2): (168, 40, 232),
+    (128, 2, 176, 2): (168, 40, 232),
+    (128, 2, 128, 2): (168, 40, 232),
 }
 
 
@@ -31,6 +30,7 @@ class Kernel:
     plan: tuple[int, ...]
     registers: int
     local: int  # bytes of stack and local memory: spills
+    addresses: list[int]
     code: list[str]
 
     def count(self, pattern):
@@ -54,8 +54,10 @@ def kernels():
         name = part.split("\n", 1)[0].strip()
         if match := re.search(NAME, name):
             plan, element = tuple(int(n) for n in match.groups()[:4]), match.group(5)
-            code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S.*?) ;", part)
-            found[plan, element] = Kernel(plan, usage[name]["REG"], usage[name]["STACK"] + usage[name]["LOCAL"], code)
+            lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?) ;", part)
+            addresses, code = [int(at, 16) for at, _ in lines], [line for _, line in lines]
+            spilled = usage[name]["STACK"] + usage[name]["LOCAL"]
+            found[plan, element] = Kernel(plan, usage[name]["REG"], spilled, addresses, code)
     return found
 
 
@@ -76,21 +78,58 @@ def test_registers_and_shared_memory(kernel):
     assert kernel.count(r"\b(LDL|STL)\b") == 0
     assert kernel.count(rf"USETMAXREG\.DEALLOC\S* {producer:#x}") == 1
     assert kernel.count(rf"USETMAXREG\.TRY_ALLOC\S* \S+ {consumer:#x}") == 1
-    assert 128 * (producer + groups * consumer) <= 65_536
-    columns = -(-D // 64)
-    assert 1024 + columns * 128 * (64 * groups + 2 * stages * keys) < SHARED_LIMIT - 512
+    assert producer + groups * consumer == entry * (groups + 1) <= 512
+    row = 128 * -(-D // 64)  # bytes of a query or key
+    assert 1024 + row * (64 * groups + stages * keys) + 2 * result_channels(D) * stages * keys < SHARED_LIMIT - 512
+
+
+def result_channels(D):
+    """Columns of values divide them: see plan_sm90.cuh."""
+    return 64 if D <= 64 else 96 if D <= 96 else 128
+
+
+def reached_from(kernel, first):
+    """Instructions that can follow instruction number ``first``, subroutines and what comes after them included."""
+    at = {address: i for i, address in enumerate(kernel.addresses)}
+    todo, seen = [first], set()
+    while todo:
+        i = todo.pop()
+        if i in seen or i >= len(kernel.code):
+            continue
+        seen.add(i)
+        line = kernel.code[i]
+        operation = re.sub(r"^@!?U?P\w+\s+", "", line)
+        if target := re.search(r"\b(?:BRA|CALL)\S*.*?(0x[0-9a-f]+)$", operation):
+            todo.append(at[int(target.group(1), 16)])
+        if not re.match(r"(BRA|EXIT|RET)\b", operation) or operation != line or re.search(r"BRA\S* !?U?P\d", operation):
+            todo.append(i + 1)
+    return [kernel.code[i] for i in sorted(seen)]
+
+
+def test_the_producer_keeps_to_its_registers(kernel):
+    """After it has given the others away, these are not its own any more."""
+    given = next(i for i, line in enumerate(kernel.code) if "USETMAXREG.DEALLOC" in line)
+    reached = reached_from(kernel, given)
+    assert any("UTMALDG" in line for line in reached) and not any("HGMMA" in line for line in reached)
+    used = {int(n) + i for line in reached for n, wide in REGISTER.findall(line) for i in range(2 if wide else 1)}
+    assert max(used) < PLANS[kernel.plan][1]
 
 
 def test_products_and_loads(kernel):
     """wgmma of the planned sizes and no other, boxes by the tensor memory accelerator, results in 16 bytes."""
     D, _, keys, _ = kernel.plan
-    scores, result = kernel.count(rf"HGMMA\.64x{keys}x16\S* .*gdesc"), kernel.count(rf"HGMMA\.64x{D}x16\S* .*tnspB")
-    if keys == D:
+    N = result_channels(D)
+    scores, result = kernel.count(rf"HGMMA\.64x{keys}x16\S* .*gdesc"), kernel.count(rf"HGMMA\.64x{N}x16\S* .*tnspB")
+    if keys == N:
         scores -= result
     # Each twice: the first scores and the last result stand outside of the loop.
     assert (scores, result) == (2 * -(-D // 16), 2 * keys // 16)
     assert kernel.count(r"\bHGMMA\b") == scores + result and kernel.count(r"\bHMMA\b") == 0
-    assert kernel.count(r"UTMALDG\.5D") == 3 * -(-D // 64)
+    boxes, clusters = -(-D // 64) + (3 if N == 96 else N // 64), D > 96
+    assert kernel.count(r"UTMALDG\.5D\.MULTICAST") == (boxes if clusters else 0)  # for both blocks of a cluster
+    queries = -(-D // 64)
+    assert kernel.count(r"UTMALDG\.5D") == (2 if clusters else 1) * boxes + queries  # of a block by itself, too
+    assert kernel.count(r"UTMACCTL\.PF") == 6
     assert kernel.count(r"STG\.E\.128") > 0 and kernel.count(r"STG\.E\.(U16|64)") == 0
 
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/temporal_attention/backward.cuh"
+#include "cuda/temporal_attention/backward_long.cuh"
 
 using namespace vdcore;
 using namespace vdcore::cuda;
@@ -34,7 +35,7 @@ int main() {
   TemporalAttention& a = args.forward;
   a.q = tokens(0, H), a.k = tokens(1, G), a.v = tokens(2, G), args.dout = tokens(3, H), a.out = tokens(7, H);
   args.dq = tokens(4, H), args.dk = tokens(5, G), args.dv = tokens(6, G);
-  a.frames = {FrameMask{4, 0, 1, 1}, 0, nullptr, T, T, true};
+  a.frames = Frames(FrameWindow{4, 0, 1, 1}, 0, nullptr, T, T, true);
   a.sequences = S * H, a.positions = S, a.heads = H, a.groups = G, a.head_dim = D, a.scale = 0.2f;
   a.lse = floats(0);
   std::vector<float> sums(S * H * 4 * D, 0.f);
@@ -50,10 +51,11 @@ int main() {
     using emulator::Order;
     emulator::set_order(run == 0 ? Order::forward : run == 1 ? Order::backward : Order::random, run);
 #if KERNEL == 2
-    launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, S, 32 * 3,
-           long_backward_shared_bytes(T, T, D, H / G), TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3});
+    const size_t bytes = long_backward_shared_bytes(T, T, D, H / G);
+    launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, {S, 32 * 3, bytes},
+           TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3, Sequences(G, S)});
 #else
-    temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, {args, a.sequences, false});
+    temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, TemporalBackward(args));
 #endif
     uint64_t hash = 1469598103934665603u;
     const auto add = [&](const void* data, size_t bytes) {

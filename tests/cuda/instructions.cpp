@@ -101,7 +101,7 @@ void run(const char* name, void (*kernel)(Arguments), bool (*expected)(const std
     emulator::expose(in.data(), in.data() + in.size());
     emulator::expose(out.data(), out.data() + out.size());
     try {
-      launch({name}, kernel, 1, kThreads, 8192, Arguments{in.data(), out.data()});
+      launch({name}, kernel, {1, kThreads, 8192}, Arguments{in.data(), out.data()});
       std::printf("%s %s %s\n", name, order.name, expected(out) ? "right" : "wrong");
     } catch (const std::exception& error) {
       std::printf("%s %s %s\n", name, order.name, error.what());

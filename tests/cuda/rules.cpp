@@ -55,7 +55,7 @@ void boxed(const Arguments a) {
   sync_block();
   if (i == 0) {
     mbarrier_arrive_expect(barrier, 1024);
-    load_box(tile, &a.map, barrier, 0, a.first, 0, 0, 0);
+    load_box(tile, &a.map, barrier, kReadOnce, 0, a.first, 0, 0, 0);
   }
   mbarrier_wait(barrier, 0);
   const uint32_t row = i % 8;
@@ -82,7 +82,7 @@ void multiplied(const Arguments a) {
   if (kFault != kNoProxyFence) emulator::fence_proxy_async();
   sync_block();
   const bool other = kFault == kOtherDescriptor && i / 32 == 3;
-  const uint64_t tile = columns_descriptor(other ? 4096 : 0, 2048);
+  const uint64_t tile = columns_descriptor<64>(other ? 4096 : 0, 2048);
   float d[4];
   uint32_t first[4], second[4];
   bool same = true;
@@ -116,7 +116,7 @@ void overwritten(const Arguments a) {
   float d[4] = {};
   uint32_t first[4] = {kOnes, kOnes, kOnes, kOnes};
   wgmma_fence();
-  Wgmma<bf16, 8>::registers_times_columns(d, first, columns_descriptor(0, 2048));
+  Wgmma<bf16, 8>::registers_times_columns(d, first, columns_descriptor<64>(0, 2048));
   wgmma_commit();
   first[2] = 0;
   wgmma_wait<0>();
@@ -196,7 +196,6 @@ void run(const char* name, void (*kernel)(Parameters), Launch how = {}) {
   } orders[] = {{"forward", emulator::Order::forward, 0},
                 {"backward", emulator::Order::backward, 0},
                 {"random", emulator::Order::random, 1}};
-  emulator::set_mapped_bases(true);
   for (const auto& order : orders) {
     alignas(16) static std::array<uint32_t, kWords> in;
     std::vector<uint32_t> out(kThreads, 0xdead);
@@ -210,7 +209,7 @@ void run(const char* name, void (*kernel)(Parameters), Launch how = {}) {
     std::memcpy(static_cast<void*>(&parameters), &arguments, sizeof arguments);
     const bool boxes = how.shared == 4096;  // whose result is the first word of row i % 8
     try {
-      launch({name}, kernel, how.blocks, how.threads, how.shared, parameters);
+      launch({name}, kernel, {how.blocks, how.threads, how.shared}, parameters);
       bool right = true;
       for (uint32_t i = 0; i < kThreads; ++i) right = right && out[i] == 1000 + (boxes ? i % 8 * 32 : i);
       std::printf("%s %s %s\n", name, order.name, right ? "right" : "wrong");

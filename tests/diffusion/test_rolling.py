@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from vdcore import FrameMask
-from vdcore.diffusion import Process, horizon, roll, roll_by_recomputing
+from vdcore.diffusion import Process, horizon, roll, roll_by_recomputing, sample, self_forcing
 from vdcore.models import VDiT, VDiTConfig
 from vdcore.testing import error_ratio
 
@@ -69,6 +69,67 @@ def test_the_window_is_what_is_remembered(generator):
     assert torch.equal(last(FrameMask(past=0, future=0, chunk=2), 1.0), last(FrameMask(past=0, future=0, chunk=2), 0.0))
     remembered = FrameMask(past=0, future=0, chunk=2, sink=2)
     assert not torch.equal(last(remembered, 1.0), last(remembered, 0.0))
+
+
+class Saved:
+    """What a graph keeps for backward, and how much of it is alive."""
+
+    alive = packed = 0
+
+    def __init__(self, x):
+        self.x = x.clone()  # so that the graph's tensors are not kept by others
+        self.nbytes = x.nbytes
+        Saved.alive += self.nbytes
+        Saved.packed += self.nbytes
+
+    def __del__(self):
+        Saved.alive -= self.nbytes
+
+
+@pytest.mark.parametrize("relative", (False, True))
+def test_learning_from_a_rollout_takes_the_memory_of_one_chunk(generator, relative):
+    process = Process(FlowMatchEulerDiscreteScheduler())
+    model, noise = model_of(FrameMask(past=1, future=0, chunk=2, sink=1), "full"), noises(7, 2, generator)
+    cache, packed = model.new_cache(2, 4, 6, relative=relative), []
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
+        for _ in self_forcing(model, process, noise, 2, lambda chunk, i: chunk.square().mean(), cache):
+            packed.append(Saved.packed)
+            assert Saved.alive == 0, "the chunk's graph is gone"
+    of_chunk = [b - a for a, b in zip([0, *packed], packed)]
+    assert of_chunk[0] > 0 and len(set(of_chunk[3:])) == 1, "the same for every chunk, once the window is full"
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_rollout_s_gradients_are_those_of_each_chunk_s_last_step(generator):
+    """By hand: every chunk at the noise of its last step, after a cache that holds what was drawn before it."""
+    process = Process(FlowMatchEulerDiscreteScheduler(), "sample")
+    model, noise = model_of(FrameMask(past=1, future=0, chunk=2)).double(), noises(4, 2, generator)
+    noise = [x.double() for x in noise]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in noise]
+
+    def loss(chunk, i):
+        return None if i == 1 else (chunk * weights[i]).sum()
+
+    drawn = list(self_forcing(model, process, noise, 2, loss))
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = list(roll(model, process, noise, 2))
+    torch.testing.assert_close([chunk for chunk, _ in drawn], plain)
+    assert drawn[1][1] is None and drawn[2][1].item() == pytest.approx(loss(drawn[2][0], 2).item())
+    cache = model.new_cache(2, 4, 6)
+    for i, x in enumerate(noise):
+        seen = []
+
+        def denoise(video, timestep, seen=seen):
+            seen.append((video, timestep))
+            return model(video, timestep, cache=cache)
+
+        clean = sample(denoise, process, x, 2)
+        if loss(clean, i) is not None:
+            (model(*seen[-1], cache=cache) * weights[i]).sum().backward()  # it predicts the clean video itself
+        with torch.no_grad():
+            model(clean, torch.zeros(2, dtype=torch.float64), cache=cache, keep=True)
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()])
 
 
 def test_a_cache_goes_on(generator):

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vdcore import FrameMask
 from vdcore.diffusion import checkpoint
 from vdcore.diffusion.checkpoint import CheckpointError
 from vdcore.diffusion.data import Scenes
+from vdcore.diffusion.runs import draw_videos
 from vdcore.diffusion.training import TARGETS, Recipe, Trainer, draw_held, draw_timesteps, load_trained, process_for
 from vdcore.models import VDiTConfig
 from vdcore.video.scenes import MovingShapes
@@ -37,6 +39,58 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(target, tmp_path):
     for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters()):
         assert torch.equal(a, b), name
     assert all(torch.equal(whole.average[name], second.average[name]) for name in whole.average)
+
+
+CAUSAL = replace(MODEL, mask=FrameMask(past=1, future=0, chunk=2), position="rope", attention="full")
+
+
+def causal(**given):
+    return recipe(**{"model": CAUSAL, "causal": True, "hold": 0.0, "forcing": 0.0, **given})
+
+
+def test_teacher_forcing_goes_on_from_a_checkpoint_and_rolls(tmp_path):
+    whole = Trainer(causal(), SCENES)
+    losses = [whole.step() for _ in range(4)]
+    first = Trainer(causal(), SCENES)
+    assert [first.step() for _ in range(2)] == losses[:2]
+    first.save(tmp_path / "c.safetensors")
+    second = Trainer(causal(), SCENES)
+    second.restore(tmp_path / "c.safetensors")
+    assert [second.step() for _ in range(2)] == losses[2:]
+    trained = load_trained(tmp_path / "c.safetensors")
+    assert trained.recipe == causal()
+    long = draw_videos(trained, 2, frames=11, steps=2)
+    assert long.shape == (2, 3, 11, 8, 8)
+    assert torch.equal(long[:, :, :4], draw_videos(trained, 2, frames=4, steps=2)), "what follows changes nothing"
+
+
+def test_chunks_have_timesteps_of_their_own(monkeypatch):
+    """And the loss is that of every chunk after its clean prefix."""
+    trainer, seen = Trainer(causal(), SCENES), {}
+    forward = trainer.model.forward
+
+    def note(video, timestep, **given):
+        seen.update(timestep=timestep, **given)
+        return forward(video, timestep, **given)
+
+    monkeypatch.setattr(trainer.model, "forward", note)
+    trainer.step()
+    timestep = seen["timestep"]
+    assert timestep.shape == (3, 4) and torch.equal(timestep[:, ::2], timestep[:, 1::2])
+    assert not torch.equal(timestep[:, 0], timestep[:, 2])
+    assert seen["history"].shape == (3, 3, 4, 8, 8) and not seen["history_timestep"].any()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"hold": 0.5}, "hold and forcing must be 0 with causal, got 0.5 and 0.0"),
+        ({"model": MODEL}, "causal needs a mask with future=0 and neither sink nor shots"),
+    ],
+)
+def test_what_teacher_forcing_cannot_be(given, message):
+    with pytest.raises(ValueError, match=f"Recipe: {message}"):
+        causal(**given)
 
 
 def test_it_learns_one_clip():

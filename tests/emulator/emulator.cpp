@@ -26,7 +26,7 @@ constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touche
 // What a launch may ask for: sm_90's, the largest of any architecture. E7.
 constexpr int64_t kMostBlocks = 2147483647;
 constexpr int kMostThreads = 1024;
-constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096;
+constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096, kMostCluster = 8;
 
 // ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times. ----
 
@@ -107,20 +107,28 @@ struct Barrier {
 };
 
 struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
   Barrier barriers[16];
   uint32_t met = 0;  // barriers of several warps so far
-  Context scheduler;
-  Fiber* running = nullptr;
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
-  size_t shared_bytes = 0;
   std::vector<uint16_t> writers;  // of each byte of shared memory: thread + 1, until its fence
+  std::unique_ptr<Extension> extension;
+  uint32_t ended = 0;  // threads
+
+  bool holds(const void* p) const { return p >= shared && p < shared + writers.size(); }
+};
+
+// The blocks that run at the same time: one, or a cluster's.
+struct Cluster {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  std::vector<Fiber*> met;  // those that wait for all others
+  Context scheduler;
+  Fiber* running = nullptr;
   const std::function<void()>* kernel = nullptr;
   std::string error;
   Position position{};
-  std::unique_ptr<Extension> extension;
 };
 
 struct Range {
@@ -134,13 +142,12 @@ struct Writer {
 constexpr uintptr_t kPage = 4096;
 using Page = std::unique_ptr<Writer[]>;
 
-thread_local Block* block = nullptr;
+thread_local Cluster* cluster = nullptr;
 thread_local std::vector<std::unique_ptr<char[]>> stacks;
 thread_local std::vector<Range> exposed;
 thread_local Order order = Order::forward;
 thread_local uint64_t random_state = 1;
 thread_local int64_t edges = 0;
-thread_local bool bases_required = false;
 thread_local std::unordered_map<uintptr_t, Page> written;
 
 uint32_t random_below(size_t n) {
@@ -150,77 +157,100 @@ uint32_t random_below(size_t n) {
   return static_cast<uint32_t>(random_state % n);
 }
 
+Block& here() { return cluster->blocks[cluster->position.rank]; }
+
 void give_way(Fiber::State state) {
-  Fiber& self = *block->running;
+  Fiber& self = *cluster->running;
   self.state = state;
-  switch_to(self.context, block->scheduler);
+  switch_to(self.context, cluster->scheduler);
 }
 
 void fiber_entry() {
-  (*block->kernel)();
-  for (const auto& group : block->running->groups)
+  (*cluster->kernel)();
+  for (const auto& group : cluster->running->groups)
     if (!group.empty()) fail("a thread ends before its cp.async has");
+  ++here().ended;
   give_way(Fiber::done);
   __builtin_unreachable();
 }
 
+void stand_at(const Fiber& fiber) {
+  Position& at = cluster->position;
+  at.block += fiber.index / at.threads - at.rank;
+  at.rank = fiber.index / at.threads;
+  at.thread = fiber.index % at.threads;
+}
+
 bool can_run(Fiber& fiber) {
-  if (fiber.state == Fiber::polling && fiber.poll(fiber.poll_argument)) fiber.state = Fiber::ready;
+  if (fiber.state == Fiber::polling) {
+    stand_at(fiber);
+    if (fiber.poll(fiber.poll_argument)) fiber.state = Fiber::ready;
+  }
   return fiber.state == Fiber::ready;
 }
 
 void resume(Fiber& fiber) {
-  block->running = &fiber;
-  block->position.thread = fiber.index;
-  switch_to(block->scheduler, fiber.context);
+  cluster->running = &fiber;
+  stand_at(fiber);
+  switch_to(cluster->scheduler, fiber.context);
 }
 
 // Runs every lane of the warp that can run until it waits. False if there is none.
 bool run_warp(size_t warp) {
-  const size_t first = warp * kLanes, count = std::min<size_t>(kLanes, block->fibers.size() - first);
+  const size_t first = warp * kLanes, count = std::min<size_t>(kLanes, cluster->fibers.size() - first);
   bool ran = false;
   const size_t turn = order == Order::random ? random_below(count) : 0;
   for (size_t i = 0; i < count; ++i) {
     const size_t lane = order == Order::backward ? count - 1 - i : (i + turn) % count;
-    Fiber& fiber = block->fibers[first + lane];
+    Fiber& fiber = cluster->fibers[first + lane];
     if (!can_run(fiber)) continue;
     resume(fiber);
     ran = true;
-    if (!block->error.empty()) return true;
+    if (!cluster->error.empty()) return true;
   }
   return ran;
 }
 
 bool run_some_warp() {
-  const size_t warps = block->warps.size(), turn = order == Order::random ? random_below(warps) : 0;
+  const size_t warps = cluster->warps.size(), turn = order == Order::random ? random_below(warps) : 0;
   for (size_t i = 0; i < warps; ++i)
     if (run_warp(order == Order::backward ? warps - 1 - i : (i + turn) % warps)) return true;
   return false;
 }
 
-void run_block(uint32_t index) {
-  block->position.block = index;
-  std::memset(block->shared, 0xff, block->shared_bytes);  // NaN in every format
-  block->writers.assign(block->shared_bytes, 0);
-  for (Warp& warp : block->warps) warp.arrived = 0;
-  for (Barrier& barrier : block->barriers) barrier = Barrier{};
-  block->extension.reset();
-  for (Fiber& fiber : block->fibers) {
+void begin(Block& block) {
+  std::memset(block.shared, 0xff, block.writers.size());  // NaN in every format
+  std::fill(block.writers.begin(), block.writers.end(), uint16_t{0});
+  for (Barrier& barrier : block.barriers) barrier = Barrier{};
+  block.extension.reset();
+  block.ended = 0;
+}
+
+// From block `first` on.
+void run_cluster(uint32_t first) {
+  cluster->position.block = first;
+  cluster->position.rank = 0;
+  for (Block& block : cluster->blocks) begin(block);
+  for (Warp& warp : cluster->warps) warp.arrived = 0;
+  cluster->met.clear();
+  for (Fiber& fiber : cluster->fibers) {
     fiber.state = Fiber::ready;
     fiber.open.clear();
     fiber.groups.clear();
     prepare(fiber.context, stacks[fiber.index].get(), fiber_entry);
   }
   // Who waits for a unit that works on its own may have to be asked a few times.
-  for (int idle = 0; block->error.empty() && idle < kPatience; idle = run_some_warp() ? 0 : idle + 1) {
+  for (int idle = 0; cluster->error.empty() && idle < kPatience; idle = run_some_warp() ? 0 : idle + 1) {
   }
-  if (!block->error.empty()) return;
-  for (Fiber& fiber : block->fibers)
+  if (!cluster->error.empty()) return;
+  for (Fiber& fiber : cluster->fibers)
     if (fiber.state != Fiber::done) {
-      block->error = "thread " + std::to_string(fiber.index) + " waits for ever at " + fiber.where;
+      stand_at(fiber);
+      cluster->error = "thread " + std::to_string(cluster->position.thread) + " waits for ever at " + fiber.where;
       return;
     }
-  if (block->extension) block->error = block->extension->finish();
+  for (Block& block : cluster->blocks)
+    if (block.extension && cluster->error.empty()) cluster->error = block.extension->finish();
 }
 
 }  // namespace
@@ -232,16 +262,13 @@ void set_order(Order o, uint64_t seed) {
 
 void set_edges(int64_t blocks) { edges = blocks; }
 
-void set_mapped_bases(bool required) { bases_required = required; }
-bool mapped_bases() { return bases_required; }
-
 void expose(const void* begin, const void* end) {
   exposed.push_back({static_cast<const char*>(begin), static_cast<const char*>(end)});
 }
 void expose_nothing() { exposed.clear(); }
 
-void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
-         size_t parameter_bytes) {
+void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel, size_t parameter_bytes,
+         int cluster_blocks) {
   const auto most = [](const char* what, size_t asked, size_t limit) {
     if (asked > limit)
       throw std::runtime_error("a launch of " + std::to_string(asked) + " " + what + ", at most " +
@@ -251,34 +278,48 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
   most("threads a block", static_cast<size_t>(threads), kMostThreads);
   most("bytes of shared memory", shared_bytes, kMostShared);
   most("bytes of parameters", parameter_bytes, kMostParameters);
+  most("blocks a cluster", static_cast<size_t>(cluster_blocks), kMostCluster);
+  if (blocks % cluster_blocks) throw std::runtime_error("a launch of blocks that are no whole clusters");
   written.clear();
-  Block running;
-  running.fibers.resize(threads);
-  running.warps.resize((threads + kLanes - 1) / kLanes);
-  running.memory.reset(new char[shared_bytes + 1024]);
-  const auto start = (reinterpret_cast<uintptr_t>(running.memory.get()) + 1023) & ~uintptr_t{1023};
-  running.shared = reinterpret_cast<char*>(start);
-  running.shared_bytes = shared_bytes;
+  Cluster running;
+  running.fibers.resize(cluster_blocks * threads);
+  running.warps.resize((running.fibers.size() + kLanes - 1) / kLanes);
+  running.blocks.resize(cluster_blocks);
+  for (Block& block : running.blocks) {
+    block.memory.reset(new char[shared_bytes + 1024]);
+    const auto start = (reinterpret_cast<uintptr_t>(block.memory.get()) + 1023) & ~uintptr_t{1023};
+    block.shared = reinterpret_cast<char*>(start);
+    block.writers.resize(shared_bytes);
+  }
   running.kernel = &kernel;
   running.position.threads = static_cast<uint32_t>(threads);
+  running.position.cluster = static_cast<uint32_t>(cluster_blocks);
   while (stacks.size() < running.fibers.size()) stacks.emplace_back(new char[kStack]);
-  for (int i = 0; i < threads; ++i) running.fibers[i].index = static_cast<uint32_t>(i);
-  Block* const outer = block;
-  block = &running;
-  for (int64_t i = 0; i < blocks && running.error.empty(); ++i) {
-    if (edges > 0 && i == edges && i < blocks - edges) i = blocks - edges;
-    run_block(static_cast<uint32_t>(i));
+  for (size_t i = 0; i < running.fibers.size(); ++i) running.fibers[i].index = static_cast<uint32_t>(i);
+  Cluster* const outer = cluster;
+  cluster = &running;
+  const int64_t end = edges / cluster_blocks * cluster_blocks;
+  for (int64_t i = 0; i < blocks && running.error.empty(); i += cluster_blocks) {
+    if (end > 0 && i == end && i < blocks - end) i = blocks - end;
+    run_cluster(static_cast<uint32_t>(i));
   }
-  block = outer;
+  cluster = outer;
   if (!running.error.empty())
     throw std::runtime_error("block " + std::to_string(running.position.block) + ": " + running.error);
 }
 
-const Position& position() { return block->position; }
-char* shared_memory() { return block->shared; }
+const Position& position() { return cluster->position; }
+char* shared_memory() { return here().shared; }
+
+void* in_block(void* p, uint32_t rank) {
+  if (rank >= cluster->blocks.size()) fail("a block of rank " + std::to_string(rank) + ": the cluster has none");
+  Block& there = cluster->blocks[rank];
+  if (there.ended == cluster->position.threads) fail("shared memory of a block of the cluster that has ended");
+  return there.shared + (static_cast<char*>(p) - here().shared);
+}
 
 void fail(const std::string& what) {
-  block->error = "thread " + std::to_string(block->running->index) + ": " + what;
+  cluster->error = "thread " + std::to_string(cluster->position.thread) + ": " + what;
   give_way(Fiber::done);
   __builtin_unreachable();
 }
@@ -286,7 +327,7 @@ void fail(const std::string& what) {
 void check_access(const void* p, size_t bytes) {
   const char* begin = static_cast<const char*>(p);
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
-  if (begin >= block->shared && begin + bytes <= block->shared + block->shared_bytes) return;
+  if (here().holds(begin) && here().holds(begin + bytes - 1)) return;
   if (exposed.empty()) return;
   for (const Range& range : exposed)
     if (begin >= range.begin && begin + bytes <= range.end) return;
@@ -295,7 +336,7 @@ void check_access(const void* p, size_t bytes) {
 
 namespace {
 
-bool is_shared(const void* p) { return p >= block->shared && p < block->shared + block->shared_bytes; }
+bool is_shared(const void* p) { return here().holds(p); }
 
 Writer* writer_of(uintptr_t address, bool make) {
   auto found = written.find(address / kPage);
@@ -309,13 +350,14 @@ Writer* writer_of(uintptr_t address, bool make) {
 }  // namespace
 
 void stored(const void* p, size_t bytes) {
-  const Position& here = block->position;
+  const Position& at_now = cluster->position;
+  Block& block = here();
   if (is_shared(p)) {
-    const size_t first = static_cast<const char*>(p) - block->shared;
-    std::fill_n(block->writers.begin() + first, bytes, static_cast<uint16_t>(here.thread + 1));
+    const size_t first = static_cast<const char*>(p) - block.shared;
+    std::fill_n(block.writers.begin() + first, bytes, static_cast<uint16_t>(at_now.thread + 1));
     return;
   }
-  const Writer mine{here.block + 1, here.thread, block->met, block->warps[here.thread / kLanes].met};
+  const Writer mine{at_now.block + 1, at_now.thread, block.met, cluster->warps[cluster->running->index / kLanes].met};
   const auto address = reinterpret_cast<uintptr_t>(p);
   for (uintptr_t at = address; at < address + bytes; at += 2) {
     Writer& last = *writer_of(at, true);
@@ -335,17 +377,17 @@ void loaded(const void* p, size_t bytes, bool constant) {
     const Writer* last = writer_of(at, false);
     if (!last || !last->block) continue;
     if (constant) fail("a load by ld.global.nc of what the kernel writes");
-    if (last->block != block->position.block + 1) fail("a load of what another block writes");
+    if (last->block != cluster->position.block + 1) fail("a load of what another block writes");
   }
 }
 
 void fence_proxy_async() {
-  std::replace(block->writers.begin(), block->writers.end(), static_cast<uint16_t>(block->position.thread + 1),
+  std::replace(here().writers.begin(), here().writers.end(), static_cast<uint16_t>(cluster->position.thread + 1),
                uint16_t{0});
 }
 
 void read_async(const void* p, size_t bytes) {
-  const auto first = block->writers.begin() + (static_cast<const char*>(p) - block->shared);
+  const auto first = here().writers.begin() + (static_cast<const char*>(p) - here().shared);
   for (size_t i = 0; i < bytes; ++i)
     if (first[i])
       fail("shared memory that thread " + std::to_string(first[i] - 1) +
@@ -353,12 +395,13 @@ void read_async(const void* p, size_t bytes) {
 }
 
 void written_async(const void* p, size_t bytes) {
-  std::fill_n(block->writers.begin() + (static_cast<const char*>(p) - block->shared), bytes, uint16_t{0});
+  for (Block& block : cluster->blocks)
+    if (block.holds(p)) std::fill_n(block.writers.begin() + (static_cast<const char*>(p) - block.shared), bytes, 0);
 }
 
 void meet_warp(Complete complete, void* mine, const char* what) {
-  Fiber& self = *block->running;
-  Warp& warp = block->warps[self.index / kLanes];
+  Fiber& self = *cluster->running;
+  Warp& warp = cluster->warps[self.index / kLanes];
   self.where = what;
   if (warp.arrived && warp.complete != complete)
     fail(std::string("lanes of a warp are at different instructions, one at ") + what);
@@ -369,7 +412,7 @@ void meet_warp(Complete complete, void* mine, const char* what) {
   ++warp.met;
   complete(warp.lanes);
   const uint32_t first = self.index / kLanes * kLanes;
-  for (uint32_t i = first; i < first + kLanes; ++i) block->fibers[i].state = Fiber::ready;
+  for (uint32_t i = first; i < first + kLanes; ++i) cluster->fibers[i].state = Fiber::ready;
 }
 
 namespace {
@@ -378,37 +421,48 @@ namespace {
 bool arrives(int id, uint32_t count) {
   if (id < 0 || id > 15) fail("barrier " + std::to_string(id) + ": there are 0 to 15");
   if (!count || count % kLanes) fail("a barrier of " + std::to_string(count) + " threads: warps are whole");
-  Barrier& barrier = block->barriers[id];
+  Barrier& barrier = here().barriers[id];
   if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
   barrier.count = count;
-  ++barrier.lanes[block->position.thread / kLanes];
+  ++barrier.lanes[cluster->position.thread / kLanes];
   if (++barrier.arrived < count) return false;
   for (const uint8_t lanes : barrier.lanes)
     if (lanes % kLanes) fail("a barrier that only some lanes of a warp reach");
   for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
   barrier = Barrier{};
-  ++block->met;
+  ++here().met;
   return true;
 }
 
 }  // namespace
 
 void meet_block(int id, uint32_t count) {
-  Fiber& self = *block->running;
+  Fiber& self = *cluster->running;
   self.where = "a barrier";
   if (arrives(id, count)) return;
-  block->barriers[id].waiting.push_back(&self);
+  here().barriers[id].waiting.push_back(&self);
   give_way(Fiber::waiting);
+}
+
+void meet_cluster() {
+  Fiber& self = *cluster->running;
+  self.where = "a barrier of the cluster";
+  cluster->met.push_back(&self);
+  if (cluster->met.size() < cluster->fibers.size()) return give_way(Fiber::waiting);
+  for (Fiber* fiber : cluster->met) fiber->state = Fiber::ready;
+  for (Block& block : cluster->blocks) ++block.met;
+  cluster->met.clear();
 }
 
 void arrive_block(int id, uint32_t count) { arrives(id, count); }
 
 bool lands_at_once() { return order == Order::forward || (order == Order::random && random_below(2)); }
 
-std::unique_ptr<Extension>& extension() { return block->extension; }
+std::unique_ptr<Extension>& extension() { return here().extension; }
+std::unique_ptr<Extension>& extension_of(uint32_t rank) { return cluster->blocks[rank].extension; }
 
 void wait_until(bool (*ready)(void*), void* argument, const char* what) {
-  Fiber& self = *block->running;
+  Fiber& self = *cluster->running;
   if (ready(argument)) return;
   self.where = what;
   self.poll = ready;
@@ -420,17 +474,17 @@ void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
   check_access(shared, bytes);
   if (valid) check_access(global, bytes), loaded(global, bytes, true);
   std::memset(shared, 0xff, bytes);
-  block->running->open.push_back({shared, global, bytes, valid});
+  cluster->running->open.push_back({shared, global, bytes, valid});
 }
 
 void async_commit() {
-  Fiber& self = *block->running;
+  Fiber& self = *cluster->running;
   self.groups.push_back(std::move(self.open));
   self.open.clear();
 }
 
 void async_wait(int groups_left) {
-  auto& groups = block->running->groups;
+  auto& groups = cluster->running->groups;
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
     for (const AsyncCopy& copy : groups.front()) {
       if (copy.valid)

@@ -2,11 +2,12 @@
 //
 // What it is strict about: shared memory is poisoned with NaN when a block starts; global memory may be touched only
 // inside the tensors of the call; cp.async lands when it is waited for, and until then its destination holds NaN; a
-// collective that not all lanes reach, or that lanes reach differently, is an error; warps, and lanes between two
+// collective that not all lanes reach, or that lanes reach differently, is an error; what reaches for a block of the
+// cluster that has ended is one, too; warps, and lanes between two
 // collectives, run in an order that the test chooses, each as far as it can, so that a missing barrier shows.
 //
 // Rules that hardware has and right numbers do not show, each an error:
-//   E1  a tensor map's base is memory of the call (only after set_mapped_bases(true))
+//   E1  a tensor map's base is memory of the call
 //   E2  registers of a wgmma in flight are not written
 //   E3  registers written since the last wgmma.fence are no operands
 //   E4  the four warps of a warpgroup issue the same products
@@ -29,9 +30,10 @@ namespace vdcore::cuda::emulator {
 enum class Order { forward, backward, random };
 void set_order(Order order, uint64_t seed);
 
-// Runs the kernel's blocks. Throws std::runtime_error for what a kernel must not do.
+// Runs the kernel's blocks, those of a cluster at the same time. Throws std::runtime_error for what a kernel must not
+// do.
 void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
-         size_t parameter_bytes = 0);
+         size_t parameter_bytes = 0, int cluster = 1);
 
 // Of grids larger than twice this, runs only so many blocks at either end: how blocks are numbered shows there. 0: all.
 void set_edges(int64_t blocks);
@@ -40,18 +42,18 @@ void set_edges(int64_t blocks);
 void expose(const void* begin, const void* end);
 void expose_nothing();
 
-// Whether a tensor map whose base is no memory of the call is an error: its loads fail on hardware, wherever they land.
-void set_mapped_bases(bool required);
-bool mapped_bases();
-
 // ---- For the instructions of tests/emulator/ptx_emulated.h: called by a thread of a kernel ----
 
 struct Position {
   uint32_t thread, block, threads;
+  uint32_t rank, cluster;  // of the block among how many of its cluster
 };
 const Position& position();
 
 char* shared_memory();
+
+// What is at p here, in another block of the cluster; fails where that block has ended.
+void* in_block(void* p, uint32_t rank);
 
 // Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned to its size.
 void check_access(const void* p, size_t bytes);
@@ -81,6 +83,9 @@ void async_copy(void* shared, const void* global, size_t bytes, bool valid);
 void async_commit();
 void async_wait(int groups_left);
 
+// All threads of the cluster meet.
+void meet_cluster();
+
 // Counts the thread at barrier `id` without waiting there.
 void arrive_block(int id, uint32_t count);
 
@@ -93,6 +98,7 @@ struct Extension {
   virtual std::string finish() = 0;  // after the last thread: what is wrong, or nothing
 };
 std::unique_ptr<Extension>& extension();
+std::unique_ptr<Extension>& extension_of(uint32_t rank);
 
 // Ends the kernel with an error.
 [[noreturn]] void fail(const std::string& what);

@@ -25,6 +25,7 @@ float in_flight() {
 
 struct Box {
   char* shared;
+  char* memory;  // of the block that it is in
   const TensorMap* map;
   uint64_t* barrier;
   int32_t at[5];
@@ -101,11 +102,11 @@ struct Engines : Extension {
   }
 };
 
-Engines& engines() {
-  auto& own = extension();
-  if (!own) own.reset(new Engines);
-  return static_cast<Engines&>(*own);
+Engines& engines_in(std::unique_ptr<Extension>& block) {
+  if (!block) block.reset(new Engines);
+  return static_cast<Engines&>(*block);
 }
+Engines& engines() { return engines_in(extension()); }
 
 // ---- mbarrier: phase, arrivals that are pending and expected, bytes, in the 64 bits themselves ----
 
@@ -115,8 +116,8 @@ struct Barrier {
 };
 constexpr uint32_t kCounts = (1u << 19) - 1;
 
+// In this block, or in another one of the cluster.
 Barrier read(const uint64_t* barrier) {
-  check_access(barrier, 8);
   const uint64_t x = *barrier;
   if (x == ~uint64_t{0}) fail("an mbarrier is used before it is initialised");
   return {static_cast<uint32_t>(x & 1), static_cast<uint32_t>(x >> 1) & kCounts,
@@ -132,11 +133,12 @@ void write(uint64_t* barrier, Barrier b) {
 // ---- Boxes ----
 
 char* at_address(uint32_t address) { return shared_memory() + address; }
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// `span`: bytes of the swizzle, 128 or 64.
+uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ (address >> 7 & (span / 16 - 1)) << 4; }
 
 void land(const Box& box) {
   const TensorMap& m = *box.map;
-  const uint32_t first = shared_address(box.shared);
+  const uint32_t first = static_cast<uint32_t>(box.shared - box.memory), span = 2 * m.box[0];
   for (int32_t r = 0; r < m.box[1]; ++r)
     for (int32_t c = 0; c < m.box[0]; ++c) {
       const int64_t at[5] = {int64_t{box.at[0]} + c, int64_t{box.at[1]} + r, box.at[2], box.at[3], box.at[4]};
@@ -146,7 +148,7 @@ void land(const Box& box) {
         inside = inside && at[i] >= 0 && at[i] < m.size[i];
         offset += at[i] * m.stride[i];
       }
-      char* to = at_address(swizzled(first + 128 * r + 2 * c));
+      char* to = box.memory + swizzled(first + span * r + 2 * c, span);
       if (inside) check_access(m.base + offset, 2);
       if (inside)
         std::memcpy(to, m.base + offset, 2);
@@ -193,8 +195,8 @@ float value(DType type, uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
-float shared_value(DType type, uint32_t address) {
-  const char* p = at_address(swizzled(address));
+float shared_value(DType type, uint32_t address, uint32_t span) {
+  const char* p = at_address(swizzled(address, span));
   check_access(p, 2);
   read_async(p, 2);
   uint16_t bits;
@@ -203,11 +205,12 @@ float shared_value(DType type, uint32_t address) {
 }
 
 struct Descriptor {
-  uint32_t address, leading, stride;
+  uint32_t address, leading, stride, span;
   explicit Descriptor(uint64_t x)
       : address((x & 0x3fff) << 4), leading((x >> 16 & 0x3fff) << 4), stride((x >> 32 & 0x3fff) << 4) {
-    if (x >> 62 != 1) fail("a matrix descriptor without the swizzle of 128 bytes");
+    if (x >> 62 != 1 && x >> 62 != 2) fail("a matrix descriptor without a swizzle of 128 or 64 bytes");
     if (x >> 49 & 7) fail("a matrix descriptor with a base offset");
+    span = x >> 62 == 1 ? 128 : 64;
   }
 };
 
@@ -221,11 +224,15 @@ void multiply(Product& p, int warp) {
   float a[16][16];
   std::vector<float> b(16 * n);
   const Descriptor right(o.b_descriptor);
+  const int columns = static_cast<int>(right.span) / 2;
+  if (o.columns && n > columns && n % columns) fail("a product of which columns of its operand are no divisor");
   for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < n; ++j)
-      b[k * n + j] = shared_value(
-          o.type, o.columns ? right.address + j / 64 * right.leading + k / 8 * right.stride + k % 8 * 128 + j % 64 * 2
-                            : right.address + j / 8 * right.stride + j % 8 * 128 + 2 * k);
+    for (int j = 0; j < n; ++j) {
+      const uint32_t at =
+          o.columns ? j / columns * right.leading + k / 8 * right.stride + k % 8 * right.span + j % columns * 2
+                    : j / 8 * right.stride + j % 8 * right.span + 2 * k;
+      b[k * n + j] = shared_value(o.type, right.address + at, right.span);
+    }
   if (o.a) {
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 8; ++i)
@@ -236,7 +243,7 @@ void multiply(Product& p, int warp) {
     for (int r = 0; r < 16; ++r)
       for (int k = 0; k < 16; ++k) {
         const uint32_t row = 16 * (warp % 4) + r;
-        a[r][k] = shared_value(o.type, left.address + row / 8 * left.stride + row % 8 * 128 + 2 * k);
+        a[r][k] = shared_value(o.type, left.address + row / 8 * left.stride + row % 8 * left.span + 2 * k, left.span);
       }
   }
   float* rows = p.sum->rows.data();
@@ -411,7 +418,9 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   write(barrier, {0, arrivals, arrivals, 0});
 }
 
-void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+namespace {
+
+void arrive(uint64_t* barrier, uint32_t bytes) {
   Barrier b = read(barrier);
   if (!b.pending) fail("more arrivals at an mbarrier than it was initialised with");
   b.bytes += static_cast<int32_t>(bytes);
@@ -419,22 +428,45 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
   write(barrier, b);
 }
 
+}  // namespace
+
+void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
+  check_access(barrier, 8);
+  arrive(barrier, bytes);
+}
+
+void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  check_access(barrier, 8);
+  arrive(static_cast<uint64_t*>(in_block(barrier, rank)), 0);
+}
+
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  check_access(barrier, 8);
   Awaited awaited{barrier, parity};
   wait_until(completed, &awaited, "an mbarrier");
 }
 
-void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]) {
-  if (shared_address(shared) % 1024) fail("a box with a swizzle of 128 bytes begins at a multiple of 1024 bytes");
-  if (mapped_bases()) check_access(map->base, 16);
-  Box box{static_cast<char*>(shared), map, barrier, {}};
-  std::memcpy(box.at, at, sizeof at);
+void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5], bool for_both) {
+  const int repeats = 16 * map->box[0];  // bytes after which its swizzle does
+  if (shared_address(shared) % repeats)
+    fail("a box with such a swizzle begins at a multiple of " + std::to_string(repeats) + " bytes");
+  check_access(map->base, 16);  // hardware looks there, wherever the box lands
   check_access(shared, 16);
-  check_access(static_cast<char*>(shared) + 128 * map->box[1] - 16, 16);
-  if (lands_at_once())
-    land(box);
-  else
-    engines().boxes.push_back(box);
+  check_access(static_cast<char*>(shared) + 2 * map->box[0] * map->box[1] - 16, 16);
+  check_access(barrier, 8);
+  for (uint32_t rank = 0; rank < position().cluster; ++rank) {
+    if (!for_both && rank != position().rank) continue;
+    Box box{static_cast<char*>(in_block(shared, rank)),
+            static_cast<char*>(in_block(shared_memory(), rank)),
+            map,
+            static_cast<uint64_t*>(in_block(barrier, rank)),
+            {}};
+    std::memcpy(box.at, at, sizeof at);
+    if (lands_at_once())
+      land(box);
+    else
+      engines_in(extension_of(rank)).boxes.push_back(box);
+  }
 }
 
 void take_registers(int registers) { set_registers(registers, true, "setmaxnreg.inc"); }

@@ -11,7 +11,7 @@
 
 namespace vdcore::cuda {
 
-// What cuTensorMapEncodeTiled would be told, for elements of two bytes and a swizzle of 128 bytes.
+// What cuTensorMapEncodeTiled would be told, for elements of two bytes and a swizzle as wide as a row of the box.
 struct alignas(64) TensorMap {
   const char* base;
   int64_t size[5], stride[5];  // stride in bytes
@@ -25,7 +25,9 @@ uint32_t shared_address(const void* p);
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals);
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
-void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5]);
+void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank);
+// `for_both`: to the same place of every block of the cluster.
+void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5], bool for_both);
 
 void wgmma_fence();
 // d (64 x n) = A B, or with `add` d += A B: A in shared memory, or in registers where `a` is not null; the rows of B in

@@ -28,6 +28,9 @@ template <typename V>
 VDCORE_DEVICE V load_global(const void* p) {
   return emulated::load<V>(p, true);
 }
+VDCORE_DEVICE Vec4 load_global_or(const void* p, bool there, uint32_t otherwise) {
+  return there ? load_global<Vec4>(p) : Vec4{{otherwise, otherwise, otherwise, otherwise}};
+}
 template <typename V>
 VDCORE_DEVICE V load_written(const void* p) {
   return emulated::load<V>(p, false);

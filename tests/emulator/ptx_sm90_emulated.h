@@ -16,10 +16,17 @@ VDCORE_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 VDCORE_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
 
 VDCORE_DEVICE void prefetch_map(const TensorMap*) {}
-VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t c0, int32_t c1, int32_t c2,
-                            int32_t c3, int32_t c4) {
-  emulator::load_box(shared, map, barrier, {c0, c1, c2, c3, c4});
+VDCORE_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, uint64_t, int32_t c0, int32_t c1,
+                            int32_t c2, int32_t c3, int32_t c4) {
+  emulator::load_box(shared, map, barrier, {c0, c1, c2, c3, c4}, false);
 }
+VDCORE_DEVICE void load_box_for_both(void* shared, const TensorMap* map, uint64_t* barrier, uint64_t, int32_t c0,
+                                     int32_t c1, int32_t c2, int32_t c3, int32_t c4) {
+  emulator::load_box(shared, map, barrier, {c0, c1, c2, c3, c4}, true);
+}
+VDCORE_DEVICE uint32_t cluster_rank() { return emulator::position().rank; }
+VDCORE_DEVICE void sync_cluster() { emulator::meet_cluster(); }
+VDCORE_DEVICE void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) { emulator::mbarrier_arrive_at(barrier, rank); }
 
 template <int kRegisters>
 VDCORE_DEVICE void take_registers() {
@@ -51,6 +58,10 @@ struct Wgmma {
   }
 };
 
+template <int N>
+VDCORE_DEVICE void fence_operands(float (&)[N]) {}
+template <int M, int N>
+VDCORE_DEVICE void fence_operands(uint32_t (&)[M][N]) {}
 VDCORE_DEVICE void after_computing(float, const void*) {}
 
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {

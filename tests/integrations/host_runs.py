@@ -8,6 +8,7 @@ from inside import AttentionCalls
 from torch.overrides import TorchFunctionMode
 from zoo import MODELS, L, T, output
 
+from vdcore import FrameMask
 from vdcore_bench.measure.float64 import Float64
 
 
@@ -58,21 +59,34 @@ def _both(given, visible):
     return given & visible if given.dtype == torch.bool else given.masked_fill(~visible, -torch.inf)
 
 
+def visible_tokens(mask, grid):
+    """The dense mask that a mask of a swap stands for: ``(N, N)``, with pairs of heads ``(H, N, N)``."""
+    T, rows, columns = grid
+    if isinstance(mask, tuple):
+        return torch.cat([visible_tokens(one, grid).expand(count, -1, -1) for count, one in mask])
+    if isinstance(mask, FrameMask):
+        return mask.visible(T).repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
+    return mask.visible(T, rows, columns)
+
+
 class DenseMask(TorchFunctionMode):
-    """Puts the dense mask that a FrameMask stands for on a host's attention among video tokens.
+    """Puts the dense mask that a mask stands for on a host's attention among video tokens.
 
     Which calls those are follows from their lengths: of ``tokens``, of tokens and text, or of ``T`` frames in temporal
     attention; a clip's tokens, its frames and the text are of different numbers in these models.
 
     Args:
+        mask: for all calls, or a list with one for each; None in it: all tokens see one another.
         tokens: video tokens; None: temporal attention alone.
         text: tokens of a text that joins the sequence, at most.
         text_first: where it joins.
+        text_sees: "all" or "text", or a list as of masks.
     """
 
-    def __init__(self, mask, tokens, text=0, text_first=False, text_sees="all"):
+    def __init__(self, mask, tokens, text=0, text_first=False, text_sees="all", grid=None):
         super().__init__()
         self.mask, self.tokens, self.text, self.text_first, self.sees = mask, tokens, text, text_first, text_sees
+        self.grid = (T, 1, (tokens or T) // T) if grid is None else grid
         self.hits = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -80,24 +94,28 @@ class DenseMask(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             q, k = _queries_and_keys(args, kwargs)
             visible = self.dense(q.shape[-2]) if q.shape[-2] == k.shape[-2] else None
-            if visible is not None:
-                self.hits += 1
+            self.hits += visible is not None
+            if visible is not None and not visible.all():
                 kwargs["attn_mask"] = _both(kwargs.get("attn_mask"), visible)
         return func(*args, **kwargs)
 
     def dense(self, n):
-        frames = self.mask.visible(T)
+        """The mask of the call at hand if it is one over the clip, of a sequence of n."""
+        mask, sees = (x[self.hits] if isinstance(x, list) else x for x in (self.mask, self.sees))
         if self.tokens is None:
-            return frames if n == T else None
-        S, L = self.tokens // T, n - self.tokens
+            return mask.visible(T) if n == T else None
+        L = n - self.tokens
         if not 0 <= L <= self.text:
             return None
-        whole = torch.ones(n, n, dtype=torch.bool)
+        if mask is None:
+            return torch.ones(n, n, dtype=torch.bool)
+        tokens = visible_tokens(mask, self.grid)
+        whole = torch.ones(*tokens.shape[:-2], n, n, dtype=torch.bool)
         video = slice(L, n) if self.text_first else slice(0, self.tokens)
         text = slice(0, L) if self.text_first else slice(self.tokens, n)
-        whole[video, video] = frames.repeat_interleave(S, 0).repeat_interleave(S, 1)
-        if self.sees == "text":
-            whole[text, video] = False
+        whole[..., video, video] = tokens
+        if sees == "text":
+            whole[..., text, video] = False
         return whole
 
 

@@ -1,6 +1,7 @@
 """What people change around a swap: a mask is never lost to it, and what they put in runs as they wrote it."""
 
 import functools
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stand_ins import STDiT3Block
 from support import run_python
 from swapping import swapped
 
+import vdcore
 from vdcore import FrameMask
 from vdcore.integrations import open_sora, wan
 from vdcore.integrations.diffusers import swap_in
@@ -174,6 +176,62 @@ def test_an_attribute_named_as_the_hosts_function_is_no_call_of_it():
         assert not wan.swap_in(Layer()).served
 
 
+def scaled(module, args, out):
+    return tuple(1.5 * y for y in out) if isinstance(out, tuple) else 1.5 * out
+
+
+@pytest.mark.parametrize("name, path", [("Wan", "blocks.0.attn1"), ("Latte", "temporal_transformer_blocks.0")])
+def test_hooks_are_seen_whenever_they_come(name, path):
+    """On every module inside, one after the other; on one that was put there after a call; and gone when removed."""
+    host, model = MODELS[name].model(), swapped(name)[0]
+    plain = run(model, name)
+
+    def hooked(of, inside):
+        module = of.get_submodule(path).get_submodule(inside)
+        handle = module.register_forward_hook(scaled)
+        out = run(of, name)
+        handle.remove()
+        return out
+
+    for inside, module in host.get_submodule(path).named_modules():
+        if not isinstance(module, nn.Dropout | nn.ModuleList):
+            torch.testing.assert_close(hooked(model, inside), hooked(host, inside), rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(model, name), plain)
+
+    for of in (host, model):
+        attn = of.get_submodule(path) if name == "Wan" else of.get_submodule(path).attn1
+        layer = nn.Linear(attn.to_q.in_features, attn.to_q.out_features)
+        layer.load_state_dict(attn.to_q.state_dict(), strict=False)
+        nn.init.zeros_(layer.bias)
+        layer.register_forward_hook(scaled)
+        attn.to_q = nn.Sequential(layer)
+    torch.testing.assert_close(run(model, name), run(host, name), rtol=1e-4, atol=1e-4)
+
+
+# ---- Inputs that hooks of the model change ----
+
+
+def with_fewer_frames(module, args, kwargs):
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:, :, :2]}
+
+
+def turned(module, args, kwargs):  # as many tokens, other frames
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].permute(0, 1, 4, 3, 2)}
+
+
+@pytest.mark.parametrize("change", [with_fewer_frames, turned])
+def test_a_hook_that_changes_the_clip_is_named_under_a_mask(change):
+    model, _ = swapped("Wan", mask=CAUSAL)
+    given = {**MODELS["Wan"].arguments(), "hidden_states": torch.randn(2, 4, 4, 4, 6)}
+    with torch.no_grad():
+        want = model(**change(model, (), given)[1]).sample
+        model.register_forward_pre_hook(change, with_kwargs=True)
+        with pytest.raises(RuntimeError, match=r"a hook that was registered after the swap .*swap in again"):
+            model(**given)
+        swap_in(model, mask=CAUSAL)
+        torch.testing.assert_close(model(**given).sample, want)
+
+
 # ---- report.check ----
 
 
@@ -205,3 +263,45 @@ def test_check_reads_images_and_nan():
         report.check(lambda: "nothing")
     with pytest.raises(ValueError, match="check: model must be swapped in"):
         report.check(MODELS["Wan"].model(), **MODELS["Wan"].arguments())
+
+
+def test_check_leaves_other_threads_alone():
+    """While one thread has the host's turn, calls of another are served."""
+    model, report = swapped("Wan")
+    served, again, reached = run(model, "Wan"), [], []
+
+    def pipeline():
+        reached.append(vdcore.calls().total())
+        if len(reached) == 1:  # the host's turn
+            other = threading.Thread(target=lambda: again.append(run(model, "Wan")))
+            other.start()
+            other.join()
+            reached.append(vdcore.calls().total())
+        return run(model, "Wan")
+
+    report.check(pipeline)
+    assert reached[1] > reached[0] and torch.equal(again[0], served)
+    assert reached[2] == reached[1]  # the host's, in this thread
+
+
+# ---- Where the host fails ----
+
+
+@pytest.mark.parametrize("name", ["Latte", "Allegro", "LTX", "Cosmos"])
+def test_calls_that_the_host_refuses_are_refused(name):
+    """A text of no tokens, of which some make rows; a mask of a rank that attention does not take."""
+    given = MODELS[name].arguments()
+    text = given["encoder_hidden_states"]
+    if name == "Cosmos":
+        given["attention_mask"] = torch.ones(text.shape[0], 1, text.shape[1], dtype=torch.bool)
+        given["attention_mask"][..., -1] = False
+    else:
+        given["encoder_hidden_states"] = text[:, :0]
+        if "encoder_attention_mask" in given:
+            given["encoder_attention_mask"] = given["encoder_attention_mask"][:, :0]
+    errors = []
+    for model in (MODELS[name].model(), swapped(name)[0]):
+        with torch.no_grad(), pytest.raises(RuntimeError) as error:
+            model(**given)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]

@@ -131,8 +131,11 @@ def test_hunyuan_video_refines_text_under_a_dense_mask(dtype):
     mask = seen if dtype == torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
     q, k, v = (y.transpose(1, 2) for y in block.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2))
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
-    assert names(hunyuan_video.swap_in(block)) == ["TokenRefinerBlock"]
+    report = hunyuan_video.swap_in(block)
+    assert names(report) == ["TokenRefinerBlock"] and not report.left
     close(block(x, mask), want)
+    (left,) = report.left
+    assert left.name == "TokenRefinerBlock" and "torch's attention runs" in left.what
     with pytest.raises(NotImplementedError, match="mode flash"):
         hunyuan_video.attention(q, k, v, attn_mask=mask)
 

@@ -115,13 +115,13 @@ def test_a_chunk_copies_its_own_keys_only_and_does_not_wait():
     given = config(mask=FrameMask(past=6, future=0, chunk=2), text_width=None, classes=None)
     model = model_of(given)
     cache = model.new_cache(1, 4, 6)
-    memory, places = cache.nbytes, [ring.k.data_ptr() for ring in cache.rings]
+    memory, places = cache.nbytes, [ring.k.data.data_ptr() for ring in cache.rings]
     for _ in range(20):
         with NoSync() as watch:
             model(torch.randn(1, 3, 2, 4, 6), torch.zeros(1), cache=cache, keep=True)
         assert watch.copied == given.depth * 2 * (2 * 6 * given.width)  # k and v of 2 frames with 6 tokens, per layer
     assert cache.nbytes == memory == given.depth * 2 * (7 * 2) * 6 * given.width * 4
-    assert [ring.k.data_ptr() for ring in cache.rings] == places
+    assert [ring.k.data.data_ptr() for ring in cache.rings] == places
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_under_autocast_the_cache_has_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         cache = model.new_cache(1, 4, 6)
         out = model(torch.randn(1, 3, 1, 4, 6), torch.zeros(1), cache=cache)
-    assert cache.rings[0].k.dtype == out.dtype == torch.bfloat16
+    assert cache.rings[0].k.data.dtype == out.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_cached():
@@ -148,8 +148,15 @@ def test_what_cannot_be_cached():
     model = model_of(config(mask=FrameMask(past=1, future=0), text_width=None, classes=None))
     with pytest.raises(ValueError, match=r"a chunk must have mask.chunk = 1 frames, got 2"):
         model(video, torch.zeros(1), cache=model.new_cache(1, 4, 6))
-    with pytest.raises(RuntimeError, match="call the model under torch"):
-        model(video[:, :, :1], torch.zeros(1), cache=model.new_cache(1, 4, 6))
+    with pytest.raises(
+        ValueError, match=r"new_cache: dtype must be a floating point one or torch.int8, got torch.int32"
+    ):
+        model.new_cache(1, 4, 6, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"new_cache: relative must be False with position sincos"):
+        model.new_cache(1, 4, 6, relative=True)
+    shots = model_of(config(mask=FrameMask(past=1, future=0, shots=(0, 4)), text_width=None, classes=None))
+    with pytest.raises(ValueError, match=r"new_cache: the model's mask must have neither shots nor a clean half"):
+        shots.new_cache(1, 4, 6)
     with pytest.raises(ValueError, match="height must be a multiple of the patch size 2, got 5"):
         model.new_cache(1, 5, 6)
     with pytest.raises(ValueError, match="the model's mask must be causal by chunks, future=0"):

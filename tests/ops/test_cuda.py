@@ -171,7 +171,7 @@ def test_head_dims(T, D):
     check_what_runs(Case("temporal_attention", f"{T} x {D}", build), torch.float16)
 
 
-@pytest.mark.parametrize("D", [8, 40, 72, 128, 256])
+@pytest.mark.parametrize("D", [8, 40, 72, 128])
 def test_gated_head_dims(D):
     """Tokens that fill one tile of queries and keys and part of another."""
 
@@ -370,5 +370,5 @@ def test_what_is_refused():
         with pytest.raises(vdcore.BackendError, match=reason):
             vdcore.temporal_attention(**args, backend="cuda")
     q = torch.randn(1, 256, 1, 4, 72).bfloat16().requires_grad_()
-    with pytest.raises(vdcore.BackendError, match="160 KiB"):
+    with pytest.raises(vdcore.BackendError, match="227 KiB"):
         vdcore.temporal_attention(q, q[:, :, :, :1], q[:, :, :, :1], backend="cuda")

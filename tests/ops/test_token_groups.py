@@ -20,6 +20,12 @@ MASKS = [
     FrameMask(past=1, future=0, chunk=2),
     FrameMask(past=1, future=0, sink=1),
     FrameMask(past=0, future=1, chunk=3, sink=2),
+    FrameMask(past=1, future=0, shots=(1, 3)),
+    FrameMask(past=0, future=0, chunk=2, shots=(0, 5, 7)),
+    FrameMask.teacher_forcing(6),
+    FrameMask.teacher_forcing(6, past=1),
+    FrameMask.teacher_forcing(6, chunk=2, past=0),
+    FrameMask.teacher_forcing(7, chunk=3, past=1),
 ]
 
 
@@ -81,3 +87,18 @@ def test_components(mask, components):
     assert groups.largest_component == 20 // components
     joined = native().frame_groups(mask_numbers(mask), 3, 4, 4, 5, 0, None, 2, None, True)
     assert joined.components == 3 and joined.largest_component == 22
+
+
+@pytest.mark.parametrize("T, T_k, q_start", [(8, 8, 0), (4, 8, 4), (3, 6, 2), (4, 4, 0)])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("past", [None, 0, 1])
+def test_components_of_teacher_forcing(T, T_k, q_start, chunk, past):
+    """Backward holds one component at a time: queries that share a key are in one."""
+    mask = FrameMask.teacher_forcing(4, chunk, past)
+    groups = native().frame_groups(mask_numbers(mask), 1, T, T_k, 1, q_start, None, 0, None, True)
+    seen = mask.visible(T, T_k, q_start).double()
+    joined = torch.linalg.matrix_power(seen @ seen.T, T) > 0
+    sizes = [int(row.sum()) for row in joined.unique(dim=0) if row.any()]
+    assert groups.largest_component >= max(sizes)
+    if past == 0:
+        assert groups.largest_component == max(sizes), "chunks have nothing to do with one another"

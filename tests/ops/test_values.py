@@ -16,17 +16,32 @@ from vdcore.ops.native import native
 from vdcore.testing import CASES
 
 numbers = st.one_of(st.none(), st.integers(0, 9))
-masks = st.builds(FrameMask, past=numbers, future=numbers, chunk=st.integers(1, 5), sink=st.integers(0, 9))
+chunks = st.integers(1, 5)
+plain = st.builds(FrameMask, past=numbers, future=numbers, chunk=chunks, sink=st.integers(0, 9))
+shots = st.sets(st.integers(0, 30), min_size=1).map(lambda found: tuple(sorted(found)))
+with_shots = st.builds(FrameMask, past=numbers, future=numbers, chunk=chunks, shots=shots)
+halves = st.builds(FrameMask.teacher_forcing, frames=st.integers(1, 20), chunk=chunks, past=numbers)
+masks = st.one_of(plain, with_shots, halves)
 sizes = st.integers(0, 14)
 
 
 def brute_force(mask, T_q, T_k, start):
     """The sentence of the contract, frame by frame."""
 
+    def forced(q, k):
+        cq, ck = (x % mask.clean // mask.chunk for x in (q, k))
+        near = mask.past is None or ck >= cq - mask.past
+        if k >= mask.clean:
+            return q >= mask.clean and ck == cq
+        return near and (ck < cq if q >= mask.clean else ck <= cq)
+
     def sees(q, k):
+        if mask.clean:
+            return forced(q, k)
+        own_shot = [shot for shot in mask.shots if shot <= q][-1:]
         cq, ck = q // mask.chunk, k // mask.chunk
         return (mask.future is None or ck <= cq + mask.future) and (
-            mask.past is None or ck >= cq - mask.past or k < mask.sink
+            mask.past is None or ck >= cq - mask.past or k < mask.sink or k in own_shot
         )
 
     return [[sees(start + q, k) for k in range(T_k)] for q in range(T_q)]
@@ -35,6 +50,12 @@ def brute_force(mask, T_q, T_k, start):
 @settings(max_examples=400, deadline=None)
 @given(masks, sizes, sizes, st.integers(0, 20))
 def test_mask(mask, T_q, T_k, start):
+    if mask.clean and max(T_k, start + T_q) > 2 * mask.clean:
+        for what in (mask.visible, mask.runs, mask.density):
+            with pytest.raises(ValueError, match=rf"must be at most 2 \* clean = {2 * mask.clean}, got (T_k|q_start)"):
+                what(T_q, T_k, start)
+        start = min(start, 2 * mask.clean)
+        T_q, T_k = min(T_q, 2 * mask.clean - start), min(T_k, 2 * mask.clean)
     expected = torch.tensor(brute_force(mask, T_q, T_k, start), dtype=torch.bool).reshape(T_q, T_k)
     assert torch.equal(mask.visible(T_q, T_k, start), expected)
 
@@ -51,13 +72,14 @@ def test_mask(mask, T_q, T_k, start):
 
     rows, columns = native().frame_runs(mask_numbers(mask), T_q, T_k, start)
     painted = torch.zeros(T_q, T_k, dtype=torch.bool)
-    for row, (sink, begin, end) in zip(painted, rows):
-        assert sink <= begin <= max(begin, end)
-        row[:sink] = True
-        row[begin:end] = True
+    for row, (low, window) in zip(painted, rows):
+        assert low[1] <= max(window[0], low[0])
+        row[slice(*low)] = True
+        row[slice(*window)] = True
     assert torch.equal(painted, expected), "the engine's runs"
-    for column, (begin, end) in zip(expected.T, columns):
-        assert torch.equal(column.nonzero().flatten(), torch.arange(begin, end)), "the query frames that see a key"
+    for column, runs in zip(expected.T, columns):
+        seen = torch.cat([torch.arange(begin, max(begin, end)) for begin, end in runs])
+        assert torch.equal(column.nonzero().flatten(), seen), "the query frames that see a key"
 
 
 def test_mask_constructors():
@@ -71,10 +93,61 @@ def test_mask_constructors():
     assert FrameMask.causal().runs(2, q_start=3) == (((0, 4),), ((0, 5),))
 
 
+def test_teacher_forcing():
+    mask = FrameMask.teacher_forcing(4, chunk=2, past=1)
+    assert mask == FrameMask(past=1, chunk=2, clean=4)
+    clean, noisy = mask.runs(8)[:4], mask.runs(8)[4:]
+    assert clean == (((0, 2),), ((0, 2),), ((0, 4),), ((0, 4),))
+    assert noisy == (((4, 6),), ((4, 6),), ((0, 2), (6, 8)), ((0, 2), (6, 8)))
+    assert FrameMask.teacher_forcing(3, chunk=9).runs(6) == (((0, 3),),) * 3 + (((3, 6),),) * 3
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({"clean": -1}, ValueError, "clean must be at least 0, got -1"),
+        ({"clean": 2.0}, TypeError, "clean must be an int, got 2.0"),
+        ({"clean": 2, "future": 0}, ValueError, "future must be None beside clean=2, got 0"),
+        ({"clean": 2, "sink": 1}, ValueError, "sink must be 0 beside clean=2, got 1"),
+        ({"clean": 2, "shots": (0,)}, ValueError, r"shots must be \(\) beside clean=2, got \(0,\)"),
+        ({"shots": (0,), "sink": 1}, ValueError, "sink must be 0 beside shots, which take its place, got 1"),
+        ({"shots": (3, 3)}, ValueError, r"shots must ascend from 0 or above, got \(3, 3\)"),
+        ({"shots": (-1, 3)}, ValueError, r"shots must ascend from 0 or above, got \(-1, 3\)"),
+        ({"shots": [1, 3]}, TypeError, r"shots must be a tuple of ints, got \[1, 3\]"),
+        ({"shots": (1, True)}, TypeError, "shots must be a tuple of ints"),
+    ],
+)
+def test_masks_that_are_none(values, error, message):
+    with pytest.raises(error, match=f"FrameMask: {message}"):
+        FrameMask(**values)
+
+
+@pytest.mark.parametrize("frames, error", [(0, ValueError), (-3, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_teacher_forcing_of_no_frames(frames, error):
+    with pytest.raises(error, match=r"FrameMask.teacher_forcing: frames must be"):
+        FrameMask.teacher_forcing(frames)
+
+
+@pytest.mark.parametrize("op", ["temporal_attention", "video_attention"])
+def test_more_frames_than_two_halves(op):
+    q = torch.randn(1, 5, 2, 1, 8)
+    mask = FrameMask.teacher_forcing(2)
+    with pytest.raises(ValueError, match=rf"{op}: mask must be one of teacher forcing over at most 2 \* 2 frames, got"):
+        getattr(vdcore, op)(q, q, q, mask=mask)
+    with pytest.raises(ValueError, match=r"got q_start \+ T = 5"):
+        getattr(vdcore, op)(q[:, :2], q[:, :4], q[:, :4], mask=mask, q_start=3)
+
+
 def test_huge_numbers():
     """Nothing overflows on the way to the engine."""
     mask = FrameMask(past=10**30, future=10**30, chunk=10**12, sink=10**15)
     q = torch.randn(1, 3, 2, 1, 8)
+    torch.testing.assert_close(vdcore.temporal_attention(q, q, q, mask=mask), vdcore.temporal_attention(q, q, q))
+    mask = FrameMask(past=10**30, future=0, chunk=1, shots=(0, 10**30))
+    torch.testing.assert_close(
+        vdcore.temporal_attention(q, q, q, mask=mask), vdcore.temporal_attention(q, q, q, mask=FrameMask.causal())
+    )
+    mask = FrameMask.teacher_forcing(10**30, 10**12, 10**30)
     torch.testing.assert_close(vdcore.temporal_attention(q, q, q, mask=mask), vdcore.temporal_attention(q, q, q))
     mask = FrameMask(past=0, future=0, chunk=2**40)
     torch.testing.assert_close(vdcore.temporal_attention(q, q, q, mask=mask), vdcore.temporal_attention(q, q, q))

@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": "What can run on this machine, and why the rest cannot.",
     "bench": "Measure the operators against naive attention and other libraries.",
     "profile": "Peak memory and time against the number of frames.",
+    "masks": "How much of a model's attention masks keep, by layer and head.",
     "train": "Train a small video diffusion transformer.",
     "sample": "Sample videos from it, and measure them.",
     "demo": "Experiments of minutes, one figure per claim, and a report.",

@@ -19,6 +19,9 @@ from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vdcore.diffusion.training import Recipe
+    from vdcore.models import VDiTConfig
+
 
 def train(
     clips: Annotated[
@@ -35,16 +38,25 @@ def train(
         float | None, typer.Option(help="Of files, so many frames per second, in place of --stride.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad or short file in a folder.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode files ahead; 0: none.")] = 1,
     patch: Annotated[int | None, typer.Option(min=1, help="Height and width of a token, pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels per token.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads; they divide the width.")] = None,
     attention: Annotated[str | None, typer.Option(help="factorized, gated or full.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Of attention, such as causal, radial or tiles:3/3/3:1/4/8: see vdcore masks.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="sample, flow, v_prediction or epsilon.")] = None,
     hold: Annotated[float | None, typer.Option(min=0, max=1, help="Share of clips with frames held clean.")] = None,
     forcing: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of clips with a timestep of its own for every frame.")
     ] = None,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Teacher forcing: each chunk sees clean chunks before it; samples roll on.")
+    ] = False,
+    chunk: Annotated[int, typer.Option(min=1, help="With --causal, token frames per chunk.")] = 1,
+    past: Annotated[int | None, typer.Option(min=0, help="With --causal, chunks that a frame sees; all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and of all that is drawn.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 250,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing the checkpoint in --out.")] = False,
@@ -61,19 +73,19 @@ def train(
         raise typer.Exit(relaunch(ranks))
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
-    from vdcore.diffusion.training import SCENES, Recipe
+    from vdcore.diffusion.training import SCENES
     from vdcore_bench.report.terminal import progress
 
     set_threads(threads)
     with plain_errors():
-        default = Recipe()
-        token = None if patch is None else (default.model.patch[0], patch, patch)
-        model = _given(default.model, patch=token, width=width, depth=depth, heads=heads, attention=attention)
+        token = {"patch": patch, "width": width, "depth": depth, "heads": heads, "attention": attention}
         clip = {"frames": frames, "size": None if size is None else (size, size)}
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
-        recipe = _given(default, model=model, target=target, **clip, **training)
+        recipe = _recipe(
+            token, {"target": target, **clip, **training}, mask=mask, causal=causal, chunk=chunk, past=past
+        )
         source = (
-            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
+            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict, workers=workers)
             if clips
             else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
         )
@@ -91,6 +103,35 @@ def train(
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
     print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _recipe(
+    token: dict[str, Any], others: dict[str, Any], *, mask: str | None, causal: bool, chunk: int, past: int | None
+) -> Recipe:
+    """The default's, with those options that were given; ``token``: of the model."""
+    from vdcore import FrameMask
+    from vdcore.diffusion.training import Recipe
+
+    default, patch = Recipe(), token["patch"]
+    token = {**token, "patch": None if patch is None else (default.model.patch[0], patch, patch)}
+    if mask is not None and causal:
+        raise typer.BadParameter("it is --causal's already", param_hint="--mask")
+    if mask is not None:
+        frames, size = others["frames"] or default.frames, (others["size"] or default.size)[0]
+        token["mask"] = _mask(mask, _given(default.model, **token), frames, size)
+    if causal:
+        token["mask"] = FrameMask(past=past, future=0, chunk=chunk)
+        others = {**others, "hold": others["hold"] or 0.0}
+    elif chunk != 1 or past is not None:
+        raise typer.BadParameter("it needs --causal", param_hint="--chunk and --past")
+    return _given(default, model=_given(default.model, **token), causal=causal, **others)
+
+
+def _mask(name: str, model: VDiTConfig, frames: int, size: int) -> Any:
+    from vdcore.integrations.mask_names import parse_mask
+
+    T, rows, columns = (n // p for n, p in zip((frames, size, size), model.patch))
+    return parse_mask(name, (T, rows, columns))
 
 
 def _given(value: Any, **changes: Any) -> Any:

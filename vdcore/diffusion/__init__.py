@@ -6,7 +6,7 @@ takes one, and what makes a denoiser do more (guidance, blended chunks, interlea
 
 from vdcore.diffusion.long import blended, chunk_starts, interleaved, keyframes, splice
 from vdcore.diffusion.process import KINDS, Denoise, Process, hold_timesteps
-from vdcore.diffusion.rolling import horizon, roll, roll_by_recomputing
+from vdcore.diffusion.rolling import horizon, roll, roll_by_recomputing, self_forcing
 from vdcore.diffusion.sampling import Sampler, guided, make_sampler, pyramid, sample, sample_frames, timesteps
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "roll_by_recomputing",
     "sample",
     "sample_frames",
+    "self_forcing",
     "splice",
     "timesteps",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,49 @@ def roll(
         yield clean
 
 
+def self_forcing(
+    model: Any,
+    process: Process,
+    noises: Iterable[Tensor],
+    steps: int,
+    loss: Callable[[Tensor, int], Tensor | None],
+    cache: Any = None,
+    **conditions: Any,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rolls and learns from what it drew (Huang et al. 2025, Self Forcing), backward through one chunk at a time.
+
+    A chunk is drawn as :func:`roll` draws it, without gradients, and its last step is computed once more with them:
+    the clean video that it predicts is the chunk, which ``loss`` judges and the cache keeps. Gradients reach the
+    weights through that step alone: not through earlier steps, and not through the cache, whose keys and values are
+    constants. So memory does not grow with the number of chunks.
+
+    Args:
+        model, process, noises, steps, cache, conditions: as :func:`roll` takes them.
+        loss: of a chunk ``(B, C, chunk, H, W)`` and its number, a scalar; None: nothing is learned from it.
+
+    Yields:
+        Each chunk and its loss, after backward: gradients add up in the parameters' ``.grad``.
+    """
+    for i, noise in enumerate(noises):
+        if cache is None:
+            cache = model.new_cache(len(noise), *noise.shape[3:])
+        last: list[Tensor] = []
+        sample(partial(_remembered, model, cache, last), process, noise, steps, **conditions)
+        noisy, timestep = last
+        with torch.enable_grad():
+            output = model(noisy, timestep, cache=cache, **conditions)
+            clean = process.clean_and_noise(output, noisy, timestep)[0]
+            value = loss(clean, i)
+            if value is not None:
+                value.backward()
+        clean, value = clean.detach(), None if value is None else value.detach()
+        del output
+        with torch.no_grad():
+            still = process.model_timestep(clean.new_full((len(clean),), process.clean))
+            model(clean, still, cache=cache, keep=True, **conditions)
+        yield clean, value
+
+
 @torch.no_grad()
 def roll_by_recomputing(
     model: Any, process: Process, noises: Iterable[Tensor], steps: int, **conditions: Any
@@ -71,3 +114,9 @@ def roll_by_recomputing(
             past = sample(model, process, whole, steps, held=held, known=known, **conditions)
             clean = past[:, :, -chunk:]
         yield clean
+
+
+def _remembered(model: Any, cache: Any, last: list[Tensor], video: Tensor, timestep: Tensor, **given: Any) -> Tensor:
+    """The model's output; ``last`` holds what it was made of."""
+    last[:] = video, timestep
+    return model(video, timestep, cache=cache, **given)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vdcore.diffusion.data import Source, source_of
 from vdcore.diffusion.long import splice
+from vdcore.diffusion.rolling import roll
 from vdcore.diffusion.sampling import make_sampler
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
 from vdcore.extras import need
@@ -131,7 +132,7 @@ def draw_videos(
 
     Args:
         frames: None: as many as in training. More are spliced from clips, each with the last ``overlap`` frames of
-            the one before it held clean.
+            the one before it held clean; a causal model rolls on, chunk after chunk.
         steps: of the scheduler, for every clip.
         on_clip: called with the number of frames that are there, and of all.
 
@@ -143,6 +144,8 @@ def draw_videos(
     for name, value in (("count", count), ("frames", frames), ("steps", steps)):
         if value < 1:
             raise ValueError(f"draw_videos: {name} must be at least 1, got {value}")
+    if recipe.causal:
+        return _rolled(trained, count, frames, steps, seed, device, on_clip)
     if frames > recipe.frames and not (recipe.hold and overlap):
         raise ValueError(
             f"draw_videos: frames must be at most {recipe.frames} where the model was trained without held frames "
@@ -165,6 +168,29 @@ def draw_videos(
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)
     return torch.cat(parts, 2)
+
+
+def _rolled(
+    trained: Trained,
+    count: int,
+    frames: int,
+    steps: int,
+    seed: int,
+    device: torch.device | str,
+    on_clip: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Chunk after chunk, as :func:`vdcore.diffusion.roll` gives them."""
+    recipe, mask, pt = trained.recipe, trained.recipe.model.frame_mask, trained.recipe.model.patch[0]
+    chunks, random = -(-frames // (mask.chunk * pt)), torch.Generator().manual_seed(seed)
+    shape = (count, recipe.model.in_channels, mask.chunk * pt, *recipe.size)
+    noises = (torch.randn(shape, generator=random).to(device) for _ in range(chunks))
+    cache = trained.model.new_cache(count, *recipe.size, frames=chunks * mask.chunk)
+    parts: list[Tensor] = []
+    for part in roll(trained.model, process_for(recipe.target, recipe.sampling_shift), noises, steps, cache):
+        parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
+        if on_clip is not None:
+            on_clip(min(sum(p.shape[2] for p in parts), frames), frames)
+    return torch.cat(parts, 2)[:, :, :frames]
 
 
 def real_clips(trained: Trained, count: int) -> Tensor | None:

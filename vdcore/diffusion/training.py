@@ -73,6 +73,8 @@ class Recipe:
         ema: decay of the averaged weights, reached from below, ``(1 + n) / (10 + n)`` after n steps.
         hold: share of clips of which some frames are given clean: the first ones, or both ends; whole tokens.
         forcing: share of clips whose tokens' frames have timesteps of their own (diffusion forcing).
+        causal: teacher forcing: every chunk of the model's mask, which is causal by chunks, has a timestep of its own
+            and is given the clean chunks before it, so that the model rolls on without end. Without hold and forcing.
         clip_norm: largest norm of the gradient.
         seed: of the weights and of all that is drawn.
     """
@@ -90,6 +92,7 @@ class Recipe:
     ema: float = 0.99
     hold: float = 0.2
     forcing: float = 0.0
+    causal: bool = False
     clip_norm: float = 1.0
     seed: int = 0
 
@@ -106,6 +109,12 @@ class Recipe:
                 raise ValueError(f"Recipe: {name} must be positive, got {getattr(self, name)}")
         if self.target not in TARGETS:
             raise ValueError(f"Recipe: target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.causal:
+            mask = self.model.frame_mask
+            if mask.future != 0 or mask.sink or mask.shots or mask.clean:
+                raise ValueError(f"Recipe: causal needs a mask with future=0 and neither sink nor shots, got {mask}")
+            if self.hold or self.forcing:
+                raise ValueError(f"Recipe: hold and forcing must be 0 with causal, got {self.hold} and {self.forcing}")
         sizes = zip(("frames", "height", "width"), (self.frames, *self.size), self.model.patch)
         for name, size, patch in sizes:
             if size % patch or size < 1:
@@ -200,10 +209,18 @@ class Trainer:
         held = draw_held(recipe.batch, tokens, recipe.hold, random).repeat_interleave(together, 1)
         timestep = timestep.repeat_interleave(together, 1)
         forced = torch.rand(recipe.batch, 1, generator=random) < recipe.forcing
-        if recipe.hold or recipe.forcing:
+        if recipe.causal:
+            chunk = together * recipe.model.frame_mask.chunk
+            timestep = timestep[:, torch.arange(recipe.frames) // chunk * chunk]
+        elif recipe.hold or recipe.forcing:
             timestep = torch.where(forced, timestep, timestep[:, :1])
         else:
             timestep = timestep[:, 0]
+        ahead = getattr(self.source, "prefetch", None)
+        if ahead is not None and self.step_count + 1 < recipe.steps:
+            state = torch.Generator()
+            state.set_state(random.get_state())
+            ahead(recipe.batch, state)  # while this step computes
         clean, noise, timestep, held = (x.to(self.device) for x in (clean, noise, timestep, held))
         loss = self._loss(clean, noise, timestep, held if recipe.hold else None)
         value = (loss if self.mesh is None else total(loss.detach(), self.mesh)).item()
@@ -223,6 +240,10 @@ class Trainer:
 
     def _loss(self, clean: Tensor, noise: Tensor, timestep: Tensor, held: Tensor | None) -> Tensor:
         """The loss of the clips; with a mesh this rank's share of it."""
+        if self.recipe.causal:
+            still = self.process.model_timestep(timestep.new_full((len(clean),), self.process.clean))
+            given = {"history": clean, "history_timestep": still}
+            return self.process.loss(self.model, clean, noise, timestep, **given)
         if self.mesh is None:
             return self.process.loss(self.model, clean, noise, timestep, held)
         together, N, rank = self.recipe.model.patch[0], self.mesh.size(), self.mesh.get_local_rank()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.report import Report
+from vdcore.integrations.report import Report, note_left_by_running
 from vdcore.integrations.swap import Renamed, swap_model, swap_out
 
 __all__ = ["attention", "swap_in", "swap_out"]
@@ -39,7 +39,7 @@ def attention(
     valid tokens are a length; rows of padding attend to them too, where the host lets them attend to one another.
 
     A dense mask, as the refiner of text tokens has it, a causal one and dropout run on torch, in modes "torch" and
-    "vanilla"; mode "flash" has none of them.
+    "vanilla", and are noted in the report; mode "flash" has none of them.
 
     Raises:
         NotImplementedError: one of them in mode "flash".
@@ -51,6 +51,7 @@ def attention(
             )
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
+        note_left_by_running("a dense or causal mask, or dropout, which torch's attention runs")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop_rate, is_causal=causal)
         return out.transpose(1, 2).flatten(2)

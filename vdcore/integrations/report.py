@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +20,37 @@ from torch import Tensor, nn
 
 
 class _Turn:
-    """Whose code runs: the host's while :meth:`Report.check` asks for it."""
+    """Whose code runs: the host's while :meth:`Report.check` asks for it, in the thread or task that checks."""
 
-    is_hosts = False
+    def __init__(self) -> None:
+        self._checks = 0  # that run now, anywhere
+        self._lock = Lock()
+        self._mine: ContextVar[bool] = ContextVar("vdcore.integrations.turn", default=False)
+
+    @property
+    def is_hosts(self) -> bool:
+        if self._checks == 0:
+            return False
+        # A compiler knows no context variables: code that it made is the host's for everybody while anybody checks.
+        return True if torch.compiler.is_compiling() else self._mine.get()
+
+    @contextmanager
+    def of_host(self) -> Iterator[None]:
+        with self._lock:
+            self._checks += 1
+        token = self._mine.set(True)
+        try:
+            yield
+        finally:
+            self._mine.reset(token)
+            with self._lock:
+                self._checks -= 1
 
 
 TURN = _Turn()
+
+# The module whose forward runs with functions of vdcore in it, which do not get it.
+running: ContextVar[nn.Module | None] = ContextVar("vdcore.integrations.running", default=None)
 
 # Why calls of a served module, processor or function went to the host after all.
 _left_at_run_time: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -32,6 +60,13 @@ def note_left(who: Any, reason: str) -> None:
     """Remembers why a call was left to the host, for the report."""
     if not torch.compiler.is_compiling() and not TURN.is_hosts:
         _left_at_run_time.setdefault(who, set()).add(reason)
+
+
+def note_left_by_running(reason: str) -> None:
+    """As :func:`note_left`, of the module that calls a function of vdcore."""
+    who = None if torch.compiler.is_compiling() else running.get()
+    if who is not None:
+        note_left(who, reason)
 
 
 @dataclass(frozen=True)
@@ -81,6 +116,8 @@ class Report:
 
     served: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Makes what :meth:`dense` is, where a host's models have masks.
+    dense_inside: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     _left: list[Entry] = field(default_factory=list)
     _serving: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
@@ -107,22 +144,26 @@ class Report:
     def add_left(self, name: str, kind: str, reason: str) -> None:
         self._left.append(Entry(name, kind, reason))
 
+    def dense(self) -> AbstractContextManager[None]:
+        """A block in which all layers see everything, whatever their mask, in this thread's calls.
+
+        Code that is compiled already runs dense in other threads too while one is inside.
+        """
+        return self.dense_inside()
+
     def check(self, model: Any, *args: Any, **inputs: Any) -> Check:
         """Calls a swapped model, or pipeline, as its host and as it is, and prints how far apart the results are.
 
         Each is called twice without gradients, from the same state of torch's random numbers; the second call's time
-        counts. Under a mask the results differ, as they should. While it runs, the swap's models are the host's in
-        other threads too.
+        counts. Under a mask the results differ, as they should. Other threads' calls go on as they are, but for those
+        of compiled models, which are the host's meanwhile.
         """
         if isinstance(model, nn.Module) and not any(hasattr(type(x), "SERVES") for x in _parts(model)):
             raise ValueError("check: model must be swapped in, got one of which nothing is")
         results, seconds = [], []
-        for is_hosts in (True, False):
-            TURN.is_hosts = is_hosts
-            try:
+        for turn in (TURN.of_host(), nullcontext()):
+            with turn:
                 result, time = _timed(model, args, inputs)
-            finally:
-                TURN.is_hosts = False
             results.append(result)
             seconds.append(time)
         found = Check(*_differences(*results), *seconds)

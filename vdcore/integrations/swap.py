@@ -21,9 +21,10 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 
-from vdcore.integrations.report import TURN, Report, note_left, slow_dtype
+from vdcore.integrations.report import TURN, Report, note_left, running, slow_dtype
 
 # ---- Classes that are made at run time ----
 
@@ -84,7 +85,12 @@ class ServingHook:
 
     handle: Any = None
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """
+        Args:
+            args, kwargs: as the hooks of others have left them.
+            output: None if the call failed.
+        """
         raise NotImplementedError
 
 
@@ -95,8 +101,8 @@ class _After:
         self.hook = hook
         self.handle: Any = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.hook.after(module, args, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.hook.after(module, args, kwargs, output)
 
 
 OUR_HOOKS = (ServingHook, _After)
@@ -227,7 +233,18 @@ class Renamed:
     serves: str
 
     def of(self, host: Any) -> Callable[..., Any]:
-        return rebind(host.forward, dict(self.functions))
+        run = rebind(host.forward, dict(self.functions))
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return run(module, *args, **kwargs)
+            token = running.set(module)
+            try:
+                return run(module, *args, **kwargs)
+            finally:
+                running.reset(token)
+
+        return forward
 
     def find(self, name: str, module: nn.Module) -> list[Change] | str | None:
         forward = type(module).forward
@@ -287,7 +304,7 @@ def _watch_with(module: nn.Module, hook: ServingHook) -> None:
     # With their handles, that a pickle's hooks keep their numbers for themselves in another process.
     after = _After(hook)
     hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    after.handle = module.register_forward_hook(after, always_call=True)
+    after.handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
 
 def make_all(changes: Sequence[Change]) -> None:
@@ -318,7 +335,24 @@ def is_plain(module: nn.Module) -> bool:
     They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks) and has_plain_parameters(module)
+    if "forward" in module.__dict__ or any(hooks) or has_global_hooks():
+        return False
+    return has_plain_parameters(module)
+
+
+def has_global_hooks() -> bool:
+    """Others hook every module there is. Torch's own count and track modules, and look at no tokens."""
+    tables = (
+        *(torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks),
+        *(torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks),
+    )
+    return any(tables) and not all(is_from(hook, "torch.") for hooks in tables for hook in hooks.values())
+
+
+def is_from(hook: Any, *packages: str) -> bool:
+    """A hook is a function, or an object of a class, of one of these packages."""
+    named = hook if hasattr(hook, "__qualname__") else type(hook)
+    return str(named.__module__).startswith(packages)
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
@@ -359,6 +393,7 @@ def restore(module: Any) -> None:
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, _After):
             del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
 
 
@@ -379,13 +414,17 @@ Find = Callable[[str, nn.Module], "list[Change] | str | None"]
 
 
 def swap(
-    models: Iterable[tuple[str, nn.Module, Find]], report: Report | None = None, hooks: Sequence[Change] = ()
+    models: Iterable[tuple[str, nn.Module, Find]],
+    report: Report | None = None,
+    hooks: Sequence[Change] = (),
+    stacklevel: int = 3,
 ) -> Report:
     """Changes all modules for which changes are found, or none of any model if one fails.
 
     Args:
         models: each with the prefix of its modules' names in the report.
         hooks: changes that come with the swap, and are not reported.
+        stacklevel: of the warning that nothing is served, which is for whoever called the host's ``swap_in``.
     """
     report = Report() if report is None else report
     models = list(models)
@@ -398,8 +437,10 @@ def swap(
             if isinstance(found, str):
                 report.add_left(prefix + name, type(module).__name__, found)
             elif found:
-                changes += found
-                planned |= {change.module for change in found}
+                for change in found:
+                    if change.module not in planned:  # a model may use one twice
+                        planned.add(change.module)
+                        changes.append(change)
             if module in planned or is_served(module):
                 served.append((prefix + name, module))
     make_all([*changes, *hooks])
@@ -409,7 +450,7 @@ def swap(
     dtypes = {x.dtype for _, model, _ in models for x in model.parameters() if x.device.type == "cpu"}
     report.notes += [note for dtype in dtypes if (note := slow_dtype(dtype)) is not None]
     if not report.served:
-        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=3)
+        warn(f"swap_in: nothing is served by vdcore\n{report}", stacklevel=stacklevel)
     return report
 
 

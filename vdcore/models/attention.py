@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdcore.mask import FrameMask
 from vdcore.models.cache import Place, Ring
 from vdcore.models.config import VDiTConfig
 from vdcore.models.layout import Split, start_switch
@@ -43,6 +45,7 @@ class Context:
         place: with a cache, where this chunk's keys and values go.
         frame_embedding: ``(T, 1, C)``, what is added to the tokens before the first block that looks across frames.
         grid: token frames, rows and columns (T', H', W').
+        mask: in place of the layers' own.
         split: how several processes share the frames. Conditions and ``rotations.time`` are of all frames then, all
             else is of this rank's.
     """
@@ -56,6 +59,7 @@ class Context:
     text_lengths: Tensor | None = None
     place: Place | None = None
     frame_embedding: Tensor | None = None
+    mask: FrameMask | None = None
     split: Split | None = None
 
     def of_own_frames(self, condition: Tensor) -> Tensor:
@@ -75,7 +79,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: VDiTConfig, branches: int = 1) -> None:
         super().__init__()
-        self.mask, self.head_dim, self.branches = config.mask, config.head_dim, branches
+        self.mask: Any = config.mask
+        self.head_dim, self.branches = config.head_dim, branches
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.width, branches * rows)
@@ -114,15 +119,29 @@ class SelfAttention(nn.Module):
     def remember(
         self, qkv: tuple[Tensor, Tensor, Tensor], ring: Ring, place: Place, rope: Rope | None, branch: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Norms and rotates, writes k and v into the ring: q, and the keys and values of all frames that it sees."""
+        """Norms, and rotates but for a relative ring; writes k and v into it. q, and the keys and values of all frames
+        that it sees."""
         q, k, v = qkv
-        if k.requires_grad or has_tangent(k, v):
-            raise RuntimeError("VDiT: a cache holds no gradients and no tangents, call the model under torch.no_grad()")
-        norm = self.norm(branch)
+        if has_tangent(k, v):
+            raise RuntimeError("VDiT: a cache holds no tangents: call the model without forward-mode derivatives")
+        norm, rope = self.norm(branch), None if place.relative else rope
         if norm is not None or rope is not None:
             q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
-        k, v = ring.write(k, v, place)
-        return q, k.to(q.dtype), v.to(q.dtype)
+        return q, *ring.write(k, v, place)
+
+    def against_ring(
+        self,
+        operator: Callable[..., Any],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        ring: Ring,
+        place: Place,
+        rope: Rope | None,
+        branch: int = 0,
+    ) -> Tensor:
+        """The operator on the new frames and on those that the ring holds, rotated here where the ring's keys are not:
+        the table has a row for every visible slot, then those of the chunk."""
+        seen = self.remember(qkv, ring, place, rope, branch)
+        return operator(*seen, q_start=place.visible, rope=rope) if place.relative else operator(*seen, q_start=0)
 
     def normalized(self, qkv: tuple[Tensor, Tensor, Tensor], rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """q and k as the scores see them, and v: what ranks exchange."""
@@ -135,9 +154,9 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """The operator on all frames of ``x``, or with a ring on its new frames and those that the ring holds."""
         if ring is None or context.place is None:
-            out = operator(*self.project(x), mask=self.mask, norm=self.norm(), rope=rope)
+            out = operator(*self.project(x), mask=context.mask or self.mask, norm=self.norm(), rope=rope)
         else:
-            out = operator(*self.remember(self.split(self.qkv(x)), ring, context.place, rope), q_start=0)
+            out = self.against_ring(operator, self.split(self.qkv(x)), ring, context.place, rope)
         return self.proj(merged(out))
 
 
@@ -171,7 +190,7 @@ class TemporalAttention(SelfAttention):
 
 
 class FullAttention(SelfAttention):
-    """All tokens of the frames that the mask shows."""
+    """All tokens that the mask shows."""
 
     def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
         return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
@@ -179,7 +198,9 @@ class FullAttention(SelfAttention):
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         split = context.split
         if split is None:
-            return self.across_frames(video_attention, x, context, ring, context.rotations.full)
+            in_frames = isinstance(self.mask, FrameMask)
+            operator = video_attention if in_frames else partial(video_attention, grid=context.grid[1:])
+            return self.across_frames(operator, x, context, ring, context.rotations.full)
         shared = Shared(split.peers, split.sizes[0], self.mask, self.head_dim**-0.5, plan=split.plan)
         out, _ = shared.attend(*self.normalized(self.split(self.qkv(x)), context.rotations.full))
         return self.proj(merged(out))
@@ -228,10 +249,11 @@ class GatedAttention(SelfAttention):
         alpha, rotations = self.alpha(x), context.rotations
         if ring is None or context.place is None:
             norm, rope = (self.norm(0), self.norm(1)), (rotations.space, rotations.time)
-            out = gated_attention(spatial, temporal, alpha, mask=self.mask, norm=norm, rope=rope)
+            mask = context.mask or self.mask
+            out = gated_attention(spatial, temporal, alpha, mask=mask, norm=norm, rope=rope)
         else:
             a_s: Any = spatial_attention(*spatial, norm=self.norm(0), rope=rotations.space)
-            a_t: Any = temporal_attention(*self.remember(temporal, ring, context.place, rotations.time, 1), q_start=0)
+            a_t: Any = self.against_ring(temporal_attention, temporal, ring, context.place, rotations.time, 1)
             out = torch.lerp(a_t, a_s, alpha.to(a_s.dtype))
         return self.proj(merged(out))
 

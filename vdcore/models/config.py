@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vdcore.grid_mask import GridMask
 from vdcore.mask import FrameMask
 
+Mask = FrameMask | GridMask | tuple[tuple[int, FrameMask | GridMask], ...]
 ATTENTION = ("spatial", "factorized", "alternating", "gated", "full")
 MODULATION = ("zero", "single")
 POSITION = ("sincos", "rope", "sincos+rope")
@@ -31,7 +33,8 @@ class VDiTConfig:
             ``"factorized"``: inside the frame, then across frames at their position; ``"alternating"``: the two in
             blocks of their own, each with its MLP (Latte); ``"gated"``: both side by side,
             ``a * spatial + (1 - a) * temporal``; ``"full"``: all tokens of the visible frames.
-        mask: which frames a frame sees: of temporal attention, or of full attention.
+        mask: which frames a frame sees, of temporal attention, or of full attention; full attention may also have a
+            ``GridMask``, what a token sees, or pairs ``(heads, mask)`` of either, one for each group of heads.
         modulation: ``"zero"``: AdaLN-Zero, each block has its own projection of the condition (DiT); ``"single"``:
             adaLN-single, one projection for all and a table per block (PixArt-alpha, Chen et al. 2023).
         position: ``"sincos"``: added to the tokens; ``"rope"``: axial rotation of queries and keys; ``"sincos+rope"``:
@@ -60,7 +63,7 @@ class VDiTConfig:
     kv_heads: int | None = None
     mlp_ratio: float = 4.0
     attention: str = "factorized"
-    mask: FrameMask = FrameMask()
+    mask: Mask = FrameMask()
     modulation: str = "zero"
     position: str = "sincos"
     base_size: float | None = None
@@ -95,8 +98,29 @@ class VDiTConfig:
             raise ValueError(f"VDiTConfig: width / heads must be {expected}, for rope, got {self.head_dim}")
         if self.beside and self.position == "sincos":
             raise ValueError("VDiTConfig: beside needs position rope or sincos+rope, got sincos")
+        self._check_mask()
+
+    def _check_mask(self) -> None:
+        pairs = self.mask if isinstance(self.mask, tuple) else ((self.heads, self.mask),)
+        for pair in pairs:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (FrameMask, GridMask))):
+                expected = "a FrameMask, a GridMask, or pairs (heads, mask) of them"
+                raise TypeError(f"VDiTConfig: mask must be {expected}, got {type(self.mask).__name__}")
+        if isinstance(self.mask, FrameMask):
+            return
+        if self.attention != "full":
+            raise ValueError(f"VDiTConfig: mask must be one FrameMask with {self.attention} attention, got another")
+        counts, each = [count for count, _ in pairs], self.heads // (self.kv_heads or self.heads)
+        if sum(counts) != self.heads or any(count < 1 or count % each for count in counts):
+            expected = f"multiples of {each} heads, {self.heads} in all"
+            raise ValueError(f"VDiTConfig: mask must be of {expected}, got {counts}")
+
+    @property
+    def frame_mask(self) -> FrameMask:
+        """The mask, of models that have one in frames alone."""
         if not isinstance(self.mask, FrameMask):
-            raise TypeError(f"VDiTConfig: mask must be a FrameMask, got {type(self.mask).__name__}")
+            raise ValueError(f"VDiTConfig: mask must be one FrameMask here, got {type(self.mask).__name__}")
+        return self.mask
 
     @property
     def head_dim(self) -> int:
@@ -119,7 +143,7 @@ class VDiTConfig:
 
     def to_json(self) -> str:
         """As text, for a checkpoint's metadata."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "mask": _values_of(self.mask)})
 
     @staticmethod
     def from_json(text: str) -> VDiTConfig:
@@ -130,9 +154,25 @@ class VDiTConfig:
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            return VDiTConfig(**{**values, "mask": FrameMask(**values["mask"])})
+            return VDiTConfig(**{**values, "mask": _mask_of(values["mask"])})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             names = ", ".join(field.name for field in fields(VDiTConfig))
             raise ValueError(
                 f"VDiTConfig: expected JSON with the fields {names}, got {text[:80]!r} ({error})"
             ) from None
+
+
+def _values_of(mask: Any) -> Any:
+    """A mask as JSON has it."""
+    if isinstance(mask, tuple):
+        return [[count, _values_of(one)] for count, one in mask]
+    values = {field.name: getattr(mask, field.name) for field in fields(mask) if field.init}
+    return values if isinstance(mask, FrameMask) else {**values, "frames": _values_of(mask.frames)}
+
+
+def _mask_of(values: Any) -> Any:
+    """What :func:`_values_of` made."""
+    if isinstance(values, list):
+        return tuple((count, _mask_of(one)) for count, one in values)
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return GridMask(**{**given, "frames": _mask_of(given["frames"])}) if "frames" in given else FrameMask(**given)

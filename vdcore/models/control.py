@@ -92,6 +92,15 @@ class DepthControl(nn.Module):
             cache.frames += context.grid[0]
         return tuple(found)
 
-    def new_cache(self, batch: int, height: int, width: int, *, frames: int | None = None) -> FrameCache:
+    def new_cache(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        relative: bool = False,
+    ) -> FrameCache:
         """As :meth:`VDiT.new_cache`, for the copied blocks."""
-        return self.copy.new_cache(batch, height, width, frames=frames)
+        return self.copy.new_cache(batch, height, width, frames=frames, dtype=dtype, relative=relative)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from vdcore.mask import FrameMask
 from vdcore.models.attention import Context, CrossAttention, SelfAttention
 from vdcore.models.block import AdaLNSingle, AdaLNZero, Block, looks_across_frames, modulated_rows
 from vdcore.models.cache import FrameCache, new_ring, slots_needed
@@ -18,8 +19,8 @@ from vdcore.models.config import VDiTConfig
 from vdcore.models.embedding import FinalLayer, PatchEmbedding, TextProjection, TimestepEmbedding
 from vdcore.models.layout import Split
 from vdcore.models.position import Rotations, full_rope, sincos, sincos_grid, space_rope, time_rope
+from vdcore.parallel.agreement import agreed
 from vdcore.parallel.gradients import scale_gradient
-from vdcore.parallel.messages import all_gather
 from vdcore.parallel.peers import part_sizes, peers_of
 from vdcore.parallel.plan import TEMPORAL, VIDEO, Layer, Way, choose
 
@@ -89,6 +90,8 @@ class VDiT(nn.Module):
         keep: bool = False,
         control: Sequence[Tensor] | None = None,
         frames: int | None = None,
+        history: Tensor | None = None,
+        history_timestep: Tensor | None = None,
     ) -> Tensor:
         """Predicts what the model was trained to: noise, velocity or clean video.
 
@@ -106,6 +109,10 @@ class VDiT(nn.Module):
             control: per block, from the first on, what is added to its result: ``(B, T', S, C)`` each.
             frames: T of the whole, where a mesh shares the frames; None: ranks tell one another what they have, for
                 which the host waits.
+            history: the clean video, of the shape of ``video``: teacher forcing. Each chunk of ``video`` sees the clean
+                chunks before its own, as it would after a cache of them, all chunks in one pass
+                (:meth:`FrameMask.teacher_forcing`). For masks that are causal by chunks, ``future=0``, without sinks.
+            history_timestep: ``(B,)``, that of clean frames; None: 0.
 
         Returns:
             ``(B, out_channels, T, H, W)``.
@@ -114,6 +121,10 @@ class VDiT(nn.Module):
             ValueError, TypeError: if an argument has another shape or dtype, or text and labels do not fit the model.
         """
         given = {"text": text, "text_lengths": text_lengths, "label": label, "positions": positions}
+        if history is not None:
+            if cache is not None or control is not None or self.ranks > 1:
+                _wrong("history", "None with a cache, a control or a mesh of several ranks", tuple(history.shape))
+            return self._forced(video, timestep, history, history_timestep, given)
         x, context = self.embed(video, timestep, cache=cache, frames=frames, **given)
         if control is not None and len(control) > len(self.blocks):
             _wrong("control", f"at most {len(self.blocks)} tensors, one per block", len(control))
@@ -124,6 +135,36 @@ class VDiT(nn.Module):
         if cache is not None and keep:
             cache.frames += context.grid[0]
         return scale_gradient(self.final(x, context), self.ranks)
+
+    def _forced(
+        self, video: Tensor, timestep: Tensor, history: Tensor, history_timestep: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        """Clean and noisy video as one sequence of frames; the noisy half of the prediction."""
+        mask, B, T, pt = self.config.frame_mask, *video.shape[:3:2], self.config.patch[0]
+        if mask.future != 0 or mask.sink or mask.shots or mask.clean:
+            _wrong("history", "None where the mask is not causal by chunks, future=0, without sinks and shots", mask)
+        if history.shape != video.shape:
+            _wrong("history", f"of the video's shape {tuple(video.shape)}", tuple(history.shape))
+        if history_timestep is None:
+            history_timestep = timestep.new_zeros(B)
+        if history_timestep.shape != (B,):
+            _wrong("history_timestep", f"(B,) = {(B,)}", tuple(history_timestep.shape))
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, T // pt)
+        still = history_timestep.to(timestep.dtype)[:, None].expand_as(timestep)
+        given = dict(given)
+        for name, axis, ndim in (("text", 1, 4), ("text_lengths", 1, 2)):
+            if given[name] is not None and given[name].ndim == ndim:
+                given[name] = torch.cat((given[name],) * 2, axis)
+        positions = given["positions"]
+        if positions is None:
+            positions = torch.arange(T // pt, dtype=torch.float64, device=video.device)
+        given["positions"] = torch.cat((positions,) * 2)
+        x, context = self.embed(torch.cat((history, video), 2), torch.cat((still, timestep), 1), **given)
+        context.mask = FrameMask.teacher_forcing(T // pt, mask.chunk, mask.past)
+        for i in range(len(self.blocks)):
+            x = self.run(i, x, context, None)
+        return self.final(x, context)[:, :, T:]
 
     @property
     def ranks(self) -> int:
@@ -148,13 +189,21 @@ class VDiT(nn.Module):
         text = None if text is None else scale_gradient(text, 1 / self.ranks)
         x, grid = self._tokens(video)
         B, T = x.shape[:2]
+        if frames is None and self.ranks > 1:
+            frames = self._frames_of_all(video, timestep, text, text_lengths, label, positions)
         split = self._split(video, x, cache, frames)
         if cache is not None:
             made, here = (cache.batch, *cache.grid, len(cache.rings)), (B, *grid[1:], len(self.blocks))
             if made != here:
                 _wrong("cache", f"made for (batch, rows, columns, blocks) = {here}", made)
         start = 0 if cache is None else cache.frames
-        positions, everywhere = self._positions(positions, start, T, split, x.device)
+        if cache is not None and cache.relative:
+            if positions is not None:
+                _wrong("positions", "None with a relative cache, which has its own", tuple(positions.shape))
+            cache.place(T)  # raises where the chunk does not fit
+            positions = everywhere = cache.positions(T, x.device)
+        else:
+            positions, everywhere = self._positions(positions, start, T, split, x.device)
         if timestep.shape == (B, video.shape[2]) != (B, T):
             timestep = timestep.unflatten(1, (T, config.patch[0])).amax(2)
         elif timestep.shape not in ((B,), (B, T)):
@@ -195,7 +244,14 @@ class VDiT(nn.Module):
         return block(x, context, ring)
 
     def new_cache(
-        self, batch: int, height: int, width: int, *, frames: int | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        relative: bool = False,
     ) -> FrameCache:
         """A cache for streams of chunks of ``mask.chunk`` frames.
 
@@ -203,17 +259,25 @@ class VDiT(nn.Module):
             batch: samples B.
             height, width: of the video.
             frames: the longest stream in token frames, where ``mask.past`` is None.
-            dtype: of keys and values; None: autocast's if it is on, else the weights'.
+            dtype: of keys and values; None: autocast's if it is on, else the weights'. ``torch.int8``: a scale per
+                frame and head.
+            relative: keys are kept without rotation and rotated when they are read, by their place in the window, with
+                sinks at 0: a stream goes on for ever at the positions of its first window. With ``position``
+                ``"rope"`` or ``"sincos+rope"``.
 
         Raises:
-            ValueError: if the mask sees the future, or the sizes are not multiples of the patch.
+            ValueError: if the mask is not of frames alone, or sees the future, or sizes are not multiples of the patch.
         """
         config = self.config
+        if relative and config.position == "sincos":
+            raise ValueError("new_cache: relative must be False with position sincos, which is added to the tokens")
+        if dtype is not None and not (dtype.is_floating_point or dtype == torch.int8):
+            raise ValueError(f"new_cache: dtype must be a floating point one or torch.int8, got {dtype}")
         for name, size, p in (("height", height, config.patch[1]), ("width", width, config.patch[2])):
             if size % p or size < 1:
                 raise ValueError(f"new_cache: {name} must be a multiple of the patch size {p}, got {size}")
         grid = height // config.patch[1], width // config.patch[2]
-        slots = slots_needed(config.mask, frames)
+        slots = slots_needed(config.frame_mask, frames)
         device = self.patch.weight.device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
@@ -221,7 +285,7 @@ class VDiT(nn.Module):
         shape = batch, slots, grid[0] * grid[1], config.kv_heads or config.heads, config.head_dim
         needed = (looks_across_frames(config.parts(i)) for i in range(config.depth))
         rings = [new_ring(shape, dtype, device) if ring else None for ring in needed]
-        return FrameCache(config.mask, slots, batch, grid, rings)
+        return FrameCache(config.frame_mask, slots, batch, grid, rings, relative=relative)
 
     def _tokens(self, video: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         config = self.config
@@ -258,6 +322,22 @@ class VDiT(nn.Module):
             _wrong("text", f"(B, L, {width}) or (B, T', L, {width}) with B = {B}, T' = {T}", tuple(text.shape))
         return self.text(text)
 
+    def _frames_of_all(self, video: Tensor, *conditions: Tensor | None) -> int:
+        """Frames of the whole, after ranks have told one another that what they pass fits together."""
+        assert self.peers is not None
+        pt, names = self.config.patch[0], ("timestep", "text", "text_lengths", "label", "positions")
+        tensors = dict(zip(names, conditions))
+        per_frame = {"timestep": 2, "text": 4, "text_lengths": 2}  # of so many dimensions
+        free = {name: 1 for name, ndim in per_frame.items() if (x := tensors[name]) is not None and x.ndim == ndim}
+        sizes = agreed(
+            "VDiT", {"video": video, **tensors}, {"video": 2, "positions": 0, **free}, self.peers, video.device
+        )
+        counted = sizes["video"]
+        expected = [n * pt for n in part_sizes(sum(counted) // pt, self.ranks)]
+        if [*counted] != expected:
+            _wrong("video", f"with {expected} frames by rank", [*counted])
+        return sum(counted)
+
     def _split(self, video: Tensor, x: Tensor, cache: FrameCache | None, frames: int | None) -> Split | None:
         """How this pass's frames are shared; checks that these are the rank's."""
         config, (B, T, S, _), pt = self.config, x.shape, self.config.patch[0]
@@ -267,20 +347,14 @@ class VDiT(nn.Module):
             return None
         if cache is not None:
             _wrong("cache", "None with a mesh", "a cache")
-        if frames is None:
-            here = torch.tensor([video.shape[2]], device=video.device)
-            counted = tuple(all_gather(here, self.peers).tolist())
-            frames = sum(counted)
-            if counted != tuple(n * pt for n in part_sizes(frames // pt, self.ranks)):
-                expected = f"with {[n * pt for n in part_sizes(frames // pt, self.ranks)]} frames by rank"
-                _wrong("video", expected, list(counted))
+        assert frames is not None
         if frames % pt:
             _wrong("frames", f"a multiple of the {pt} frames of a token", frames)
         if self.peers.size(frames // pt) != T:
             expected = f"with the {pt * self.peers.size(frames // pt)} of {frames} frames that rank {self.peers.rank}"
             _wrong("video", f"{expected} of {self.ranks} holds", f"{video.shape[2]} frames")
         heads, kv_heads = config.heads, config.kv_heads or config.heads
-        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.mask)
+        layer = Layer(B, frames // pt, S, heads, kv_heads, config.head_dim, x.element_size(), config.frame_mask)
         plan = choose("VDiT", self.plan, layer, self.ranks, ways(config))
         return Split(self.peers, (frames // pt, S), plan)
 

@@ -78,6 +78,23 @@ def space(op: str, allows: Callable[[Choice], bool] = lambda choice: True, **alt
 
 # ---- Parts that several operators share ----
 
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """A mask of teacher forcing, over the frames that a call turns out to have."""
+
+    chunk: int
+    past: int | None
+
+    def over(self, frames: int) -> FrameMask:
+        return FrameMask.teacher_forcing(max(-(-frames // 2), 1), self.chunk, self.past)
+
+
+def draw_mask(given: FrameMask | TeacherForcing, frames: int) -> FrameMask:
+    """Of a call whose key frames, or last query frame, are so many."""
+    return given.over(frames) if isinstance(given, TeacherForcing) else given
+
+
 MASKS = (
     FrameMask(),
     FrameMask.causal(),
@@ -87,6 +104,13 @@ MASKS = (
     FrameMask(past=1, sink=2),
     FrameMask(past=1, future=1, chunk=2),
     FrameMask(past=0, future=0, chunk=3, sink=1),
+)
+# In place of one of the others, in calls that were drawn with these.
+MORE_MASKS = (
+    FrameMask(past=1, future=0, shots=(0, 2)),
+    TeacherForcing(1, None),
+    FrameMask(past=0, future=1, chunk=2, shots=(0, 3)),
+    TeacherForcing(2, 1),
 )
 # (kind, over, which weights), and whether weights are float32 beside half precision
 NORMS = (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,13 +23,45 @@ from vdcore.rope import Rope
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-class QKV(NamedTuple):
-    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; with ``packed``, views of that ``(B, T, S, 3, H, D)``."""
+class QKV:
+    """q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; or views of a packed q ``(B, T, S, 3, H, D)``.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    packed: Tensor | None = None
+    These are made when somebody asks for them: on few tokens they cost as much as a kernel, and the CPU engine and
+    autograd take what is packed.
+    """
+
+    __slots__ = ("_views", "main", "packed")
+
+    def __init__(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        self.main = q  # the packed tensor, or q
+        self.packed: Tensor | None = None
+        self._views: Triple | None = None
+        if k is None or v is None:
+            self.packed = q
+        else:
+            self._views = q, k, v
+
+    @property
+    def views(self) -> Triple:
+        """q, k, v."""
+        if self._views is None:
+            q, k, v = self.main.unbind(3)
+            self._views = q, k, v
+        return self._views
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """B, T, S, H, D, T_k, G."""
+        if self._views is None:
+            B, T, S, _, H, D = self.main.shape
+            return B, T, S, H, D, T, H
+        q, k, _ = self._views
+        B, T, S, H, D = q.shape
+        return B, T, S, H, D, k.shape[1], k.shape[3]
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """q, k and v as they were given."""
+        return self.views if self.packed is None else (self.main, None, None)
 
 
 @dataclass(frozen=True)
@@ -60,36 +92,25 @@ def _triple(optional: str) -> Codec:
     return Codec(names, split=lambda x: (None, None, None) if x is None else x, build=build)
 
 
-def _qkv_tensors(x: QKV) -> tuple[Tensor | None, ...]:
-    return x[:3] if x.packed is None else (x.packed, None, None)
-
-
-def unpack(packed: Tensor) -> QKV:
-    q, k, v = packed.unbind(3)
-    return QKV(q, k, v, packed)
-
-
-def _build_qkv(q: Tensor, k: Tensor | None, v: Tensor | None) -> QKV:
-    return unpack(q) if k is None or v is None else QKV(q, k, v)
-
-
 _UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
 
 
 def mask_numbers(mask: FrameMask) -> list[int]:
-    """past, future (-1: all), chunk, sink."""
+    """past, future (-1: all), chunk, sink, clean, then shots."""
     past, future = mask.past, mask.future
     return [
         -1 if past is None or past >= _UNBOUNDED else past,
         -1 if future is None or future >= _UNBOUNDED else future,
         min(mask.chunk, _UNBOUNDED),
         min(mask.sink, _UNBOUNDED),
+        min(mask.clean, _UNBOUNDED),
+        *(shot for shot in mask.shots if shot < _UNBOUNDED),
     ]
 
 
 def _build_mask(numbers: list[int]) -> FrameMask:
-    past, future, chunk, sink = numbers
-    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink)
+    past, future, chunk, sink, clean, *shots = numbers
+    return FrameMask(None if past < 0 else past, None if future < 0 else future, chunk, sink, clean, tuple(shots))
 
 
 # Of a group of heads: (heads, tile * 3, shift of the grid, shift of frames, sink, *count and numbers of frames,
@@ -166,7 +187,7 @@ CODECS: dict[Any, Codec] = {
     Tensor | None: Codec(("{field}?",)),
     Triple: _triple(""),
     Triple | None: _triple("?"),
-    QKV: Codec(("q", "k?", "v?"), split=_qkv_tensors, build=_build_qkv),
+    QKV: Codec(("q", "k?", "v?"), split=QKV.tensors, build=QKV),
     FrameMask: Codec(numbers=("int[] {field}",), describe=lambda x: (mask_numbers(x),), build=_build_mask),
     FrameMask | HeadMasks: Codec(
         numbers=("int[] {field}", "int[] {field}_grids"), describe=_head_masks_numbers, build=_build_head_masks
@@ -210,15 +231,16 @@ class Call:
     NAMES: ClassVar[tuple[str, ...]]  # of the tensors
     SCHEMA: ClassVar[tuple[str, ...]]  # declarations: of the tensors, then of the numbers
     _build: ClassVar[Callable[..., Any]]
+    _again: ClassVar[Callable[..., Any]]
 
     grad: bool = field(init=False, default=False)
 
     def __init_subclass__(cls) -> None:
-        """Names, schema, ``tensors``, ``numbers`` and ``build`` from the fields, as dataclass makes ``__init__``."""
+        """Names, schema and the methods below from the fields, as dataclass makes ``__init__``."""
         hints = get_type_hints(cls)
         tensors: list[str] = []
         numbers: list[str] = []
-        split, describe, build = [], [], []
+        split, describe, build, rest, again = [], [], [], [], []
         here: dict[str, Any] = {"cls": cls}
         for name, kind in hints.items():
             if name == "grad" or get_origin(kind) is ClassVar:
@@ -230,8 +252,12 @@ class Call:
             build.append(f"build_{name}({', '.join(values)})" if codec.build else values[0])
             if codec.tensors:
                 split.append(f"*split_{name}(self.{name})" if codec.split else f"self.{name}")
+                again.append(build[-1])
+            else:
+                again.append(f"numbers[{len(numbers)}]")
             if codec.numbers:
                 describe.append(f"*describe_{name}(self.{name})" if codec.describe else f"self.{name}")
+                rest += [f"self.{name}", *["None"] * (len(codec.numbers) - 1)] if not codec.tensors else describe[-1:]
             parts = {"field": name, "prefix": name[: name.rfind("_") + 1]}
             tensors += [text.format(**parts) for text in codec.tensors]
             numbers += [text.format(**parts) for text in codec.numbers]
@@ -244,7 +270,9 @@ class Call:
         for name, method in {
             "tensors": function("self", f"({''.join(f'{x}, ' for x in split)})"),
             "numbers": function("self", f"({''.join(f'{x}, ' for x in describe)})"),
+            "rest": function("self", f"({''.join(f'{x}, ' for x in rest)})"),
             "_build": staticmethod(function("tensors, numbers", f"cls({', '.join(build)})")),
+            "_again": staticmethod(function("tensors, numbers", f"cls({', '.join(again)})")),
         }.items():
             setattr(cls, name, method)
 
@@ -261,6 +289,17 @@ class Call:
         """The call that these came from."""
         call = cls._build(tensors, numbers)
         call.grad = grad
+        return call
+
+    def rest(self) -> tuple[Any, ...]:
+        """As :meth:`numbers`; a field without tensors stands as it is, and need not be built again."""
+        raise NotImplementedError
+
+    @classmethod
+    def again(cls, tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Any:
+        """The call, with gradients wanted, that these came from."""
+        call = cls._again(tensors, rest)
+        call.grad = True
         return call
 
     @property
@@ -311,20 +350,25 @@ class AttentionCall(Call):
 
     @property
     def q(self) -> Tensor:
-        return self.qkv.q
+        return self.qkv.views[0]
 
     @property
     def k(self) -> Tensor:
-        return self.qkv.k
+        return self.qkv.views[1]
 
     @property
     def v(self) -> Tensor:
-        return self.qkv.v
+        return self.qkv.views[2]
 
     @property
     def packed(self) -> Tensor | None:
         return self.qkv.packed
 
     @property
+    def main(self) -> Tensor:
+        return self.qkv.main
+
+    @property
     def is_empty(self) -> bool:
-        return self.qkv.q.numel() == 0 or self.qkv.k.numel() == 0
+        qkv = self.qkv
+        return qkv.main.numel() == 0 or (qkv.packed is None and self.k.numel() == 0)

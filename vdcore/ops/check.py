@@ -11,7 +11,7 @@ from torch import Tensor
 from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops.call import QKV, unpack
+from vdcore.ops.call import QKV
 from vdcore.rope import Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -33,11 +33,11 @@ def check_tensor(op: str, name: str, x: Any) -> Tensor:
 
 def check_main(op: str, name: str, x: Any, dims: str) -> Tensor:
     """A floating tensor of as many dimensions as ``dims`` names, e.g. ``"(B, T, S, H, D)"``."""
+    if isinstance(x, Tensor) and x.dtype in FLOATS and x.ndim == dims.count(",") + 1:
+        return x
     check_tensor(op, name, x)
     check_dims(op, name, x, dims)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    return x
+    raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
 def check_dims(op: str, name: str, x: Tensor, dims: str) -> None:
@@ -67,17 +67,21 @@ def check_attention(
 ) -> tuple[QKV, FrameMask, int, Tensor | None, float, QKNorm | None, Rope | None]:
     """The arguments of an :class:`AttentionCall`, checked, in its order, with all defaults filled in."""
     qkv = check_qkv(op, *autocast(check_tensor(op, "q", q), k, v))
-    q = qkv.q
-    B, T, S, H, D = q.shape
-    _, T_k, _, G, _ = qkv.k.shape
+    q = qkv.main
+    B, T, S, H, D, T_k, G = qkv.sizes
     check_mask_type(op, mask)
     if q_start is None:
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
-    lengths = check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
-    norm = check_norm(op, norm, q, H, G, D)
-    rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
+    if lengths is not None:
+        check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
+    if norm is not None:
+        check_norm(op, norm, q, H, G, D)
+    if rope is not None:
+        rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
 
 
@@ -146,35 +150,34 @@ def _check_pairs(op: str, pairs: Any, H: int, G: int) -> list[tuple[int, Any]]:
 
 def check_qkv(op: str, q: Any, k: Any, v: Any, *, prefix: str = "") -> QKV:
     """q ``(B, T, S, H, D)`` with k and v ``(B, T_k, S, G, D)``, or q packed ``(B, T, S, 3, H, D)``."""
-    names = prefix + "q", prefix + "k", prefix + "v"
-    check_tensor(op, names[0], q)
+    name = prefix + "q"
     if k is None or v is None:
         if k is not None or v is not None:
-            wrong(op, f"{names[1]} and {names[2]}", f"both given, or neither with {names[0]} packed", "one of them")
-        check_main(op, names[0], q, "(B, T, S, 3, H, D)")
+            wrong(op, f"{prefix}k and {prefix}v", f"both given, or neither with {name} packed", "one of them")
+        check_main(op, name, q, "(B, T, S, 3, H, D)")
         if q.shape[3] != 3:
-            wrong(op, names[0], "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
-        return unpack(unit_stride(q))
-    check_main(op, names[0], q, "(B, T, S, H, D)")
-    if not _alike(q, k, v):
-        for name, x in ((names[1], k), (names[2], v)):
-            check_like(op, name, x, q, names[0])
-            check_dims(op, name, x, "(B, T_k, S, G, D)")
-        B, _, S, H, D = q.shape
-        _, T_k, _, G, _ = k.shape
-        check_shape(op, names[1], k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
-        check_shape(op, names[2], v, k.shape, f"the shape of {names[1]}")
-        check_groups(op, names[1], G, H)
+            wrong(op, name, "(B, T, S, 3, H, D) when k and v are None", shape_of(q))
+        return QKV(unit_stride(q))
+    check_main(op, name, q, "(B, T, S, H, D)")
+    if not (_alike(q, k) and _alike(q, v)):
+        _check_keys(op, prefix, q, k, v)
     return QKV(unit_stride(q), unit_stride(k), unit_stride(v))
 
 
-def _alike(x: Tensor, *others: Any) -> bool:
+def _check_keys(op: str, prefix: str, q: Tensor, k: Any, v: Any) -> None:
+    for name, x in ((prefix + "k", k), (prefix + "v", v)):
+        check_like(op, name, x, q, prefix + "q")
+        check_dims(op, name, x, "(B, T_k, S, G, D)")
+    B, _, S, H, D = q.shape
+    _, T_k, _, G, _ = k.shape
+    check_shape(op, prefix + "k", k, (B, T_k, S, G, D), "(B, T_k, S, G, D)")
+    check_shape(op, prefix + "v", v, k.shape, f"the shape of {prefix}k")
+    check_groups(op, prefix + "k", G, H)
+
+
+def _alike(x: Tensor, y: Any) -> bool:
     """Tensors of one shape, dtype and device: most calls, and soon seen."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    for y in others:
-        if not isinstance(y, Tensor) or y.shape != shape or y.dtype != dtype or y.device != device:
-            return False
-    return True
+    return isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype and y.device == x.device
 
 
 def check_groups(op: str, name: str, G: int, H: int) -> None:
@@ -263,7 +266,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the autocast dtype of their device, where autocast is on; float64 stays."""
-    device = tensors[0].device.type
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

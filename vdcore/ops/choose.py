@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -168,6 +169,14 @@ def choose(call: Call, direction: str, backend: str) -> str:
     raise BackendError(f"{call.op}: no backend can run this call: {reasons(call)}")
 
 
+def choose_both(call: Call, backend: str) -> tuple[str, str]:
+    """The names for forward and for backward."""
+    backward = choose(call, "bwd", backend)  # if nobody can, that is an error now, not later
+    # Who can backward can forward; it is who was looked at first, most of the time.
+    first = backend if backend != "auto" else candidates(call)[0]
+    return backward if backward == first else choose(call, "fwd", backend), backward
+
+
 def implementation(call: Call, name: str) -> Implementation:
     """What runs the call on the backend. An empty call is everywhere the reference's, which has nothing to do."""
     return BACKENDS["reference" if call.is_empty else name].operators[call.op]
@@ -208,12 +217,10 @@ def calls() -> Counter[tuple[str, str, str]]:
 
 OVERLOADS: dict[str, Any] = {}  # torch operators, by name
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def is_transformed() -> bool:
-    """A transform of torch.func is at work, or forward-mode derivatives: no path may leave autograd then."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# Every call asks these: looked up once.
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_tracing_state, _profiler_enabled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
@@ -226,22 +233,29 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
     """Plain tensors with memory, and no mode, tracer or profiler that would have to see the operator."""
     first = tensors[0]
-    return (
-        first is not None
-        and (first.is_cpu or first.is_cuda)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
+    if (
+        first is None
+        or not (first.is_cpu or first.is_cuda)
+        or _dispatch_modes()
+        or _function_modes()
+        or _tracing_state() is not None
+        or _profiler_enabled()
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110  half the time of all()
         # A view whose memory holds the negative of its values: torch's dispatcher knows what to do.
-        and not any(x is not None and x.is_neg() for x in tensors)
-    )
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return False
+    return True
 
 
 def run_forward(call: Call, backend: str) -> tuple[Tensor | None, ...]:
     """The outputs, by the backend that is asked for."""
-    chosen = choose(call, "fwd", backend)
+    return forward_on(call, choose(call, "fwd", backend))
+
+
+def forward_on(call: Call, chosen: str) -> tuple[Tensor | None, ...]:
+    """The outputs, by the backend that was chosen."""
     record(call.op, chosen, "fwd")
     return implementation(call, chosen).forward(call)
 
@@ -259,14 +273,18 @@ def run_backward(
     grads: tuple[Tensor | None, ...],
     tensors: tuple[Tensor | None, ...],
     wanted: Sequence[bool],
-) -> list[Tensor]:
-    """One gradient for every tensor that is there; empty where it is not wanted."""
+) -> list[Tensor | None]:
+    """The gradients of all the call's tensors, None where it is not wanted."""
     record(call.op, backend, "bwd")
     backward = implementation(call, backend).backward
     assert backward is not None
-    found = backward(call, kept, grads, frozenset(name for name, yes in zip(call.NAMES, wanted) if yes))
+    found = backward(call, kept, grads, frozenset(compress(call.NAMES, wanted)))
     return [
-        found[name].to(x.dtype) if yes else x.new_empty(0)
+        _in_dtype(found[name], x.dtype) if yes and x is not None else None
         for name, x, yes in zip(call.NAMES, tensors, wanted)
-        if x is not None
     ]
+
+
+def _in_dtype(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a torch operator where nothing is to be done."""
+    return dx if dx.dtype == dtype else dx.to(dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore.mask import FrameMask
 from vdcore.norm import KINDS, QKNorm
 from vdcore.ops.native import capsule
 from vdcore.rope import STYLES, Rope
@@ -46,9 +47,30 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 @cache
 def missing() -> str | None:
-    """The reason why no kernel can run on this machine, or None."""
+    """The reason why no kernel can run on this machine, or None. Starts no CUDA: a process may fork after it."""
     reason = _load()[1]
-    return kernels().missing() if reason is None else reason
+    if reason is not None or emulated():
+        return reason
+    return None if torch.cuda.device_count() else "no CUDA device"
+
+
+@cache
+def _why_not_device(index: int) -> str | None:
+    reason: str | None = kernels().why_not_device(index)
+    return reason
+
+
+@cache
+def most_shared_memory(device: torch.device) -> int:
+    """Bytes that a block of a kernel can ask for."""
+    bytes_: int = kernels().most_shared_memory(_index(device))
+    return bytes_
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def kernels() -> ModuleType:
@@ -69,6 +91,9 @@ def why_not(x: Tensor) -> str | None:
     device = "cpu" if emulated() else "cuda"
     if x.device.type != device:
         return f"it runs on {device} tensors, and these are on {x.device}"
+    reason = _why_not_device(_index(x.device))
+    if reason is not None:
+        return reason
     if x.dtype not in DTYPES:
         return f"it has no {x.dtype}"
     D = x.shape[-1]
@@ -91,6 +116,12 @@ def why_not_rows(**tensors: Tensor) -> str | None:
     for name, x in tensors.items():
         if not aligned(x):
             return f"rows must start at multiples of {ROW_BYTES} bytes; {name} has strides {tuple(x.stride())}"
+    return None
+
+
+def why_not_mask(mask: FrameMask) -> str | None:
+    if mask.clean or mask.shots:
+        return "its kernels know windows of frames and sinks, no teacher forcing (clean) and no shots"
     return None
 
 

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore.modes import is_differentiated
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
     choose,
     implementation,
-    is_transformed,
     record,
     run_backward,
     run_forward,
@@ -229,8 +229,8 @@ class Forward(Step):
     def pull(self, saved: tuple[Any, ...], grads: tuple[Any, ...], needed: Sequence[bool]) -> Sequence[Tensor | None]:
         n = len(needed)
         kept = saved[n:] if self.kind.SAVES_OUTPUTS else ()
-        backend = choose(self.call(saved), "bwd", self.backend)
-        return gradients(self.kind, self.numbers, backend, saved[:n], kept, grads, needed)
+        call = self.call(saved)
+        return gradients(call, choose(call, "bwd", self.backend), saved[:n], kept, grads, needed)
 
     def push(self, saved: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         given = tuple(x is not None for x in tangents)
@@ -255,11 +255,11 @@ class Backward(Step):
         n, outputs = len(self.wanted), self.kind.OUTPUTS
         own, kept, grads = tensors[:n], tensors[n:-outputs], tensors[-outputs:]
         if unobserved(own):
-            found = run_backward(self.call(own), self.backend, kept, grads, own, self.wanted)
-        else:
-            op = getattr(torch.ops.vdcore, f"{self.kind.op}_backward")
-            with torch._C._AutoDispatchBelowAutograd():
-                found = op(*grads, *kept, *own, *self.numbers, list(self.wanted), self.backend)
+            given = run_backward(self.call(own), self.backend, kept, grads, own, self.wanted)
+            return tuple(dx for dx in given if dx is not None)
+        op = getattr(torch.ops.vdcore, f"{self.kind.op}_backward")
+        with torch._C._AutoDispatchBelowAutograd():
+            found = op(*grads, *kept, *own, *self.numbers, list(self.wanted), self.backend)
         there = (yes for x, yes in zip(own, self.wanted) if x is not None)
         return tuple(dx for dx, yes in zip(found, there) if yes)
 
@@ -313,31 +313,30 @@ class Jvp(Step):
 
 
 def gradients(
-    kind: type[Call],
-    numbers: tuple[Any, ...],
+    call: Call,
     backend: str,
     tensors: tuple[Tensor | None, ...],
     kept: tuple[Tensor, ...],
     grads: tuple[Tensor | None, ...],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of every tensor of a call that needs one; the backend is one that can."""
-    wanted = [yes and name not in kind.PASSED for yes, name in zip(needed, kind.NAMES)]
+    """Of every tensor of a call, None where it needs none; the backend is one that can."""
+    passed = call.PASSED
+    wanted = [yes and name not in passed for yes, name in zip(needed, call.NAMES)] if passed else list(needed)
     given: list[Tensor | None] = [None] * len(wanted)
-    compiling = torch.compiler.is_compiling()
-    if any(wanted) and not (
-        compiling or (not torch.is_grad_enabled() and not is_transformed() and unobserved(tensors))
-    ):
-        step = Backward(kind, numbers, backend, tuple(wanted), _DoubleBackward.count > 0)
-        each = iter(apply(step, (*tensors, *kept, *grads)))
-        given = [next(each) if yes else None for yes in wanted]
-    elif any(wanted):
-        if compiling:
-            op = getattr(torch.ops.vdcore, f"{kind.op}_backward")
-            found = op(*grads, *kept, *tensors, *numbers, wanted, backend)
+    if True in wanted:
+        if torch.compiler.is_compiling():
+            op = getattr(torch.ops.vdcore, f"{call.op}_backward")
+            each = iter(op(*grads, *kept, *tensors, *call.numbers(), wanted, backend))
+            found = [None if x is None else next(each) for x in tensors]
+            given = [dx if yes else None for dx, yes in zip(found, wanted)]
+        elif is_differentiated() or not unobserved(tensors):
+            step = Backward(type(call), call.numbers(), backend, tuple(wanted), _DoubleBackward.count > 0)
+            each = iter(apply(step, (*tensors, *kept, *grads)))
+            given = [next(each) if yes else None for yes in wanted]
         else:
-            found = run_backward(kind.build(tensors, numbers, True), backend, kept, grads, tensors, wanted)
-        each = iter(found)
-        given = [None if x is None else next(each) for x in tensors]
-    passed = [grads[kind.PASSED[name]] if name in kind.PASSED else dx for name, dx in zip(kind.NAMES, given)]
-    return [dx if yes else None for dx, yes in zip(passed, needed)]
+            given = run_backward(call, backend, kept, grads, tensors, wanted)
+    for name, output in passed.items():
+        i = call.NAMES.index(name)
+        given[i] = grads[output] if needed[i] else None
+    return given

@@ -66,16 +66,19 @@ def capsule(x: Tensor | None) -> object:
     return None if x is None else to_dlpack(x)
 
 
-def norm_rope(norm: QKNorm | None, rope: Rope | None) -> dict[str, Any]:
-    """Norm and RoPE as the native module takes them; capsules keep alive what they point to."""
-    found: dict[str, Any] = {"norm": None, "rope": None}
-    if norm is not None:
-        weights = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
-        over_all = norm.over == "all"
-        found["norm"] = (KINDS[norm.kind], over_all, norm.eps, *(capsule(float_weights(x)) for x in weights))
-    if rope is not None:
-        tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
-        if tables[0].dtype != tables[1].dtype:  # the engine reads both in one dtype
-            tables = [x.float() for x in tables]
-        found["rope"] = (STYLES[rope.style], *map(capsule, tables))
-    return found
+def norm_of(norm: QKNorm | None) -> tuple[Any, ...] | None:
+    """A norm as the native module takes it; capsules keep alive what they point to."""
+    if norm is None:
+        return None
+    weights = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
+    return KINDS[norm.kind], norm.over == "all", norm.eps, *(capsule(float_weights(x)) for x in weights)
+
+
+def rope_of(rope: Rope | None) -> tuple[Any, ...] | None:
+    """RoPE as the native module takes it."""
+    if rope is None:
+        return None
+    tables = [x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin)]
+    if tables[0].dtype != tables[1].dtype:  # the engine reads both in one dtype
+        tables = [x.float() for x in tables]
+    return STYLES[rope.style], *map(capsule, tables)

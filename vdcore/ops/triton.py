@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdcore import extras
 from vdcore.norm import QKNorm
-from vdcore.ops.call import AttentionCall, Triple, empty_like, unpack
+from vdcore.ops.call import AttentionCall, Triple, empty_like
 from vdcore.ops.check import unit_stride
 
 MAX_HEAD_DIM = 256
@@ -86,7 +86,7 @@ def qkv_gradients(c: AttentionCall) -> tuple[dict[str, Tensor], Triple]:
     """Room for the gradients by name, and for those of q, k and v: slices of one tensor where the call is packed."""
     if c.packed is not None:
         packed = empty_like(c.packed)
-        q, k, v, _ = unpack(packed)
+        q, k, v = packed.unbind(3)
         return {"q": packed}, (q, k, v)
     q, k, v = empty_like(c.q), empty_like(c.k), empty_like(c.v)
     return {"q": q, "k": k, "v": v}, (q, k, v)

@@ -15,7 +15,7 @@ from vdcore_bench.report.table import Table, escaped
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2.5rem; } h3 { margin: 1.4rem 0 .4rem; font-size: 1rem; }
 h2 a { color: inherit; } .scroll { overflow-x: auto; } .two { display: flex; flex-wrap: wrap; gap: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
@@ -24,7 +24,27 @@ th { color: var(--dim); font-weight: 500; }
 th:first-child, td:first-child, table.text td, table.text th { text-align: left; }
 table.text td { white-space: normal; vertical-align: top; }
 img { max-width: 100%; background: white; border-radius: 4px; } img.pixels { image-rendering: pixelated; }
-p.note { color: var(--dim); max-width: 90ch; } .yes { color: #2a8a4a; } .no { color: #c22; font-weight: 600; }
+thead th, summary { cursor: pointer; }
+th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
+p.note { color: var(--dim); max-width: 90ch; } p.said { font-size: 17px; max-width: 75ch; }
+.yes { color: #2a8a4a; } .no { color: #c22; font-weight: 600; }
+"""
+# A click on a column's name sorts its table: by the number that a cell begins with, in its unit, else by its text.
+SORT = """
+const UNITS = {us: 1e-6, ms: 1e-3, s: 1, KiB: 1024, MiB: 1048576, GiB: 1073741824};
+function key(row, column) {
+  const text = row.cells[column].textContent.trim();
+  const found = text.match(/^[~]?(-?[\\d.]+(?:e[-+]?\\d+)?)\\s*(us|ms|s|KiB|MiB|GiB)?/);
+  return found ? [0, parseFloat(found[1]) * (UNITS[found[2]] || 1), text] : [text === "-" ? 2 : 1, 0, text];
+}
+document.querySelectorAll("thead th").forEach(th => th.addEventListener("click", () => {
+  const table = th.closest("table"), body = table.tBodies[0], up = th.ariaSort !== "ascending";
+  table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  th.ariaSort = up ? "ascending" : "descending";
+  const rows = [...body.rows].map(row => [key(row, th.cellIndex), row]);
+  rows.sort(([a], [b]) => (a[0] - b[0]) || (up ? 1 : -1) * (a[1] - b[1] || a[2].localeCompare(b[2])));
+  body.append(...rows.map(([, row]) => row));
+}));
 """
 PICTURES = {".png": "image/png", ".gif": "image/gif"}  # suffixes of files that a page shows
 
@@ -38,9 +58,10 @@ def page(title: str, sections: Iterable[str], headline: str = "") -> str:
     """
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style></head><body>\n<h1>{escaped(headline or title)}</h1>"
         + "\n".join(sections)
-        + "\n</body></html>\n"
+        + f"\n<script>{SORT}</script>\n</body></html>\n"
     )
 
 
@@ -52,6 +73,17 @@ def heading(text: str, level: int = 2, anchor: str = "") -> str:
 def note(text: str) -> str:
     """A dim paragraph; nothing for an empty text."""
     return f'<p class="note">{escaped(text)}</p>' if text else ""
+
+
+def said(sentences: Iterable[str]) -> str:
+    """The paragraph that a reader in a hurry reads; nothing for no sentences."""
+    text = " ".join(sentences)
+    return f'<p class="said">{escaped(text)}</p>' if text else ""
+
+
+def folded(title: str, content: str) -> str:
+    """What opens at a click on its title."""
+    return f"<details><summary>{escaped(title)}</summary>{content}</details>"
 
 
 def titled(table: Table, level: int = 3) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vdcore_bench.measure.journal import MASKS, Row
+from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, masks, ranks, tangents
+from vdcore_bench.suites import gpu, grid_masks, kept, masks, ranks, tangents
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -56,6 +56,31 @@ def mask_tables(rows: Sequence[Row]) -> list[Table]:
     )
 
 
+def grid_mask_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a race."""
+    found = [Table.of(grid_masks.HEADER, grid_masks.cells(race), race.title) for race in grid_masks.races(rows)]
+    return _with_note(found, grid_masks.LEGEND)
+
+
+def kept_tables(rows: Sequence[Row]) -> list[Table]:
+    """What masks keep of a model's attention, and the mask that every head is recommended; two for a model."""
+    found = []
+    for model in kept.models(rows):
+        found.append(Table.of(kept.HEADER, kept.cells(model), model.title))
+        title = f"{model.name}: masks that keep {model.keep:.0%} in every head"
+        found.append(Table.of(kept.CHOICE_HEADER, kept.choice_cells(model), title, text=True))
+    return _with_note(found, kept.LEGEND)
+
+
+def head_tables(rows: Sequence[Row]) -> list[Table]:
+    """Every head of the models that masks were tried on."""
+    found = []
+    for model in kept.models(rows):
+        header, cells = kept.head_cells(model)
+        found.append(Table.of(header, cells, f"{model.name}: mass / worst 1 % / error of every head"))
+    return found
+
+
 def block_table(rows: Sequence[Row]) -> Table:
     return Table.of(block.HEADER, block.cells(rows), "A V-DiT block")
 
@@ -86,7 +111,8 @@ def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     for one in (overhead_table(rows), tangents_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
         if one.rows:
             yield [one]
-    for several in (gpu.tables(rows), mask_tables(rows), profile_tables(rows)):
+    of_masks = (mask_tables(rows), grid_mask_tables(rows), kept_tables(rows))
+    for several in (gpu.tables(rows), *of_masks, profile_tables(rows)):
         if several:
             yield several
 
@@ -96,7 +122,7 @@ def unmeasured(rows: Iterable[Row], statuses: Sequence[str] = ("predicted", "ski
     cells = [
         (f"{summary.name_of(row)}, {row.case.removeprefix(curves.PROFILE)}", row.x, row.metric, row.status, row.reason)
         for row in rows
-        if row.status in statuses and (curves.is_profile(row) or row.case.startswith(MASKS))
+        if row.status in statuses and (curves.is_profile(row) or row.case.startswith((MASKS, GRID_MASKS)))
     ]
     header = ("point", "frames", "metric", "status", "why")
     return Table.of(header, cells, "What did not run, and what it would need", text=True)
@@ -126,16 +152,19 @@ def every_row(found: Iterable[summary.Line]) -> Table:
 
 
 def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> str:
-    """The page: ``drawn`` are PNGs by file stem, with their titles; those of the profile begin with profile."""
+    """The page, from what a reader wants first: what won and lost, pictures, tables by operator, all rows, the machine.
+
+    ``drawn`` are PNGs by file stem, with their titles; those of the profile begin with profile.
+    """
     found = summary.lines(rows)
     images = {name: page.image(png, title) for name, (title, png) in drawn.items()}
-    parts = [page.note(noise) + (_machine(rows).html() if rows else page.note("There are no rows."))]
+    parts = [page.said(summary.sentences(found)) + page.note(noise if rows else "There are no rows.")]
     wrong = summary.wrong(found)
     if wrong:
         parts.append("<ul>" + "".join(f'<li class="no">{page.escaped(x)}</li>' for x in wrong) + "</ul>")
     if summary.bars(found):
         parts.append(page.titled(bar_table(found), 2))
-    parts += [image for name, image in images.items() if not name.startswith("profile")]
+    parts += images.values()
     if found:
         parts.append(page.heading("Operators") + page.note(summary.LEGEND))
         parts += [
@@ -144,10 +173,14 @@ def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> st
         ]
     for tables in others(rows):
         parts += [page.titled(table, 2) for table in tables]
-    parts += [image for name, image in images.items() if name.startswith("profile")]
-    for table in (unmeasured(rows), absent(found), every_row(found)):
+    for table in (*head_tables(rows), unmeasured(rows), absent(found)):
         if table.rows:
             parts.append(page.titled(table, 2))
+    every = every_row(found)
+    if every.rows:
+        parts.append(page.heading(every.title) + page.folded(f"{len(every.rows)} rows", every.html()))
+    if rows:
+        parts.append(page.heading("Machine and versions") + _machine(rows).html())
     return page.page("vdcore benchmark", parts)
 
 
@@ -155,7 +188,10 @@ def _machine(rows: Sequence[Row]) -> Table:
     last = rows[-1]
     facts = [(name, str(value)) for name, value in last.versions.items() if value]
     facts += [("commit", str(last.commit)), ("threads", str(last.threads)), ("measured until", last.time)]
-    facts += [("allocator", "; ".join(dict.fromkeys(row.allocator for row in rows if row.status == "ok")))]
+    allocators = [*dict.fromkeys(row.allocator for row in rows if row.status == "ok")]
+    facts += [("allocator", allocator) for allocator in allocators[:3]]
+    if len(allocators) > 3:
+        facts += [("allocator", f"and {len(allocators) - 3} others, in results.jsonl")]
     return Table.of(("machine", ""), facts, text=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.measure.journal import JOINED, MASKS, PROFILE, Row, newest
+from vdcore_bench.measure.journal import GRID_MASKS, JOINED, MASKS, PROFILE, Row, newest
 from vdcore_bench.measure.machine import Load, seconds_text, seconds_unit
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
@@ -73,7 +73,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     """One line per job of the ``time`` rows, in the order in which they were measured; of two races the later."""
     found: dict[tuple[Any, ...], Line] = {}
     for row in newest(rows):
-        elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
+        elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS, GRID_MASKS))
         if row.metric not in ("time", "memory") or elsewhere:
             continue
         line = found.setdefault(row.job(), Line(row))
@@ -162,6 +162,37 @@ def groups(found: Sequence[Line]) -> dict[str, list[Line]]:
     for line in found:
         tables.setdefault(line.job.op + case_of(line), []).append(line)
     return tables
+
+
+def sentences(found: Sequence[Line]) -> list[str]:
+    """What won, what lost, by how much, and whether the results are right; empty without a race."""
+    races = [line for line in found if line.speedup is not None]
+    if not races:
+        return []
+    lost = sorted((line for line in races if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
+    won = [line for line in races if (line.speedup or 0) >= 1]
+    said = [
+        f"vdcore is at least as fast as the best peer in {len(won)} of {len(races)} jobs, by a geometric mean of"
+        f" {geomean([line.speedup or 1.0 for line in races]):.2f}x over all of them"
+        + (f"; most in {_job_text(max(won, key=lambda line: line.speedup or 0))}." if won else ".")
+    ]
+    clear = [line for line in lost if not line.noise]
+    if not lost:
+        said.append("It loses none.")
+    else:
+        noisy = f", {len(clear) or 'none'} of them by more than noise" if len(clear) < len(lost) else ""
+        said.append(f"It loses {len(lost)}{noisy}: worst in {_job_text((clear or lost)[0])}.")
+    ratios = [line.ours.error_ratio for line in found if line.ours is not None and line.ours.error_ratio is not None]
+    if ratios:
+        beyond = sum(not ratio <= 1 for ratio in ratios)
+        within = f"all are within the tolerance rule, the largest at {max(ratios):.2f} of what it allows"
+        said.append(f"Of {len(ratios)} results, {f'{beyond} are beyond the tolerance rule' if beyond else within}.")
+    return said
+
+
+def _job_text(line: Line) -> str:
+    job, best = line.job, name_of(line.best) if line.best else "-"
+    return f"{job.op}{case_of(line)}, {job.workload}, {job.dtype}, {job.mode}: {line.speedup:.2f}x of {best}"
 
 
 def absent(found: Sequence[Line]) -> dict[str, list[str]]:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.testing import TORCH_FORMS, error_ratio
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job, Tensors, mask_text
 from vdcore_bench.measure.journal import MASKS, Journal, Row, Watch
 from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
+from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, grid_masks
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
@@ -36,14 +37,17 @@ WORKLOAD = "latte-1-512"
 TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
 FRAMES = (16, 32, 64, 128)
 ROUNDS, FEW_ROUNDS = 7, 3  # alone 50 s per dtype on 2 cores, in the default set 25
-SWEEP: dict[str, FrameMask] = {
+FORCED = "teacher forcing"
+SWEEP: dict[str, FrameMask | Callable[[int], FrameMask]] = {  # some by the number of frames
     "dense": FrameMask.full(),
     "causal": FrameMask.causal(),
     "chunk-causal": FrameMask(future=0, chunk=4),
     "window": FrameMask.window(2),  # at 32 frames a tenth of the pairs
     "symmetric window": FrameMask.symmetric(2),
     "window + sink": FrameMask(past=2, future=0, sink=1),
+    FORCED: lambda T: FrameMask.teacher_forcing(T // 2, 4),
 }
+RADIAL = "radial"  # of the grid at hand, whose visible pairs grow as N log N in frames
 # Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
 FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
 SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
@@ -61,7 +65,9 @@ class _Entry:
 
 
 def run(options: Options, journal: Journal, watch: Watch) -> None:
-    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+    dtypes = [DTYPES[name] for name in options.dtypes or BOTH]
+    sweep(journal, watch, options.device, dtypes, until=options.until)
+    grid_masks.sweep(journal, watch, options.device, dtypes, until=options.until)
 
 
 def sweep(
@@ -74,10 +80,12 @@ def sweep(
     tokens: tuple[int, int] | None = None,
     rounds: int = ROUNDS,
     until: float = math.inf,
+    flex: bool = True,
 ) -> None:
     """Measures every mask at every length; rows of an interrupted race are kept.
 
     Args:
+        flex: teacher forcing by FlexAttention too, as models are trained with it: compiled, on padded sequences.
         until: of time.monotonic(); nothing begins after it, but the fewest rounds of a race.
     """
     kind = torch.device(device).type
@@ -89,7 +97,7 @@ def sweep(
         with watch.part("What a mask costs"):
             begin = len(journal.rows)
             try:
-                _sweep_one(journal, watch, device, dtype, shapes, rounds=rounds, until=until)
+                _sweep_one(journal, watch, device, dtype, shapes, rounds=rounds, until=until, flex=flex)
             finally:
                 watch.done(journal.rows[begin:])
 
@@ -103,6 +111,7 @@ def _sweep_one(
     *,
     rounds: int,
     until: float,
+    flex: bool,
 ) -> None:
     what, entries = f"masks, {DTYPE_NAMES[dtype]}", list[_Entry]()
     for shape in shapes:
@@ -112,7 +121,7 @@ def _sweep_one(
             journal.add([replace(row, reason=f"{LATE}: measure it with `vdcore bench masks`")])
             continue
         watch.doing(f"{what}: warming up {shape.T} frames")
-        entries += _entries(device, dtype, shape)
+        entries += _entries(device, dtype, shape, flex)
     watch.doing(f"{what}: {rounds} rounds of {len(entries)} calls")
     contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
     try:
@@ -121,25 +130,37 @@ def _sweep_one(
         journal.add(_row(entry) for entry in entries if entry.contender.samples)
 
 
-def _entries(device: str, dtype: torch.dtype, shape: Shape) -> list[_Entry]:
+def _entries(device: str, dtype: torch.dtype, shape: Shape, flex: bool) -> list[_Entry]:
     """Every mask on every provider that supports it, after warm-up, checked against the reference."""
     kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    for name, mask in SWEEP.items():
-        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, mask=mask, shape=shape)
+    windows = {RADIAL: GridMask.radial(shape.rows, shape.columns)}
+    for name in (*SWEEP, *windows):
+        given = SWEEP.get(name, FrameMask.full())
+        chosen: dict[str, Any] = {"mask": given if isinstance(given, FrameMask) else given(shape.T)}
+        chosen["grid_mask"] = windows.get(name)
+        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape, **chosen)
         if job.forward_flops() > FLOPS[kind] * threads:
             continue
         tensors = tensors or job.tensors()
         calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
-        if 0 < job.forward_flops() / mask.density(shape.T) <= SDPA_FLOPS[kind] * threads:
+        whole = 4.0 * shape.D * shape.H * shape.B * (shape.T * shape.S) ** 2
+        if 0 < whole <= SDPA_FLOPS[kind] * threads:
             variant = "dense mask" if masked(job) else "strided"
             calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
+        if flex and name == FORCED:
+            calls |= _flex(job, tensors)
         ratios = _judge(job, tensors, [call(None) for call in calls.values()])
         entries += [
             _Entry(name, job, provider, Contender(call), ratio)
             for (provider, call), ratio in zip(calls.items(), ratios)
         ]
     return entries
+
+
+def _flex(job: Job, tensors: Tensors) -> dict[str, Callable[[Any], Tensor]]:
+    peer = next(peer for peer in PEERS if peer.name == "flex")
+    return {} if peer.why_not(job) else {"flex": _call(job, tensors, peer.variants(job)["padded"]())}
 
 
 def _call(job: Job, tensors: Tensors, function: Function) -> Callable[[Any], Tensor]:
@@ -157,7 +178,8 @@ def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]
     """The error ratios of the last frame of one head, which is a problem of its own."""
     T = job.shape.T
     q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
-    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+    masks = {name: x for name, x in job.arguments(tensors).items() if name in ("mask", "grid")}
+    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, **masks, "q_start": T - 1}
     wide: dict[str, Any] = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
     exact = vdcore.video_attention(**wide, backend="reference")
     forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
@@ -169,8 +191,8 @@ def _row(entry: _Entry) -> Row:
         entry.contender.spread,
         case=MASKS + entry.name,
         provider=entry.provider,
-        variant="" if entry.provider == "vdcore" else "dense mask",
-        reason=mask_text(entry.job.mask),
+        variant={"vdcore": "", "flex": "padded"}.get(entry.provider, "dense mask"),
+        reason=mask_text(entry.job.grid_mask or entry.job.mask),
         error_ratio=entry.error_ratio,
     )
 
@@ -201,10 +223,12 @@ def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
     for (dtype, device), group in groups.items():
         ours = [row for row in group if row.provider == "vdcore"]
         theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
+        flex = [row for row in group if row.provider == "flex"]
         dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
         s = ours[0].shape if ours else group[0].shape
         title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
         made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
+        made[title] += [_cells(row, dense, None) for row in flex]
     return made
 
 
@@ -212,7 +236,7 @@ def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
     assert row.p50 and row.flops and row.x
     s = row.shape
     pairs = row.flops / (4 * s["D"] * s["H"] * s["B"])
-    name = row.case.removeprefix(MASKS)
+    name = row.case.removeprefix(MASKS) + (", FlexAttention, padded" if row.provider == "flex" else "")
     return (
         f"{name} ({row.reason})" if row.reason else name,
         f"{row.x:g}",

@@ -102,7 +102,7 @@ def plan_of(point: ModelPoint, ranks: int, plan: str | None) -> str:
         return "-"
     c = point.config
     size = torch.empty(0, dtype=point.dtype).element_size()
-    layer = Layer(1, point.frames, point.tokens, c.heads, c.kv_heads or c.heads, c.head_dim, size, c.mask)
+    layer = Layer(1, point.frames, point.tokens, c.heads, c.kv_heads or c.heads, c.head_dim, size, c.frame_mask)
     return choose("profile", plan, layer, ranks, ways(c))
 
 

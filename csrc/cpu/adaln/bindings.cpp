@@ -2,6 +2,7 @@
 #include "cpu/core/bindings.h"
 
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -111,15 +112,14 @@ void gate_residual_backward(py::handle x, py::handle gate, py::handle dy, py::ha
 }  // namespace
 
 void define_adaln(py::module_& m) {
-  using namespace py::literals;
-  m.def("modulate_forward", modulate_forward, "x"_a, "shift"_a, "scale"_a, "weight"_a, "bias"_a, "kind"_a, "eps"_a,
-        "threads"_a, "y"_a);
-  m.def("modulate_backward", modulate_backward, "x"_a, "shift"_a, "scale"_a, "weight"_a, "bias"_a, "kind"_a, "eps"_a,
-        "threads"_a, "dy"_a, "dx"_a, "dscale"_a, "scale_per_token"_a, "per_frame"_a, "parts"_a, "sum_dy"_a, "sum_dz"_a,
-        "sum_dz_x"_a);
-  m.def("gate_residual_forward", gate_residual_forward, "residual"_a, "x"_a, "gate"_a, "y"_a, "threads"_a);
-  m.def("gate_residual_backward", gate_residual_backward, "x"_a, "gate"_a, "dy"_a, "dx"_a, "dgate"_a, "per_frame"_a,
-        "parts"_a, "sum_dy_x"_a, "threads"_a);
+  define_named(m, "modulate_forward", modulate_forward, "x", "shift", "scale", "weight", "bias", "kind", "eps",
+               "threads", "y");
+  define_named(m, "modulate_backward", modulate_backward, "x", "shift", "scale", "weight", "bias", "kind", "eps",
+               "threads", "dy", "dx", "dscale", "scale_per_token", "per_frame", "parts", "sum_dy", "sum_dz",
+               "sum_dz_x");
+  define_named(m, "gate_residual_forward", gate_residual_forward, "residual", "x", "gate", "y", "threads");
+  define_named(m, "gate_residual_backward", gate_residual_backward, "x", "gate", "dy", "dx", "dgate", "per_frame",
+               "parts", "sum_dy_x", "threads");
 }
 
 }  // namespace vdcore::cpu

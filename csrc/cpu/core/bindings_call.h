@@ -90,12 +90,11 @@ inline float* floats(const char* name, py::handle capsule, Sizes sizes) {
 // ---- Queries, keys and values ------------------------------------------------------------------------------------
 
 // q (B, T, S, H, D) sets the sizes of a call.
-inline TensorView query_view(py::handle q) {
-  const TensorView v = cpu_view(q, 5);
-  for (int64_t size : {v.size[0], v.size[1], v.size[2], v.size[3], v.size[4]})
-    require(size > 0, "q must be given and not be empty");
-  return v;
+inline const TensorView& checked_queries(const TensorView& q) {
+  for (int axis = 0; axis < 5; ++axis) require(q.size[axis] > 0, "q must be given and not be empty");
+  return q;
 }
+inline TensorView query_view(py::handle q) { return checked_queries(cpu_view(q, 5)); }
 
 // k of a call with these queries: (B, any frames, any tokens, G, D), with G a divisor of H.
 inline TensorView key_view(py::handle k, const TensorView& q) {
@@ -106,6 +105,23 @@ inline TensorView key_view(py::handle k, const TensorView& q) {
   require(q.size[3] % v.size[3] == 0, "the heads of k must divide those of q");
   require(v.dtype == q.dtype, "k must have the dtype of q");
   return v;
+}
+
+struct QKVViews {
+  TensorView q, k, v;
+};
+
+// Parts of a packed tensor (B, T, S, 3, H, D).
+inline QKVViews parts_of(const TensorView& packed) {
+  require(packed.size[3] == 3, "a packed tensor is (B, T, S, 3, H, D)");
+  TensorView parts[3];
+  for (int i = 0; i < 3; ++i) {
+    TensorView& x = parts[i] = packed;
+    x.data += i * packed.stride[3] * size_of(packed.dtype);
+    x.ndim = 5;
+    for (int axis = 3; axis < 5; ++axis) x.size[axis] = packed.size[axis + 1], x.stride[axis] = packed.stride[axis + 1];
+  }
+  return {parts[0], parts[1], parts[2]};
 }
 
 inline TensorView like(const char* name, py::handle capsule, const TensorView& x) {
@@ -119,7 +135,8 @@ using Lengths = std::optional<std::vector<int64_t>>;
 inline const int64_t* data_of(const Lengths& lengths) { return lengths ? lengths->data() : nullptr; }
 
 inline FrameMask checked_mask(const std::vector<int64_t>& numbers) {
-  require(numbers.size() == 4 && numbers[2] > 0, "a mask is (past, future, chunk, sink), its chunk at least 1");
+  require(numbers.size() >= 5 && numbers[2] > 0,
+          "a mask is (past, future, chunk, sink, clean, *shots), its chunk at least 1");
   return mask_of(numbers);
 }
 

@@ -8,62 +8,84 @@ namespace vdcore::cpu::VDCORE_ISA {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// Keys that a block of queries sees, one entry per query: [0, sink) and [begin, end).
+// Keys that a block of queries sees, one entry per query: [low_begin, low_end) and, after them, [begin, end).
 struct VisibleKeys {
-  const int32_t *begin, *end, *sink;
+  const int32_t *begin, *end, *low_begin, *low_end;
   bool dense;  // every query sees every key
 };
+
+// The union of runs.
+struct Hull {
+  Run run = {INT64_MAX, 0};
+  VDCORE_INLINE void add(Run other) {
+    if (other.size()) run = {smaller(run.begin, other.begin), larger(run.end, other.end)};
+  }
+};
+
+// Two runs that hold what both hulls do: disjoint, sorted. Every low run ends before its own query's window, but may
+// lie in or behind the windows of others.
+VDCORE_INLINE void separate(Hull low, Hull window, Run (&runs)[2]) {
+  if (!window.run.size()) window.run = {low.run.end, low.run.end};
+  if (low.run.end > window.run.begin) window.run.end = larger(window.run.end, low.run.end);
+  runs[0] = {low.run.begin, smaller(low.run.end, window.run.begin)};
+  if (!runs[0].size()) runs[0] = {window.run.begin, window.run.begin};
+  runs[1] = window.run;
+}
 
 // What W queries, one vector column of a score tile, see of the keys [first_key, first_key + keys) of a block.
 // Indices below are relative to the block.
 struct ColumnMask {
-  vi begin, end, sink;
+  vi begin, end, low_begin, low_end;
   Run segments[2];  // keys that at least one lane sees: disjoint, sorted
-  Run clear;        // keys that all lanes see, one run in segments[1]
+  Run clear[2];     // of each, the keys that all lanes see: one run
 
   ColumnMask(const VisibleKeys& visible, int64_t query, int64_t queries, int64_t first_key, int64_t keys) {
     if (visible.dense) {
-      begin = sink = vi{};
+      begin = low_begin = low_end = vi{};
       end = splat(static_cast<int32_t>(keys));
-      segments[0] = {0, 0};
-      segments[1] = clear = {0, keys};
+      segments[0] = clear[0] = {0, 0};
+      segments[1] = clear[1] = {0, keys};
       return;
     }
-    int32_t lane_begin[W], lane_end[W], lane_sink[W];
-    Run some = {keys, 0}, every = {0, keys};
-    int64_t sinks = 0;
+    int32_t lanes[4][W];
+    Hull low, window;
+    Run in_low = {0, keys}, in_window = {0, keys};
+    const Run block = {first_key, first_key + keys};
     for (int64_t lane = 0; lane < W; ++lane) {
       const int64_t i = smaller(query + lane, queries - 1);  // padding lanes do as the last query does
-      const Run run = intersect({visible.begin[i] - first_key, visible.end[i] - first_key}, {0, keys});
-      const int64_t sunk = larger(0, smaller(visible.sink[i] - first_key, keys));
-      lane_begin[lane] = static_cast<int32_t>(run.begin);
-      lane_end[lane] = static_cast<int32_t>(run.end);
-      lane_sink[lane] = static_cast<int32_t>(sunk);
-      if (run.size()) some = {smaller(some.begin, run.begin), larger(some.end, run.end)};
-      every = intersect(every, run);
-      sinks = larger(sinks, sunk);
+      const auto relative = [&](const int32_t* begins, const int32_t* ends, int at) {
+        const Run run = intersect({begins[i], ends[i]}, block);
+        lanes[at][lane] = static_cast<int32_t>(run.begin - first_key);
+        lanes[at + 1][lane] = static_cast<int32_t>(run.end - first_key);
+        return Run{run.begin - first_key, run.end - first_key};
+      };
+      const Run low_run = relative(visible.low_begin, visible.low_end, 0);
+      const Run run = relative(visible.begin, visible.end, 2);
+      low.add(low_run), window.add(run);
+      in_low = intersect(in_low, low_run), in_window = intersect(in_window, run);
     }
-    memcpy(&begin, lane_begin, sizeof begin);
-    memcpy(&end, lane_end, sizeof end);
-    memcpy(&sink, lane_sink, sizeof sink);
-    if (some.size() == 0) some = {sinks, sinks};
-    segments[0] = {0, smaller(sinks, some.begin)};
-    segments[1] = some;
-    clear = every.size() ? every : Run{some.end, some.end};
+    memcpy(&low_begin, lanes[0], sizeof low_begin);
+    memcpy(&low_end, lanes[1], sizeof low_end);
+    memcpy(&begin, lanes[2], sizeof begin);
+    memcpy(&end, lanes[3], sizeof end);
+    separate(low, window, segments);
+    const Run all[2] = {intersect(in_low, segments[0]), in_window};
+    for (int s = 0; s < 2; ++s) clear[s] = all[s].size() ? all[s] : Run{segments[s].end, segments[s].end};
   }
 
   VDCORE_INLINE vi sees(int64_t key) const {
     const int32_t j = static_cast<int32_t>(key);
-    return ((begin <= j) & (end > j)) | (sink > j);
+    return ((begin <= j) & (end > j)) | ((low_begin <= j) & (low_end > j));
   }
 
   // Calls body(key, masked): masked where not every lane sees the key.
   template <typename Body>
   VDCORE_INLINE void for_each_key(const Body& body) const {
-    for (int64_t j = segments[0].begin; j < segments[0].end; ++j) body(j, true);
-    for (int64_t j = segments[1].begin; j < clear.begin; ++j) body(j, true);
-    for (int64_t j = clear.begin; j < clear.end; ++j) body(j, false);
-    for (int64_t j = clear.end; j < segments[1].end; ++j) body(j, true);
+    for (int s = 0; s < 2; ++s) {
+      for (int64_t j = segments[s].begin; j < clear[s].begin; ++j) body(j, true);
+      for (int64_t j = clear[s].begin; j < clear[s].end; ++j) body(j, false);
+      for (int64_t j = clear[s].end; j < segments[s].end; ++j) body(j, true);
+    }
   }
 };
 

@@ -1,6 +1,7 @@
 // Tangents of frame attention on the CPU, in Python.
 #include "cpu/core/bindings.h"
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -52,8 +53,7 @@ void frame_attention_tangents(const TokenGroups& groups, const std::vector<py::o
 }  // namespace
 
 void define_frame_tangents(py::module_& m) {
-  using namespace py::literals;
-  m.def("frame_attention_tangents", frame_attention_tangents, "groups"_a, "video"_a, "text"_a, "scale"_a, "threads"_a);
+  define_named(m, "frame_attention_tangents", frame_attention_tangents, "groups", "video", "text", "scale", "threads");
 }
 
 }  // namespace vdcore::cpu

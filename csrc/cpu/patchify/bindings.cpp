@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -69,11 +70,10 @@ void patch_weight_gradient(py::handle video, const Patch& patch, bool channels_l
 }  // namespace
 
 void define_patchify(py::module_& m) {
-  using namespace py::literals;
-  m.def("patch_product", patch_product, "to_tokens"_a, "video"_a, "patch"_a, "channels_last"_a, "tokens"_a, "weight"_a,
-        "bias"_a, "packed"_a, "threads"_a);
-  m.def("patch_weight_gradient", patch_weight_gradient, "video"_a, "patch"_a, "channels_last"_a, "tokens"_a, "parts"_a,
-        "dweight"_a, "sum_tokens"_a, "sum_patches"_a, "threads"_a);
+  define_named(m, "patch_product", patch_product, "to_tokens", "video", "patch", "channels_last", "tokens", "weight",
+               "bias", "packed", "threads");
+  define_named(m, "patch_weight_gradient", patch_weight_gradient, "video", "patch", "channels_last", "tokens", "parts",
+               "dweight", "sum_tokens", "sum_patches", "threads");
 }
 
 }  // namespace vdcore::cpu

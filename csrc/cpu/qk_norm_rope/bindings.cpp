@@ -2,6 +2,7 @@
 #include "cpu/core/bindings.h"
 
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -64,11 +65,10 @@ void qk_norm_rope_backward(py::handle q, py::handle k, py::handle dq_out, py::ha
 }  // namespace
 
 void define_qk_norm_rope(py::module_& m) {
-  using namespace py::literals;
-  m.def("qk_norm_rope_forward", qk_norm_rope_forward, "q"_a, "k"_a, "q_out"_a, "k_out"_a, "frame_start"_a, "norm"_a,
-        "rope"_a, "threads"_a);
-  m.def("qk_norm_rope_backward", qk_norm_rope_backward, "q"_a, "k"_a, "dq_out"_a, "dk_out"_a, "dq"_a, "dk"_a,
-        "frame_start"_a, "norm"_a, "rope"_a, "threads"_a, "items"_a, "weight_sums"_a, "dcos"_a, "dsin"_a);
+  define_named(m, "qk_norm_rope_forward", qk_norm_rope_forward, "q", "k", "q_out", "k_out", "frame_start", "norm",
+               "rope", "threads");
+  define_named(m, "qk_norm_rope_backward", qk_norm_rope_backward, "q", "k", "dq_out", "dk_out", "dq", "dk",
+               "frame_start", "norm", "rope", "threads", "items", "weight_sums", "dcos", "dsin");
 }
 
 }  // namespace vdcore::cpu

@@ -47,7 +47,7 @@ struct Tiles {
   float *lse, *delta;  // (heads, query_block); lse in base 2
   float* buffer;       // four rows
   float* weight_sums[4];
-  Run *windows, *sinks, *seen_by;
+  Run *windows, *lows, *seen_by, *also_seen_by;
   StageNormRope norm_rope;
 
   Tiles(const Plan& plan, Arena& arena) : norm_rope(plan.a, plan.shape.row, arena) {
@@ -61,8 +61,8 @@ struct Tiles {
     delta = arena.floats(plan.heads * Q);
     buffer = arena.floats(4 * row);
     for (float*& sum : weight_sums) sum = arena.floats(row);
-    for (Run** runs : {&windows, &sinks}) *runs = reinterpret_cast<Run*>(arena.floats(Q * sizeof(Run) / 4));
-    seen_by = reinterpret_cast<Run*>(arena.floats(K * sizeof(Run) / 4));
+    for (Run** runs : {&windows, &lows}) *runs = reinterpret_cast<Run*>(arena.floats(Q * sizeof(Run) / 4));
+    for (Run** runs : {&seen_by, &also_seen_by}) *runs = reinterpret_cast<Run*>(arena.floats(K * sizeof(Run) / 4));
   }
 };
 
@@ -111,9 +111,15 @@ class Backward {
     const int64_t i = (v.per_sample ? at.b * n.K : 0) + key;
     return {v.seen_begin[i], v.seen_end[i]};
   }
+  Run also_seen_by(int64_t key) const {
+    const VisibleFrames& v = a.visible;
+    if (!v.twice) return {};
+    const int64_t i = (v.per_sample ? at.b * n.K : 0) + key;
+    return {v.also_begin[i], v.also_end[i]};
+  }
   bool sees_any(int64_t query) const {
     const VisibleKeys v = visible_keys(a, at.b, query);
-    return v.dense ? n.K > 0 : v.end[0] > v.begin[0] || v.sink[0] > 0;
+    return v.dense ? n.K > 0 : v.end[0] > v.begin[0] || v.low_end[0] > v.low_begin[0];
   }
 
   void load_queries(Run queries) {
@@ -171,11 +177,14 @@ class Backward {
     // Keys that nobody in the block sees are left alone: most of them where windows are small.
     const SeenKeys seen = p.one_block ? SeenKeys(K) : SeenKeys(visible, Q, 0, K);
     if (!visible.dense) {
-      key_runs(visible, Q, 0, K, t.windows, t.sinks);
+      key_runs(visible, Q, 0, K, t.windows, t.lows);
       for (const Run& keys : seen.runs)
         for (int64_t j = keys.begin; j < keys.end; ++j) {
-          const Run run = seen_by(j);
-          t.seen_by[j] = intersect({run.begin - queries.begin, run.end - queries.begin}, {0, Q});
+          const auto of_block = [&](Run run) {
+            return intersect({run.begin - queries.begin, run.end - queries.begin}, {0, Q});
+          };
+          t.seen_by[j] = of_block(seen_by(j));
+          t.also_seen_by[j] = of_block(also_seen_by(j));
         }
     }
     for (int64_t h = 0; h < at.heads.count; ++h) {
@@ -203,6 +212,9 @@ class Backward {
           } else {
             product_over_runs(keys.size(), n.row, t.seen_by + j, weights, dout, dv, add, prefetch);
             product_over_runs(keys.size(), n.row, t.seen_by + j, ds, q, dk, add, prefetch);
+            if (!a.visible.twice) continue;
+            product_over_runs(keys.size(), n.row, t.also_seen_by + j, weights, dout, dv, true, prefetch);
+            product_over_runs(keys.size(), n.row, t.also_seen_by + j, ds, q, dk, true, prefetch);
           }
         }
       if (!g.dq) continue;
@@ -211,7 +223,7 @@ class Backward {
         product(Q, n.row, K, ds_transposed, k, t.dq.head(h), false, prefetch);
       } else {
         product_over_runs(Q, n.row, t.windows, ds_transposed, k, t.dq.head(h), false, prefetch);
-        product_over_runs(Q, n.row, t.sinks, ds_transposed, k, t.dq.head(h), true, prefetch);
+        product_over_runs(Q, n.row, t.lows, ds_transposed, k, t.dq.head(h), true, prefetch);
       }
     }
   }
@@ -227,7 +239,7 @@ class Backward {
     if (g.dv) write(g.dv, keys, kv_heads, t.dv, 1.f);
     if (!g.dk) return;
     through_norm_rope(key_side(a), a.k, keys, kv_heads, t.dk, g.dk_weight, g.dk_bias,
-                      [&](int64_t frame) { return seen_by(frame).size() > 0; });
+                      [&](int64_t frame) { return seen_by(frame).size() + also_seen_by(frame).size() > 0; });
     write(g.dk, keys, kv_heads, t.dk, transformed(a) ? 1.f : a.scale);
   }
 

@@ -3,6 +3,7 @@
 
 #include "common/visible_frames.h"
 #include "cpu/core/bindings_call.h"
+#include "cpu/core/bindings_named.h"
 
 namespace vdcore::cpu {
 namespace {
@@ -15,9 +16,14 @@ TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, p
                                      const Lengths& lengths, int64_t q_start, float scale, py::handle norm,
                                      py::handle rope, int threads) {
   TemporalAttention args;
-  args.q = query_view(q);
-  args.k = key_view(k, args.q);
-  args.v = like("v", v, args.k);
+  if (k.is_none() && v.is_none()) {
+    const auto [q_part, k_part, v_part] = parts_of(cpu_view(q, 6));
+    args.q = checked_queries(q_part), args.k = k_part, args.v = v_part;
+  } else {
+    args.q = query_view(q);
+    args.k = key_view(k, args.q);
+    args.v = like("v", v, args.k);
+  }
   require(args.v.dtype == args.q.dtype, "v must have the dtype of q");
   require(args.k.size[2] == args.q.size[2], "k must have as many tokens per frame as q");
   args.out = like("out", out, args.q);
@@ -41,8 +47,17 @@ struct TemporalArguments {
                     int threads)
       : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
         tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
-    args.visible = {tables.begin.data(),    tables.end.data(), tables.sink.data(), tables.seen_begin.data(),
-                    tables.seen_end.data(), tables.per_sample, tables.dense};
+    args.visible = {tables.begin.data(),
+                    tables.end.data(),
+                    tables.low_begin.data(),
+                    tables.low_end.data(),
+                    tables.seen_begin.data(),
+                    tables.seen_end.data(),
+                    tables.also_begin.data(),
+                    tables.also_end.data(),
+                    tables.per_sample,
+                    tables.dense,
+                    tables.twice};
   }
 };
 
@@ -65,9 +80,15 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
   require(static_cast<bool>(f.lse), "backward needs lse");
   args.dout = like("dout", dout, f.q);
   args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
-  args.dq = optional_like("dq", dq, f.q);
-  args.dk = optional_like("dk", dk, f.k);
-  args.dv = optional_like("dv", dv, f.k);
+  if (k.is_none()) {
+    const int64_t* n = f.q.size;
+    const auto [dq_part, dk_part, dv_part] = parts_of(sized_view("dq", dq, {n[0], n[1], n[2], 3, n[3], n[4]}));
+    args.dq = dq_part, args.dk = dk_part, args.dv = dv_part;
+  } else {
+    args.dq = optional_like("dq", dq, f.q);
+    args.dk = optional_like("dk", dk, f.k);
+    args.dv = optional_like("dv", dv, f.k);
+  }
   set_norm_rope_gradients(args, f.norm, f.rope, sizes_of(f), items, weight_sums, dcos, dsin);
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_backward(args);
@@ -95,14 +116,13 @@ void temporal_attention_tangents(py::handle q, py::handle k, py::handle v, py::h
 }  // namespace
 
 void define_temporal_attention(py::module_& m) {
-  using namespace py::literals;
-  m.def("temporal_attention_forward", temporal_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
-        "mask"_a, "q_start"_a, "scale"_a, "norm"_a, "rope"_a, "threads"_a);
-  m.def("temporal_attention_backward", temporal_attention_backward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
-        "mask"_a, "q_start"_a, "scale"_a, "norm"_a, "rope"_a, "threads"_a, "dout"_a, "dlse"_a, "dq"_a, "dk"_a, "dv"_a,
-        "items"_a, "weight_sums"_a, "dcos"_a, "dsin"_a);
-  m.def("temporal_attention_tangents", temporal_attention_tangents, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a,
-        "mask"_a, "q_start"_a, "scale"_a, "threads"_a, "dq"_a, "dk"_a, "dv"_a, "dout"_a, "dlse"_a);
+  define_named(m, "temporal_attention_forward", temporal_attention_forward, "q", "k", "v", "out", "lse", "lengths",
+               "mask", "q_start", "scale", "norm", "rope", "threads");
+  define_named(m, "temporal_attention_backward", temporal_attention_backward, "q", "k", "v", "out", "lse", "lengths",
+               "mask", "q_start", "scale", "norm", "rope", "threads", "dout", "dlse", "dq", "dk", "dv", "items",
+               "weight_sums", "dcos", "dsin");
+  define_named(m, "temporal_attention_tangents", temporal_attention_tangents, "q", "k", "v", "out", "lse", "lengths",
+               "mask", "q_start", "scale", "threads", "dq", "dk", "dv", "dout", "dlse");
 }
 
 }  // namespace vdcore::cpu

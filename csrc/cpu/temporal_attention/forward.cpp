@@ -52,7 +52,7 @@ struct Tiles {
   Stage q, k, v, out;
   Tile q_transposed, scores;
   float *maximum, *sum, *factor;  // (heads, query_block), the same, (query_block,)
-  Run *windows, *sinks;
+  Run *windows, *lows;
   StageNormRope norm_rope;
 
   Tiles(const Plan& p, Arena& arena) : norm_rope(p.a, p.shape.row, arena) {
@@ -67,7 +67,7 @@ struct Tiles {
     sum = arena.floats(p.heads * p.query_block);
     factor = arena.floats(p.query_block);
     windows = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
-    sinks = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
+    lows = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
   }
 };
 
@@ -101,7 +101,7 @@ void attend(const Plan& p, const Tiles& t, const Place& place, const VisibleKeys
   const Scalars weights = {t.scores.data, 1, t.scores.row};
   if (visible.dense) return product(queries.size(), n.row, keys.size(), weights, v, out, !first, prefetch);
   product_over_runs(queries.size(), n.row, t.windows, weights, v, out, !first, prefetch);
-  product_over_runs(queries.size(), n.row, t.sinks, weights, v, out, true, prefetch);
+  product_over_runs(queries.size(), n.row, t.lows, weights, v, out, true, prefetch);
 }
 
 template <DType T>
@@ -168,7 +168,7 @@ void step(const Plan& p, const Tiles& t, const Place& place, Prefetch& prefetch)
       const SeenKeys seen(visible, queries.size(), k, keys.size());
       if (!seen.any()) continue;
       if (!one_key_block) gather_keys(p, t, seen, place, k);
-      if (!visible.dense) key_runs(visible, queries.size(), k, keys.size(), t.windows, t.sinks);
+      if (!visible.dense) key_runs(visible, queries.size(), k, keys.size(), t.windows, t.lows);
       for (int64_t h = 0; h < heads; ++h) attend(p, t, place, visible, h, queries, keys, first, prefetch);
       first = false;
     }

@@ -49,7 +49,7 @@ struct Tiles {
   Stage q, dq, out, k, dk, v, dv;
   Tile q_transposed, dq_transposed, p, e;
   float *lse, *shift, *counted, *sum;  // (heads, query_block)
-  Run *windows, *sinks;
+  Run *windows, *lows;
 
   Tiles(const Plan& n, Arena& arena) {
     const int64_t row = n.shape.row, kv_heads = n.heads / n.shape.group;
@@ -64,7 +64,7 @@ struct Tiles {
     lse = arena.floats(4 * n.rows());
     shift = lse + n.rows(), counted = shift + n.rows(), sum = counted + n.rows();
     windows = reinterpret_cast<Run*>(arena.floats(n.query_block * sizeof(Run) / 4));
-    sinks = reinterpret_cast<Run*>(arena.floats(n.query_block * sizeof(Run) / 4));
+    lows = reinterpret_cast<Run*>(arena.floats(n.query_block * sizeof(Run) / 4));
   }
 };
 
@@ -83,7 +83,7 @@ class Step {
         const SeenKeys seen(visible, queries.size(), j, keys.size());
         if (!seen.any()) continue;
         load_keys(seen, j);
-        if (!visible.dense) key_runs(visible, queries.size(), j, keys.size(), t.windows, t.sinks);
+        if (!visible.dense) key_runs(visible, queries.size(), j, keys.size(), t.windows, t.lows);
         for (int64_t h = 0; h < place.heads.count; ++h) attend(visible, h, queries, keys);
       }
       with_dtype(p.a.dout.dtype, [&](auto type) { finish<decltype(type)::value>(queries); });
@@ -197,7 +197,7 @@ class Step {
     const Scalars left = {weights.data, 1, weights.row};
     if (visible.dense) return product(queries, n.row, keys, left, values, out, true, prefetch);
     product_over_runs(queries, n.row, t.windows, left, values, out, true, prefetch);
-    product_over_runs(queries, n.row, t.sinks, left, values, out, true, prefetch);
+    product_over_runs(queries, n.row, t.lows, left, values, out, true, prefetch);
   }
 
   template <DType T>

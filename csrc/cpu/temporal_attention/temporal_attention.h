@@ -6,13 +6,15 @@
 
 namespace vdcore::cpu {
 
-// What each query frame sees, for every sample: the key frames [begin, end) and, before them, [0, sink). Where
-// `lengths` are equal (or not given) one row serves the whole batch.
+// What each query frame sees, for every sample: the key frames [begin, end) and, before them, [low_begin, low_end).
+// Where `lengths` are equal (or not given) one row serves the whole batch.
 struct VisibleFrames {
-  const int32_t *begin = nullptr, *end = nullptr, *sink = nullptr;  // (B or 1, T)
-  const int32_t *seen_begin = nullptr, *seen_end = nullptr;         // (B or 1, K): query frames that see a key frame
+  const int32_t *begin = nullptr, *end = nullptr, *low_begin = nullptr, *low_end = nullptr;  // (B or 1, T)
+  // (B or 1, K): query frames that see a key frame; where there are two runs of them, also_begin and also_end
+  const int32_t *seen_begin = nullptr, *seen_end = nullptr, *also_begin = nullptr, *also_end = nullptr;
   bool per_sample = false;
   bool dense = false;  // everybody sees everything
+  bool twice = false;  // there are two runs
 };
 
 struct TemporalAttention {

@@ -154,35 +154,31 @@ struct NextRows {
 inline VisibleKeys visible_keys(const TemporalAttention& a, int64_t b, int64_t first_query) {
   const VisibleFrames& v = a.visible;
   const int64_t at = (v.per_sample ? b * a.q.size[1] : 0) + first_query;
-  return {v.begin + at, v.end + at, v.sink + at, v.dense};
+  return {v.begin + at, v.end + at, v.low_begin + at, v.low_end + at, v.dense};
 }
 
 // Key frames of a block that at least one of the queries sees: two runs, relative to the block.
 struct SeenKeys {
   Run runs[2];
   explicit SeenKeys(int64_t keys) : runs{{0, keys}, {}} {}  // all of them
-  SeenKeys(const VisibleKeys& visible, int64_t queries, int64_t first_key, int64_t keys) {
-    Run window = {keys, 0};
-    int64_t sinks = 0;
-    if (visible.dense) window = {0, keys};
-    for (int64_t i = 0; i < queries && !visible.dense; ++i) {
-      const Run run = intersect({visible.begin[i] - first_key, visible.end[i] - first_key}, {0, keys});
-      if (run.size()) window = {smaller(window.begin, run.begin), larger(window.end, run.end)};
-      sinks = larger(sinks, smaller(visible.sink[i] - first_key, keys));
+  SeenKeys(const VisibleKeys& visible, int64_t queries, int64_t first_key, int64_t keys) : SeenKeys(keys) {
+    if (visible.dense) return;
+    Hull low, window;
+    for (int64_t i = 0; i < queries; ++i) {
+      low.add(intersect({visible.low_begin[i] - first_key, visible.low_end[i] - first_key}, {0, keys}));
+      window.add(intersect({visible.begin[i] - first_key, visible.end[i] - first_key}, {0, keys}));
     }
-    if (window.size() == 0) window = {sinks, sinks};
-    runs[0] = {0, smaller(sinks, window.begin)};
-    runs[1] = window;
+    separate(low, window, runs);
   }
   bool any() const { return runs[0].size() + runs[1].size() > 0; }
 };
 
-// Per query of a block, its runs relative to a key block, for product_over_runs(): windows and sinks.
+// Per query of a block, its runs relative to a key block, for product_over_runs().
 inline void key_runs(const VisibleKeys& visible, int64_t queries, int64_t first_key, int64_t keys, Run* windows,
-                     Run* sinks) {
+                     Run* lows) {
   for (int64_t i = 0; i < queries; ++i) {
     windows[i] = intersect({visible.begin[i] - first_key, visible.end[i] - first_key}, {0, keys});
-    sinks[i] = {0, smaller(visible.sink[i] - first_key, keys)};
+    lows[i] = intersect({visible.low_begin[i] - first_key, visible.low_end[i] - first_key}, {0, keys});
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/frame_runs.h"
+#include "cuda/core/divider.h"
 
 namespace vdcore::cuda {
 
@@ -10,8 +11,12 @@ struct Tokens {
   char* data;
   int64_t b, t, s, h;
 
-  VDCORE_INLINE char* row(int64_t i_b, int64_t i_t, int64_t i_s, int64_t i_h) const {
-    return data + (i_b * b + i_t * t + i_s * s + i_h * h);
+  // Unsigned: a product with a 64-bit stride takes two instructions instead of four.
+  VDCORE_INLINE char* row(uint32_t i_b, uint32_t i_t, uint32_t i_s, uint32_t i_h) const {
+    return data + (offset(i_b, b) + offset(i_t, t) + offset(i_s, s) + offset(i_h, h));
+  }
+  static VDCORE_INLINE int64_t offset(uint32_t i, int64_t stride) {
+    return static_cast<int64_t>(uint64_t{i} * static_cast<uint64_t>(stride));
   }
 };
 
@@ -49,11 +54,20 @@ struct Gate {
 
 // Which frames see which: see common/frame_runs.h.
 struct Frames {
-  FrameMask mask;
+  FrameWindow mask;
   int64_t start;           // index of the first query frame among the keys
   const int64_t* lengths;  // (B) on the device, or null
   int32_t queries, keys;
-  bool masked;  // some pair may be hidden
+  bool masked;    // some pair may be hidden
+  Divider chunk;  // by mask.chunk
+
+  Frames() = default;
+  Frames(const FrameWindow& mask, int64_t start, const int64_t* lengths, int32_t queries, int32_t keys, bool masked)
+      : mask(mask), start(start), lengths(lengths), queries(queries), keys(keys), masked(masked) {
+    // A chunk of all frames, and nothing in it overflows.
+    this->mask.chunk = smaller(mask.chunk, int64_t{1} << 31);
+    chunk = Divider(this->mask.chunk);
+  }
 };
 
 }  // namespace vdcore::cuda

@@ -3,14 +3,9 @@
 
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
 
-#ifdef VDCORE_EMULATE
-#include "emulator/emulator.h"
-#else
-#include <cuda_runtime.h>
-#endif
+#include "cuda/core/launch.h"
 
 namespace vdcore::cuda {
 
@@ -18,26 +13,10 @@ namespace py = pybind11;
 
 namespace {
 
-// Why no kernel can run here. Starts no context.
-std::optional<std::string> missing() {
-#ifndef VDCORE_EMULATE
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(status);
-  for (int i = 0; i < count; ++i) {
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i) == cudaSuccess && major >= 8) return {};
-  }
-  return count ? "no CUDA device of compute capability 8.0 or newer" : "no CUDA device";
-#else
-  return {};
-#endif
-}
-
 void define(py::module_& m) {
-  m.def("missing", missing);
+  m.def("why_not_device", why_not_device);
+  m.def("most_shared_memory", [](int device) { return most_shared_memory({"most_shared_memory", device}); });
   define_frame_attention(m);
-  define_gated_attention(m);
   define_qk_norm_rope(m);
   define_temporal_attention(m);
 }

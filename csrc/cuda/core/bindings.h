@@ -6,7 +6,6 @@
 namespace vdcore::cuda {
 
 void define_frame_attention(pybind11::module_& m);
-void define_gated_attention(pybind11::module_& m);
 void define_qk_norm_rope(pybind11::module_& m);
 void define_temporal_attention(pybind11::module_& m);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -26,13 +27,24 @@ constexpr int64_t kMaxBlocks = 2147483647;  // of grid axis x; axes y and z end 
   throw std::runtime_error(std::string(where.op) + ": " + what);
 }
 
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  int cluster = 1;  // blocks that run side by side
+};
+
 #ifdef VDCORE_EMULATE
 
+inline int multiprocessors(const Where&) { return 3; }  // few, so that a block has several tiles
+inline int64_t most_shared_memory(const Where&) { return 227 << 10; }
+inline std::optional<std::string> why_not_device(int) { return {}; }
+
 template <typename Arguments>
-void launch(const Where& where, void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes,
-            const Arguments& arguments) {
+void launch(const Where& where, void (*kernel)(Arguments), const Grid& grid, const Arguments& arguments) {
   try {
-    emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); }, sizeof(Arguments));
+    emulator::run(
+        grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(arguments); }, sizeof(Arguments), grid.cluster);
   } catch (const std::runtime_error& error) {
     launch_error(where, error.what());
   }
@@ -40,40 +52,22 @@ void launch(const Where& where, void (*kernel)(Arguments), int64_t blocks, int t
 
 #else
 
-// The runtime's current device, for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(const Where& where) {
-    check(where, cudaGetDevice(&before_));
-    check(where, cudaSetDevice(where.device));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+// Of the driver, found at run time: nothing links to it, so that the module loads without one.
+void* driver_function(const Where& where, const char* name);
 
-  static void check(const Where& where, cudaError_t status) {
-    if (status != cudaSuccess) launch_error(where, std::string("CUDA error: ") + cudaGetErrorString(status));
-  }
+int multiprocessors(const Where& where);
+int64_t most_shared_memory(const Where& where);  // bytes a block can ask for
 
- private:
-  int before_ = 0;
-};
+// Why no kernel can run on a device.
+std::optional<std::string> why_not_device(int device);
 
 // Only enqueues: no synchronisation, no allocation, so that a CUDA graph can capture it.
+void launch_kernel(const Where& where, const void* kernel, const Grid& grid, void* arguments);
+
 template <typename Arguments>
-void launch(const Where& where, void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes,
-            const Arguments& arguments) {
-  if (blocks == 0) return;
-  if (blocks > kMaxBlocks) launch_error(where, std::to_string(blocks) + " blocks, and a grid holds 2147483647");
-  const OnDevice on(where);
-  if (shared_bytes > 48 << 10)
-    OnDevice::check(where, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(shared_bytes)));
+void launch(const Where& where, void (*kernel)(Arguments), const Grid& grid, const Arguments& arguments) {
   Arguments copy = arguments;
-  void* pointers[] = {&copy};
-  OnDevice::check(where, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                          dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
-                                          static_cast<cudaStream_t>(where.stream)));
+  launch_kernel(where, reinterpret_cast<const void*>(kernel), grid, &copy);
 }
 
 #endif

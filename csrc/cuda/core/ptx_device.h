@@ -21,6 +21,15 @@ VDCORE_DEVICE Vec4 load_global<Vec4>(const void* p) {
   asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3]) : "l"(p));
   return v;
 }
+// Where `there` does not hold, `otherwise` in every word: a predicate, and no branch that loads could not be moved
+// over.
+VDCORE_DEVICE Vec4 load_global_or(const void* p, bool there, uint32_t otherwise) {
+  Vec4 v{{otherwise, otherwise, otherwise, otherwise}};
+  asm("{.reg .pred there; setp.ne.u32 there, %5, 0;\n @there ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v.x[0]), "+r"(v.x[1]), "+r"(v.x[2]), "+r"(v.x[3])
+      : "l"(p), "r"(static_cast<uint32_t>(there)));
+  return v;
+}
 #define VDCORE_LOAD_GLOBAL(V, type, constraint)                          \
   template <>                                                            \
   VDCORE_DEVICE V load_global<V>(const void* p) {                        \
@@ -140,7 +149,11 @@ VDCORE_DEVICE float exp2_approx(float x) {
   return y;
 }
 VDCORE_DEVICE float log2_approx(float x) { return __log2f(x); }
-VDCORE_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+VDCORE_DEVICE float reciprocal(float x) {  // one instruction; a division that rounds correctly is a call
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 VDCORE_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 VDCORE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 VDCORE_DEVICE float infinity() { return __int_as_float(0x7f800000); }

@@ -41,7 +41,7 @@ template <int C>
 VDCORE_DEVICE void load_rows(Rows<C>& r, const char* row, bool valid, int D) {
   const char* p = row + 16 * lane_column();
   VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) r.x[i] = valid && has_channels(i, D) ? load_global<Vec4>(p + 64 * i) : Vec4{};
+  for (int i = 0; i < C; ++i) r.x[i] = load_global_or(p + 64 * i, valid && has_channels(i, D), 0);
 }
 
 // s[16, 8] += rows (first eight, last eight) times other rows, over channels.
@@ -75,13 +75,12 @@ template <typename E, int C>
 VDCORE_DEVICE void store_rows(const RowSums<C>& sums, int h, float factor, char* row, bool valid, int D) {
   char* p = row + 16 * lane_column();
   VDCORE_UNROLL
-  for (int i = 0; i < C; ++i)
-    if (valid && has_channels(i, D)) {
-      Vec4 v;
-      VDCORE_UNROLL
-      for (int j = 0; j < 4; ++j) v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor);
-      store_global(p + 64 * i, v);
-    }
+  for (int i = 0; i < C; ++i) {
+    Vec4 v;
+    VDCORE_UNROLL
+    for (int j = 0; j < 4; ++j) v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor);
+    if (valid && has_channels(i, D)) store_global(p + 64 * i, v);
+  }
 }
 
 template <int C>
@@ -180,7 +179,8 @@ VDCORE_DEVICE Seen seen_by_query(const Frames& f, int64_t length, int t) {
   if (!f.masked) return {0, f.keys, 0};
   if (t >= f.queries || (length >= 0 && f.start + t >= length)) return {0, 0, 0};
   Run sink, window;
-  f.mask.visible(f.start + t, length >= 0 ? smaller(length, f.keys) : f.keys, sink, window);
+  const int64_t chunk = f.chunk.quotient(static_cast<uint32_t>(f.start) + t);
+  f.mask.visible_of_chunk(chunk, length >= 0 ? smaller(length, f.keys) : f.keys, sink, window);
   return {static_cast<int32_t>(window.begin), static_cast<int32_t>(window.end), static_cast<int32_t>(sink.end)};
 }
 
@@ -188,7 +188,7 @@ VDCORE_DEVICE Seen seen_by_key(const Frames& f, int64_t length, int k) {
   if (!f.masked) return {0, f.queries, 0};
   if (k >= f.keys || (length >= 0 && k >= length)) return {0, 0, 0};
   const int64_t alive = length >= 0 ? smaller(larger(length - f.start, 0), f.queries) : f.queries;
-  const Run run = intersect(f.mask.seen_by(k, f.start, f.queries), {0, alive});
+  const Run run = intersect(f.mask.seen_by_of_chunk(f.chunk.quotient(k), k, f.start, f.queries), {0, alive});
   return {static_cast<int32_t>(smaller(run.begin, f.queries)), static_cast<int32_t>(larger(run.end, 0)), 0};
 }
 

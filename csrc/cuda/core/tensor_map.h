@@ -6,8 +6,9 @@
 
 namespace vdcore::cuda {
 
-// Five dimensions of 16-bit elements, innermost first; strides in elements, the first one 1. Boxes are `columns` x
-// `rows` of the first two and go to shared memory with a swizzle of 128 bytes; what lies outside is 0.
+// Five dimensions of 16-bit elements, innermost first; strides in elements, the first one 1. Boxes are `columns` (64 or
+// 32) x `rows` of the first two and go to shared memory with a swizzle of 128 or 64 bytes, a row of the box; what lies
+// outside is 0. The base must be memory of the tensor, whatever is loaded: hardware looks at it.
 struct MapShape {
   DType dtype;
   const char* base;

@@ -10,10 +10,9 @@ namespace {
 
 // ---- Plans ----
 // All predicted, see the head of forward_sm90.cuh. A plan serves up to its D channels: the accelerator fills
-// the others of the last 64 with zeros.
+// the others of the last column with zeros.
 
 using Plan64 = FramePlan<64, 3, 128, 2>;  // three warpgroups share what is loaded
-using Plan72 = FramePlan<72, 2, 176, 2>;  // its products end at 80 and 72 channels
 using Plan80 = FramePlan<80, 2, 176, 2>;
 using Plan96 = FramePlan<96, 2, 176, 2>;
 using Plan128 = FramePlan<128, 2, 176, 2>;       // as many keys as shared memory holds twice
@@ -30,18 +29,18 @@ bool flat(const TensorView& x) { return x.size[1] == 1 || x.size[2] == 1 || x.st
 int64_t token_stride(const TensorView& x) { return x.size[2] > 1 ? stride_of(x, 2) : stride_of(x, 1); }
 
 // A map takes no stride of 0; where there is nothing to step to, any other will do.
-MapShape shape_of(const TensorView& x, int32_t rows) {
+MapShape shape_of(const TensorView& x, int32_t columns, int32_t rows) {
   return {x.dtype,
           x.data,
           {x.size[4], 1, 1, x.size[3], x.size[0]},
           {1, 8, 8, std::max<int64_t>(stride_of(x, 3), 8), std::max<int64_t>(stride_of(x, 0), 8)},
-          64,
+          columns,
           rows};
 }
 
 // channels x tokens of a frame x frames x heads x batch, or all tokens as one frame.
-TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32_t rows) {
-  MapShape shape = shape_of(x, rows);
+TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32_t columns, int32_t rows) {
+  MapShape shape = shape_of(x, columns, rows);
   shape.size[1] = as_one ? x.size[1] * x.size[2] : x.size[2];
   shape.size[2] = as_one ? 1 : x.size[1];
   shape.stride[1] = std::max<int64_t>(as_one ? token_stride(x) : stride_of(x, 2), 8);
@@ -49,24 +48,27 @@ TensorMap frames_map(const Where& where, const TensorView& x, bool as_one, int32
   return make_tensor_map(where, shape);
 }
 
-// channels x rows of a window x ends x heads x batch: window e holds the rows before token e. Its first ones begin
-// before the tensor does, and no box touches that part.
-TensorMap windows_map(const Where& where, const TensorView& x, int32_t rows) {
-  MapShape shape = shape_of(x, rows);
-  const int64_t stride = std::max<int64_t>(token_stride(x), 8);
-  shape.base -= rows * stride * 2;
-  shape.size[1] = rows;
-  shape.size[2] = x.size[1] * x.size[2] + 1;
-  shape.stride[1] = shape.stride[2] = stride;
+// channels x window x tokens x heads x batch: window t holds so many rows from token t on. The last ones end
+// behind the tensor, and no box touches that part.
+TensorMap windows_map(const Where& where, const TensorView& x, int32_t columns, int32_t window, int32_t rows) {
+  MapShape shape = shape_of(x, columns, rows);
+  shape.size[1] = window;
+  shape.size[2] = x.size[1] * x.size[2];
+  shape.stride[1] = shape.stride[2] = std::max<int64_t>(token_stride(x), 8);
   return make_tensor_map(where, shape);
 }
 
-FrameSource source_of(const Where& where, const FrameTokens& x, int32_t rows, int32_t keys) {
+template <class Plan>
+FrameSource source_of(const Where& where, const FrameTokens& x) {
   FrameSource source{};
   const bool q_flat = flat(x.q), k_flat = flat(x.k) && flat(x.v);
-  source.q = frames_map(where, x.q, q_flat, rows);
-  source.k = k_flat ? windows_map(where, x.k, keys) : frames_map(where, x.k, false, keys);
-  source.v = k_flat ? windows_map(where, x.v, keys) : frames_map(where, x.v, false, keys);
+  const auto keys_map = [&](const TensorView& of, int32_t columns) {
+    return k_flat ? windows_map(where, of, columns, Plan::kKeys, Plan::kBoxRows)
+                  : frames_map(where, of, false, columns, Plan::kBoxRows);
+  };
+  source.q = frames_map(where, x.q, q_flat, 64, Plan::kRows);
+  source.k = keys_map(x.k, 64);
+  source.v = keys_map(x.v, Plan::kValueColumn);
   source.q_frame = q_flat ? 0 : static_cast<int32_t>(x.q.size[2]);
   source.k_frame = k_flat ? 0 : static_cast<int32_t>(x.k.size[2]);
   return source;
@@ -85,7 +87,7 @@ QueryTiles tiles_of(const FrameAttention& call) {
   tiles.text_sees_video = call.text_sees_video;
   // Numbers beyond the video are cut down: products with them then stay inside 32 bits.
   const int64_t frames = std::max(k.size[1], call.q_start + q.size[1]);
-  FrameMask& mask = tiles.mask = call.mask;
+  FrameWindow& mask = tiles.mask = call.mask;
   mask.chunk = std::min(mask.chunk, frames);
   mask.sink = std::min(mask.sink, frames);
   const int64_t chunks = (frames + mask.chunk - 1) / mask.chunk;
@@ -118,15 +120,12 @@ Work work_of(const FrameAttention& call, const QueryTiles& tiles, int32_t keys) 
   return work;
 }
 
-int multiprocessors(const Where& where) {
-#ifdef VDCORE_EMULATE
-  (void)where;
-  return 3;  // few, so that a block has several tiles
-#else
-  int count = 0;
-  OnDevice::check(where, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, where.device));
-  return count;
-#endif
+// Blocks of a cluster: two, where few tiles are left without another of their group.
+template <class Plan>
+int32_t blocks_of_cluster(QueryTiles tiles) {
+  const int32_t alone = tiles.count();
+  tiles.side = 2;
+  return Plan::kCluster == 2 && tiles.count() - alone <= alone / 50 ? 2 : 1;
 }
 
 template <class Plan, typename E>
@@ -134,9 +133,10 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   const TensorView& q = call.video.q;
   FrameParameters p{};
   tiles.rows = Plan::kRows;
+  p.cluster = tiles.side = blocks_of_cluster<Plan>(tiles);
   p.tiles = tiles;
-  p.video = source_of(where, call.video, Plan::kRows, Plan::kKeys);
-  if (call.text.q) p.text = source_of(where, call.text, Plan::kRows, Plan::kKeys);
+  p.video = source_of<Plan>(where, call.video);
+  if (call.text.q) p.text = source_of<Plan>(where, call.text);
   p.lengths = call.lengths;
   p.text_lengths = call.text_lengths;
   p.out = call.out.data;
@@ -150,14 +150,15 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   p.ratio = static_cast<int32_t>(q.size[3] / call.video.k.size[3]);
   p.channels = static_cast<int32_t>(q.size[4]);
   p.exponent = call.exponent;
-  const int64_t items = q.size[0] * q.size[3] * tiles.count();
-  if (items > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
-  p.items = static_cast<int32_t>(items);
+  const int64_t all = q.size[0] * q.size[3] * tiles.count();
+  if (all > kMaxBlocks) launch_error(where, "more than 2147483647 tiles of queries");
+  p.items = static_cast<int32_t>(all / p.cluster);
   // Where all tiles cost the same, one block per SM takes them in turn and loads the next one's tokens while it stores.
   // Otherwise one block per tile: the hardware hands them out, the longest first.
   const bool even = work_of(call, tiles, Plan::kKeys).even;
-  p.blocks = even ? std::min(p.items, multiprocessors(where)) : p.items;
-  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, p.blocks, Plan::kThreads, Plan::kShared, p);
+  const int32_t clusters = even ? std::min(p.items, std::max(multiprocessors(where) / p.cluster, 1)) : p.items;
+  p.blocks = clusters * p.cluster;
+  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster}, p);
 }
 
 template <typename E>
@@ -165,7 +166,6 @@ void run_type(const Where& where, const FrameAttention& call) {
   const int64_t channels = call.video.q.size[4];
   const QueryTiles tiles = tiles_of(call);
   if (channels <= 64) return run<Plan64, E>(where, call, tiles);
-  if (channels <= 72) return run<Plan72, E>(where, call, tiles);
   if (channels <= 80) return run<Plan80, E>(where, call, tiles);
   if (channels <= 96) return run<Plan96, E>(where, call, tiles);
   // Predicted: tiles of 128 keys cost 4 % more per key, which tiles that are partly empty can outweigh.

@@ -2,7 +2,7 @@
 // the tile sees. Tensor memory accelerator, wgmma and warp specialisation as in FlashAttention-3 (Shah et al. 2024,
 // arXiv:2407.08608); runs of visible frames instead of a mask.
 //
-// Roles. One thread of warpgroup 0 loads: the tile's queries once, then keys and values into rings of kStages tiles
+// Roles. Two threads of warpgroup 0 load: the tile's queries once, then keys, and values, into rings of kStages tiles
 // each, as soon as the consumers have released a stage. Each of the other warpgroups owns 64 query rows: scores S = Q
 // K^T go to registers, probabilities P = 2^(S c - m c) stay there as the first operand of O += P V. The product for the
 // next tile's scores is issued before the softmax of this one, and named barriers let the warpgroups take turns at the
@@ -12,21 +12,27 @@
 // text. Where frames follow one another in memory, a run is one sequence of tokens. A tile that begins with a run and
 // ends with it needs no mask but at its last, partial tile, whose other rows must not be read at all: what is not
 // visible may be NaN, and 0 * NaN is NaN. So keys and values are seen through a tensor map of windows, channels x
-// kKeys x ends x heads x batch, in which window e holds the kKeys tokens before token e: its second and third stride
-// are the same. A box that starts kKeys - rows tokens into window start + rows holds exactly the tokens [start, start +
-// rows), and the accelerator fills the rest with zeros, because there the window ends. Every tile, whole or not, is
-// loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay inside a
-// frame and the map is channels x S x frames x heads x batch, which ends where the frame does.
+// kKeys x tokens x heads x batch, in which window t holds the kKeys tokens from token t on: its second and third stride
+// are the same. A box that starts kKeys - rows before window t holds, in its last rows, exactly the tokens [t, t +
+// rows), and the accelerator fills those before with zeros, because there the window has not begun. Every tile, whole
+// or not, is loaded so; any end will do, those of a prompt included. Where frames have gaps between them, tiles stay
+// inside a frame, the map is channels x S x frames x heads x batch, and the rows before are zeros or tokens that the
+// frame's tile before has had.
+//
+// Clusters. Two tiles of a chunk walk over the same keys under every mask. So two blocks on neighbouring
+// multiprocessors take them side by side, each loads a half of every tile of keys and values, and the accelerator
+// writes it to both: L2 is read half as often. A stage is free when the consumers of both blocks have released it.
 //
 // Plan. Work is 4 D FLOP per visible pair; an SM's tensor cores do 4,096 FLOP per cycle and its special units 16
 // exponentials.
 //   D = 128, 128 queries x 176 keys: 11.5 MFLOP, 2,816 cycles; 22.5 k exponentials, 1,408 cycles, and 2 x 650
-//     instructions per scheduler. Keys and values are 90 KB, at most 32 B per cycle, from L2, where the tiles of a head
-//     meet; from memory a head's keys come once. Shared memory: 32 KB of queries + 2 stages x 2 x 44 KB = 208 KB, one
-//     block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
+//     instructions per scheduler. Keys and values are 90 KB, 32 B per cycle, or 16 in a cluster, from L2, where the
+//     tiles of a head meet; from memory a head's keys come once. Shared memory: 32 KB of queries + 2 stages x 2 x 44 KB
+//     = 208 KB, one block an SM. Registers of a consumer: S 88, P 44, O 64, which leaves 44 of 240.
 //   D = 64, 192 queries x 128 keys: 6.3 MFLOP, 1,536 cycles, and as many for the exponentials: these are the bound.
 //     Three warpgroups share what is loaded, 21 B per cycle; registers: S 64, P 32, O 32, which leaves 32 of 160.
-//   D = 72, 80, 96: as 128; the second column of 64 channels is partly zeros, which only cost shared memory.
+//   D = 80, 96: as 128, with results of 96 channels: see plan_sm90.cuh. 65 to 80 channels multiply 5 steps of 16 for a
+//     score, and then 96 for the result where 80 are needed: 9 % more of the tensor cores' time.
 // Expected: 600 to 650 TFLOP/s at D = 128 and 440 to 500 at D = 64 on dense attention, the rates of FlashAttention-3,
 // whose tiles these are, and 90 % of that per pair under a mask, where the last tile of a run is partly empty. None of
 // it is measured yet.
@@ -36,80 +42,100 @@
 
 namespace vdcore::cuda {
 
-template <class Plan>
-VDCORE_DEVICE void load_columns(char* shared, int rows, const TensorMap* map, uint64_t* barrier, int32_t c1, int32_t c2,
-                                int32_t c3, int32_t c4) {
-  VDCORE_UNROLL
-  for (int column = 0; column < Plan::kColumns; ++column)
-    load_box(shared + column * rows * 128, map, barrier, 64 * column, c1, c2, c3, c4);
-}
-
 // A length below 0 counts as 0.
 VDCORE_DEVICE int32_t valid_of(const int64_t* lengths, int32_t sample) {
   if (!lengths) return INT32_MAX;
   return static_cast<int32_t>(larger(smaller(load_global<int64_t>(lengths + sample), INT32_MAX), 0));
 }
 
-// Where a tile of keys lies in its tensor map.
+// Where a tile of keys lies in its tensor map: in the last rows of a box.
 struct KeyBox {
-  const FrameSource* source = nullptr;
-  int32_t c1 = 0, c2 = 0, rows = 0;
-  KeyBox() = default;
+  const FrameSource* source;
+  int32_t c1, c2, rows;
   VDCORE_DEVICE KeyBox(const FrameParameters& p, const KeyTile& tile, int32_t window)
-      : source(tile.of_text ? &p.text : &p.video), rows(tile.rows) {
+      : source(tile.of_text ? &p.text : &p.video), c1(tile.rows - window), c2(tile.start), rows(tile.rows) {
     if (source->k_frame) {
       c2 = tile.start / source->k_frame;
-      c1 = tile.start - c2 * source->k_frame;
-    } else {
-      c2 = tile.start + tile.rows;
-      c1 = window - tile.rows;
+      c1 += tile.start - c2 * source->k_frame;
     }
   }
 };
 
 template <class Plan>
-VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& shared) {
-  Ring<Plan::kStages> k_ring, v_ring;
-  Ring<2> slot;
-  uint32_t q_parity = 0;
-  const int32_t count = p.tiles.count();
-  for (int64_t i = block_index(); i < p.items; i += p.blocks, slot.next(), q_parity ^= 1) {
+VDCORE_DEVICE Cluster cluster_of(const FrameParameters& p) {
+  if (Plan::kCluster == 1) return {1, 0};
+  return {static_cast<uint32_t>(p.cluster), cluster_rank()};
+}
+
+// Halves of a tile of keys or values to `shared`, in boxes of kColumn channels: those of the block's rank, for both
+// blocks of a cluster, or both halves.
+template <class Plan, int kColumns, int kColumn>
+VDCORE_DEVICE void load_keys(char* shared, const TensorMap* map, uint64_t* barrier, const Cluster& cluster,
+                             const KeyBox& box, int32_t head, int32_t sample) {
+  constexpr int kRow = 2 * kColumn;
+  VDCORE_NO_UNROLL
+  for (uint32_t half = cluster.rank; half < Plan::kCluster; half += cluster.size) {
+    const int32_t first = static_cast<int32_t>(half) * Plan::kBoxRows;
+    VDCORE_UNROLL
+    for (int column = 0; column < kColumns; ++column) {
+      char* const to = shared + (column * Plan::kKeys + first) * kRow;
+      if (cluster.size > 1)
+        load_box_for_both(to, map, barrier, kReadAgain, kColumn * column, box.c1 + first, box.c2, head, sample);
+      else
+        load_box(to, map, barrier, kReadAgain, kColumn * column, box.c1 + first, box.c2, head, sample);
+    }
+  }
+}
+
+// What one thread loads: queries and keys, or values.
+template <class Plan, bool kValues>
+VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& shared, const Cluster cluster) {
+  auto pipeline = kValues ? shared.of_values : shared.of_keys;
+  auto queries = shared.of_queries;
+  int slot = 0;
+  const int32_t count = p.tiles.count() / static_cast<int32_t>(cluster.size);
+  for (uint32_t i = block_index() / cluster.size; i < static_cast<uint32_t>(p.items); i += p.blocks / cluster.size) {
     const auto item = static_cast<int32_t>(i);
     const int32_t pair = item / count, sample = pair / p.heads, head = pair % p.heads;
     // The longest tiles first, to avoid a tail: text and the last frames of a causal mask see the most.
-    const QueryTile tile =
-        p.tiles.at(count - 1 - item % count, valid_of(p.lengths, sample), valid_of(p.text_lengths, sample));
-    const FrameSource& own = tile.of_text ? p.text : p.video;
-    const KeyWalk<Plan::kKeys> walk(tile, p.video.k_frame);
+    const int32_t first = (count - 1 - item % count) * static_cast<int32_t>(cluster.size);
+    const int32_t valid = valid_of(p.lengths, sample), text_valid = valid_of(p.text_lengths, sample);
+    // The first tile of a cluster is live where any is, and all see the same.
+    const KeyWalk<Plan::kKeys> walk(p.tiles.at(first, valid, text_valid), p.video.k_frame);
 
-    mbarrier_wait(shared.q_empty, q_parity ^ 1);
-    const int64_t row = sample * p.rows + (tile.of_text ? p.text_row : p.video_row) + tile.start;
-    shared.items[slot.stage] = {row * p.heads + head, tile.rows, tile.live, walk.count, sample, head, tile.start};
-    mbarrier_arrive_expect(shared.q_full, walk.count ? Plan::kQueryBytes : 0);
-    if (!walk.count) continue;
-    const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
-    load_columns<Plan>(shared.queries, Plan::kRows, &own.q, shared.q_full, tile.start - frame * own.q_frame, frame,
-                       head, sample);
-
-    // In the order of their use: the keys of a tile, then the values of the one before.
-    KeyBox box, before;
-    for (int32_t j = 0; j <= walk.count; ++j, before = box) {
-      if (j < walk.count) {
-        box = KeyBox(p, walk.at(j), Plan::kKeys);
-        mbarrier_wait(shared.k_empty + k_ring.stage, k_ring.parity ^ 1);
-        shared.key_rows[k_ring.stage] = box.rows;
-        mbarrier_arrive_expect(shared.k_full + k_ring.stage, Plan::kKeyBytes);
-        load_columns<Plan>(shared.keys + k_ring.stage * Plan::kKeyBytes, Plan::kKeys, &box.source->k,
-                           shared.k_full + k_ring.stage, box.c1, box.c2, head / p.ratio, sample);
-        k_ring.next();
+    if constexpr (!kValues) {
+      const QueryTile tile = p.tiles.at(first + static_cast<int32_t>(cluster.rank), valid, text_valid);
+      const FrameSource& own = tile.of_text ? p.text : p.video;
+      queries.claim();
+      const int64_t row = sample * p.rows + (tile.of_text ? p.text_row : p.video_row) + tile.start;
+      shared.items[slot] = {row * p.heads + head, tile.rows, tile.live, walk.count, sample, head, tile.start};
+      slot ^= 1;
+      queries.expect(walk.count ? Plan::kQueryBytes : 0);
+      queries.next();
+      const int32_t frame = own.q_frame ? tile.start / own.q_frame : 0;
+      if (walk.count)
+        unroll<Plan::kColumns>([&](int column) {
+          load_box(shared.queries + column * Plan::kRows * 128, &own.q, queries.full, kReadOnce, 64 * column,
+                   tile.start - frame * own.q_frame, frame, head, sample);
+        });
+    }
+    VDCORE_NO_UNROLL
+    for (int32_t j = 0; j < walk.count; ++j) {
+      const KeyBox box(p, walk.at(j), Plan::kKeys);
+      uint64_t* const full = pipeline.full + pipeline.stage;
+      pipeline.claim();
+      if constexpr (kValues) {
+        pipeline.expect(Plan::kValueBytes);
+        load_keys<Plan, Plan::kValueColumns, Plan::kValueColumn>(shared.values + pipeline.stage * Plan::kValueBytes,
+                                                                 &box.source->v, full, cluster, box, head / p.ratio,
+                                                                 sample);
+      } else {
+        shared.key_rows[pipeline.stage] = box.rows;
+        pipeline.expect(Plan::kKeyBytes);
+        load_keys<Plan, Plan::kColumns, 64>(shared.keys + pipeline.stage * Plan::kKeyBytes, &box.source->k, full,
+                                            cluster, box, head / p.ratio, sample);
       }
-      if (j) {
-        mbarrier_wait(shared.v_empty + v_ring.stage, v_ring.parity ^ 1);
-        mbarrier_arrive_expect(shared.v_full + v_ring.stage, Plan::kKeyBytes);
-        load_columns<Plan>(shared.values + v_ring.stage * Plan::kKeyBytes, Plan::kKeys, &before.source->v,
-                           shared.v_full + v_ring.stage, before.c1, before.c2, head / p.ratio, sample);
-        v_ring.next();
-      }
+      pipeline.next();
     }
   }
 }
@@ -124,7 +150,7 @@ struct FrameSoftmax {
     if (rows < Plan::kKeys) {
       VDCORE_UNROLL
       for (int i = 0; i < Plan::kKeys / 2; ++i)
-        if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= rows) s[i] = -infinity();
+        if (8 * (i / 4) + 2 * (lane % 4) + i % 2 < Plan::kKeys - rows) s[i] = -infinity();
     }
     VDCORE_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -149,18 +175,27 @@ struct FrameSoftmax {
 
 template <class Plan, typename E>
 struct FrameConsumer {
-  static constexpr int kKeys = Plan::kKeys, D = Plan::D;
+  static constexpr int kKeys = Plan::kKeys, D = Plan::D, kResult = Plan::kResult;
   const FrameParameters& p;
   const FrameShared<Plan>& shared;
+  const Cluster cluster;
+  Pipeline<1> queries;
+  Pipeline<Plan::kStages> keys, values;
   int group, lane, row;  // warpgroup; lane of its warp; first of the two rows, row and row + 8
-  Ring<Plan::kStages> k_ring, v_ring;
-  Ring<2> slot;
-  uint32_t q_parity = 0;
-  float o[D / 2];
+  int slot = 0;
+  float o[kResult / 2];
   uint32_t probabilities[kKeys / 16][4];
 
-  VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory, int thread)
-      : p(parameters), shared(memory), group(warp_uniform(thread / 128)), lane(thread % 32) {
+  VDCORE_DEVICE FrameConsumer(const FrameParameters& parameters, const FrameShared<Plan>& memory, const Cluster& blocks,
+                              int thread)
+      : p(parameters),
+        shared(memory),
+        cluster(blocks),
+        queries(memory.of_queries),
+        keys(memory.of_keys),
+        values(memory.of_values),
+        group(warp_uniform(thread / 128)),
+        lane(thread % 32) {
     row = 16 * (thread / 32) + lane / 4;
   }
 
@@ -172,16 +207,12 @@ struct FrameConsumer {
     if (Plan::kPingPong) named_barrier_arrive(1 + (group + 1) % Plan::kConsumers, 256);
   }
 
-  VDCORE_DEVICE void release(uint64_t* barrier) const {
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
-
   VDCORE_DEVICE void issue_scores(float (&s)[kKeys / 2]) const {
     const uint32_t q = shared_address(shared.queries) + group * 64 * 128;
-    const uint32_t k = shared_address(shared.keys) + k_ring.stage * Plan::kKeyBytes;
+    const uint32_t k = shared_address(shared.keys) + keys.stage * Plan::kKeyBytes;
     wgmma_fence();
     VDCORE_UNROLL
-    for (int step = 0; step < (D + 15) / 16; ++step) {
+    for (int step = 0; step < D / 16; ++step) {
       const uint32_t column = step / 4, offset = step % 4 * 32;
       const uint64_t a = rows_descriptor(q + column * Plan::kRows * 128 + offset);
       const uint64_t b = rows_descriptor(k + column * kKeys * 128 + offset);
@@ -194,24 +225,28 @@ struct FrameConsumer {
   }
 
   VDCORE_DEVICE void issue_result() {
-    const uint32_t v = shared_address(shared.values) + v_ring.stage * Plan::kKeyBytes;
+    const uint32_t v = shared_address(shared.values) + values.stage * Plan::kValueBytes;
+    constexpr int kRow = 2 * Plan::kValueColumn;
+    fence_operands(o);
+    fence_operands(probabilities);
     wgmma_fence();
     VDCORE_UNROLL
     for (int step = 0; step < kKeys / 16; ++step)
-      Wgmma<E, D>::registers_times_columns(o, probabilities[step],
-                                           columns_descriptor(v + step * 16 * 128, kKeys * 128));
+      Wgmma<E, kResult>::registers_times_columns(
+          o, probabilities[step], columns_descriptor<Plan::kValueColumn>(v + step * 16 * kRow, kKeys * kRow));
     wgmma_commit();
   }
 
-  VDCORE_DEVICE void await_keys() const { mbarrier_wait(shared.k_full + k_ring.stage, k_ring.parity); }
-  VDCORE_DEVICE void await_values() const { mbarrier_wait(shared.v_full + v_ring.stage, v_ring.parity); }
-  VDCORE_DEVICE void release_keys() {
-    release(shared.k_empty + k_ring.stage);
-    k_ring.next();
+  // Waits for the scores; with kAll for the result, too.
+  template <bool kAll>
+  VDCORE_DEVICE void await_scores(float (&s)[kKeys / 2]) {
+    wgmma_wait<kAll ? 0 : 1>();
+    fence_operands(s);
   }
-  VDCORE_DEVICE void release_values() {
-    release(shared.v_empty + v_ring.stage);
-    v_ring.next();
+  VDCORE_DEVICE void await_result() {
+    wgmma_wait<0>();
+    fence_operands(o);
+    fence_operands(probabilities);
   }
 
   // The result of a product is laid out as the first operand of the next.
@@ -222,56 +257,55 @@ struct FrameConsumer {
 
   VDCORE_DEVICE void shrink_result(const float (&shrink)[2]) {
     VDCORE_UNROLL
-    for (int i = 0; i < D / 2; ++i) o[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < kResult / 2; ++i) o[i] *= shrink[i / 2 % 2];
   }
 
   VDCORE_DEVICE void run() {
-    mbarrier_wait(shared.q_full, q_parity);
-    q_parity ^= 1;
+    queries.await();
     FrameSoftmax<Plan> softmax;
     VDCORE_UNROLL
-    for (int i = 0; i < D / 2; ++i) o[i] = 0;
-    const int32_t key_tiles = shared.items[slot.stage].key_tiles;
+    for (int i = 0; i < kResult / 2; ++i) o[i] = 0;
+    const int32_t key_tiles = shared.items[slot].key_tiles;
     if (key_tiles) {
       float shrink[2];
       {
         float s[kKeys / 2];
-        await_keys();
-        const int32_t rows = shared.key_rows[k_ring.stage];
+        keys.await();
+        const int32_t rows = shared.key_rows[keys.stage];
         issue_scores(s);
-        wgmma_wait<0>();
-        release_keys();
+        await_scores<true>(s);
+        keys.release(cluster, lane);
         softmax.step(s, rows, lane, p.exponent, shrink);
         keep_probabilities(s);
       }
       for (int32_t j = 1; j < key_tiles; ++j) {
         float s[kKeys / 2];
-        await_keys();
-        const int32_t rows = shared.key_rows[k_ring.stage];
+        keys.await();
+        const int32_t rows = shared.key_rows[keys.stage];
         await_turn();
         issue_scores(s);
-        await_values();
+        values.await();
         issue_result();
         pass_turn();
-        wgmma_wait<1>();
-        release_keys();
+        await_scores<false>(s);
+        keys.release(cluster, lane);
         softmax.step(s, rows, lane, p.exponent, shrink);
-        after_computing(softmax.sum[0] + softmax.sum[1], shared.q_full);
-        wgmma_wait<0>();
-        release_values();
+        after_computing(softmax.sum[0] + softmax.sum[1], shared.key_rows);
+        await_result();
+        values.release(cluster, lane);
         shrink_result(shrink);
         keep_probabilities(s);
       }
     }
-    release(shared.q_empty);
+    queries.release({1, cluster.rank}, lane);
     if (key_tiles) {
-      await_values();
+      values.await();
       issue_result();
-      wgmma_wait<0>();
-      release_values();
+      await_result();
+      values.release(cluster, lane);
     }
-    store(shared.items[slot.stage], softmax);
-    slot.next();
+    store(shared.items[slot], softmax);
+    slot ^= 1;
   }
 
   VDCORE_DEVICE void store(const FrameItem& item, const FrameSoftmax<Plan>& softmax) const {
@@ -280,15 +314,15 @@ struct FrameConsumer {
       const float sum = row_sum(softmax.sum[r]);
       const int mine = row + 8 * r;
       const bool live = mine < item.live, inside = mine < item.rows;
-      const float factor = live ? 1 / sum : 0;
+      const float factor = live ? reciprocal(sum) : 0;
       const int64_t at = item.first + static_cast<int64_t>(mine) * p.heads;
       VDCORE_UNROLL
-      for (int c = 0; c < D / 8; c += 4) {
+      for (int c = 0; c < kResult / 8; c += 4) {
         uint32_t word[4];
         VDCORE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int d = 4 * (c + i) + 2 * r;
-          word[i] = c + i < D / 8 && live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
+          word[i] = live ? pack<E>(o[d] * factor, o[d + 1] * factor) : 0;
         }
         transpose_quad(word, lane);
         const int channel = 8 * (c + lane % 4);
@@ -300,7 +334,7 @@ struct FrameConsumer {
       }
       if (p.lse && inside && lane % 4 == 0)
         store_global(p.lse + at,
-                     live ? fmaf(softmax.top[r], p.exponent, log2f(sum)) * 0.6931471805599453f : -infinity());
+                     live ? fmaf(softmax.top[r], p.exponent, log2_approx(sum)) * 0.6931471805599453f : -infinity());
     }
   }
 
@@ -337,28 +371,34 @@ template <class Plan, typename E>
 VDCORE_KERNEL(Plan::kThreads, 1)
 frame_attention_sm90_fwd_kernel(const VDCORE_GRID_CONSTANT FrameParameters p) {
   const FrameShared<Plan> shared(shared_memory());
+  const Cluster cluster = cluster_of<Plan>(p);
   const int thread = static_cast<int>(thread_index());
   if (thread == 0) {
-    mbarrier_init(shared.q_full, 1);
-    mbarrier_init(shared.q_empty, 4 * Plan::kConsumers);  // one arrival per warp
-    for (int i = 0; i < Plan::kStages; ++i) {
-      mbarrier_init(shared.k_full + i, 1);
-      mbarrier_init(shared.v_full + i, 1);
-      mbarrier_init(shared.k_empty + i, 4 * Plan::kConsumers);
-      mbarrier_init(shared.v_empty + i, 4 * Plan::kConsumers);
-    }
+    p.video.prefetch();
+    if (p.tiles.text) p.text.prefetch();
+    constexpr uint32_t kWarps = 4 * Plan::kConsumers;
+    shared.of_queries.init(kWarps);
+    shared.of_keys.init(kWarps * cluster.size);
+    shared.of_values.init(kWarps * cluster.size);
     mbarrier_init_fence();
   }
-  sync_block();
+  // The other block's barriers are there, and before it ends, nobody reaches for them any more.
+  if (cluster.size > 1)
+    sync_cluster();
+  else
+    sync_block();
   if (thread < 128) {
     give_registers<Plan::kProducerRegisters>();
-    if (thread == 0) produce<Plan>(p, shared);
+    if (thread == 0) produce<Plan, false>(p, shared, cluster);
+    if (thread == 32) produce<Plan, true>(p, shared, cluster);
   } else {
     take_registers<Plan::kConsumerRegisters>();
-    FrameConsumer<Plan, E> consumer(p, shared, thread - 128);
+    FrameConsumer<Plan, E> consumer(p, shared, cluster, thread - 128);
     if (consumer.group == Plan::kConsumers - 1) consumer.pass_turn();  // the first one's first turn
-    for (int64_t i = block_index(); i < p.items; i += p.blocks) consumer.run();
+    for (uint32_t i = block_index() / cluster.size; i < static_cast<uint32_t>(p.items); i += p.blocks / cluster.size)
+      consumer.run();
   }
+  if (cluster.size > 1) sync_cluster();
 }
 
 }  // namespace vdcore::cuda

@@ -13,14 +13,15 @@ namespace vdcore::cuda {
 // Weight sums of a warp in shared memory: (q's weight, k's weight, q's bias, k's bias; 32 C channels).
 constexpr int weight_sum_bytes(int C) { return 4 * 32 * C * 4; }
 
-// Where one role's sums are; null: nobody asks for them.
+// Where one role's sums are. `wanted` must be the kernel's parameter: the compiler then knows that a warp agrees on it,
+// and shuffles behind it are single instructions.
 struct WeightSums {
   float *weight, *bias;
+  bool wanted;
 };
 template <int C>
-VDCORE_DEVICE WeightSums weight_sums_of(float* warp, bool keys) {
-  if (!warp) return {nullptr, nullptr};
-  return {warp + (keys ? 32 * C : 0), warp + (keys ? 96 * C : 64 * C)};
+VDCORE_DEVICE WeightSums weight_sums_of(float* warp, bool keys, bool wanted) {
+  return {warp + (keys ? 32 * C : 0), warp + (keys ? 96 * C : 64 * C), wanted};
 }
 
 // Lane (row r, column c) of a warp is the only one that touches channels 32 i + 8 c + r before the block adds them up.
@@ -77,78 +78,59 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
 
 // Rotates gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
 template <int C>
-VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, const NormRope& how, int64_t table, int D) {
+VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, bool live, const NormRope& how, int64_t table) {
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
-    const int first = 32 * i + 8 * lane_column();
-    if (first >= D || first >= 2 * how.pairs) continue;
-    const Vec4 c = load_global<Vec4>(how.cos + table + first / 2), s = load_global<Vec4>(how.sin + table + first / 2);
-    VDCORE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      float &lo = g.x[i][j][2 * h], &hi = g.x[i][j][2 * h + 1];
-      const float a = lo, cos = as_float(c.x[j]), sin = as_float(s.x[j]);
-      lo = a * cos + hi * sin;
-      hi = hi * cos - a * sin;
-    }
+    const int pair = 16 * i + 4 * lane_column();
+    const bool rotates = live && pair < how.pairs;
+    const Vec4 c = load_global_or(how.cos + table + pair, rotates, 0);
+    const Vec4 s = load_global_or(how.sin + table + pair, rotates, 0);
+    if (!rotates) continue;
+    unroll<4>([&](int j) { rotate(g.x[i][j][2 * h], g.x[i][j][2 * h + 1], as_float(c.x[j]), -as_float(s.x[j])); });
   }
 }
 
 // Gradients of normalized rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of
-// half h starts; a row that does not take part (`live`) is not read, and adds nothing.
+// half h starts; a row that does not take part (`live`) is not read, adds nothing, and its gradient is 0.
 template <typename E, int C>
 VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
                                  const HeadNorm& norm, const WeightSums& sums, int D) {
   Rows<C> x[2];
   RowMoments m[2];
   float total[2] = {0, 0}, along[2] = {0, 0};
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    load_rows(x[h], row[h], live[h], D);
-    m[h] = moments<E>(x[h], how.kind, how.eps, D);
-  }
+  unroll<2>([&](int h) { load_rows(x[h], row[h], live[h], D); });
+  unroll<2>([&](int h) { m[h] = moments<E>(x[h], live[h], how.kind, how.eps, D); });
   const auto normalized = [&](int i, int h, int e) {
     const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
-    return ((e % 2 ? both.hi : both.lo) - m[h].mean) * m[h].scale;
+    return m[h](e % 2 ? both.hi : both.lo);
   };
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
     const int first = 32 * i + 8 * lane_column();
-    float dw[8], db[8], w[8];
-    VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) dw[e] = db[e] = 0, w[e] = 1;
-    if (norm.weight && first < D) {
-      const Float8 weight(norm.weight + first);
-      VDCORE_UNROLL
-      for (int e = 0; e < 8; ++e) w[e] = weight[e];
-    }
-    VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      VDCORE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        if (!live[h] || first >= D) continue;
-        float& d = g.x[i][e / 2][2 * h + e % 2];
-        const float y = normalized(i, h, e);
-        dw[e] += d * y;
-        db[e] += d;
-        d *= w[e];
-        total[h] += d;
-        along[h] += d * y;
-      }
-    }
-    if (sums.weight) add_weight_sums(sums.weight, i, dw);
-    if (sums.weight && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
-  }
-  const float each = 1.f / static_cast<float>(D);
-  VDCORE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
-    VDCORE_UNROLL
-    for (int i = 0; i < C; ++i) VDCORE_UNROLL
-    for (int e = 0; e < 8; ++e) {
+    const Float8 weight(norm.weight + first, norm.weight && has_channels(i, D), 1);
+    float dw[8], db[8];
+    unroll<8>([&](int e) { dw[e] = db[e] = 0; });
+    unroll<8, 2>([&](int e, int h) {
       float& d = g.x[i][e / 2][2 * h + e % 2];
-      if (live[h] && 32 * i + 8 * lane_column() < D) d = (d - mean - normalized(i, h, e) * slope) * m[h].scale;
-    }
+      d = live[h] && has_channels(i, D) ? d : 0;
+      const float y = normalized(i, h, e);
+      dw[e] = fmaf(d, y, dw[e]);
+      db[e] += d;
+      d *= weight[e];
+      total[h] += d;
+      along[h] = fmaf(d, y, along[h]);
+    });
+    if (sums.wanted) add_weight_sums(sums.weight, i, dw);
+    if (sums.wanted && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
   }
+  const float each = reciprocal(static_cast<float>(D));
+  unroll<2>([&](int h) {
+    const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
+    unroll<C, 8>([&](int i, int e) {
+      float& d = g.x[i][e / 2][2 * h + e % 2];
+      d = (d - fmaf(normalized(i, h, e), slope, mean)) * m[h].scale;
+    });
+  });
 }
 
 // Both, in their order.
@@ -156,11 +138,7 @@ template <typename E, int C>
 VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
                                       const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
                                       const WeightSums& sums, int D) {
-  if (how.style == RopeStyle::interleaved) {
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h)
-      if (live[h]) rope_backward(g, h, how, table[h], D);
-  }
+  if (how.style == RopeStyle::interleaved) unroll<2>([&](int h) { rope_backward(g, h, live[h], how, table[h]); });
   if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
 }
 

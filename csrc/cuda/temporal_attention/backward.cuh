@@ -24,19 +24,25 @@
 // some of them spilled, for a quarter of this file's time to compile; no workload trains on as many.
 #pragma once
 
-#include "cuda/temporal_attention/backward_long.cuh"
+#include "cuda/core/dispatch.h"
+#include "cuda/temporal_attention/backward_side.cuh"
 
 namespace vdcore::cuda {
 
 struct TemporalBackward {
   TemporalAttentionBackward a;
-  int64_t items;  // sequences, or pairs of them
-  bool packed;    // two sequences per tile
+  Sequences sequences;
+  uint32_t items;  // sequences
+
+  explicit TemporalBackward(const TemporalAttentionBackward& args)
+      : a(args),
+        sequences(args.forward.heads, args.forward.positions),
+        items(static_cast<uint32_t>(args.forward.sequences)) {}
 };
 
 constexpr int kBackwardThreads = 128, kBackwardRows = kBackwardThreads / 32 * 16;  // of all sequences of a block
 constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : 2; }
-constexpr int temporal_backward_shared_bytes(int C, bool norm_rope) {
+constexpr size_t temporal_backward_shared_bytes(int C, bool norm_rope) {
   const int rows = 2 * 64 * C * kBackwardRows, sums = kBackwardThreads / 32 * weight_sum_bytes(C);
   return 8 * kBackwardRows + (norm_rope ? rows + sums : 0);
 }
@@ -49,15 +55,15 @@ struct BackwardWarp {
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
   const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32);
-  const int64_t item = static_cast<int64_t>(block_index()) * kSequences + warp / kWarps;
-  const SequenceTile<N> tile{a, f.packed ? 2 * item : item, warp % kWarps, f.packed};
-  const int64_t length[2] = {valid_frames(a.frames, tile.sequence[0].b), valid_frames(a.frames, tile.sequence[1].b)};
-  const bool hides = a.frames.masked || f.packed;
+  const uint32_t item = block_index() * kSequences + warp / kWarps;
+  const SequenceTile tile{f.sequences.at(item < f.items ? item : 0), warp % kWarps, item < f.items};
+  const int64_t length = valid_frames(a.frames, tile.sequence.b);
+  const bool hides = a.frames.masked;
   const float factor = a.scale * kLog2E;
   // Of a block: q and k after norm and RoPE, weight sums of each warp; then lse and delta of each row.
   char* const q_rows = shared_memory() + warp / kWarps * (8 * N) * 64 * C;
   float* const block_sums = reinterpret_cast<float*>(shared_memory() + 2 * kBackwardRows * 64 * C);
-  float* const warp_sums = g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
+  float* const warp_sums = block_sums + warp * (weight_sum_bytes(C) / 4);
   static constexpr int kStats = temporal_backward_shared_bytes(C, kNormRope) - 8 * kBackwardRows;
   Vec2* const stats = reinterpret_cast<Vec2*>(shared_memory() + kStats) + warp / kWarps * (8 * N);
   const BackwardSide queries = query_side(g, q_rows), keys = key_side(g, q_rows + kBackwardRows * 64 * C);
@@ -68,7 +74,6 @@ struct BackwardWarp {
 
   // Of the lane's first row among those of its sequences.
   VDCORE_DEVICE int row() const { return 16 * (warp % kWarps) + lane_row(); }
-  VDCORE_DEVICE const char* first_row(const Tokens& x) const { return tile.sequence[0].row(x, lane_row()); }
 
   VDCORE_DEVICE void load_own(Rows<C> (&rows)[2], const Tokens& x, int count) const {
     unroll<2>([&](int h) { load_rows(rows[h], tile.row(x, h), tile.has(h, count), D); });
@@ -84,19 +89,19 @@ struct BackwardWarp {
     if constexpr (kNormRope)
       load_shared_row(rows, side.rows, 8 * n + lane_row());
     else
-      tile.load_other(rows, side.scored, next, n, side.count, 1, D);
+      tile.load_other(rows, side.scored, next, n, side.count, D);
   }
 
   VDCORE_DEVICE void products(const BackwardSide& own, const BackwardSide& other) {
     Rows<C> x[2], y[2];
     load_own_scored(x, own);
     load_own(y, own.other, own.count);
-    const char *next_x = first_row(other.scored), *next_y = first_row(other.other);
+    const char *next_x = tile.first_other(other.scored), *next_y = tile.first_other(other.other);
     unroll<N>([&](int n) {
       unroll<4>([&](int e) { s[n][e] = dp[n][e] = 0; });
       Rows<C> x_tile, y_tile;
       load_scored(x_tile, other, next_x, n);
-      tile.load_other(y_tile, other.other, next_y, n, other.count, 1, D);
+      tile.load_other(y_tile, other.other, next_y, n, other.count, D);
       inner_product<E>(s[n], x[0], x[1], x_tile, D);
       inner_product<E>(dp[n], y[0], y[1], y_tile, D);
     });
@@ -106,16 +111,16 @@ struct BackwardWarp {
   VDCORE_DEVICE void scored_gradient(const uint32_t (&weights)[N / 2][4], const BackwardSide& own,
                                      const BackwardSide& other, const Seen (&seen)[2]) const {
     seen_sums<E, N, C>(
-        weights, first_row(other.scored), hides, D,
+        weights, tile.first_other(other.scored), hides, D,
         [&](Rows<C>& rows, const char*& next, int n) { load_scored(rows, other, next, n); },
         [&](int n, int h, int e) { return tile.sees(seen, n, h, e); },
         [&](RowSums<C>& sums, const bool (&now)[2]) {
-          store_gradient<E, kNormRope>(sums, own, tile, seen, now, a.norm_rope, warp_sums, D);
+          store_gradient<E, kNormRope>(sums, own, tile, seen, now, a.norm_rope, warp_sums, g.sums != nullptr, D);
         });
   }
 
   VDCORE_DEVICE void stage() const {
-    if (warp_sums) clear_weight_sums<C>(warp_sums);
+    if (g.sums) clear_weight_sums<C>(warp_sums);
     stage_tile<E, C, kNormRope>(queries, tile, a.norm_rope, row(), D);
     stage_tile<E, C, kNormRope>(keys, tile, a.norm_rope, row(), D);
   }
@@ -123,7 +128,7 @@ struct BackwardWarp {
   // dq; leaves lse and delta of the rows.
   VDCORE_DEVICE void query_gradients() {
     Seen seen[2];
-    unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length[h], tile.frame[h]); });
+    unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length, tile.frame[h]); });
     const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
     products(queries, keys);
     uint32_t ds[N / 2][4];
@@ -136,7 +141,7 @@ struct BackwardWarp {
       const float each = inverse(total);
       delta = row_sum(delta) * each;
       if (g.dlse && tile.has(h, queries.count))
-        delta -= load_global<float>(g.dlse + row_index(a, tile.sequence[h], tile.frame[h]));
+        delta -= load_global<float>(g.dlse + row_index(a, tile.sequence, tile.frame[h]));
       unroll<N>([&](int n) {
         float dx[2];
         unroll<2>([&](int e) {
@@ -152,7 +157,7 @@ struct BackwardWarp {
   // dv and dk, from what all warps have left.
   VDCORE_DEVICE void key_gradients() {
     Seen seen[2];
-    unroll<2>([&](int h) { seen[h] = seen_by_key(a.frames, length[h], tile.frame[h]); });
+    unroll<2>([&](int h) { seen[h] = seen_by_key(a.frames, length, tile.frame[h]); });
     const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
     products(keys, queries);
     uint32_t p[N / 2][4], ds[N / 2][4];
@@ -171,8 +176,8 @@ struct BackwardWarp {
       });
     });
     seen_sums<E, N, C>(
-        p, first_row(g.dout), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { tile.load_other(rows, g.dout, next, n, queries.count, 1, D); },
+        p, tile.first_other(g.dout), hides, D,
+        [&](Rows<C>& rows, const char*& next, int n) { tile.load_other(rows, g.dout, next, n, queries.count, D); },
         visible,
         [&](const RowSums<C>& sums, const bool (&now)[2]) {
           store_tile<E>(sums, {1, 1}, g.dv, tile,
@@ -200,8 +205,10 @@ temporal_backward_kernel(const TemporalBackward f) {
 template <typename E, int N, int C, bool kNormRope>
 void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) {
   constexpr int kSequences = BackwardWarp<E, N, C, kNormRope>::kSequences;
-  launch(where, temporal_backward_kernel<E, N, C, kNormRope>, (f.items + kSequences - 1) / kSequences, kBackwardThreads,
-         temporal_backward_shared_bytes(C, kNormRope), f);
+  launch(where, temporal_backward_kernel<E, N, C, kNormRope>,
+         {(int64_t{f.items} + kSequences - 1) / kSequences, kBackwardThreads,
+          temporal_backward_shared_bytes(C, kNormRope)},
+         f);
 }
 
 template <typename E, int N>
@@ -218,13 +225,13 @@ void temporal_attention_backward_of(const Where& where, const TemporalAttentionB
   const TemporalAttention& a = args.forward;
   const int frames = a.frames.queries > a.frames.keys ? a.frames.queries : a.frames.keys, D = a.head_dim;
   const int shared = a.heads / a.groups;
-  if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared))
+  if (a.sequences >= int64_t{1} << 31) launch_error(where, "2147483648 sequences or more");
+  if (!temporal_backward_fits(a.frames.queries, a.frames.keys, D, shared, most_shared_memory(where)))
     launch_error(where, "no kernel for so many frames and channels");
   if (a.norm_rope.any() && !temporal_backward_fuses_norm_rope(D))
     launch_error(where, "no kernel for such norm or rope");
   if (!temporal_backward_is_short(frames, D, shared)) return temporal_long_backward<E>(where, args);
-  TemporalBackward f{args, a.sequences, temporal_backward_packs(frames)};
-  if (f.packed) f.items = (a.sequences + 1) / 2;
+  const TemporalBackward f(args);
   if (frames <= 16) return temporal_backward<E, 2>(where, f);
   temporal_backward<E, 4>(where, f);
 }

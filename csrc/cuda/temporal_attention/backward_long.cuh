@@ -12,7 +12,7 @@
 //
 //                                 D <= 64      96      128     256
 //   registers, own rows and sums       64      96      128     128     (beyond 128 channels own rows are read again)
-//   shared memory, KiB, 256 frames     66      98      130       -     one query head per key head
+//   shared memory, KiB, 256 frames     74     110      146       -     one query head per key head
 #pragma once
 
 #include "cuda/core/dispatch.h"
@@ -23,6 +23,7 @@ namespace vdcore::cuda {
 struct TemporalLongBackward {
   TemporalAttentionBackward a;
   int32_t query_tiles, key_tiles, warps;  // tiles: of 16 rows, per head; warps: of a block
+  Sequences sequences;                    // of keys
 };
 
 // Tiles of 16 rows of all heads of a side follow one another.
@@ -38,18 +39,19 @@ struct LongBlock {
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
   const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32), shared = a.heads / a.groups;
-  const Sequence sequence = sequence_at(block_index(), a.positions, a.groups);  // of keys
+  const Sequence sequence = f.sequences.at(block_index());  // of keys
   const int64_t length = valid_frames(a.frames, sequence.b);
   // Queries, keys, lse and delta of each query row, weight sums of each warp.
   char* const k_rows = shared_memory() + shared * f.query_tiles * 16 * 64 * C;
   Vec2* const stats = reinterpret_cast<Vec2*>(k_rows + f.key_tiles * 16 * 64 * C);
   float* const block_sums = reinterpret_cast<float*>(stats + shared * f.query_tiles * 16);
-  float* const warp_sums = g.sums ? block_sums + warp * (weight_sum_bytes(C) / 4) : nullptr;
-  const LongSide queries{query_side(g, shared_memory()), f.query_tiles, shared, sequence.h * shared};
-  const LongSide keys{key_side(g, k_rows), f.key_tiles, 1, sequence.h};
+  float* const warp_sums = block_sums + warp * (weight_sum_bytes(C) / 4);
+  const LongSide queries{query_side(g, shared_memory()), f.query_tiles, shared, static_cast<int>(sequence.h) * shared};
+  const LongSide keys{key_side(g, k_rows), f.key_tiles, 1, static_cast<int>(sequence.h)};
 
-  VDCORE_DEVICE SequenceTile<0> tile_of(const LongSide& side, int tile) const {
-    return {Sequence{sequence.b, sequence.s, side.first_head + tile / side.tiles}, tile % side.tiles};
+  VDCORE_DEVICE SequenceTile tile_of(const LongSide& side, int tile) const {
+    const auto head = static_cast<uint32_t>(side.first_head + tile / side.tiles);
+    return {Sequence{sequence.b, sequence.s, head}, tile % side.tiles};
   }
 
   template <typename E>
@@ -70,7 +72,7 @@ struct LongGradient {
   const int i;  // of the tile
   const TemporalAttention& a = block.a;
   const LongSide own = kKeys ? block.keys : block.queries, other = kKeys ? block.queries : block.keys;
-  const SequenceTile<0> tile = block.tile_of(own, i);
+  const SequenceTile tile = block.tile_of(own, i);
   const int D = block.D, row = 16 * i + lane_row();  // the lane's first among its side's in shared memory
   Seen seen[2];
   Float2 own_stats[2] = {{0, 0}, {0, 0}};
@@ -92,7 +94,7 @@ struct LongGradient {
   VDCORE_DEVICE const char* other_row(int n, bool& there) const {
     const int frame = 8 * (n % (2 * other.tiles)) + lane_row(), head = other.first_head + n / (2 * other.tiles);
     there = frame < other.count;
-    return Sequence{block.sequence.b, block.sequence.s, head}.row(other.other, frame);
+    return Sequence{block.sequence.b, block.sequence.s, static_cast<uint32_t>(head)}.row(other.other, frame);
   }
   VDCORE_DEVICE void load_other(Rows<C>& rows, int n) const {
     bool there;
@@ -139,7 +141,7 @@ struct LongGradient {
   VDCORE_DEVICE void find_stats() {
     unroll<2>([&](int h) {
       if (tile.has(h, own.count))
-        own_stats[h].lo = load_global<float>(a.lse + row_index(a, tile.sequence[h], tile.frame[h])) * kLog2E;
+        own_stats[h].lo = load_global<float>(a.lse + row_index(a, tile.sequence, tile.frame[h])) * kLog2E;
     });
     VDCORE_NO_UNROLL
     for (int n = 0; n < 2 * other.tiles; ++n) {
@@ -152,7 +154,7 @@ struct LongGradient {
     unroll<2>([&](int h) {
       own_stats[h].hi = row_sum(own_stats[h].hi);
       if (block.g.dlse && tile.has(h, own.count))
-        own_stats[h].hi -= load_global<float>(block.g.dlse + row_index(a, tile.sequence[h], tile.frame[h]));
+        own_stats[h].hi -= load_global<float>(block.g.dlse + row_index(a, tile.sequence, tile.frame[h]));
       if (lane_column() == 0) store_shared(block.stats + row + 8 * h, own_stats[h]);
     });
   }
@@ -193,7 +195,8 @@ struct LongGradient {
             store_tile<E>(sums, {1, 1}, block.g.dv, tile,
                           {now[0] && tile.has(0, own.count), now[1] && tile.has(1, own.count)}, D);
           else
-            store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, seen, now, a.norm_rope, block.warp_sums, D);
+            store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, seen, now, a.norm_rope, block.warp_sums,
+                                                       block.g.sums != nullptr, D);
         });
   }
 };
@@ -203,7 +206,7 @@ VDCORE_KERNEL(32 * kLongBackwardWarps, 1)
 temporal_long_backward_kernel(const TemporalLongBackward f) {
   const LongBlock<C> block{f};
   const LongSide &queries = block.queries, &keys = block.keys;
-  if (block.kNormRope && block.warp_sums) clear_weight_sums<C>(block.warp_sums);
+  if (block.kNormRope && f.a.sums) clear_weight_sums<C>(block.warp_sums);
   block.template stage<E>(queries);
   block.template stage<E>(keys);
   sync_block();
@@ -223,10 +226,12 @@ template <typename E>
 void temporal_long_backward(const Where& where, const TemporalAttentionBackward& args) {
   const TemporalAttention& a = args.forward;
   const int shared = a.heads / a.groups, D = a.head_dim, queries = a.frames.queries, keys = a.frames.keys;
-  const TemporalLongBackward f{args, tiles_of(queries), tiles_of(keys), long_backward_warps(queries, keys, shared)};
+  const TemporalLongBackward f{args, tiles_of(queries), tiles_of(keys), long_backward_warps(queries, keys, shared),
+                               Sequences(a.groups, a.positions)};
   with_chunks<2, 3, 4, 8>(where, D, [&](auto chunks) {
-    launch(where, temporal_long_backward_kernel<E, decltype(chunks)::value>, a.sequences / shared, 32 * f.warps,
-           long_backward_shared_bytes(queries, keys, D, shared), f);
+    const size_t bytes = long_backward_shared_bytes(queries, keys, D, shared);
+    launch(where, temporal_long_backward_kernel<E, decltype(chunks)::value>,
+           {a.sequences / shared, 32 * f.warps, bytes}, f);
   });
 }
 

@@ -24,25 +24,24 @@ VDCORE_DEVICE BackwardSide key_side(const TemporalAttentionBackward& g, char* ro
 }
 
 // The tile's rows, after norm and RoPE, to shared memory; `row`: where the lane's first one goes.
-template <typename E, int C, bool kNormRope, int N>
-VDCORE_DEVICE void stage_tile(const BackwardSide& side, const SequenceTile<N>& tile, const NormRope& how, int row,
-                              int D) {
+template <typename E, int C, bool kNormRope>
+VDCORE_DEVICE void stage_tile(const BackwardSide& side, const SequenceTile& tile, const NormRope& how, int row, int D) {
   Rows<C> x[2];
   unroll<2>([&](int h) { load_rows(x[h], tile.row(side.scored, h), tile.has(h, side.count), D); });
-  unroll<2>([&](int h) {
-    if constexpr (kNormRope) {
-      const int64_t table = angles_at(how, tile.sequence[h], side.start, tile.frame[h]);
-      if (how.any()) norm_rope<E>(x[h], tile.has(h, side.count), how, side.norm, table, D);
-    }
-    store_shared_row(side.rows, row + 8 * h, x[h]);
-  });
+  if constexpr (kNormRope) {
+    const bool there[2] = {tile.has(0, side.count), tile.has(1, side.count)};
+    const int64_t table[2] = {tile.angles(how, side.start, 0), tile.angles(how, side.start, 1)};
+    if (how.any()) norm_rope<E>(x, there, how, side.norm, table, D);
+  }
+  unroll<2>([&](int h) { store_shared_row(side.rows, row + 8 * h, x[h]); });
 }
 
-// Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. `weight_sums`: of the warp.
-template <typename E, bool kNormRope, int C, int N>
-VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile<N>& tile,
+// Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. `weight_sums`: of the warp, if
+// they are wanted.
+template <typename E, bool kNormRope, int C>
+VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile& tile,
                                   const Seen (&seen)[2], const bool (&now)[2], const NormRope& how, float* weight_sums,
-                                  int D) {
+                                  bool wanted, int D) {
   if constexpr (kNormRope) {
     const char* rows[2];
     bool live[2];
@@ -50,9 +49,9 @@ VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, con
     unroll<2>([&](int h) {
       rows[h] = tile.row(own.scored, h);
       live[h] = now[h] && tile.has(h, own.count) && seen[h].any();
-      table[h] = angles_at(how, tile.sequence[h], own.start, tile.frame[h]);
+      table[h] = tile.angles(how, own.start, h);
     });
-    norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys), D);
+    norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys, wanted), D);
   }
   unroll<2>([&](int h) { store_rows<E>(sums, h, 1, tile.row(own.gradient, h), now[h] && tile.has(h, own.count), D); });
 }

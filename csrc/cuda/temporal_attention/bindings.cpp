@@ -19,12 +19,8 @@ struct TemporalArguments {
     const dlpack::Tensor &shape = tensor_of(q), &keys = tensor_of(k);
     args.q = call.tokens(q), args.k = call.tokens(k), args.v = call.tokens(v), args.out = call.tokens(out);
     args.lse = call.floats(lse, 4);
-    args.frames = {mask_of(mask),
-                   q_start,
-                   call.integers(lengths),
-                   static_cast<int32_t>(shape.shape[1]),
-                   static_cast<int32_t>(keys.shape[1]),
-                   masked};
+    args.frames = Frames(mask_of(mask), q_start, call.integers(lengths), static_cast<int32_t>(shape.shape[1]),
+                         static_cast<int32_t>(keys.shape[1]), masked);
     args.sequences = shape.shape[0] * shape.shape[2] * shape.shape[3];
     args.positions = shape.shape[2];
     args.heads = static_cast<int32_t>(shape.shape[3]);
@@ -72,7 +68,7 @@ void define_temporal_attention(py::module_& m) {
   m.def("temporal_fuses_norm_rope", temporal_fuses_norm_rope, "keys"_a, "channels"_a);
   m.def("temporal_attention_forward", temporal_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a, "mask"_a,
         "q_start"_a, "masked"_a, "scale"_a, "norm"_a, "rope"_a, "stream"_a);
-  m.def("temporal_backward_fits", temporal_backward_fits, "queries"_a, "keys"_a, "channels"_a, "shared"_a);
+  m.def("temporal_backward_fits", temporal_backward_fits, "queries"_a, "keys"_a, "channels"_a, "shared"_a, "most"_a);
   m.def("temporal_backward_fuses_norm_rope", temporal_backward_fuses_norm_rope, "channels"_a);
   m.def("temporal_backward_blocks", temporal_backward_blocks, "queries"_a, "keys"_a, "channels"_a, "shared"_a,
         "sequences"_a);

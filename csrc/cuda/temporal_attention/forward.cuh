@@ -1,9 +1,9 @@
 // Temporal attention forward, sm_80 and newer.
 //
 // A sequence is one (position, head): T rows of D channels, H * D * S channels apart. The work is T / 2 operations per
-// byte, so time is bytes: q, k and v in, out out, 8 * T * D per sequence. A warp takes 16 query rows of a sequence (two
-// sequences of at most 8 frames share a tile) and all keys at once, and keeps them in registers; nothing is staged in
-// shared memory, so what limits bytes in flight is registers alone:
+// byte, so time is bytes: q, k and v in, out out, 8 * T * D per sequence. A warp takes 16 query rows of a sequence and
+// all keys at once, and keeps them in registers; nothing is staged in shared memory, so what limits bytes in flight is
+// registers alone:
 //
 //                       T = 16, D = 72     T = 32, D = 128
 //   registers, q + k        24 + 24            32 + 16 n     (n: key tiles in flight)
@@ -30,50 +30,70 @@ namespace vdcore::cuda {
 
 // Chosen so that nothing spills: ptxas takes what it may for loads in flight.
 constexpr int temporal_blocks_per_sm(int N, int C, bool norm_rope) {
-  if (C <= 3) return norm_rope && N == 4 && C == 3 ? 3 : 4;
+  if (C <= 3) return C == 3 && norm_rope ? 3 : 4;
   return N == 2 && C == 4 ? 3 : 2;
 }
+
+// What is loaded before the first product, beside the queries: tiles of keys at once, and whether all values, too.
+constexpr int held_keys(int N, int C, bool norm_rope) {
+  return N * C <= 8 || (N * C <= 16 && !norm_rope && C != 3) ? N : 2;
+}
+constexpr bool holds_values(int N, int C, bool norm_rope) { return !norm_rope && C <= 4 && N * C != 12; }
 
 // E: element; N: tiles of 8 keys; C: chunks of 32 channels; kNormRope: with norm or RoPE.
 template <typename E, int N, int C, bool kNormRope>
 VDCORE_KERNEL(kTemporalThreads, temporal_blocks_per_sm(N, C, kNormRope))
 temporal_forward_kernel(const TemporalForward f) {
+  constexpr int kKeys = held_keys(N, C, kNormRope);
+  constexpr bool kValues = holds_values(N, C, kNormRope);
   const TemporalAttention& a = f.a;
   const NormRope& how = a.norm_rope;
-  const int64_t item = static_cast<int64_t>(block_index()) * (kTemporalThreads / 32) + thread_index() / 32;
+  uint32_t item = block_index() * (kTemporalThreads / 32) + thread_index() / 32;
   if (item >= f.items) return;
-  const int D = a.head_dim, shared = a.heads / a.groups;
-  const int64_t first = f.packed ? 2 * item : item / f.tiles;
-  const SequenceTile<N> tile(a, first, f.packed ? 0 : static_cast<int>(item - first * f.tiles), f.packed);
-  const auto load_tile = [&](Rows<C>& rows, const Tokens& x, const char*& next, int n) {
-    tile.load_other(rows, x, next, n, a.frames.keys, shared, D);
+  const int D = a.head_dim, of_sequence = static_cast<int>(f.tiles.split(item));
+  SequenceTile tile(f.sequences.at(item), of_sequence);
+  tile.other.h = f.shared.quotient(tile.sequence.h);
+
+  bool valid[2];
+  Rows<C> q[2], k[kKeys], v[kValues ? N : 1];
+  unroll<2>([&](int h) {
+    valid[h] = tile.has(h, a.frames.queries);
+    load_rows(q[h], tile.row(a.q, h), valid[h], D);
+  });
+  const char* next = tile.first_other(a.k);
+  const auto load_keys = [&](int first) {
+    unroll<kKeys>([&](int n) { tile.load_other(k[n], a.k, next, first + n, a.frames.keys, D); });
   };
+  load_keys(0);
+  if constexpr (kValues) tile.load_others(v, a.v, a.frames.keys, D);
 
   Seen seen[2];
-  bool valid[2];
-  Rows<C> q[2];
-  unroll<2>([&](int h) {
-    const Sequence& at = tile.sequence[h];
-    valid[h] = tile.has(h, a.frames.queries);
-    seen[h] = seen_by_query(a.frames, valid_frames(a.frames, at.b), tile.frame[h]);
-    load_rows(q[h], tile.row(a.q, h), valid[h], D);
-    if constexpr (kNormRope)
-      norm_rope<E>(q[h], valid[h], how, how.q, angles_at(how, at, a.frames.start, tile.frame[h]), D);
-  });
+  const int64_t length = valid_frames(a.frames, tile.sequence.b);
+  unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length, tile.frame[h]); });
   const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
+  if constexpr (kNormRope) {
+    const int64_t table[2] = {tile.angles(how, a.frames.start, 0), tile.angles(how, a.frames.start, 1)};
+    norm_rope<E>(q, valid, how, how.q, table, D);
+  }
 
   float s[N][4];
-  const char* next = tile.sequence[0].row(a.k, lane_row(), shared);
-  unroll<N>([&](int n) {
-    s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    Rows<C> k;
-    load_tile(k, a.k, next, n);
+  VDCORE_UNROLL
+  for (int first = 0; first < N; first += kKeys) {
+    if (first) load_keys(first);
     if constexpr (kNormRope) {
-      const int64_t table = angles_at(how, tile.sequence[N == 2 ? n : 0], 0, tile.other_frame(n));
-      norm_rope<E>(k, tile.has_other(n, a.frames.keys), how, how.k, table, D);
+      bool there[kKeys];
+      int64_t table[kKeys];
+      unroll<kKeys>([&](int n) {
+        there[n] = tile.has_other(first + n, a.frames.keys);
+        table[n] = angles_at(how, tile.sequence, 0, lane_row()) + 8 * (first + n) * how.table_t;
+      });
+      norm_rope<E>(k, there, how, how.k, table, D);
     }
-    inner_product<E>(s[n], q[0], q[1], k, D);
-  });
+    unroll<kKeys>([&](int n) {
+      unroll<4>([&](int e) { s[first + n][e] = 0; });
+      inner_product<E>(s[first + n], q[0], q[1], k[n], D);
+    });
+  }
 
   uint32_t p[N / 2][4];
   float total[2], highest[2] = {-infinity(), -infinity()};
@@ -83,8 +103,14 @@ temporal_forward_kernel(const TemporalForward f) {
     unroll<N>([&](int n) { p[n / 2][h + n % 2 * 2] = pack<E>(s[n][2 * h], s[n][2 * h + 1]); });
   });
   seen_sums<E, N, C>(
-      p, tile.sequence[0].row(a.v, lane_row(), shared), a.frames.masked || f.packed, D,
-      [&](Rows<C>& rows, const char*& row, int n) { load_tile(rows, a.v, row, n); }, visible,
+      p, tile.first_other(a.v), a.frames.masked, D,
+      [&](Rows<C>& rows, const char*& row, int n) {
+        if constexpr (kValues)
+          rows = v[n];
+        else
+          tile.load_other(rows, a.v, row, n, a.frames.keys, D);
+      },
+      visible,
       [&](const RowSums<C>& sums, const bool (&now)[2]) {
         store_tile<E>(sums, {inverse(total[0]), inverse(total[1])}, a.out, tile,
                       {now[0] && valid[0], now[1] && valid[1]}, D);
@@ -92,7 +118,7 @@ temporal_forward_kernel(const TemporalForward f) {
 
   if (!a.lse || lane_column() != 0) return;
   unroll<2>([&](int h) {
-    if (valid[h]) store_global(a.lse + row_index(a, tile.sequence[h], tile.frame[h]), log_sum(highest[h], total[h]));
+    if (valid[h]) store_global(a.lse + row_index(a, tile.sequence, tile.frame[h]), log_sum(highest[h], total[h]));
   });
 }
 
@@ -111,8 +137,7 @@ void temporal_attention_forward_of(const Where& where, const TemporalAttention& 
   if (!temporal_fits(a.frames.keys, a.head_dim)) launch_error(where, "no kernel for so many frames and channels");
   if (a.norm_rope.any() && !temporal_fuses_norm_rope(a.frames.keys, a.head_dim))
     launch_error(where, "no kernel for such norm or rope");
-  TemporalForward f{a, 0, (a.frames.queries + 15) / 16, a.frames.queries <= 8 && a.frames.keys <= 8};
-  f.items = f.packed ? (a.sequences + 1) / 2 : a.sequences * f.tiles;
+  const TemporalForward f(where, a);
   if (a.frames.keys <= 16) return temporal_forward<E, 2>(where, f);
   if (a.frames.keys <= 32) return temporal_forward<E, 4>(where, f);
   temporal_long_forward<E>(where, f);

@@ -19,14 +19,22 @@ constexpr int kTemporalThreads = 128;
 
 struct TemporalForward {
   TemporalAttention a;
-  int64_t items;  // warps' worth of work
-  int32_t tiles;  // of 16 query rows, per sequence
-  bool packed;    // two sequences per tile
+  Sequences sequences;
+  Divider tiles;   // of 16 query rows, per sequence
+  Divider shared;  // query heads per key head
+  uint32_t items;  // warps' worth of work
+
+  TemporalForward(const Where& where, const TemporalAttention& a)
+      : a(a), sequences(a.heads, a.positions), tiles((a.frames.queries + 15) / 16), shared(a.heads / a.groups) {
+    const int64_t all = a.sequences * tiles.divisor;
+    if (all >= int64_t{1} << 31) launch_error(where, "2147483648 tiles of 16 frames or more");
+    items = static_cast<uint32_t>(all);
+  }
 };
 
 inline void launch_temporal(const Where& where, void (*kernel)(TemporalForward), const TemporalForward& f) {
   const int64_t warps = kTemporalThreads / 32;
-  launch(where, kernel, (f.items + warps - 1) / warps, kTemporalThreads, 0, f);
+  launch(where, kernel, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, 0}, f);
 }
 
 constexpr int temporal_long_blocks_per_sm(int C) { return 6 - C; }  // as many as without a spill
@@ -36,12 +44,13 @@ template <typename E, int C>
 VDCORE_KERNEL(kTemporalThreads, temporal_long_blocks_per_sm(C))
 temporal_long_forward_kernel(const TemporalForward f) {
   const TemporalAttention& a = f.a;
-  const int64_t item = static_cast<int64_t>(block_index()) * (kTemporalThreads / 32) + thread_index() / 32;
+  uint32_t item = block_index() * (kTemporalThreads / 32) + thread_index() / 32;
   if (item >= f.items) return;
-  const int D = a.head_dim, r = lane_row(), shared = a.heads / a.groups;
-  const int64_t first = item / f.tiles;
-  const Sequence at = sequence_at(first, a.positions, a.heads);
-  const SequenceTile<0> tile(at, static_cast<int>(item - first * f.tiles));
+  const int D = a.head_dim, r = lane_row();
+  const auto of_sequence = static_cast<int>(f.tiles.split(item));
+  const Sequence at = f.sequences.at(item);
+  const Sequence of_keys{at.b, at.s, f.shared.quotient(at.h)};
+  const SequenceTile tile(at, of_sequence);
   const int64_t length = valid_frames(a.frames, at.b);
 
   Seen seen[2];
@@ -53,7 +62,7 @@ temporal_long_forward_kernel(const TemporalForward f) {
     load_rows(q[h], tile.row(a.q, h), valid[h], D);
   });
   const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
-  const char* const k_row = at.row(a.k, r, shared);
+  const char* const k_row = of_keys.row(a.k, r);
   const auto load_tile = [&](Rows<C>& rows, const char* row, int64_t step, int n) {
     load_rows(rows, row + 8 * n * step, 8 * n + r < a.frames.keys, D);
   };
@@ -90,7 +99,7 @@ temporal_long_forward_kernel(const TemporalForward f) {
       if (final[h]) store_global(a.lse + row_index(a, at, tile.frame[h]), log_sum(highest[h], all[h]));
     });
   };
-  seen_sums<E, 0, C>((a.frames.keys + 15) / 16 * 2, weights, at.row(a.v, r, shared), a.frames.masked, D,
+  seen_sums<E, 0, C>((a.frames.keys + 15) / 16 * 2, weights, of_keys.row(a.v, r), a.frames.masked, D,
                      [&](Rows<C>& rows, const char* row, int n) { load_tile(rows, row, a.v.t, n); }, visible, finish);
 }
 

@@ -43,13 +43,12 @@ struct TemporalAttentionBackward {
 constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared) {
   return shared == 1 && channels <= 128 && frames <= 32;
 }
-constexpr bool temporal_backward_packs(int64_t frames) { return frames <= 8; }  // two sequences per tile
 
 // Whether the norm/RoPE backward is fused into the kernel: beyond, its rows and sums are too many registers.
 constexpr bool temporal_backward_fuses_norm_rope(int64_t channels) { return channels <= 128; }
 
 // The long one has a sequence's queries and keys in shared memory: tiles of 16 rows, chunks of 32 channels.
-constexpr int kLongBackwardWarps = 8, kLongBackwardBytes = 160 << 10;
+constexpr int kLongBackwardWarps = 8;
 constexpr int tiles_of(int64_t frames) { return static_cast<int>((frames + 15) / 16); }
 constexpr int long_backward_chunks(int64_t channels) {
   return channels <= 64 ? 2 : channels <= 96 ? 3 : channels <= 128 ? 4 : 8;
@@ -63,9 +62,12 @@ constexpr int64_t long_backward_shared_bytes(int64_t queries, int64_t keys, int6
   return (q + k) * 64 * chunks + 8 * q + long_backward_warps(queries, keys, shared) * 512 * chunks;
 }
 
-constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t channels, int64_t shared) {
+// `most`: bytes of shared memory that a block can ask for.
+constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t channels, int64_t shared, int64_t most) {
+  const int64_t frames = queries > keys ? queries : keys;
   return temporal_fits(queries, channels) && temporal_fits(keys, channels) && shared <= 1024 &&
-         long_backward_shared_bytes(queries, keys, channels, shared) <= kLongBackwardBytes;
+         (temporal_backward_is_short(frames, channels, shared) ||
+          long_backward_shared_bytes(queries, keys, channels, shared) <= most);
 }
 
 // Rows of `sums`. `sequences`: B * S * H.
@@ -73,13 +75,17 @@ constexpr int64_t temporal_backward_blocks(int64_t queries, int64_t keys, int64_
                                            int64_t sequences) {
   const int64_t frames = queries > keys ? queries : keys;
   if (!temporal_backward_is_short(frames, channels, shared)) return sequences / shared;
-  const int64_t items = temporal_backward_packs(frames) ? (sequences + 1) / 2 : sequences, each = frames <= 16 ? 4 : 2;
-  return (items + each - 1) / each;
+  const int64_t each = frames <= 16 ? 4 : 2;
+  return (sequences + each - 1) / each;
 }
 
 void temporal_attention_backward(const Where& where, DType dtype, const TemporalAttentionBackward& args);
 
 template <typename E>
 void temporal_attention_backward_of(const Where& where, const TemporalAttentionBackward& args);
+
+// Where `temporal_backward_is_short` does not hold.
+template <typename E>
+void temporal_long_backward(const Where& where, const TemporalAttentionBackward& args);
 
 }  // namespace vdcore::cuda

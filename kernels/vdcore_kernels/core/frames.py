@@ -6,10 +6,14 @@ of a sample with all its frames; a program holds several, as a batch of small ma
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore_kernels.core.tile import (
@@ -29,7 +33,14 @@ from vdcore_kernels.core.tile import (
 
 
 class Frames(NamedTuple):
-    """How many frames q and k have, the key frame of the first query frame, and a mask's numbers, -1 for no bound."""
+    """How many frames q and k have, the key frame of the first query frame, and a mask's numbers, -1 for no bound.
+
+    Args:
+        group: query frames, counted from key frame 0 on, that all see the same.
+        clean: frames of the clean half of teacher forcing; None: another mask.
+        shots: (frames, 2), int32: a frame's shot's first frame, -1 for none, and where the shot that begins with it
+            ends, 0 where none does; None: there are no shots.
+    """
 
     T: Any
     T_k: Any
@@ -38,39 +49,116 @@ class Frames(NamedTuple):
     future: Any
     chunk: Any
     sink: Any
+    group: Any
+    clean: Any = None
+    shots: Any = None
 
 
-def frame_bounds(mask: FrameMask, T: int, T_k: int, q_start: int) -> tuple[Frames, bool]:
+def frame_bounds(
+    mask: FrameMask, T: int, T_k: int, q_start: int, device: torch.device | None = None
+) -> tuple[Frames, bool]:
     """Frames and mask for kernels, and whether anything at all is hidden.
 
-    Numbers beyond the video are cut down, so that products of two of them stay inside 32 bits.
+    Numbers beyond the video are cut down, so that products of two of them stay inside 32 bits. ``device``: the
+    kernels'; where it is None the result is for the host, and holds no table of shots.
     """
-    frames = max(T_k, q_start + T, 1)
+    frames = mask.clean or max(T_k, q_start + T, 1)
     chunk = min(mask.chunk, frames)
     chunks = -(-frames // chunk)
     past, future = (-1 if n is None or n >= chunks else n for n in (mask.past, mask.future))
+    if mask.clean:
+        group = math.gcd(chunk, mask.clean)
+        return Frames(T, T_k, q_start, past, -1, chunk, 0, group, mask.clean), True
     if past < 0 and future < 0:
-        return Frames(T, T_k, q_start, -1, -1, frames, 0), False
-    return Frames(T, T_k, q_start, past, future, chunk, min(mask.sink, frames)), True
+        return Frames(T, T_k, q_start, -1, -1, frames, 0, frames), False
+    shots = tuple(shot for shot in mask.shots if shot < frames) if past >= 0 else ()
+    table = _shot_table(shots, frames, device) if shots and device is not None else None
+    sink, group = min(mask.sink, frames), math.gcd(chunk, *shots)
+    return Frames(T, T_k, q_start, past, future, chunk, sink, group, None, table), True
+
+
+@lru_cache(maxsize=64)
+def _shot_table(shots: tuple[int, ...], frames: int, device: torch.device) -> Tensor:
+    first, end = torch.full((frames,), -1), torch.zeros(frames, dtype=torch.int64)
+    for shot, after in zip(shots, (*shots[1:], frames)):
+        first[shot:after], end[shot] = shot, after
+    return torch.stack((first, end), 1).to(torch.int32).to(device)
+
+
+@triton.jit
+def _teacher_forcing_runs(q, valid, frames):
+    """As visible_runs: a clean frame sees [low, low_end) alone, a noisy one its own chunk in [begin, end)."""
+    noisy = q >= frames.clean
+    frame = q - tl.where(noisy, frames.clean, 0)
+    c = frame // frames.chunk
+    own = c * frames.chunk
+    after = tl.minimum(own + frames.chunk, frames.clean)
+    low = tl.where(frames.past < 0, 0, tl.maximum(c - frames.past, 0) * frames.chunk)
+    low_end = tl.minimum(tl.where(noisy, own, after), valid)
+    low = tl.minimum(low, low_end)
+    begin = tl.where(noisy, tl.minimum(frames.clean + own, valid), low_end)
+    end = tl.where(noisy, tl.minimum(frames.clean + after, valid), low_end)
+    return low, low_end, begin, end
+
+
+@triton.jit
+def _shot_of(q, column, frames):
+    known = q < tl.maximum(frames.T_k, frames.q_start + frames.T)
+    return tl.load(frames.shots + 2 * q + column, mask=known, other=-1)
 
 
 @triton.jit
 def visible_runs(q, valid, frames):
-    """Key frames that query frames q see, of the first ``valid`` ones: [0, sink) and [begin, end)."""
-    c = q // frames.chunk
-    end = tl.where(frames.future < 0, valid, tl.minimum(valid, (c + frames.future + 1) * frames.chunk))
-    begin = tl.where(frames.past < 0, 0, tl.minimum(tl.maximum(c - frames.past, 0) * frames.chunk, end))
-    return tl.minimum(frames.sink, begin), begin, end
+    """Key frames that query frames q see, of the first ``valid`` ones: [low, low_end) and, after it, [begin, end)."""
+    if frames.clean is not None:
+        return _teacher_forcing_runs(q, valid, frames)
+    else:
+        c = q // frames.chunk
+        end = tl.where(frames.future < 0, valid, tl.minimum(valid, (c + frames.future + 1) * frames.chunk))
+        begin = tl.where(frames.past < 0, 0, tl.minimum(tl.maximum(c - frames.past, 0) * frames.chunk, end))
+        if frames.shots is not None:
+            shot = _shot_of(q, 0, frames)
+            kept = (shot >= 0) & (shot < begin)
+            return tl.where(kept, shot, 0), tl.where(kept, shot + 1, 0), begin, end
+        else:
+            return 0, tl.minimum(frames.sink, begin), begin, end
 
 
 @triton.jit
 def seeing_run(k, last, frames):
-    """Query frames among [q_start, last) that see key frames k: one run [begin, end), empty where end <= begin."""
+    """Query frames among [q_start, last) that see key frames k: one run [begin, end), empty where end <= begin.
+
+    Under teacher forcing those of k's own half: see noisy_seeing_run.
+    """
     first = frames.q_start
+    if frames.clean is not None:
+        half = tl.where(k >= frames.clean, frames.clean, 0)
+        c = (k - half) // frames.chunk
+        in_reach = tl.where((half > 0) | (frames.past == 0), (c + 1) * frames.chunk, _clean_reach(c, frames))
+        begin = tl.maximum(first, half + c * frames.chunk)
+        return begin, tl.minimum(last, half + tl.minimum(in_reach, frames.clean))
+    else:
+        c = k // frames.chunk
+        begin = tl.where(frames.future < 0, first, tl.maximum(first, (c - frames.future) * frames.chunk))
+        in_reach = tl.minimum(last, (c + frames.past + 1) * frames.chunk)
+        if frames.shots is not None:
+            in_reach = tl.maximum(in_reach, tl.minimum(last, _shot_of(k, 1, frames)))
+        return begin, tl.where((frames.past < 0) | (k < frames.sink), last, in_reach)
+
+
+@triton.jit
+def _clean_reach(c, frames):
+    """Where the frames of the clean half end whose window holds chunk c."""
+    return tl.where(frames.past < 0, frames.clean, tl.minimum((c + frames.past + 1) * frames.chunk, frames.clean))
+
+
+@triton.jit
+def noisy_seeing_run(k, last, frames):
+    """Noisy query frames that see clean key frames k, as seeing_run counts them; for noisy k it is empty."""
     c = k // frames.chunk
-    begin = tl.where(frames.future < 0, first, tl.maximum(first, (c - frames.future) * frames.chunk))
-    in_reach = tl.minimum(last, (c + frames.past + 1) * frames.chunk)
-    return begin, tl.where((frames.past < 0) | (k < frames.sink), last, in_reach)
+    begin = tl.maximum(frames.q_start, frames.clean + tl.minimum((c + 1) * frames.chunk, frames.clean))
+    end = tl.minimum(last, frames.clean + _clean_reach(c, frames))
+    return begin, tl.where(k < frames.clean, end, begin)
 
 
 @triton.jit
@@ -95,6 +183,17 @@ def valid_frames(p_len, i_b, frames):
 
 
 @triton.jit
+def is_seen(k, last, frames):
+    """Whether any query frame below ``last`` sees key frames k."""
+    begin, end = seeing_run(k, last, frames)
+    seen = begin < end
+    if frames.clean is not None:
+        begin, end = noisy_seeing_run(k, last, frames)
+        seen = seen | (begin < end)
+    return seen
+
+
+@triton.jit
 def frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED: tl.constexpr):
     """Of query frames o_t [BQ] those that see something, of key frames o_f [BK] those that are seen, and who sees
     whom [1, BQ, BK]."""
@@ -103,12 +202,15 @@ def frame_pairs(p_len, i_b, frames, o_t, o_f, MASKED: tl.constexpr):
     m_f = o_f < valid
     seen = m_t[:, None] & m_f[None, :]
     if MASKED:
-        low, begin, end = visible_runs(frames.q_start + o_t, valid, frames)
-        m_t = m_t & ((low > 0) | (begin < end))
+        low, low_end, begin, end = visible_runs(frames.q_start + o_t, valid, frames)
+        m_t = m_t & ((low < low_end) | (begin < end))
         seen = seen & (o_f[None, :] < end[:, None])
-        seen = seen & ((o_f[None, :] >= begin[:, None]) | (o_f[None, :] < low[:, None]))
-        first, past_last = seeing_run(o_f, last, frames)
-        m_f = m_f & (first < past_last)
+        if frames.clean is None and frames.shots is None:
+            seen = seen & ((o_f[None, :] >= begin[:, None]) | (o_f[None, :] < low_end[:, None]))
+        else:
+            in_low = (o_f[None, :] >= low[:, None]) & (o_f[None, :] < low_end[:, None])
+            seen = seen & ((o_f[None, :] >= begin[:, None]) | in_low)
+        m_f = m_f & is_seen(o_f, last, frames)
     return m_t, m_f, seen[None, :, :]
 
 

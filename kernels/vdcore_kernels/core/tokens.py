@@ -75,9 +75,10 @@ class At(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Tokens that a tile sees or is seen by: [0, low) and [begin, end) of the video, and so many of the text."""
+    """Tokens that a tile sees or is seen by: [low, low_end) and [begin, end) of the video, and so many of the text."""
 
     low: Any
+    low_end: Any
     begin: Any
     end: Any
     n_text: Any
@@ -217,19 +218,19 @@ def query_tile(tiles, lengths, sizes, frames, TILE: tl.constexpr):
     # The last frames of a causal mask see the most: they go first, so that no SM is left with one of them at the end.
     i = tiles - 1 - tl.program_id(0) % tiles
     BM: tl.constexpr = TILE.BM
-    T, S_q, q_start, chunk = frames.T, sizes.S_q, frames.q_start, frames.chunk
-    per_group = tl.cdiv(tl.minimum(chunk, T) * S_q, BM)
-    groups = (q_start + T - 1) // chunk - q_start // chunk + 1
+    T, S_q, q_start, group = frames.T, sizes.S_q, frames.q_start, frames.group
+    per_group = tl.cdiv(tl.minimum(group, T) * S_q, BM)
+    groups = (q_start + T - 1) // group - q_start // group + 1
     valid, last = valid_frames(lengths.frames, i_b, frames)
-    c = q_start // chunk + i // per_group
-    first = tl.maximum(c * chunk, q_start)
-    stop = tl.minimum((c + 1) * chunk, q_start + T)
+    c = q_start // group + i // per_group
+    first = tl.maximum(c * group, q_start)
+    stop = tl.minimum((c + 1) * group, q_start + T)
     o = i % per_group * BM
     start = (first - q_start) * S_q + o
     n_rows = tl.minimum(tl.maximum((stop - first) * S_q - o, 0), BM)
     n_live = tl.minimum(tl.maximum((tl.minimum(stop, last) - first) * S_q - o, 0), BM)
-    low, begin, end = visible_runs(first, valid, frames)
-    low, begin, end = low * sizes.S_k, begin * sizes.S_k, end * sizes.S_k
+    low, low_end, begin, end = visible_runs(first, valid, frames)
+    low, low_end, begin, end = low * sizes.S_k, low_end * sizes.S_k, begin * sizes.S_k, end * sizes.S_k
     if lengths.tokens is not None:
         shown = tl.load(lengths.tokens + i_b * frames.T_k + begin // sizes.S_k, mask=begin < end, other=0)
         end = begin + tl.minimum(tl.maximum(shown, 0), end - begin).to(tl.int32)
@@ -245,47 +246,47 @@ def query_tile(tiles, lengths, sizes, frames, TILE: tl.constexpr):
         seen = 0
         if TILE.TEXT_SEES:
             seen = valid_key_frames(lengths, i_b, frames.T_k) * sizes.S_k
-        low = tl.where(is_text, 0, low)
+        low_end = tl.where(is_text, low, low_end)
         begin = tl.where(is_text, 0, begin)
         end = tl.where(is_text, seen, end)
     if n_live <= 0:
-        low, end, n_text = 0, begin, 0
-    return At(is_text, i_b, i_h, start), n_rows, n_live, Runs(low, begin, end, n_text)
+        low_end, end, n_text = low + 0, begin, 0
+    return At(is_text, i_b, i_h, start), n_rows, n_live, Runs(low, low_end, begin, end, n_text)
 
 
-def query_tiles(T: int, S_q: int, L: int, q_start: int, chunk: int, BM: int) -> int:
+def query_tiles(T: int, S_q: int, L: int, q_start: int, group: int, BM: int) -> int:
     """How many tiles query_tile knows, per sample and head."""
-    groups = (q_start + T - 1) // chunk - q_start // chunk + 1
-    return groups * -(-min(chunk, T) * S_q // BM) + -(-L // BM)
+    groups = (q_start + T - 1) // group - q_start // group + 1
+    return groups * -(-min(group, T) * S_q // BM) + -(-L // BM)
 
 
 @triton.jit
 def walk(runs, BN: tl.constexpr):
     """Whole tiles of the three runs, and how many runs leave a part of one over."""
-    low, begin, end, n_text = runs
-    n_low = low // BN
+    low, low_end, begin, end, n_text = runs
+    n_low = (low_end - low) // BN
     n_run = tl.maximum(end - begin, 0) // BN
     n_txt = n_text // BN
-    left = tl.where(low % BN > 0, 1, 0) + tl.where((end > begin) & ((end - begin) % BN > 0), 1, 0)
+    left = tl.where((low_end - low) % BN > 0, 1, 0) + tl.where((end > begin) & ((end - begin) % BN > 0), 1, 0)
     return n_low, n_run, n_txt, left + tl.where(n_text % BN > 0, 1, 0)
 
 
 @triton.jit
-def whole_tile(i, n_low, n_run, begin, BN: tl.constexpr):
+def whole_tile(i, n_low, n_run, runs, BN: tl.constexpr):
     """Whether the i-th whole tile is text, and its first token."""
     is_text = i >= n_low + n_run
-    start = tl.where(i < n_low, i * BN, begin + (i - n_low) * BN)
+    start = tl.where(i < n_low, runs.low + i * BN, runs.begin + (i - n_low) * BN)
     return is_text, tl.where(is_text, (i - n_low - n_run) * BN, start)
 
 
 @triton.jit
 def left_tile(i, runs, BN: tl.constexpr):
     """Whether the i-th part that is left is text, its first token, and its end."""
-    low, begin, end, n_text = runs
-    has_low = low % BN > 0
+    low, low_end, begin, end, n_text = runs
+    has_low = (low_end - low) % BN > 0
     has_run = (end > begin) & ((end - begin) % BN > 0)
     is_low = has_low & (i == 0)
     is_run = has_run & (i == tl.where(has_low, 1, 0))
-    stop = tl.where(is_low, low, tl.where(is_run, end, n_text))
-    count = tl.where(is_low, low, tl.where(is_run, end - begin, n_text)) % BN
+    stop = tl.where(is_low, low_end, tl.where(is_run, end, n_text))
+    count = tl.where(is_low, low_end - low, tl.where(is_run, end - begin, n_text)) % BN
     return ~(is_low | is_run), stop - count, stop

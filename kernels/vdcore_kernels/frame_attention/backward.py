@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore_kernels.core.frames import Frames, seeing_run, valid_frames
+from vdcore_kernels.core.frames import Frames, noisy_seeing_run, seeing_run, valid_frames
 from vdcore_kernels.core.launch import Config, cdiv, launch, power_of_2, step
 from vdcore_kernels.core.tile import (
     LOG2_E,
@@ -148,11 +148,12 @@ def _load_queries(q, given, at, m, sizes, frames, exponent, NO_LSE: tl.constexpr
 @triton.jit
 def _mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
     """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
-    low, begin, end, n_text = runs
-    is_text = n_text > tl.maximum(low, end - begin)
-    is_run = (end - begin >= low) & ~is_text
-    start = tl.where(is_run, begin, 0)
-    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, low)), N)
+    low, low_end, begin, end, n_text = runs
+    n_low = low_end - low
+    is_text = n_text > tl.maximum(n_low, end - begin)
+    is_run = (end - begin >= n_low) & ~is_text
+    start = tl.where(is_run, begin, tl.where(is_text, 0, low))
+    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, n_low)), N)
     b_k = load_tokens(k, At(is_text, at.b, at.h, start), tl.arange(0, N) < count, S, N, TILE)
     return scale(column_sum(to(b_k, tl.float32)), 1.0 / tl.maximum(count, 1))
 
@@ -191,7 +192,7 @@ def frame_attention_bwd_q_kernel(
         b_sum -= tl.load(p_dlse + row + o_n * sizes.H, mask=m_live, other=0.0)
     n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
-        is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
+        is_text, first = whole_tile(i, n_low, n_run, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_dq, b_sum = _to_queries((b_dq, b_sum), queries, k, v, at_k, first, sizes.S_k, exponent, WHOLE=True, TILE=TILE)
     for i in range(n_left):
@@ -225,6 +226,11 @@ def key_tile(i, i_b, i_g, lengths, sizes, frames, group, TILE: tl.constexpr):
     n_live = tl.minimum(tl.maximum(shown - o, 0), BN)
     begin, end = seeing_run(first, last, frames)
     begin, end = (begin - frames.q_start) * sizes.S_q, (end - frames.q_start) * sizes.S_q
+    low, low_end = 0, 0
+    if frames.clean is not None:
+        low, low_end = begin, tl.maximum(begin, end)
+        begin, end = noisy_seeing_run(first, last, frames)
+        begin, end = (begin - frames.q_start) * sizes.S_q, (end - frames.q_start) * sizes.S_q
     is_text = i < 0
     n_text = 0
     if TILE.TEXT:
@@ -236,12 +242,13 @@ def key_tile(i, i_b, i_g, lengths, sizes, frames, group, TILE: tl.constexpr):
         n_live = tl.where(is_text, tl.minimum(tl.maximum(of_text - o_text, 0), BN), n_live)
         begin = tl.where(is_text, 0, begin)
         end = tl.where(is_text, (last - frames.q_start) * sizes.S_q, end)
+        low_end = tl.where(is_text, low, low_end)
         n_text = of_text
         if not TILE.TEXT_SEES:
             n_text = tl.where(is_text, of_text, 0)
     if n_live <= 0:
-        end, n_text = begin, 0
-    return At(is_text, i_b, i_g, start), n_rows, n_live, Runs(0, begin, end, n_text)
+        low_end, end, n_text = low + 0, begin, 0
+    return At(is_text, i_b, i_g, start), n_rows, n_live, Runs(low, low_end, begin, end, n_text)
 
 
 @triton.jit
@@ -281,10 +288,10 @@ def frame_attention_bwd_kv_kernel(
     b_dk = filled(BN, 0.0, ROW)
     b_dv = filled(BN, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(runs, BM)
-    n_whole = n_run + n_txt
+    n_whole = n_low + n_run + n_txt
     for i in range(i_split, n_whole * R, splits):
         i_r = i // n_whole if R > 1 else 0
-        is_text, first = whole_tile(i - i_r * n_whole, 0, n_run, runs.begin, BM)
+        is_text, first = whole_tile(i - i_r * n_whole, n_low, n_run, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
         queries, _ = _load_queries(q, given, at_q, m, sizes, frames, exponent, NO_LSE=float("inf"), TILE=TILE)
@@ -326,9 +333,10 @@ _PROGRAMS = 512
 def _shares(B: int, G: int, sizes: Sizes, frames: Frames, config: FrameConfig, has_text: bool) -> dict[str, int]:
     """How programs share out the keys and their queries.
 
-    Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk.
+    Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk. The first frame
+    of a shot is in a group of its own.
     """
-    group = min(math.gcd(frames.chunk, frames.sink) if frames.sink else frames.chunk, frames.T_k)
+    group = min(math.gcd(frames.group, frames.sink) if frames.shots is None else 1, frames.T_k)
     tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
     most = cdiv(frames.T * sizes.S_q, 8 * config.m)
     splits = 1 if has_text else max(min(_PROGRAMS // (B * G * tiles), most), 1)

@@ -106,7 +106,7 @@ def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, tile
     b_o = filled(BM, 0.0, ROW)
     n_low, n_run, n_txt, n_left = walk(runs, BN)
     for i in range(n_low + n_run + n_txt):
-        is_text, first = whole_tile(i, n_low, n_run, runs.begin, BN)
+        is_text, first = whole_tile(i, n_low, n_run, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
         b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, sizes.S_k, exponent, WHOLE=True, TILE=TILE)
     for i in range(n_left):
@@ -150,13 +150,13 @@ def frame_arguments(
     """What the kernels of both directions take by the same names."""
     _, T, S_q, H, _ = q.shape
     L = 0 if text[0] is None else text[0].shape[1]
-    frames, _ = frame_bounds(mask, T, k.shape[1], q_start)
+    frames, _ = frame_bounds(mask, T, k.shape[1], q_start, q.device)
     return {"lengths": lengths, "sizes": Sizes(S_q, k.shape[2], L, H), "frames": frames}
 
 
 def query_programs(B: int, sizes: Sizes, frames: Frames, BM: int) -> tuple[int, int]:
     """Programs of a kernel over queries, and tiles per sample and head."""
-    tiles = query_tiles(frames.T, sizes.S_q, sizes.L, frames.q_start, frames.chunk, BM)
+    tiles = query_tiles(frames.T, sizes.S_q, sizes.L, frames.q_start, frames.group, BM)
     return B * sizes.H * tiles, tiles
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
-from vdcore_kernels.core.frames import frame_bounds, load_length, seeing_run, valid_frames, visible_runs
+from vdcore_kernels.core.frames import frame_bounds, is_seen, load_length, valid_frames, visible_runs
 from vdcore_kernels.core.launch import Config, ValuesConfig, cdiv, launch
 from vdcore_kernels.core.tile import (
     add,
@@ -333,8 +333,8 @@ def live_frames_kernel(
         text = load_length(p_text, i_b, L)
     for i in range(0, T, BT):
         o = i + tl.arange(0, BT)
-        low, begin, end = visible_runs(q_start + o, valid, frames)
-        live = (q_start + o < last) & ((low > 0) | (begin < end) | (text > 0))
+        low, low_end, begin, end = visible_runs(q_start + o, valid, frames)
+        live = (q_start + o < last) & ((low < low_end) | (begin < end) | (text > 0))
         tl.store(p_q + i_b * T + o, tl.where(live, 1, 0), mask=o < T)
     of_text = 0
     if TEXT_SEES:
@@ -344,8 +344,7 @@ def live_frames_kernel(
         of_text = tl.where(text > 0, of_text, 0)
     for i in range(0, T_k, BT):
         o = i + tl.arange(0, BT)
-        first, past_last = seeing_run(o, last, frames)
-        live = ((o < valid) & (first < past_last)) | (o < of_text)
+        live = ((o < valid) & is_seen(o, last, frames)) | (o < of_text)
         tl.store(p_k + i_b * T_k + o, tl.where(live, 1, 0), mask=o < T_k)
 
 
@@ -370,7 +369,7 @@ def live_frames(
         text_sees: they see the video.
     """
     B, T, T_k = q.shape[0], q.shape[1], k.shape[1]
-    frames, masked = frame_bounds(mask, T, T_k, q_start)
+    frames, masked = frame_bounds(mask, T, T_k, q_start, q.device)
     if not masked and lengths is None:
         return None, None
     of_q, of_k = (torch.empty(B, n, dtype=torch.int8, device=q.device) for n in (T, T_k))

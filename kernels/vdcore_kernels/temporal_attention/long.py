@@ -20,7 +20,9 @@ from vdcore_kernels.core.frames import (
     frame_bounds,
     frame_pairs,
     inner,
+    is_seen,
     load_frames,
+    noisy_seeing_run,
     row_offsets,
     seeing_run,
     store_frames,
@@ -114,22 +116,71 @@ def _key_head(at, R: tl.constexpr):
 
 @triton.jit
 def _key_blocks(p_len, i_b, i_q, frames, BQ: tl.constexpr, BK: tl.constexpr):
-    """Blocks of keys that a block of queries sees: so many from 0 on, and so many from the third number on."""
+    """Blocks of keys that a block of queries sees, as Blocks."""
     valid, last = valid_frames(p_len, i_b, frames)
     first_q = frames.q_start + i_q * BQ
     last_q = tl.minimum(first_q + BQ, last) - 1
-    _, begin, _ = visible_runs(first_q, valid, frames)
-    low, _, end = visible_runs(last_q, valid, frames)
-    start = begin // BK
-    n_low = tl.minimum(tl.cdiv(low, BK), start)
-    n_run = tl.maximum(tl.cdiv(end, BK) - start, 0)
+    low, first_end, begin, _ = visible_runs(first_q, valid, frames)
+    _, low_end, _, end = visible_runs(last_q, valid, frames)
+    if frames.clean is not None:
+        both = (first_q < frames.clean) & (last_q >= frames.clean)  # the last clean frames and the first noisy ones
+        half = tl.minimum(frames.clean, valid)
+        low, low_end, begin = tl.where(both, 0, low), tl.where(both, half, low_end), tl.where(both, half, begin)
+    if frames.shots is not None:
+        low_end = first_end  # shots that begin later are in the window of the first query, or behind it
     alive = (last_q >= first_q) & (valid > 0)
-    return tl.where(alive, n_low, 0), tl.where(alive, n_run, 0), start
+    return _blocks(low, low_end, begin, end, alive, BK)
+
+
+class Blocks(NamedTuple):
+    """Blocks of frames: n_low from ``low`` on and n_run from ``start`` on."""
+
+    n_low: Any
+    n_run: Any
+    low: Any
+    start: Any
 
 
 @triton.jit
-def _block_at(i, n_low, start):
-    return tl.where(i < n_low, i, start + i - n_low)
+def _blocks(low, low_end, begin, end, alive, BT: tl.constexpr):
+    """Blocks of BT frames that hold [low, low_end) and [begin, end), each once."""
+    start = begin // BT
+    n_low = tl.maximum(tl.minimum(tl.cdiv(low_end, BT), start) - low // BT, 0)
+    n_run = tl.maximum(tl.cdiv(end, BT) - start, 0)
+    return Blocks(tl.where(alive, n_low, 0), tl.where(alive, n_run, 0), low // BT, start)
+
+
+@triton.jit
+def _block_at(i, blocks):
+    return tl.where(i < blocks.n_low, blocks.low + i, blocks.start + i - blocks.n_low)
+
+
+@triton.jit
+def _query_blocks(p_len, i_b, i_k, frames, BT: tl.constexpr):
+    """Blocks of queries, from q_start on, that see a block of keys."""
+    valid, last = valid_frames(p_len, i_b, frames)
+    first_k = i_k * BT
+    begin, end_first = seeing_run(first_k, last, frames)
+    low, low_end = frames.q_start + 0, frames.q_start + 0
+    if frames.clean is None and frames.shots is None:
+        _, end_last = seeing_run(first_k + BT - 1, last, frames)
+        end = tl.maximum(end_first, end_last)
+    else:
+        o_k = first_k + tl.arange(0, BT)
+        o_begin, o_end = seeing_run(o_k, last, frames)
+        o_end = tl.where((o_k < valid) & (o_begin < o_end), o_end, 0)
+        end = tl.max(o_end)
+        if frames.clean is not None:  # low: the clean ones; all noisy ones see noisy keys, or clean ones, of this block
+            is_clean = o_k < frames.clean
+            low, low_end = begin, tl.max(tl.where(is_clean, o_end, 0))
+            n_begin, n_end = noisy_seeing_run(o_k, last, frames)
+            n_end = tl.where((o_k < valid) & (n_begin < n_end), n_end, 0)
+            nowhere = last + BT
+            n_begin = tl.where(n_end > 0, n_begin, nowhere)
+            n_begin = tl.where(is_clean, n_begin, tl.where(o_end > 0, o_begin, nowhere))
+            begin, end = tl.min(n_begin), tl.maximum(tl.max(n_end), tl.max(tl.where(is_clean, 0, o_end)))
+    q = frames.q_start
+    return _blocks(low - q, low_end - q, begin - q, end - q, first_k < valid, BT)
 
 
 @triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
@@ -151,9 +202,9 @@ def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blo
     b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
     b_l = tl.zeros([1, BT, 1], tl.float32)
     b_o = zeros(1, BT, ROW)
-    n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
-    for i in range(n_low + n_run):
-        o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+    blocks_k = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
+    for i in range(blocks_k.n_low + blocks_k.n_run):
+        o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
         m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
@@ -218,9 +269,9 @@ def temporal_long_bwd_q_kernel(
     b_sum = tl.zeros([1, BT, 1], tl.float32)
     if p_dlse is not None:
         b_sum -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None] * sm_scale
-    n_low, n_run, start = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
-    for i in range(n_low + n_run):
-        o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+    blocks_k = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
+    for i in range(blocks_k.n_low + blocks_k.n_run):
+        o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
         m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
@@ -231,10 +282,10 @@ def temporal_long_bwd_q_kernel(
     # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
     # block that a row sees: one block for all rows, or two where windows are small.
     b_left = m_t[None, :, None]
-    n = n_low + n_run if SHAPE.MASKED else tl.minimum(n_run, 1)
+    n = blocks_k.n_low + blocks_k.n_run if SHAPE.MASKED else tl.minimum(blocks_k.n_run, 1)
     for i in range(n):
         if tl.max(b_left.to(tl.int32)) > 0:
-            o_f = _block_at(i, n_low, start) * BT + tl.arange(0, BT)
+            o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
             m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
             b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
@@ -263,20 +314,16 @@ def temporal_long_bwd_kv_kernel(
     valid, last = valid_frames(p_len, at.b, frames)
     m_f = o_f < valid
     if SHAPE.MASKED:
-        first_t, past_t = seeing_run(o_f, last, frames)
-        m_f = m_f & (first_t < past_t)
+        m_f = m_f & is_seen(o_f, last, frames)
     b_k = load_frames(k, at, o_f, m_f, A, ROW)  # [1, BT, W]
     b_v = load_frames(v, at, o_f, m_f, A, ROW)
     b_dk = zeros(1, BT, ROW)
     b_dv = zeros(1, BT, ROW)
-    begin, end_first = seeing_run(i_k * BT, last, frames)
-    _, end_last = seeing_run(i_k * BT + BT - 1, last, frames)
-    i_first = (begin - frames.q_start) // BT
-    n = tl.maximum(tl.cdiv(tl.maximum(end_first, end_last) - frames.q_start, BT) - i_first, 0)
-    n = tl.where(i_k * BT < valid, n, 0)
+    blocks_q = _query_blocks(p_len, at.b, i_k, frames, BT)
+    n = blocks_q.n_low + blocks_q.n_run
     for i in range(n * R):
         head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
-        o_t = (i_first + i % n) * BT + tl.arange(0, BT)
+        o_t = _block_at(i % n, blocks_q) * BT + tl.arange(0, BT)
         m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         m_t = m_t & (o_t < frames.T)
         m_row = at.m[:, None] & m_t[None, :]
@@ -307,7 +354,7 @@ def _long_arguments(
 ) -> tuple[LongConfig, dict[str, Any]]:
     """The config, and what all three kernels take by the same names; ``others``: tensors with the same steps."""
     T_k, G = k.shape[1], k.shape[3]
-    frames, masked = frame_bounds(mask, q.shape[1], T_k, q_start)
+    frames, masked = frame_bounds(mask, q.shape[1], T_k, q_start, q.device)
     row = _row(q.shape[4], masked)
     config = pick(table, arch_of(q), lambda c: c.channels >= _cost(row, masked))
     A = step(q, k, v, *others)

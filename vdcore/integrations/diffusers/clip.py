@@ -1,4 +1,4 @@
-"""What the attention of one model shares: the mask, and how many frames the clip at hand has.
+"""What the attention of one model shares: the mask, and the grid of the clip at hand.
 
 What belongs to one call of the model, its grid above all, is in a context variable: two threads, or two clips whose
 backward runs after both, never see each other's.
@@ -6,17 +6,24 @@ backward runs after both, never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from vdcore.integrations.diffusers.masks import Mask, Masks, frames_of, has_grid, mask_text
+from vdcore.integrations.diffusers.ranks.mesh import Ranks
+from vdcore.integrations.diffusers.switch import Switch
+from vdcore.integrations.report import TURN
 from vdcore.integrations.swap import ServingHook
 from vdcore.mask import FrameMask
+from vdcore.models.layout import Split
 
 Grid = tuple[int, int, int]
 Seen = dict[str, tuple[Any, int, Any]]
@@ -26,54 +33,114 @@ class Scope(NamedTuple):
     """One call of a model.
 
     Args:
-        grid: of its tokens, where a mask needs it.
+        grid: of its tokens, where a mask needs it, or ranks that share the clip: of this rank's then.
         seen: what values of tensors said.
         outer: the call of another model that it is part of.
+        dense: the mask is not in force in it.
+        whole: frames of the whole clip, where ranks share it.
     """
 
     clip: Clip
     grid: Grid | None
     seen: Seen
     outer: Scope | None
+    dense: bool = False
+    whole: int | None = None
 
 
 _scope: ContextVar[Scope | None] = ContextVar("vdcore.integrations.diffusers.scope", default=None)
 
 
 class Clip:
-    """Shared by all processors of one model.
+    """Shared by all processors of one model; layers with a mask of their own have one of their own beside it.
 
-    Without a mask nothing depends on frames, and a clip is one long frame. With a mask, a call of the model tells how
-    many frames its tokens are. A block that is compiled on its own looks that up by the number of tokens, as long as
-    that is not ambiguous.
+    Without a mask nothing depends on frames, and a clip is one long frame. With a mask, a call of the model tells which
+    grid its tokens are. A block that is compiled on its own looks that up by the number of tokens, as long as that is
+    not ambiguous.
 
     Args:
-        mask: which frames a frame sees; None: all.
+        given: what a token sees; None: all.
         frames: of the one clip that it is for; None: of the call of the model.
+        of: the model's clip, whose calls are this one's; None: this is the model's.
+        ranks: the processes that share the model's clips; None: this one has them.
     """
 
-    def __init__(self, mask: FrameMask | None, frames: int | None = None) -> None:
-        self.mask = mask
+    # Is shown what every attention over the clip gets: q, k, v in frames, rows and columns, and the other arguments.
+    probe: Callable[..., None] | None = None
+
+    def __init__(
+        self, given: Masks | None, frames: int | None = None, of: Clip | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self.given = given
         self.frames = frames
-        self._frames: list[tuple[int, int]] = []  # tokens and frames of clips so far
+        self.root: Clip = self if of is None else of
+        self.switch: Switch = Switch() if of is None else of.switch
+        self.ranks: Ranks | None = ranks if of is None else of.ranks
+        self._grids: list[Grid] = []  # of clips so far
+        self._wholes: list[tuple[int, int]] = []  # frames of this rank's parts of clips so far, and of the wholes
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask that is in force in this call; None: all tokens see one another."""
+        given: Any = self.given  # of a model whose layers have masks of their own all of them, which nobody asks for
+        if given is None:
+            return None
+        if torch.compiler.is_compiling():
+            return None if self.switch.is_dense else given
+        scope = self._scope()
+        return None if scope is not None and scope.dense else given
+
+    @property
+    def is_bound(self) -> bool:
+        """Attention over the clip that is left to the host would be wrong: there is a mask, or others have frames."""
+        return self.ranks is not None or self.mask is not None
+
+    @property
+    def under(self) -> str:
+        """What it is bound by."""
+        found = [] if self.given is None else [mask_text(self.given)]
+        return " and ".join([*found, *([] if self.ranks is None else [str(self.ranks)])])
 
     @property
     def frame_mask(self) -> FrameMask:
-        return FrameMask() if self.mask is None else self.mask
+        """Of attention across frames at one position."""
+        mask = self.mask
+        assert mask is None or isinstance(mask, FrameMask)
+        return FrameMask() if mask is None else mask
+
+    def masking(self, tokens: int) -> dict[str, Any]:
+        """What attention over a sequence of video tokens is told of the mask, by argument."""
+        mask = self.mask
+        if mask is None:
+            return {"mask": FrameMask()}
+        return {"mask": mask, "grid": self.grid(tokens)} if has_grid(mask) else {"mask": mask}
 
     def split(self, tokens: int) -> tuple[int, int]:
-        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens."""
-        if self.mask is None:
+        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens; of this rank's."""
+        if not self.is_bound:
             return 1, tokens
-        found = self._frames_of(tokens)
+        found = list(dict.fromkeys(self._frames_of(tokens)))
         if len(found) != 1:
-            either = f", either of {' or '.join(map(str, found))} frames," if found else ""
-            raise RuntimeError(
-                f"swap_in: attention over {tokens} tokens{either} under {self.mask}, outside of a call of the model "
-                f"that tells how many frames they are: call the model, not its blocks or its forward(), and checkpoint "
-                f"with its own enable_gradient_checkpointing()"
-            )
+            raise self._unknown(tokens, found, "frames")
         return found[0], tokens // found[0]
+
+    def grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns of a frame in a sequence of video tokens."""
+        found = self._grids_of(tokens)
+        if len(found) != 1:
+            raise self._unknown(tokens, found, "frames, rows and columns")
+        return found[0][1:]
+
+    def _unknown(self, tokens: int, found: list[Any], what: str) -> RuntimeError:
+        scope = self._scope()
+        if scope is not None and scope.grid is not None:
+            return RuntimeError(_changed(scope.grid, f"{tokens} tokens under {self.under}"))
+        either = f", either of {' or '.join(map(str, found))} {what}," if found else ""
+        return RuntimeError(
+            f"swap_in: attention over {tokens} tokens{either} under {self.under}, outside of a call of the "
+            f"model that tells how many {what} they are: call the model, not its blocks or its forward(), and "
+            f"checkpoint with its own enable_gradient_checkpointing()"
+        )
 
     def has(self, tokens: int) -> bool:
         """The model has announced a clip of so many tokens."""
@@ -82,33 +149,58 @@ class Clip:
     @property
     def text_sees(self) -> str:
         """Under a causal mask text must not carry the future into the past."""
-        return "text" if self.mask is not None and self.mask.future == 0 else "all"
+        mask = self.mask
+        return "text" if mask is not None and all(x.future == 0 for x in frames_of(mask)) else "all"
 
-    # ---- frames, from the model's forward ----
+    # ---- the grid, from the model's forward ----
 
-    def announce(self, grid: Grid) -> None:
-        T, H, W = grid
+    def announce(self, grid: Grid, whole: int | None = None) -> None:
+        part = (grid[0], grid[0] if whole is None else whole)
         if torch.compiler.is_compiling():
-            self._frames = [(T * H * W, T)]  # what is traced is this call
-        elif (T * H * W, T) not in self._frames:
-            self._frames = [*self._frames, (T * H * W, T)]
+            self._grids, self._wholes = [grid], [part]  # what is traced is this call
+            return
+        if grid not in self._grids:
+            self._grids = [*self._grids, grid]
+        if part not in self._wholes:
+            self._wholes = [*self._wholes, part]
+
+    def shared(self, frames: int, tokens: int) -> Split | None:
+        """How ranks share the clip of which this one has ``frames`` frames of ``tokens``; None: they do not."""
+        if self.ranks is None:
+            return None
+        scope = self._scope()
+        if scope is not None:
+            found = {scope.whole}
+        else:
+            found = {whole for part, whole in self.root._wholes if frames == part and torch.compiler.is_compiling()}
+        whole = found.pop() if len(found) == 1 else None
+        if whole is None or self.ranks.peers.size(whole) != frames:
+            raise RuntimeError(
+                f"swap_in: {frames} frames under {self.under}, outside of a call of the model that tells how many the "
+                f"whole clip has: call the model, not its blocks, and checkpoint with its own "
+                f"enable_gradient_checkpointing()"
+            )
+        return Split(self.ranks.peers, (whole, tokens), "switch")
 
     def _frames_of(self, tokens: int) -> list[int]:
         """The frames of a clip of so many tokens: none or several where they are not known."""
-        if self.frames is not None:
-            return [self.frames]
+        return [T for T, _, _ in self._grids_of(tokens)] if self.frames is None else [self.frames]
+
+    def _grids_of(self, tokens: int) -> list[Grid]:
+        """The grid of a clip of so many tokens: none or several where it is not known."""
         scope = self._scope()
         if scope is not None and scope.grid is not None:
-            T, H, W = scope.grid
-            return [T] if tokens == T * H * W else []
-        if torch.compiler.is_compiling():  # a block on its own is guarded by what its model has announced
-            return [frames for n, frames in self._frames if n == tokens]
-        return []
+            known = [scope.grid]
+        elif torch.compiler.is_compiling():  # a block on its own is guarded by what its model has announced
+            known = self.root._grids
+        else:
+            known = []
+        return [(T, H, W) for T, H, W in known if tokens == T * H * W]
 
     def _scope(self) -> Scope | None:
         """The call of this clip's model that runs; none where a compiler traces it, which knows no such variables."""
         scope = None if torch.compiler.is_compiling() else _scope.get()
-        while scope is not None and scope.clip is not self:
+        while scope is not None and scope.clip is not self.root:
             scope = scope.outer
         return scope
 
@@ -149,6 +241,15 @@ def may_look(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+class Settings(NamedTuple):
+    """What a model was swapped with."""
+
+    mask: Masks | None
+    dense_layers: tuple[int | str, ...]
+    dense_steps: int
+    ranks: Ranks | None = None
+
+
 class Watch(ServingHook):
     """Opens a scope for every call of a model, with the grid of its tokens.
 
@@ -156,15 +257,18 @@ class Watch(ServingHook):
         grid: finds it from the arguments of the model's forward; None: no mask needs it.
     """
 
-    def __init__(self, clip: Clip, grid: Callable[..., Grid] | None) -> None:
+    def __init__(self, clip: Clip, grid: Callable[..., Grid] | None, settings: Settings) -> None:
         self.clip = clip
         self.grid = grid
+        self.settings = settings
         self.attending = 0  # modules whose attention the mask restricts
 
     def count(self, model: nn.Module) -> int:
-        """Attention modules that share the clip."""
+        """Attention modules under a mask or a mesh: those with the clip, or one beside it with a mask of its own."""
         processors = (getattr(module, "processor", None) for module in model.modules())
-        return sum(getattr(processor, "clip", None) is self.clip for processor in processors)
+        clips = (getattr(processor, "clip", None) for processor in processors)
+        found = (clip for clip in clips if clip is not None and clip.root is self.clip)
+        return sum(clip.given is not None or clip.ranks is not None for clip in found)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = None if self.grid is None else self.grid(module, *args, **kwargs)
@@ -172,19 +276,62 @@ class Watch(ServingHook):
             self.clip.announce(grid)
         if torch.compiler.is_compiling():
             return
-        if grid is not None and self.count(module) < self.attending:
+        bound = grid is not None or self.clip.ranks is not None
+        if bound and self.count(module) < self.attending:
             raise RuntimeError(
                 f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
-                f"{self.clip.mask}: swap in again"
+                f"{self.clip.under}: swap in again"
             )
-        if grid is not None and torch.is_grad_enabled():
+        if self.clip.ranks is not None and self.clip.ranks.parts and TURN.is_hosts:
+            raise ValueError("check: the host has no way to run a rank's part of a clip: swap in without parts")
+        self.clip.switch.check()
+        if bound and torch.is_grad_enabled():
             checkpoint_in_scope(module)
-        _scope.set(Scope(self.clip, grid, {}, _scope.get()))
+        _scope.set(Scope(self.clip, grid, {}, _scope.get(), self.clip.switch.is_dense))
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        scope = None if torch.compiler.is_compiling() else _scope.get()
-        if scope is not None and scope.clip is self.clip:
-            _scope.set(scope.outer)
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        scope = _scope.get()
+        if scope is None or scope.clip is not self.clip:
+            return
+        _scope.set(scope.outer)
+        if output is None or self.grid is None or scope.grid is None:
+            return
+        grid = self.grid(module, *args, **kwargs)
+        if grid != scope.grid:  # of as many tokens: nothing else has seen it
+            raise RuntimeError(
+                _changed(scope.grid, f"{' x '.join(map(str, grid))} tokens under {mask_text(self.clip.given)}")
+            )
+
+    def go_last(self, model: nn.Module) -> None:
+        """After the hooks that others have registered since, which may change what the model is called with."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                cast(OrderedDict[int, Any], model._forward_pre_hooks).move_to_end(key)
+
+
+def _changed(grid: Grid, found: str) -> str:
+    return (
+        f"swap_in: attention over {found} in a call of a model with {' x '.join(map(str, grid))}: these are not the "
+        f"clip's, or a hook that was registered after the swap changed the model's inputs: then swap in again"
+    )
+
+
+def watch_of(model: nn.Module) -> Watch | None:
+    """The hook of a swapped model, which holds what its attention shares."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)
+
+
+@contextmanager
+def in_scope(clip: Clip, grid: Grid, whole: int) -> Iterator[None]:
+    """A call of a model on this rank's part of a clip, ``grid``, of which the whole has ``whole`` frames."""
+    clip.announce(grid, whole)
+    token = _scope.set(Scope(clip, grid, {}, _scope.get(), clip.switch.is_dense, whole))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
 
 
 # ---- Blocks that run again in backward ----
@@ -263,7 +410,7 @@ class Keys(NamedTuple):
 
 def _rows(mask: Tensor) -> Tensor | str:
     """A mask ``(B, ..., n)`` as ``(B, n)``, or as ``(B, H, n)`` where heads may differ; or why it has no such form."""
-    if mask.ndim < 2 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
+    if not 2 <= mask.ndim <= 4 or mask.shape[1:-1].numel() > mask.shape[1] or (mask.ndim == 3 and mask.shape[1] != 1):
         return "the attention mask is not one of keys alone"
     if mask.ndim == 2 or mask.shape[1] == 1 or mask.stride(1) == 0:
         return mask if mask.ndim == 2 else mask[:, 0].reshape(mask.shape[0], mask.shape[-1])

@@ -18,17 +18,18 @@ from torch import Tensor
 import vdcore
 from vdcore.integrations.diffusers.attention import (
     heads,
-    is_differentiated,
     output_projection,
     project,
     qk_norm,
 )
 from vdcore.integrations.diffusers.clip import Clip, Keys, TextPairs, text_pairs
 from vdcore.integrations.diffusers.fingerprints import unknown_source
+from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
+from vdcore.modes import is_differentiated
 
 BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)
@@ -75,7 +76,7 @@ class SpatialAttention(Processor):
         as_sequences, is_self = hidden_states.ndim == 3, encoder_hidden_states is None
         reason = self.why_not_now() or ("arguments that it does not know" if args or kwargs else None)
         keys, pairs = None, None
-        if reason is None and is_observed(norm for norm in (attn.norm_q, attn.norm_k) if norm is not None):
+        if reason is None and is_observed((attn.norm_q, attn.norm_k)):
             reason = OBSERVED
         if reason is None and attention_mask is not None and is_self and as_sequences and not self.TEMPORAL:
             pairs = self.clip.once(text_pairs, attention_mask)
@@ -234,7 +235,7 @@ def run_block(
     """Calls a block of a module with ``(B, T, S, C)``, or as the host does if someone put another there since."""
     if not takes_clips(block):
         _note_replaced(module, "a block", temporal)
-    elif is_observed(block.modules()):
+    elif is_observed([block]):
         note_left(module, OBSERVED)
     else:
         return served()
@@ -258,7 +259,8 @@ def takes_clips(module: Any) -> bool:
 def _note_replaced(parent: Any, what: str, is_masked: bool) -> None:
     mask = getattr(parent, SHARED).mask
     if is_masked and mask is not None:
-        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {mask}: swap in again")
+        under = mask_text(mask)
+        raise RuntimeError(f"swap_in: {what} was replaced since the swap, and cannot run under {under}: swap in again")
     note_left(parent, f"{what} was replaced since the swap")
 
 

@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as torch_module
 
 import vdcore
-from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.diffusers.factorized import TemporalAttention
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.swap import is_plain
+from vdcore.modes import is_differentiated
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.
@@ -55,11 +53,8 @@ def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -
         return None
     width = max((m.out_features for m in block.modules() if isinstance(m, nn.Linear)), default=1)
     count = max(LEAST_TOKENS, CACHE_BYTES // (width * x.element_size()))
-    if count >= x.shape[1] * x.shape[2] or not all(_is_known(m, x.dtype) for m in block.modules()):
-        return None
-    hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    # Over fake tensors these are a memory tracker's, which looks at modules and not at tokens.
-    return None if hooks and not isinstance(x, FakeTensor) else count
+    known = count < x.shape[1] * x.shape[2] and all(_is_known(m, x.dtype) for m in block.modules())
+    return count if known else None
 
 
 @dataclass

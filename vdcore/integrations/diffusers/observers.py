@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from vdcore.integrations.swap import OUR_HOOKS, changed_forward
+from vdcore.integrations.swap import OUR_HOOKS, changed_forward, has_global_hooks, is_from
 
 OBSERVED = "a hook of others inside, which gets what the host would give it"
 
@@ -21,9 +22,25 @@ _OF_WEIGHTS = (
 )
 
 
-def is_observed(modules: Iterable[nn.Module]) -> bool:
-    """A hook on one of these modules sees its tokens."""
-    return any(_sees_tokens(module) for module in modules)
+def is_observed(modules: Iterable[nn.Module | None]) -> bool:
+    """A hook on one of these modules, or on one inside of them, sees its tokens."""
+    left = list(modules)
+    if has_global_hooks():
+        return any(module is not None for module in left)
+    if torch.compiler.is_compiling():  # which knows no other walk
+        return any(_sees_tokens(inside) for module in left if module is not None for inside in module.modules())
+    # Every call asks: a walk without names and a memo takes a sixth of the time of modules().
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        state = module.__dict__
+        asked = state["_forward_pre_hooks"] or state["_forward_hooks"] or "forward" in state
+        if asked and _sees_tokens(module):
+            return True
+        if inside := state["_modules"]:
+            left += inside.values()
+    return False
 
 
 def _sees_tokens(module: nn.Module) -> bool:
@@ -39,7 +56,4 @@ def _sees_tokens(module: nn.Module) -> bool:
 
 
 def _is_of_weights(hook: Any) -> bool:
-    if isinstance(hook, OUR_HOOKS):
-        return True
-    named = hook if hasattr(hook, "__qualname__") else type(hook)
-    return str(named.__module__).startswith(_OF_WEIGHTS)
+    return isinstance(hook, OUR_HOOKS) or is_from(hook, *_OF_WEIGHTS)

@@ -105,7 +105,10 @@ class Rebound(Processor):
         self, to_context: bool, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """diffusers' dispatcher: ``(B, N, H, D)``."""
-        served = self._served(query, key, value, Options(*args, **kwargs), to_context)
+        options = Options(*args, **kwargs)
+        if isinstance(options.attn_mask, Tensor) and options.attn_mask.ndim == 2:  # (B, n), to the dispatcher
+            options = options._replace(attn_mask=options.attn_mask[:, None, None])
+        served = self._served(query, key, value, options, to_context)
         if not isinstance(served, str):
             return served
         self._leave(served, query, key, to_context)
@@ -125,8 +128,8 @@ class Rebound(Processor):
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
     def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
-        if self.clip.mask is not None and not self._is_cross(q, k, to_context):
-            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.mask}: {reason}")
+        if self.clip.is_bound and not self._is_cross(q, k, to_context):
+            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.under}: {reason}")
         note_left(self, reason)
 
     def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:
@@ -142,13 +145,13 @@ class Rebound(Processor):
         keys, scale = self._keys(options.attn_mask, q, k), options.scale
         if isinstance(keys, str):
             return keys
-        if self._is_cross(q, k, to_context) or (self.clip.mask is None and not (keys is None and scale is None)):
+        if self._is_cross(q, k, to_context) or (not self.clip.is_bound and not (keys is None and scale is None)):
             if keys is None:
                 return cross(q, k, v, scale=scale)
             return cross(q, keys.sort(k), keys.sort(v), lengths=keys.lengths, scale=scale)
         if keys is not None or scale is not None:
             return "padding of video tokens, or a scale of its own"
-        if self.clip.mask is not None and not self.clip.has(q.shape[1]):
+        if self.clip.is_bound and not self.clip.has(q.shape[1]):
             return f"{q.shape[1]} tokens are not those of the clip alone"
         return video(self.clip, q, k, v, None, None)
 
@@ -161,7 +164,7 @@ class Rebound(Processor):
             return None
         if not isinstance(mask, Tensor):
             return f"an attention mask of type {type(mask).__name__}"
-        if mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
+        if mask.ndim != 4 or mask.shape[-1] != k.shape[1] or mask.shape[0] not in (1, q.shape[0]):
             return "an attention mask of another shape"
         keys = self.clip.valid_keys(mask)
         return keys.expand(q.shape[0]) if isinstance(keys, Keys) else keys

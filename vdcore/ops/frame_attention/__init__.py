@@ -204,15 +204,15 @@ def video_attention(
     if text_sees not in ("all", "text"):
         check.wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
     if text is not None:
-        (B, _, _, H, D), G = qkv.q.shape, qkv.k.shape[3]
-        text = _check_text(text, qkv.q, G)
-        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", qkv.q)
-        text_norm = check.check_norm(op, text_norm, qkv.q, H, G, D, name="text_norm")
+        (B, _, _, H, D, _, G), video = qkv.sizes, qkv.views[0]
+        text = _check_text(text, video, G)
+        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", video)
+        text_norm = check.check_norm(op, text_norm, video, H, G, D, name="text_norm")
     elif text_lengths is not None or text_norm is not None:
         name = "text_lengths" if text_lengths is not None else "text_norm"
         check.wrong(op, name, "None without text", "a value")
-    S, H = qkv.q.shape[2:4]
-    masks = check.check_grid_mask(op, mask, grid, S, H, qkv.k.shape[3])
+    _, _, S, H, _, _, G = qkv.sizes
+    masks = check.check_grid_mask(op, mask, grid, S, H, G)
     call = VideoCall(
         qkv,
         masks,

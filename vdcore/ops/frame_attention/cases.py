@@ -110,6 +110,13 @@ def _(d: Draw) -> dict[str, Any]:
     return {**d.qkv(1, 4, 83, 1, 40), "mask": FrameMask(past=1, future=0, sink=1)}
 
 
+@case("video_attention", "teacher forcing and text", "masked")
+def _(d: Draw) -> dict[str, Any]:
+    text = tuple(d(f"text_{x}", 1, 5, 1, 16) for x in "qkv")
+    mask = FrameMask.teacher_forcing(4, 2)
+    return {**d.qkv(1, 8, 35, 1, 16), "text": text, "text_sees": "text", "mask": mask, "return_lse": True}
+
+
 # Windows in frames, rows and columns of a grid of 3 x 5 tokens, which tiles need not divide.
 GRIDS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "neighborhood": lambda d: {**d.qkv(2, 4, 15, 2, 40), "mask": GridMask.neighborhood((3, 3, 3))},

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Implementation
-from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_mask, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
 from vdcore.ops.qk_norm_rope.cuda import normalized_rotated
 
@@ -33,10 +33,10 @@ def _why_not_strides(**tensors: Tensor) -> str | None:
     return why_not_rows(**tensors)
 
 
-def _why_not(c: VideoCall) -> str | None:
+def why_not_frames(c: VideoCall) -> str | None:
     if isinstance(c.mask, HeadMasks):
         return "it has no GridMask"
-    reason = why_not(c.q) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
+    reason = why_not(c.q) or why_not_mask(c.mask) or why_not_norm(c.norm) or why_not_norm(c.text_norm)
     if reason is not None:
         return reason
     if c.q.shape[-1] > MAX_HEAD_DIM:
@@ -99,4 +99,4 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
     return out, lse
 
 
-FRAMES = Implementation(_forward, None, _why_not)
+FRAMES = Implementation(_forward, None, why_not_frames)

@@ -98,7 +98,7 @@ def gated_attention(
         if not isinstance(triple, (tuple, list)) or len(triple) != 3:
             raise TypeError(f"{op}: {name} must be a tuple (q, k, v), got {type(triple).__name__}")
         cast = check.autocast(*(check.check_tensor(op, f"{name}.{x}", y) for x, y in zip("qkv", triple)))
-        triples.append(check.check_qkv(op, *cast, prefix=f"{name}.")[:3])  # never packed
+        triples.append(check.check_qkv(op, *cast, prefix=f"{name}.").views)  # never packed
     q = triples[0][0]
     B, T, S, H, D = q.shape
     check.check_like(op, "temporal.q", triples[1][0], q, "spatial.q")

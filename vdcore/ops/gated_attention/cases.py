@@ -17,6 +17,7 @@ from vdcore.ops.alternatives import (
     Choice,
     Sizes,
     draw_lengths,
+    draw_mask,
     draw_norm,
     draw_qkv,
     draw_rope,
@@ -56,6 +57,13 @@ def _(d: Draw) -> dict[str, Any]:
         "lengths": d.integers(3, 4),
         "mask": FrameMask.window(1),
     }
+
+
+@case("gated_attention", "teacher forcing", "masked")
+def _(d: Draw) -> dict[str, Any]:
+    spatial, temporal = (tuple(d.qkv(1, 6, 3, 2, 16, prefix=p).values()) for p in ("", "temporal_"))
+    gate = d("gate", 2, 1, around=0.5, spread=0.2)
+    return {"spatial": spatial, "temporal": temporal, "gate": gate, "mask": FrameMask.teacher_forcing(3, 2)}
 
 
 @case("gated_attention", "gate of full size", "layout")
@@ -130,7 +138,7 @@ def _gated(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
         "spatial": tuple(spatial.values()),
         "temporal": tuple(temporal.values()),
         "gate": _gate(d, c["gate"], n),
-        "mask": c["mask"],
+        "mask": draw_mask(c["mask"], n.T),
         "lengths": draw_lengths(d, c["lengths"], (n.B,), n.T),
         "scale": c["scale"],
         "norm": (draw_norm(d, c["norm"], n.H, G, n.D), draw_norm(d, c["temporal_norm"], n.H, G_t, n.D, "temporal_")),

@@ -10,7 +10,7 @@ from torch import Tensor
 from vdcore.norm import QKNorm
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.native import SUM_PARTS, capsule, native, norm_rope, why_not
+from vdcore.ops.native import SUM_PARTS, capsule, native, norm_of, rope_of, why_not
 from vdcore.ops.operator import recording
 from vdcore.rope import Rope
 
@@ -25,6 +25,11 @@ class SharedGradients:
 
     def __init__(self, norm: QKNorm | None, rope: Rope | None, wanted: frozenset[str]) -> None:
         self._weights: list[Tensor | None] = [None] * 4
+        self._sums: dict[str, Tensor | None] = {}
+        self._table: Tensor | None = None
+        self.per_position = self.wanted = False
+        if norm is None and rope is None:
+            return
         if norm is not None and not wanted.isdisjoint(WEIGHTS):
             given = (norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias)
             self._weights = [x if name in wanted else None for name, x in zip(WEIGHTS, given)]
@@ -34,6 +39,8 @@ class SharedGradients:
 
     def arguments(self, parts: int) -> dict[str, Any]:
         """The number of parts, and room for them: as the native module takes it."""
+        if not self.wanted:
+            return {"items": parts, "weight_sums": self._weights, "dcos": None, "dsin": None}
         tables: list[Tensor | None] = [None, None]
         if self._table is not None:
             shape = (self._table if self._table.ndim == 4 else self._table.unsqueeze(2)).shape
@@ -52,7 +59,7 @@ class SharedGradients:
 
 def _shared(norm: QKNorm | None, rope: Rope | None, start: int) -> dict[str, Any]:
     """What both directions of the engine take beside their tensors."""
-    return {"frame_start": start, **norm_rope(norm, rope), "threads": torch.get_num_threads()}
+    return {"frame_start": start, "norm": norm_of(norm), "rope": rope_of(rope), "threads": torch.get_num_threads()}
 
 
 def _run_forward(

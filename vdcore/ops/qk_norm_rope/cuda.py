@@ -110,7 +110,10 @@ def add_up(*parts: Gradients) -> Gradients:
 
 
 def _why_not(c: QKNormRopeCall) -> str | None:
-    return why_not(c.q) or why_not_rows(q=c.q, k=c.k) or why_not_norm(c.norm)
+    reason = why_not(c.q) or why_not_rows(q=c.q, k=c.k) or why_not_norm(c.norm)
+    if reason is None and max(x.shape[:-1].numel() for x in (c.q, c.k)) >= 2**31:
+        return "it counts rows in 32 bits"
+    return reason
 
 
 def _forward(c: QKNormRopeCall) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ class TemporalCall(AttentionCall):
 
     def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
         """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
-        q = self.qkv.q
+        q = self.qkv.main if self.qkv.packed is None else self.qkv.main.select(3, 0)
         lse = empty(q, q.shape[:-1], lse_dtype(q)) if self.return_lse or self.grad else None
         return empty_like(q), lse
 

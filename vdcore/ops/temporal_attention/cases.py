@@ -17,6 +17,7 @@ from vdcore.ops.alternatives import (
     Choice,
     Sizes,
     draw_lengths,
+    draw_mask,
     draw_norm,
     draw_qkv,
     draw_rope,
@@ -48,6 +49,36 @@ FRAME_ARGUMENTS: dict[str, tuple[Callable[[Draw], dict[str, Any]], tuple[str, ..
     ),
     "q_start": (
         lambda d: {**d.qkv(1, 6, 3, 2, 16, T_k=5), "mask": FrameMask(past=2, future=0), "q_start": 3},
+        ("masked",),
+    ),
+    "shots": (
+        lambda d: {**d.qkv(1, 17, 3, 2, 24), "mask": FrameMask(past=2, future=1, shots=(0, 4, 5, 12))},
+        ("layout", "masked"),
+    ),
+    "shots of chunks, new frames against a cache": (
+        lambda d: {
+            **d.qkv(1, 4, 3, 2, 16, T_k=9),
+            "mask": FrameMask(past=1, future=0, chunk=2, shots=(1, 3)),
+            "return_lse": True,
+        },
+        ("masked",),
+    ),
+    "teacher forcing": (
+        lambda d: {**d.qkv(1, 18, 3, 2, 24), "mask": FrameMask.teacher_forcing(9, 2), "return_lse": True},
+        ("layout", "masked"),
+    ),
+    "teacher forcing in a window, norm, rope, lengths": (
+        lambda d: {
+            **d.qkv(2, 8, 3, 2, 24, G=1),
+            "mask": FrameMask.teacher_forcing(4, 1, past=2),
+            "norm": d.norm(2, 1, 24),
+            "rope": d.rope(8, 1, 8),
+            "lengths": d.integers(8, 6),
+        },
+        ("masked", "norm_rope"),
+    ),
+    "noisy frames of teacher forcing alone": (
+        lambda d: {**d.qkv(1, 6, 3, 2, 16, T_k=12), "mask": FrameMask.teacher_forcing(6, 3, past=1)},
         ("masked",),
     ),
     "lengths": (
@@ -102,6 +133,17 @@ for _name, (_build, _tags) in FRAME_ARGUMENTS.items():
 @case("temporal_attention", "long", "long")
 def _(d: Draw) -> dict[str, Any]:
     return {**d.qkv(1, 150, 2, 2, 72), "mask": FrameMask(past=70, future=3, sink=5)}
+
+
+@case("temporal_attention", "long, teacher forcing", "long")
+def _(d: Draw) -> dict[str, Any]:
+    return {**d.qkv(1, 160, 1, 2, 40), "mask": FrameMask.teacher_forcing(80, 3, past=12)}
+
+
+@case("temporal_attention", "long, shots", "long")
+def _(d: Draw) -> dict[str, Any]:
+    shots = (3, 30, 31, 75, 110)
+    return {**d.qkv(1, 110, 1, 1, 40, T_k=140), "mask": FrameMask(past=20, future=0, shots=shots), "q_start": 25}
 
 
 @case("temporal_attention", "long and dense", "long")
@@ -165,7 +207,7 @@ def draw_frames(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
     start = max(T_k - n.T, 0) if c["q_start"] is None else c["q_start"]
     return {
         **tensors,
-        "mask": c["mask"],
+        "mask": draw_mask(c["mask"], max(T_k, start + n.T)),
         "q_start": c["q_start"],
         "lengths": draw_lengths(d, c["lengths"], (n.B,), T_k),
         "scale": c["scale"],

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.native import SUM_PARTS, capsule, native, norm_rope, why_not
+from vdcore.ops.native import SUM_PARTS, native, norm_of, rope_of, why_not
 from vdcore.ops.qk_norm_rope.cpu import SharedGradients
 
 if TYPE_CHECKING:
@@ -19,18 +20,19 @@ if TYPE_CHECKING:
 
 def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
     """What both directions of the engine take."""
-    q, k, v, _ = c.qkv
+    q, k, v = c.qkv.tensors()
     return {
-        "q": capsule(q),
-        "k": capsule(k),
-        "v": capsule(v),
-        "out": capsule(out),
-        "lse": capsule(lse),
+        "q": to_dlpack(q),
+        "k": None if k is None else to_dlpack(k),
+        "v": None if v is None else to_dlpack(v),
+        "out": to_dlpack(out),
+        "lse": None if lse is None else to_dlpack(lse),
         "lengths": None if c.lengths is None else c.lengths.tolist(),
         "mask": mask_numbers(c.mask),
         "q_start": c.q_start,
         "scale": c.scale,
-        **norm_rope(c.norm, c.rope),
+        "norm": norm_of(c.norm),
+        "rope": rope_of(c.rope),
         "threads": torch.get_num_threads(),
     }
 
@@ -66,32 +68,28 @@ def run_backward(
 
     # Gradients of q, k and v; also where only a weight behind them wants one.
     if c.packed is not None:
-        found["q"] = torch.empty(c.packed.shape, dtype=c.packed.dtype)
-        gradients: tuple[Tensor | None, ...] = found["q"].unbind(3)
+        found["q"] = empty_like(c.packed)
     else:
         for name, x in zip("qkv", (c.q, c.k, c.v)):
-            if wanted & _NEEDED_BY[name]:
+            if not wanted.isdisjoint(_NEEDED_BY[name]):
                 found[name] = empty_like(x)
-        gradients = tuple(found.get(name) for name in "qkv")
-    dq, dk, dv = gradients
 
+    arguments = _arguments(c, out, lse)
+    arguments["dout"] = to_dlpack(dout)
+    arguments["dlse"] = None if dlse is None else to_dlpack(dlse)
+    for name, key in (("q", "dq"), ("k", "dk"), ("v", "dv")):
+        arguments[key] = to_dlpack(found[name]) if name in found else None
     sums = SharedGradients(c.norm, c.rope, wanted)
-    units = c.q.shape[2] if sums.per_position else c.q.shape[0] * c.q.shape[2]
-    parts = min(units, SUM_PARTS if sums.wanted else max(64 * torch.get_num_threads(), units // 64))
-    native().temporal_attention_backward(
-        **_arguments(c, out, lse),
-        dout=capsule(dout),
-        dlse=capsule(dlse),
-        dq=capsule(dq),
-        dk=capsule(dk),
-        dv=capsule(dv),
-        **sums.arguments(parts),
-    )
-    return found | sums.total()
+    B, _, S, _, _ = out.shape
+    units = S if sums.per_position else B * S
+    parts = min(units, SUM_PARTS if sums.wanted else max(64 * arguments["threads"], units // 64))
+    arguments |= sums.arguments(parts)
+    native().temporal_attention_backward(**arguments)
+    return found | sums.total() if sums.wanted else found
 
 
 def _why_not(c: TemporalCall) -> str | None:
-    return why_not(c.qkv.q, c.qkv.q.shape[-1])
+    return why_not(c.qkv.main, c.qkv.main.shape[-1])
 
 
 TEMPORAL = Implementation(_forward, run_backward, _why_not)

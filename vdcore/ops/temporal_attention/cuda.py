@@ -9,7 +9,18 @@ from torch import Tensor
 
 from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Gradients, Implementation
-from vdcore.ops.cuda import int64, kernels, norm_rope, rows, stream, why_not, why_not_norm, why_not_rows
+from vdcore.ops.cuda import (
+    int64,
+    kernels,
+    most_shared_memory,
+    norm_rope,
+    rows,
+    stream,
+    why_not,
+    why_not_mask,
+    why_not_norm,
+    why_not_rows,
+)
 from vdcore.ops.native import capsule
 from vdcore.ops.qk_norm_rope.cuda import WEIGHTS, add_up, norm_rope_backward, normalized_rotated
 
@@ -20,13 +31,15 @@ MAX_FRAMES = 256
 
 
 def why_not_temporal(c: TemporalCall) -> str | None:
-    reason = why_not(c.q) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
+    reason = why_not(c.q) or why_not_mask(c.mask) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
     if reason is not None:
         return reason
     T_k, D = c.k.shape[1], c.q.shape[-1]
     if not kernels().temporal_fits(T_k, D):
         return f"it holds up to {MAX_FRAMES} key frames, or 32 beyond 128 channels; got {T_k} x {D}"
-    return None if c.q.shape[1] < 2**31 else "it counts frames in 32 bits"
+    if c.q_start + c.q.shape[1] >= 2**31 or c.q.shape[:-1].numel() >= 2**31:
+        return "it counts frames and sequences in 32 bits"
+    return None
 
 
 def _lanes_hold_pairs(c: TemporalCall) -> bool:
@@ -77,12 +90,13 @@ def _sizes(c: TemporalCall) -> dict[str, int]:
 
 def _why_not_backward(c: TemporalCall) -> str | None:
     sizes = _sizes(c)
-    if kernels().temporal_backward_fits(**sizes):
+    most = most_shared_memory(c.q.device)
+    if kernels().temporal_backward_fits(**sizes, most=most):
         return None
     T, T_k, D, R = sizes.values()
     return (
         f"its backward holds up to {MAX_FRAMES} frames, or 32 beyond 128 channels, of all query heads that share a key "
-        f"head in 160 KiB; got {T} query and {T_k} key frames x {D}, {R} heads"
+        f"head in {most >> 10} KiB of shared memory; got {T} query and {T_k} key frames x {D}, {R} heads"
     )
 
 

@@ -88,15 +88,16 @@ def tile_attention(
     qkv = check.check_qkv(op, *check.autocast(check.check_tensor(op, "q", q), k, v))
     if qkv.packed is not None:
         check.wrong(op, "k and v", "given", None)
-    B, T, S, H, D = qkv.q.shape
-    check.check_shape(op, "k", qkv.k, (B, T, S, qkv.k.shape[3], D), "(B, T, S, G, D)")
+    q, k, v = qkv.views
+    B, T, S, H, D, _, G = qkv.sizes
+    check.check_shape(op, "k", k, (B, T, S, G, D), "(B, T, S, G, D)")
     box, sizes = check_tiles(op, tile, grid, S)
     if not isinstance(tiles, TileLists):
         raise TypeError(f"{op}: tiles must be a TileLists, got {type(tiles).__name__}")
     n = tiles_of(T, sizes, box)
-    _check_lists(op, tiles, qkv.q, B, H, n)
+    _check_lists(op, tiles, q, B, H, n)
     scale = check.check_scale(op, scale, D)
-    call = TileCall(*qkv[:3], tiles.indices, tiles.counts, box, sizes, scale, bool(return_lse))
+    call = TileCall(q, k, v, tiles.indices, tiles.counts, box, sizes, scale, bool(return_lse))
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
 

@@ -76,7 +76,7 @@ class ModelPoint:
     def flops(self) -> float:
         """Products of a forward pass, of the pairs that the provider computes; thrice that with backward."""
         config, T, S = self.config, self.frames, self.tokens
-        mask = config.mask if self.provider == "vdcore" else FrameMask()
+        mask = config.frame_mask if self.provider == "vdcore" else FrameMask()
         branches = {"factorized": 2, "gated": 2}.get(config.attention, 1)
         pairs = T * S * S + S * T * T * mask.density(T) if branches == 2 else (T * S) ** 2 * mask.density(T)
         projections = (

@@ -22,6 +22,8 @@ class CosmosAttention(Fused):
     STYLE: ClassVar[Style] = "half"
 
     def fused(self, attn: Any, call: Call) -> Tensor | None:
+        if call.mask is not None and call.mask.ndim != 4:  # given to torch's attention as it is
+            return None
         return self.self_or_cross_attention(attn, call)
 
     def tables(self, rotary: Any, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,0 @@
-#include "cuda/gated_attention/forward.cuh"
-
-template void vdcore::cuda::spatial_gated_forward_of<vdcore::cuda::bf16>(const Where&, const SpatialGated&);
