@@ -78,7 +78,7 @@ def test_registers_and_shared_memory(kernel):
     assert kernel.count(r"\b(LDL|STL)\b") == 0
     assert kernel.count(rf"USETMAXREG\.DEALLOC\S* {producer:#x}") == 1
     assert kernel.count(rf"USETMAXREG\.TRY_ALLOC\S* \S+ {consumer:#x}") == 1
-    assert 128 * (producer + groups * consumer) <= 65_536
+    assert producer + groups * consumer == entry * (groups + 1) <= 512
     row = 128 * -(-D // 64)  # bytes of a query or key
     assert 1024 + row * (64 * groups + stages * keys) + 2 * result_channels(D) * stages * keys < SHARED_LIMIT - 512
 

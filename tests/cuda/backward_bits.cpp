@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/temporal_attention/backward.cuh"
+#include "cuda/temporal_attention/backward_long.cuh"
 
 using namespace vdcore;
 using namespace vdcore::cuda;

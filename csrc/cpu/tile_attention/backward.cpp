@@ -199,7 +199,7 @@ class Backward {
         for (int64_t j = part.begin; j < part.end; ++j) one(j, vi{}, false);
         continue;
       }
-      const LaneMask mask(plan, box, side, *slots, u * lanes + lane, *part.piece);
+      const LaneMask mask(plan, box, side, *slots, u, lane, *part.piece);
       for (int64_t j = part.begin; j < part.end; ++j) one(j, mask.sees(j), true);
     }
     return total;

@@ -15,7 +15,7 @@ namespace vdcore::cpu::VDCORE_ISA {
 enum Side : int { kQueries = 0, kKeys = 1 };
 
 constexpr int64_t kMostLanes = 3 * W;                          // of a unit
-constexpr int64_t kBoxTokens = 192 / kMostLanes * kMostLanes;  // shares one gathering of the other side
+constexpr int64_t kBoxTokens = 384 / kMostLanes * kMostLanes;  // shares one gathering of the other side
 constexpr int64_t kMostUnits = kBoxTokens / W;
 constexpr int64_t kOtherTile = 128;
 
@@ -58,6 +58,10 @@ struct Slots {
   SlotRun runs[kBoxTokens];
   int64_t run_count = 0;
   int32_t y[kBoxTokens], x[kBoxTokens];  // of slots; what pads a unit is where its last token is
+  // What a unit's slots see of rows and columns at one step of each.
+  int64_t lanes_of = -1;
+  int16_t row_step, column_step;
+  int32_t row_begin[kMostLanes], row_end[kMostLanes], column_begin[kMostLanes], column_end[kMostLanes];
 
   VDCORE_INLINE int64_t in_use(int64_t u) const { return round_up(filled[u]); }
   template <typename Body>
@@ -286,6 +290,7 @@ VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body
 // Those that take part: of the text, only its live ones.
 inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape, Slots& slots) {
   slots.run_count = 0;
+  slots.lanes_of = -1;
   if (!box.group) {
     slots.lanes = kMostLanes;
     int64_t slot = 0;
@@ -448,31 +453,40 @@ inline void find_view(const TilePlan& plan, const Box& box, Side side, const Slo
   }
 }
 
+inline void find_lanes(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const Segment& of) {
+  if (slots.lanes_of == u && slots.row_step == of.row_step && slots.column_step == of.column_step) return;
+  slots.lanes_of = u;
+  slots.row_step = of.row_step;
+  slots.column_step = of.column_step;
+  const GridWindows& w = box.group->side[side];
+  const int64_t rows = of.row_step * plan.rows, columns = of.column_step * plan.columns, first = u * slots.lanes;
+  for (int64_t lane = 0; lane < slots.lanes; ++lane) {
+    const int32_t y = slots.y[first + lane], x = slots.x[first + lane];
+    slots.row_begin[lane] = w.row_begin[rows + y];
+    slots.row_end[lane] = w.row_end[rows + y];
+    slots.column_begin[lane] = w.column_begin[columns + x];
+    slots.column_end[lane] = w.column_end[columns + x];
+  }
+}
+
 // Of one vector of a unit's slots: which of them see a token of the tile in this piece.
 struct LaneMask {
   vi begin, end;
 
-  LaneMask(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t slot, const Piece& p) {
-    const GridWindows& w = box.group->side[side];
-    const int32_t *row_begin = w.row_begin + p.of.row_step * plan.rows,
-                  *row_end = w.row_end + p.of.row_step * plan.rows;
-    const int32_t *column_begin = w.column_begin + p.of.column_step * plan.columns,
-                  *column_end = w.column_end + p.of.column_step * plan.columns;
-    const int32_t shift = p.at - p.of.first, across = static_cast<int32_t>(plan.columns);
-    int32_t from[W], to[W];
-    for (int64_t lane = 0; lane < W; ++lane) {
-      const int32_t y = slots.y[slot + lane], x = slots.x[slot + lane];
-      if (p.of.row == Segment::kBand) {
-        from[lane] = row_begin[y] * across + shift;
-        to[lane] = row_end[y] * across + shift;
-      } else {
-        const bool sees = row_begin[y] <= p.of.row && p.of.row < row_end[y];
-        from[lane] = column_begin[x] + shift;
-        to[lane] = sees ? column_end[x] + shift : 0;
-      }
+  VDCORE_INLINE LaneMask(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, int64_t lane,
+                         const Piece& p) {
+    find_lanes(plan, box, side, slots, u, p.of);
+    const vi shift = splat(p.at - p.of.first);
+    const vi row_begin = load(slots.row_begin + lane), row_end = load(slots.row_end + lane);
+    if (p.of.row == Segment::kBand) {
+      const vi across = splat(static_cast<int32_t>(plan.columns));
+      begin = row_begin * across + shift;
+      end = row_end * across + shift;
+      return;
     }
-    memcpy(&begin, from, sizeof begin);
-    memcpy(&end, to, sizeof end);
+    const vi row = splat(p.of.row);
+    begin = load(slots.column_begin + lane) + shift;
+    end = (load(slots.column_end + lane) + shift) & ((row_begin <= row) & (row_end > row));
   }
 
   VDCORE_INLINE vi sees(int64_t token) const {
@@ -522,7 +536,7 @@ VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& p
 
 // Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
 template <typename Add>
-inline void add_strange(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t u,
+inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u,
                         const OtherTile& tile, const UnitView& view, const StrangeRows& strange,
                         const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, Tile stage,
                         const Add& add) {
@@ -538,7 +552,7 @@ inline void add_strange(const TilePlan& plan, const Box& box, Side side, const S
     for (int64_t lane = 0; lane < slots.filled[u]; ++lane) {
       if (edge) {
         float sees[W];
-        const LaneMask mask(plan, box, side, slots, u * slots.lanes + lane / W * W, *p);
+        const LaneMask mask(plan, box, side, slots, u, lane / W * W, *p);
         store(sees, select(mask.sees(j), splat(1.f), vf{}));
         if (sees[lane % W] == 0) continue;
       }

@@ -85,7 +85,7 @@ class VectorProducts {
         for (int64_t j = part.begin; j < part.end; ++j) top = max(top, load(column + j * lanes));
         continue;
       }
-      const LaneMask mask(s.plan, s.box, kQueries, *s.slots, first + lane, *part.piece);
+      const LaneMask mask(s.plan, s.box, kQueries, *s.slots, first / lanes, lane, *part.piece);
       for (int64_t j = part.begin; j < part.end; ++j) {
         const vf x = select(mask.sees(j), load(column + j * lanes), splat(-kInf));
         store(column + j * lanes, x);

@@ -13,6 +13,60 @@ void tile_attention_forward(const TileAttention&);
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
 
+// C[0:m, 0:n] += A[0:m, steps] B[steps, 0:n]: the sums stay in registers from step to step, of which a unit may have
+// four or five in a tile, a dozen pairs of terms each. m a multiple of 16, n of one to three vectors.
+#if defined(VDCORE_DOT_PRODUCTS)
+
+template <int M, int N>
+__attribute__((noinline)) void product_over_steps(int64_t m, const Run* steps, int64_t count, Rows a, Pairs b, Tile c) {
+  for (int64_t r = 0; r < m; r += M) {
+    __m512 sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[i][n] = load(c.at(r + i, n * W).data);
+    for (int64_t step = 0; step < count; ++step) {
+      const uint16_t* left = a.at(r, steps[step].begin).data;
+      const uint16_t* right = b.at(steps[step].begin, 0).data;
+      for (int64_t k = steps[step].begin; k < steps[step].end; k += 2, left += 2, right += b.row) {
+        __m512bh row[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) memcpy(&row[n], right + 2 * n * W, sizeof row[n]);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+          int32_t pair;
+          memcpy(&pair, left + i * a.row, sizeof pair);
+          const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) sum[i][n] = _mm512_dpbf16_ps(sum[i][n], x, row[n]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(c.at(r + i, n * W).data, sum[i][n]);
+  }
+}
+
+VDCORE_INLINE void add_over_steps(int64_t m, int64_t n, const Run* steps, int64_t count, Rows a, Pairs b, Tile c) {
+  if (n == W)
+    product_over_steps<16, 1>(m, steps, count, a, b, c);
+  else if (n == 2 * W)
+    product_over_steps<8, 2>(m, steps, count, a, b, c);
+  else
+    product_over_steps<8, 3>(m, steps, count, a, b, c);
+}
+
+#else
+
+VDCORE_INLINE void add_over_steps(int64_t m, int64_t n, const Run* steps, int64_t count, Rows a, Pairs b, Tile c) {
+  for (int64_t i = 0; i < count; ++i)
+    product(m, n, steps[i].size(), a.at(0, steps[i].begin), b.at(steps[i].begin, 0), c, true);
+}
+
+#endif
+
 class MatrixProducts {
  public:
   static constexpr bool kCenters = false;
@@ -65,8 +119,7 @@ class MatrixProducts {
               false);
     const Pairs p = {weights, 2 * lanes};
     for (int64_t lane = 0; lane < used; lane += W) softmax(u, lane, p);
-    for (int64_t i = 0; i < step_count; ++i)
-      product(s.row, used, steps[i].size(), v.at(0, steps[i].begin), p.at(steps[i].begin, 0), result(u), true);
+    add_over_steps(s.row, used, steps, step_count, v, p, result(u));
     if (strange.count)
       add_strange(s.plan, s.box, kQueries, *s.slots, u, *s.tile, *s.view, strange, s.a.segment, &FrameSegment::v,
                   s.kv_head, s.stage, [&](int64_t j, int64_t lane, int64_t c, float x) {
@@ -148,7 +201,7 @@ class MatrixProducts {
         for (int64_t j = part.begin; j < part.end; ++j) top = max(top, load(column + j * lanes));
         continue;
       }
-      const LaneMask mask(s.plan, s.box, kQueries, *s.slots, slot, *part.piece);
+      const LaneMask mask(s.plan, s.box, kQueries, *s.slots, u, lane, *part.piece);
       for (int64_t j = part.begin; j < part.end; ++j) {
         const vf x = select(mask.sees(j), load(column + j * lanes), splat(-kInf));
         store(column + j * lanes, x);
