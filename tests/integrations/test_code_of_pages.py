@@ -53,7 +53,7 @@ def one_rank():
 
 def grid_of_tokens():
     q, k, v = torch.randn(3, 1, 2, 30 * 52, 1, 8)
-    return {"q": q, "k": k, "v": v, "T": 2, "rows": 6, "columns": 8}
+    return {"q": q, "k": k, "v": v, "T": 2, "rows": 6, "columns": 8, **model_and_pipeline()}
 
 
 # Page -> the names that its blocks take from a user's program.

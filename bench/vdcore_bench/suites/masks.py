@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.testing import TORCH_FORMS, error_ratio
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job, Tensors, mask_text
@@ -47,6 +47,7 @@ SWEEP: dict[str, FrameMask | Callable[[int], FrameMask]] = {  # some by the numb
     "window + sink": FrameMask(past=2, future=0, sink=1),
     FORCED: lambda T: FrameMask.teacher_forcing(T // 2, 4),
 }
+RADIAL = "radial"  # of the grid at hand, whose visible pairs grow as N log N in frames
 # Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
 FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
 SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
@@ -133,14 +134,18 @@ def _entries(device: str, dtype: torch.dtype, shape: Shape, flex: bool) -> list[
     """Every mask on every provider that supports it, after warm-up, checked against the reference."""
     kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    for name, given in SWEEP.items():
-        mask = given if isinstance(given, FrameMask) else given(shape.T)
-        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, mask=mask, shape=shape)
+    windows = {RADIAL: GridMask.radial(shape.rows, shape.columns)}
+    for name in (*SWEEP, *windows):
+        given = SWEEP.get(name, FrameMask.full())
+        chosen: dict[str, Any] = {"mask": given if isinstance(given, FrameMask) else given(shape.T)}
+        chosen["grid_mask"] = windows.get(name)
+        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape, **chosen)
         if job.forward_flops() > FLOPS[kind] * threads:
             continue
         tensors = tensors or job.tensors()
         calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
-        if 0 < job.forward_flops() / mask.density(shape.T) <= SDPA_FLOPS[kind] * threads:
+        whole = 4.0 * shape.D * shape.H * shape.B * (shape.T * shape.S) ** 2
+        if 0 < whole <= SDPA_FLOPS[kind] * threads:
             variant = "dense mask" if masked(job) else "strided"
             calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
         if flex and name == FORCED:
@@ -173,7 +178,8 @@ def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]
     """The error ratios of the last frame of one head, which is a problem of its own."""
     T = job.shape.T
     q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
-    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+    masks = {name: x for name, x in job.arguments(tensors).items() if name in ("mask", "grid")}
+    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, **masks, "q_start": T - 1}
     wide: dict[str, Any] = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
     exact = vdcore.video_attention(**wide, backend="reference")
     forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
@@ -186,7 +192,7 @@ def _row(entry: _Entry) -> Row:
         case=MASKS + entry.name,
         provider=entry.provider,
         variant={"vdcore": "", "flex": "padded"}.get(entry.provider, "dense mask"),
-        reason=mask_text(entry.job.mask),
+        reason=mask_text(entry.job.grid_mask or entry.job.mask),
         error_ratio=entry.error_ratio,
     )
 
