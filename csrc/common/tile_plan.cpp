@@ -162,8 +162,8 @@ OwnedPlan plan_of_lists(const GridSizes& sizes, const int64_t* tile, int64_t lis
   for (int side = 0; side < 2; ++side)
     by_place(owned, owned.ints, sees[side], lists * (n + 1), &plan.listed[side].first, &plan.listed[side].tiles);
   const double share = static_cast<double>(sees[0].size()) / static_cast<double>(std::max<int64_t>(lists, 1));
-  const double area = static_cast<double>(std::min(tile[0], extent[0]) * std::min(tile[1], extent[1]) *
-                                          std::min(tile[2], extent[2]));
+  const double area =
+      static_cast<double>(std::min(tile[0], extent[0]) * std::min(tile[1], extent[1]) * std::min(tile[2], extent[2]));
   owned.pairs = share * area * area * static_cast<double>(sizes.batch);  // of one head
   return owned;
 }

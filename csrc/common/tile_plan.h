@@ -19,7 +19,7 @@ struct FrameBox {
 // What queries see of the keys, or keys of the queries that see them. Tables: of a step and a place, the places
 // [begin, end) of the other side; both grow with the place.
 struct GridWindows {
-  const int64_t* first;         // (frames + 1,): of a frame's windows, in the order of the frames that it sees
+  const int64_t* first;  // (frames + 1,): of a frame's windows, in the order of the frames that it sees
   const FrameBox* windows;
   const int32_t *row_begin, *row_end;        // (steps, rows)
   const int32_t *column_begin, *column_end;  // (steps, columns)

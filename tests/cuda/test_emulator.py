@@ -146,7 +146,7 @@ MUTANTS = [
     (1, SHORT, "  sync_block();", "", 0),
     (1, SHORT, "  sync_block();", "", 1),
     (1, NORM, "  sync_block();", "", 0),
-    (1, NORM, "lo = a * cos + hi * sin;", "lo = a * cos - hi * sin;", 0),
+    (1, NORM, "-as_float(s.x[j])", "as_float(s.x[j])", 0),
     (1, NORM, "half(2, four[e], four[e + 2])", "half(2, four[e + 2], four[e])", 0),
     (2, LONG, "  sync_block();", "", 0),
     (2, LONG, "  sync_block();", "", 1),

@@ -143,10 +143,7 @@ NOT_SERVED["two hooks, the first removed", "before"] = only("Mochi", "ConsisID")
 NOT_SERVED["a function mode", "after"] = only()
 NOT_SERVED["a function mode", "before"] = only()
 
-# Layers of these run in the host's layout then, and their attention with them.
-for what in ("a hook of all modules", "a hook before all modules"):
-    NOT_SERVED[what, "after"] = NOT_SERVED[what, "before"] = {"AnimateDiff", "SVD"}
-NOT_SERVED["processors made anew", "after"] = {"AnimateDiff", "SVD"}
+NOT_SERVED["processors made anew", "after"] = set(FAMILIES)
 NOT_SERVED["processors of another kind", "after"] = {"AnimateDiff", "SVD"}
 NOT_SERVED["processors of another kind", "before"] = {"AnimateDiff", "SVD"}
 

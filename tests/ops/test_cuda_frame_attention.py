@@ -77,12 +77,13 @@ def test_hidden_frames(mask, name):
     assert torch.equal(poisoned[:, ~hit], clean[:, ~hit])
 
 
-def test_padding_of_any_content():
-    """Hazards 10, 11: NaN past the lengths of video and text."""
+@pytest.mark.parametrize("D,L", [(64, 20), (128, 130)], ids=["blocks", "clusters"])
+def test_padding_of_any_content(D, L):
+    """Hazards 10, 11: NaN past the lengths of video and text; clusters of which one block has nothing to do, too."""
     results = []
     for filler in (0.5, torch.nan):
         torch.manual_seed(0)
-        video, text = ([randn(2, *shape, 1, 64) for _ in "qkv"] for shape in ((3, 50), (20,)))
+        video, text = ([randn(2, *shape, 1, D) for _ in "qkv"] for shape in ((3, 50), (L,)))
         for x in video:
             x[0, 2:] = x[1] = filler
         for x in text:
@@ -100,9 +101,10 @@ def test_padding_of_any_content():
 
 
 @pytest.mark.skipif(not emulated(), reason="the order of warps is the emulator's")
-def test_every_order_of_warps():
+@pytest.mark.parametrize("D", [72, 128], ids=["blocks", "clusters"])
+def test_every_order_of_warps(D):
     """The same bits, whichever warps come first and whenever copies and products are done."""
-    q, k, v = (randn(1, 3, 150, 1, 72) for _ in range(3))
+    q, k, v = (randn(1, 3, 150, 1, D) for _ in range(3))
     results = set()
     for order, seed in (("forward", 0), ("backward", 0), ("random", 1), ("random", 2), ("random", 3)):
         kernels().set_order(order, seed)

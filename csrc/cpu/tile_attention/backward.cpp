@@ -1,14 +1,13 @@
-// Attention of a grid's tokens to windows and listed tiles, backward, in vectors: with P recomputed from lse and delta =
-// rowsum(dout * out) - dlse,
+// Attention of a grid's tokens to windows and listed tiles, backward, in vectors: with P recomputed from lse and delta
+// = rowsum(dout * out) - dlse,
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q.
 //
-// Two passes, seven products, in which every box has one owner: gradients of queries, then of keys and values, each with
-// its own side in the lanes and the other one streaming by. So memory does not grow with tokens, and the bits do not
-// depend on threads. The first pass knows what a row of dS adds up to, dlse but for rounding, and so how much delta errs
-// (see frame_attention/backward.h): it takes that out of dQ, and leaves a better delta to the second.
-#include "cpu/tile_attention/boxes.h"
-
+// Two passes, seven products, in which every box has one owner: gradients of queries, then of keys and values, each
+// with its own side in the lanes and the other one streaming by. So memory does not grow with tokens, and the bits do
+// not depend on threads. The first pass knows what a row of dS adds up to, dlse but for rounding, and so how much delta
+// errs (see frame_attention/backward.h): it takes that out of dQ, and leaves a better delta to the second.
 #include "common/threads.h"
+#include "cpu/tile_attention/boxes.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
@@ -92,14 +91,14 @@ class Backward {
   Slots* slots;
   UnitView* view;
   OtherTile* tile;
-  float* own[2];         // per unit (row, lanes): q and dout, or k and v, transposed
-  Tile gradient[2];      // (kBoxTokens, row): dq, or dk and dv
+  float* own[2];          // per unit (row, lanes): q and dout, or k and v, transposed
+  Tile gradient[2];       // (kBoxTokens, row): dq, or dk and dv
   Tile stage, stage_out;  // (kMostLanes, row)
-  Tile other[2];         // (kOtherTile, row): k and v, or q and dout
-  float *p, *ds;         // (kOtherTile, lanes)
-  float *lse, *delta;    // of queries, in slots or in the tile; lse in base 2
-  float* row_sum;        // of dS, of the box's queries
-  float* mean;           // (row,), of keys
+  Tile other[2];          // (kOtherTile, row): k and v, or q and dout
+  float *p, *ds;          // (kOtherTile, lanes)
+  float *lse, *delta;     // of queries, in slots or in the tile; lse in base 2
+  float* row_sum;         // of dS, of the box's queries
+  float* mean;            // (row,), of keys
   StrangeRows strange[2];
 
   int64_t list_of(int64_t sample, int64_t head) const {
@@ -120,18 +119,12 @@ class Backward {
   }
 
   void load_own(const TensorView& x, const Box& box, float factor, float* to) const {
-    int64_t u = 0;
-    const auto finish_unit = [&] {
-      transpose(slots->filled[u], D, stage, factor, {to + u * slots->lanes * row, slots->lanes});
+    const auto gather = [&](int64_t slot, const TokenRun& tokens) {
+      gather_run(x, box.sample, box.head, tokens, stage.at(slot, 0));
     };
-    slots->for_runs([&](const SlotRun& r) {
-      if (r.slot / slots->lanes != u) {
-        finish_unit();
-        u = r.slot / slots->lanes;
-      }
-      gather_run(x, box.sample, box.head, r.tokens, stage.at(r.slot % slots->lanes, 0));
+    for_units(*slots, gather, [&](int64_t u) {
+      transpose(slots->filled[u], D, stage, factor, {to + u * slots->lanes * row, slots->lanes});
     });
-    finish_unit();
   }
 
   void load_queries(const FrameSegment& segment, const Box& box) const {
@@ -206,7 +199,7 @@ class Backward {
         for (int64_t j = part.begin; j < part.end; ++j) one(j, vi{}, false);
         continue;
       }
-      const LaneMask mask(plan, box, side, *slots, u * lanes + lane, *part.piece);
+      const LaneMask mask(plan, box, side, *slots, u, lane, *part.piece);
       for (int64_t j = part.begin; j < part.end; ++j) one(j, mask.sees(j), true);
     }
     return total;
@@ -219,12 +212,13 @@ class Backward {
     strange[which].take_out(other[which]);
     for (int64_t i = 0; i < view->run_count; ++i) {
       const Run& r = view->runs[i];
-      product(slots->filled[u], row, r.size(), {weights + r.begin * lanes, 1, lanes}, other[which].at(r.begin, 0), to, true,
-              none);
+      product(slots->filled[u], row, r.size(), {weights + r.begin * lanes, 1, lanes}, other[which].at(r.begin, 0), to,
+              true, none);
     }
     if (strange[which].count) {
-      add_strange(plan, box, side, *slots, u, *tile, *view, strange[which], a.segment[0].*of, a.segment[1].*of, head,
-                  nullptr, {weights, lanes}, to, stage);
+      add_strange(
+          plan, box, side, *slots, u, *tile, *view, strange[which], a.segment, of, head, stage,
+          [&](int64_t j, int64_t lane, int64_t c, float x) { *to.at(lane, c).data += weights[j * lanes + lane] * x; });
       for (int64_t i = 0; i < strange[which].count; ++i) {  // back for the scores of the next unit
         const Piece* from;
         const int64_t j = strange[which].rows[i], offset = token_of(*tile, j, from);
@@ -300,8 +294,7 @@ void tile_attention_backward(const TileAttention& a) {
     Job job{a,
             {*a.plan, side, side == kQueries ? H : G, side == kQueries ? 1 : H / G, shapes},
             side == kQueries ? &Backward::queries : &Backward::keys};
-    parallel_for(
-        job.boxes.items(), a.threads, [](void* p, int64_t i) { static_cast<const Job*>(p)->run(i); }, &job);
+    parallel_for(job.boxes.items(), a.threads, [](void* p, int64_t i) { static_cast<const Job*>(p)->run(i); }, &job);
   }
   delete[] shapes;
 }

@@ -90,7 +90,8 @@ FrameSegment tile_segment(const TilePlan& plan, const std::vector<py::object>& t
   s.v = like("v", tensors[2], s.k);
   const int64_t frames[2] = {text ? 1 : plan.frames[0], text ? 1 : plan.frames[1]};
   const int64_t tokens = text ? plan.text : plan.per_frame();
-  require(s.q.size[0] == plan.batch && s.q.size[1] == frames[0] && s.q.size[2] == tokens, "the plan is of other queries");
+  require(s.q.size[0] == plan.batch && s.q.size[1] == frames[0] && s.q.size[2] == tokens,
+          "the plan is of other queries");
   require(s.k.size[1] == frames[1] && s.k.size[2] == tokens, "the plan is of other keys");
   const Sizes rows = {s.q.size[0], s.q.size[1], s.q.size[2], s.q.size[3]};
   s.out = like("out", tensors[3], s.q);

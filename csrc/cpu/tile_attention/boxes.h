@@ -14,8 +14,8 @@ namespace vdcore::cpu::VDCORE_ISA {
 
 enum Side : int { kQueries = 0, kKeys = 1 };
 
-constexpr int64_t kMostLanes = 3 * W;                         // of a unit
-constexpr int64_t kBoxTokens = 192 / kMostLanes * kMostLanes;  // shares one gathering of the other side
+constexpr int64_t kMostLanes = 3 * W;                          // of a unit
+constexpr int64_t kBoxTokens = 384 / kMostLanes * kMostLanes;  // shares one gathering of the other side
 constexpr int64_t kMostUnits = kBoxTokens / W;
 constexpr int64_t kOtherTile = 128;
 
@@ -30,8 +30,8 @@ struct Box {
   int64_t begin, end;  // text: tokens; of lists: tokens of the tile
 };
 
-// A segment of the other side: `row`: one row's columns from `first` on; kBand: whole rows, `first` counts tokens of the
-// frame; kClear: whatever it is, all of the box see it.
+// A segment of the other side: `row`: one row's columns from `first` on; kBand: whole rows, `first` counts tokens of
+// the frame; kClear: whatever it is, all of the box see it.
 struct Segment {
   static constexpr int32_t kBand = -1, kClear = -2;
   TokenRun tokens;
@@ -58,6 +58,10 @@ struct Slots {
   SlotRun runs[kBoxTokens];
   int64_t run_count = 0;
   int32_t y[kBoxTokens], x[kBoxTokens];  // of slots; what pads a unit is where its last token is
+  // What a unit's slots see of rows and columns at one step of each.
+  int64_t lanes_of = -1;
+  int16_t row_step, column_step;
+  int32_t row_begin[kMostLanes], row_end[kMostLanes], column_begin[kMostLanes], column_end[kMostLanes];
 
   VDCORE_INLINE int64_t in_use(int64_t u) const { return round_up(filled[u]); }
   template <typename Body>
@@ -115,15 +119,16 @@ inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_
     double total = 0;
     for (int64_t i = 0; i < count; i += step) {
       const FrameBox& w = windows.windows[first + i];
-      total += static_cast<double>(
-                   seen_by_blocks(windows.row_begin + w.row_step * rows, windows.row_end + w.row_step * rows, rows, height)) *
+      total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
+                                                  windows.row_end + w.row_step * rows, rows, height)) *
                static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
                                                   windows.column_end + w.column_step * columns, columns, width));
     }
     return total;
   };
   constexpr double kVectorCost[4] = {0, 1.12, 1.04, 1};
-  Shape best = {1, static_cast<int32_t>(smaller(kMostLanes, columns)), 1, static_cast<int32_t>(smaller(kMostLanes, columns))};
+  Shape best = {1, static_cast<int32_t>(smaller(kMostLanes, columns)), 1,
+                static_cast<int32_t>(smaller(kMostLanes, columns))};
   double least = -1;
   for (int64_t n = 1; n <= 3; ++n)
     for (int64_t height = 1; height <= smaller(rows, n * W); ++height) {
@@ -140,7 +145,8 @@ inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_
   const int64_t lanes = round_up(static_cast<int64_t>(best.unit_rows) * best.unit_columns), units = kBoxTokens / lanes;
   least = -1;
   for (int64_t down = 1; down <= units; ++down) {
-    const int64_t height = smaller(down * best.unit_rows, rows), width = smaller(units / down * best.unit_columns, columns);
+    const int64_t height = smaller(down * best.unit_rows, rows),
+                  width = smaller(units / down * best.unit_columns, columns);
     const double here = cost(height, width);
     if (least < 0 || here < least * 0.999) {
       least = here;
@@ -251,10 +257,22 @@ VDCORE_INLINE void fill_units(Slots& slots, int64_t filled) {
   for (int64_t u = 0; u < slots.units; ++u) slots.filled[u] = smaller(slots.lanes, filled - u * slots.lanes);
 }
 
+// Calls body(slot in its unit, tokens) for runs of slots, and done(unit) after each unit's.
+template <typename Body, typename Done>
+VDCORE_INLINE void for_units(const Slots& slots, const Body& body, const Done& done) {
+  int64_t u = 0;
+  slots.for_runs([&](const SlotRun& r) {
+    if (r.slot / slots.lanes != u) done(u++);
+    body(r.slot % slots.lanes, r.tokens);
+  });
+  done(u);
+}
+
 // Calls body(run) for the tokens of a tile, as runs inside of rows or whole frames of it.
 template <typename Body>
 VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body) {
-  const int64_t x = tile % plan.tiles[2], y = tile / plan.tiles[2] % plan.tiles[1], t = tile / plan.tiles[2] / plan.tiles[1];
+  const int64_t x = tile % plan.tiles[2], y = tile / plan.tiles[2] % plan.tiles[1],
+                t = tile / plan.tiles[2] / plan.tiles[1];
   const int64_t x0 = x * plan.tile[2], x1 = smaller(x0 + plan.tile[2], plan.columns);
   const int64_t y0 = y * plan.tile[1], y1 = smaller(y0 + plan.tile[1], plan.rows);
   const int64_t last = smaller((t + 1) * plan.tile[0], plan.frames[0]);
@@ -264,13 +282,15 @@ VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body
       body(TokenRun{false, frame + y0 * plan.columns, frame + y1 * plan.columns});
       continue;
     }
-    for (int64_t r = y0; r < y1; ++r) body(TokenRun{false, frame + r * plan.columns + x0, frame + r * plan.columns + x1});
+    for (int64_t r = y0; r < y1; ++r)
+      body(TokenRun{false, frame + r * plan.columns + x0, frame + r * plan.columns + x1});
   }
 }
 
 // Those that take part: of the text, only its live ones.
 inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape, Slots& slots) {
   slots.run_count = 0;
+  slots.lanes_of = -1;
   if (!box.group) {
     slots.lanes = kMostLanes;
     int64_t slot = 0;
@@ -333,7 +353,8 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
   for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
     const FrameBox& window = w.windows[i];
     if (window.frame >= limit) break;
-    const int32_t *row_begin = w.row_begin + window.row_step * plan.rows, *row_end = w.row_end + window.row_step * plan.rows;
+    const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
+                  *row_end = w.row_end + window.row_step * plan.rows;
     const int32_t *column_begin = w.column_begin + window.column_step * plan.columns,
                   *column_end = w.column_end + window.column_step * plan.columns;
     const bool band = column_begin[box.x1 - 1] == 0 && column_end[box.x0] == plan.columns;
@@ -344,7 +365,10 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
     const int64_t frame = window.frame * plan.per_frame();
     if (band) {
       const int64_t begin = rows.begin * plan.columns, end = rows.end * plan.columns;
-      body(Segment{{false, frame + begin, frame + end}, Segment::kBand, static_cast<int32_t>(begin), window.row_step,
+      body(Segment{{false, frame + begin, frame + end},
+                   Segment::kBand,
+                   static_cast<int32_t>(begin),
+                   window.row_step,
                    window.column_step});
       continue;
     }
@@ -386,7 +410,8 @@ struct OtherTile {
 };
 
 // Places that a unit sees of a table's places: by somebody, and by everybody.
-VDCORE_INLINE void unit_range(const int32_t* begin, const int32_t* end, int32_t first, int32_t last, Run& some, Run& all) {
+VDCORE_INLINE void unit_range(const int32_t* begin, const int32_t* end, int32_t first, int32_t last, Run& some,
+                              Run& all) {
   some = {begin[first], end[last]};
   all = {begin[last], end[first]};
 }
@@ -428,30 +453,40 @@ inline void find_view(const TilePlan& plan, const Box& box, Side side, const Slo
   }
 }
 
+inline void find_lanes(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const Segment& of) {
+  if (slots.lanes_of == u && slots.row_step == of.row_step && slots.column_step == of.column_step) return;
+  slots.lanes_of = u;
+  slots.row_step = of.row_step;
+  slots.column_step = of.column_step;
+  const GridWindows& w = box.group->side[side];
+  const int64_t rows = of.row_step * plan.rows, columns = of.column_step * plan.columns, first = u * slots.lanes;
+  for (int64_t lane = 0; lane < slots.lanes; ++lane) {
+    const int32_t y = slots.y[first + lane], x = slots.x[first + lane];
+    slots.row_begin[lane] = w.row_begin[rows + y];
+    slots.row_end[lane] = w.row_end[rows + y];
+    slots.column_begin[lane] = w.column_begin[columns + x];
+    slots.column_end[lane] = w.column_end[columns + x];
+  }
+}
+
 // Of one vector of a unit's slots: which of them see a token of the tile in this piece.
 struct LaneMask {
   vi begin, end;
 
-  LaneMask(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t slot, const Piece& p) {
-    const GridWindows& w = box.group->side[side];
-    const int32_t *row_begin = w.row_begin + p.of.row_step * plan.rows, *row_end = w.row_end + p.of.row_step * plan.rows;
-    const int32_t *column_begin = w.column_begin + p.of.column_step * plan.columns,
-                  *column_end = w.column_end + p.of.column_step * plan.columns;
-    const int32_t shift = p.at - p.of.first, across = static_cast<int32_t>(plan.columns);
-    int32_t from[W], to[W];
-    for (int64_t lane = 0; lane < W; ++lane) {
-      const int32_t y = slots.y[slot + lane], x = slots.x[slot + lane];
-      if (p.of.row == Segment::kBand) {
-        from[lane] = row_begin[y] * across + shift;
-        to[lane] = row_end[y] * across + shift;
-      } else {
-        const bool sees = row_begin[y] <= p.of.row && p.of.row < row_end[y];
-        from[lane] = column_begin[x] + shift;
-        to[lane] = sees ? column_end[x] + shift : 0;
-      }
+  VDCORE_INLINE LaneMask(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, int64_t lane,
+                         const Piece& p) {
+    find_lanes(plan, box, side, slots, u, p.of);
+    const vi shift = splat(p.at - p.of.first);
+    const vi row_begin = load(slots.row_begin + lane), row_end = load(slots.row_end + lane);
+    if (p.of.row == Segment::kBand) {
+      const vi across = splat(static_cast<int32_t>(plan.columns));
+      begin = row_begin * across + shift;
+      end = row_end * across + shift;
+      return;
     }
-    memcpy(&begin, from, sizeof begin);
-    memcpy(&end, to, sizeof end);
+    const vi row = splat(p.of.row);
+    begin = load(slots.column_begin + lane) + shift;
+    end = (load(slots.column_end + lane) + shift) & ((row_begin <= row) & (row_end > row));
   }
 
   VDCORE_INLINE vi sees(int64_t token) const {
@@ -499,11 +534,12 @@ VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& p
   return static_cast<int32_t>(j - piece->at);
 }
 
-// out rows += weights of the strange rows times these, for the unit's slots that see them. weights (tile, lanes).
-inline void add_strange(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t u,
-                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange, const TensorView& from,
-                        const TensorView& from_text, int64_t head, const float* center, Tile weights, Tile out,
-                        Tile stage) {
+// Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
+template <typename Add>
+inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u,
+                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange,
+                        const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, Tile stage,
+                        const Add& add) {
   for (int64_t s = 0; s < strange.count; ++s) {
     const int64_t j = strange.rows[s];
     bool seen = false, edge = false;
@@ -512,20 +548,15 @@ inline void add_strange(const TilePlan& plan, const Box& box, Side side, const S
     if (!seen) continue;
     const Piece* p;
     const int64_t offset = token_of(tile, j, p);
-    gather_run(p->of.tokens.text ? from_text : from, box.sample, head, piece(p->of.tokens, offset, 1), stage);
-    for (int64_t lane = 0; lane < slots.filled[u]; lane += W) {
-      float sees[W];
-      store(sees, splat(1.f));
+    gather_run(segments[p->of.tokens.text].*of, box.sample, head, piece(p->of.tokens, offset, 1), stage);
+    for (int64_t lane = 0; lane < slots.filled[u]; ++lane) {
       if (edge) {
-        const LaneMask mask(plan, box, side, slots, u * slots.lanes + lane, *p);
+        float sees[W];
+        const LaneMask mask(plan, box, side, slots, u, lane / W * W, *p);
         store(sees, select(mask.sees(j), splat(1.f), vf{}));
+        if (sees[lane % W] == 0) continue;
       }
-      for (int64_t i = 0; i < smaller(W, slots.filled[u] - lane); ++i) {
-        if (sees[i] == 0) continue;
-        float* at = out.at(lane + i, 0).data;
-        const float weight = weights.at(j, lane + i).data[0];
-        for (int64_t c = 0; c < out.row; ++c) at[c] += weight * (stage.data[c] - (center ? center[c] : 0.f));
-      }
+      for (int64_t c = 0; c < stage.row; ++c) add(j, lane, c, stage.data[c]);
     }
   }
 }

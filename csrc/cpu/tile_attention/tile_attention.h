@@ -1,4 +1,5 @@
-// Arguments of attention of tokens of a grid to windows and to listed tiles, on the CPU. Norm and rope have been applied.
+// Arguments of attention of tokens of a grid to windows and to listed tiles, on the CPU. Norm and rope have been
+// applied.
 #pragma once
 
 #include "common/tile_plan.h"

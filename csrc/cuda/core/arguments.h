@@ -62,7 +62,7 @@ struct Frames {
   Divider chunk;  // by mask.chunk
 
   Frames() = default;
-  Frames(const FrameMask& mask, int64_t start, const int64_t* lengths, int32_t queries, int32_t keys, bool masked)
+  Frames(const FrameWindow& mask, int64_t start, const int64_t* lengths, int32_t queries, int32_t keys, bool masked)
       : mask(mask), start(start), lengths(lengths), queries(queries), keys(keys), masked(masked) {
     // A chunk of all frames, and nothing in it overflows.
     this->mask.chunk = smaller(mask.chunk, int64_t{1} << 31);

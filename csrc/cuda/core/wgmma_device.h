@@ -1,4 +1,5 @@
-// wgmma under nvcc, for the numbers of columns that the kernels use (PTX ISA 9.7.15.5).
+// wgmma under nvcc, for the numbers of columns that the kernels use (PTX ISA 9.7.15.5). Macros, because the operands of
+// an asm cannot come from a pack.
 #pragma once
 
 namespace vdcore::cuda {
@@ -18,7 +19,6 @@ struct Wgmma {
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
 #define VDCORE_NAMES_30 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " VDCORE_TEN(1) ", " VDCORE_TEN(2)
 #define VDCORE_NAMES_64 VDCORE_NAMES_30 ", %30, %31"
-#define VDCORE_NAMES_72 VDCORE_NAMES_30 ", %30, %31, %32, %33, %34, %35"
 #define VDCORE_NAMES_80 VDCORE_NAMES_30 ", " VDCORE_TEN(3)
 #define VDCORE_NAMES_96 VDCORE_NAMES_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define VDCORE_NAMES_128 VDCORE_NAMES_80 ", " VDCORE_TEN(4) ", " VDCORE_TEN(5) ", %60, %61, %62, %63"
@@ -29,8 +29,6 @@ struct Wgmma {
 #define VDCORE_8(i) VDCORE_4(i), VDCORE_4(i + 4)
 #define VDCORE_32(i) VDCORE_8(i), VDCORE_8(i + 8), VDCORE_8(i + 16), VDCORE_8(i + 24)
 #define VDCORE_RESULT_64 VDCORE_32(0)
-#define VDCORE_RESULT_72 VDCORE_32(0), VDCORE_4(32)
-#define VDCORE_RESULT_80 VDCORE_32(0), VDCORE_8(32)
 #define VDCORE_RESULT_96 VDCORE_32(0), VDCORE_8(32), VDCORE_8(40)
 #define VDCORE_RESULT_128 VDCORE_32(0), VDCORE_32(32)
 #define VDCORE_RESULT_160 VDCORE_32(0), VDCORE_32(32), VDCORE_8(64), VDCORE_8(72)
@@ -58,11 +56,8 @@ struct Wgmma {
   VDCORE_WGMMA_OF(f16, "f16", N, __VA_ARGS__)
 
 VDCORE_WGMMA(64, "%32", "%33", "%34", "%35", "%36", "%37")
-VDCORE_WGMMA(72, "%36", "%37", "%38", "%39", "%40", "%41")
-VDCORE_WGMMA(80, "%40", "%41", "%42", "%43", "%44", "%45")
 VDCORE_WGMMA(96, "%48", "%49", "%50", "%51", "%52", "%53")
 VDCORE_WGMMA(128, "%64", "%65", "%66", "%67", "%68", "%69")
-VDCORE_WGMMA(160, "%80", "%81", "%82", "%83", "%84", "%85")
 VDCORE_WGMMA(176, "%88", "%89", "%90", "%91", "%92", "%93")
 // clang-format on
 

@@ -24,7 +24,8 @@
 // some of them spilled, for a quarter of this file's time to compile; no workload trains on as many.
 #pragma once
 
-#include "cuda/temporal_attention/backward_long.cuh"
+#include "cuda/core/dispatch.h"
+#include "cuda/temporal_attention/backward_side.cuh"
 
 namespace vdcore::cuda {
 

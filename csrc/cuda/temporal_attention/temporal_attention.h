@@ -84,4 +84,8 @@ void temporal_attention_backward(const Where& where, DType dtype, const Temporal
 template <typename E>
 void temporal_attention_backward_of(const Where& where, const TemporalAttentionBackward& args);
 
+// Where `temporal_backward_is_short` does not hold.
+template <typename E>
+void temporal_long_backward(const Where& where, const TemporalAttentionBackward& args);
+
 }  // namespace vdcore::cuda

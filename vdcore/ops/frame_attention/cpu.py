@@ -21,26 +21,6 @@ from vdcore.ops.qk_norm_rope.cpu import NormRopeBefore
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
 
-# Threads share out components and heads. Where these are fewer, each is cut into parts of its keys; a part has a query
-# gradient of its own, and where those would take more than this, backward takes seven products instead of five. Not a
-# matter of the number of threads: the same bits on every machine.
-_FEWEST_ITEMS = 8
-_MOST_WORKSPACE = 256 * 2**20
-
-
-def dq_buffers(items: int, floats: int, threads: int) -> tuple[int, int]:
-    """In how many buffers backward adds up gradients of queries, and in how many parts of the keys; 0: in none.
-
-    Args:
-        items: components times key/value heads.
-        floats: of one buffer.
-    """
-    parts = max(-(-_FEWEST_ITEMS // max(items, 1)), 1)
-    if parts == 1:
-        return min(threads, items), 1
-    return (items * parts if items * parts * floats * 4 <= _MOST_WORKSPACE else 0), parts
-
-
 Groups = Any  # of the native module: which query tokens see which key tokens
 Joint = tuple[Tensor | None, ...]  # views of a joint sequence, one for each segment
 
@@ -121,24 +101,8 @@ def attend_backward(
         [capsule(x) for x in (*qkv, out[i], lse[i], None, dout[i], dlse[i], *gradients[i])]
         for i, qkv in enumerate(seen)
     )
-    q, k, _ = seen[0]
-    (B, _, _, H, D), G = q.shape, k.shape[3]
-    threads, workspace = torch.get_num_threads(), None
-    # Rows of the queries' gradient and a number for each, padded to the longest vector.
-    floats = -(-groups.largest_component * (H // G) * (-(-D // 16) * 16 + 1) // 16) * 16
-    buffers, parts = dq_buffers(groups.components * G, floats, threads)
-    if buffers:
-        workspace = torch.empty(buffers, floats)
-    rows = sum(x.shape[1:3].numel() for x, _, _ in seen)
     native().frame_attention_backward(
-        groups=groups,
-        video=video,
-        text=text[0] if text else [],
-        scale=scale,
-        delta=capsule(torch.empty(B, H, rows)),
-        workspace=capsule(workspace),
-        parts=parts,
-        threads=threads,
+        groups=groups, video=video, text=text[0] if text else [], scale=scale, threads=torch.get_num_threads()
     )
 
 

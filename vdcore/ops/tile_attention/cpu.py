@@ -49,9 +49,9 @@ def _backward(
     c: TileCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     (out, lse), (dout, dlse) = outputs, grads
-    dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
+    dout = torch.zeros_like(out) if dout is None else dout
     gradients = [empty_like(x) for x in (c.q, c.k, c.v)]
-    rows: Any = [(x,) for x in (out, lse, dout, dlse)]
+    rows: Any = [(None if x is None else unit_stride(x),) for x in (out, lse, dout, dlse)]
     attend_backward(_plan(c), _segments(c), rows, [gradients], c.scale)
     return dict(zip("qkv", gradients))
 

@@ -1,0 +1,3 @@
+#include "cuda/temporal_attention/backward_long.cuh"
+
+template void vdcore::cuda::temporal_long_backward<vdcore::cuda::f16>(const Where&, const TemporalAttentionBackward&);
