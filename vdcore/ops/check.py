@@ -74,8 +74,7 @@ def check_attention(
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
-    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
-        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
+    check_teacher_forcing(op, mask, T, T_k, q_start)
     if lengths is not None:
         check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
     if norm is not None:
@@ -83,6 +82,11 @@ def check_attention(
     if rope is not None:
         rope = check_rope(op, rope, q, max(T_k, q_start + T), S, H, G, D)
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
+
+
+def check_teacher_forcing(op: str, mask: FrameMask, T: int, T_k: int, q_start: int) -> None:
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
 
 
 def check_mask_type(op: str, mask: Any, *, grids: bool = False) -> None:

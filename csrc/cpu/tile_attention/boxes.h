@@ -118,7 +118,7 @@ inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_
   const auto cost = [&](int64_t height, int64_t width) {
     double total = 0;
     for (int64_t i = 0; i < count; i += step) {
-      const FrameWindow& w = windows.windows[first + i];
+      const SeenFrame& w = windows.windows[first + i];
       total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
                                                   windows.row_end + w.row_step * rows, rows, height)) *
                static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
@@ -351,7 +351,7 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
   if (box.frame >= own) return;
   const GridWindows& w = box.group->side[side];
   for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
-    const FrameWindow& window = w.windows[i];
+    const SeenFrame& window = w.windows[i];
     if (window.frame >= limit) break;
     const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
                   *row_end = w.row_end + window.row_step * plan.rows;
