@@ -33,7 +33,8 @@ class GridMask:
     and columns alike. Query frames are counted from ``q_start``, the index among the key frames of the first of them.
 
     Args:
-        frames: which frames a frame sees, in frames, not tiles.
+        frames: which frames a frame sees, in frames, not tiles. With ``clean`` frames, for teacher forcing, distances
+            are those within a half.
         rows: radius in rows of tiles; a tuple: by frame distance 0, 1, 2, ... in tiles, its last for all beyond; None:
             all rows.
         columns: likewise.
@@ -208,8 +209,10 @@ class GridMask:
         return _within(mine, other, radius, -(-T_k // chunk), "shift")
 
     def _distance(self, T: int, T_k: int, q_start: int) -> Tensor:
-        """``(T, T_k)``: between frames, in tiles."""
+        """``(T, T_k)``: between frames, in tiles. Under teacher forcing a noisy frame lies where its clean one does."""
         mine, other = torch.arange(q_start, q_start + T), torch.arange(T_k)
+        if self.frames.clean:
+            mine, other = mine % self.frames.clean, other % self.frames.clean
         return (mine[:, None] // self.tile[0] - other[None, :] // self.tile[0]).abs()
 
 

@@ -111,7 +111,8 @@ OwnedPlan plan_of_windows(const GridSizes& sizes, const std::vector<WindowsOfHea
     for (int64_t t = 0; t < sizes.queries; ++t)
       for (const Run& run : w.frame_runs[static_cast<size_t>(t)])
         for (int64_t g = run.begin; g < run.end; ++g) {
-          const int64_t d = std::abs((sizes.q_start + t) / w.tile[0] - g / w.tile[0]);
+          const auto place = [&](int64_t frame) { return (w.clean ? frame % w.clean : frame) / w.tile[0]; };
+          const int64_t d = std::abs(place(sizes.q_start + t) - place(g));
           const bool whole = g < w.sink;
           const auto row = whole ? static_cast<int16_t>(w.rows.size()) : step_of(w.rows, d);
           const auto column = whole ? static_cast<int16_t>(w.columns.size()) : step_of(w.columns, d);

@@ -131,6 +131,13 @@ WRONG = [
     (TypeError, "temporal_attention", (q, k, v), {"mask": GridMask()}, ["mask", "a FrameMask", "GridMask"]),
     (ValueError, "video_attention", (q, k, v), {"mask": GridMask(rows=1)}, ["grid", "with a GridMask", "None"]),
     (ValueError, "video_attention", (q, k, v), {"mask": GridMask(rows=1), "grid": (2, 2)}, ["grid", "S = 3", "(2, 2)"]),
+    (
+        ValueError,
+        "video_attention",
+        (q, k, v),
+        {"mask": GridMask(FrameMask.teacher_forcing(1), rows=1), "grid": (3, 1)},
+        ["mask", "2 * 1 frames", "q_start + T = 4"],
+    ),
     (ValueError, "video_attention", (q, k, v), {"grid": (2, 2)}, ["grid", "S = 3", "(2, 2)"]),
     (TypeError, "video_attention", (q, k, v), {"grid": 3}, ["grid", "tuple of two ints", "3"]),
     (ValueError, "video_attention", (q, k, v), {"mask": ((1, FrameMask()),)}, ["mask", "H = 2", "1"]),

@@ -92,7 +92,7 @@ def frame_tangents():
     return [groups(), *([zeros(*shape) for shape in segment] for segment in shapes), 0.5, 1]
 
 
-WINDOWS = (H, [1, 2, 2], True, 1, [[(0, 2)], [(0, 1), (2, 3)], [(1, 5)], []], [(0, 1), (2, 0)], [(0, -1)])
+WINDOWS = (H, [1, 2, 2], True, 1, 0, [[(0, 2)], [(0, 1), (2, 3)], [(1, 5)], []], [(0, 1), (2, 0)], [(0, -1)])
 
 
 def windows(backward):
@@ -299,7 +299,8 @@ def test_lists_and_numbers():
     with pytest.raises(ValueError):
         n.prompt_groups(B, -1, S, L, True, None)
     # Windows whose runs of frames are not sorted or not inside, without a radius, or of other heads; lists likewise.
-    for i, wrong in ((4, [[(0, 6)]] * T), (4, [[(2, 3), (0, 1)]] * T), (4, [[]]), (5, []), (1, [1, 0, 1]), (0, 0)):
+    bad = ((5, [[(0, 6)]] * T), (5, [[(2, 3), (0, 1)]] * T), (5, [[]]), (6, []), (4, -1), (1, [1, 0, 1]), (0, 0))
+    for i, wrong in bad:
         group = tuple(wrong if j == i else x for j, x in enumerate(WINDOWS))
         with pytest.raises(ValueError):
             n.windows_plan(B, T, K, 2, 3, 1, [group], None, 0, None, True)

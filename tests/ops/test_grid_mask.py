@@ -21,6 +21,8 @@ MASKS = [
     GridMask.radial(5, 7),
     GridMask(FrameMask(past=1, future=1, chunk=2, sink=1), (2, 0), None, (2, 2, 3), "shift", sink=1),
     GridMask(FrameMask(past=1, future=1, chunk=3), 1, 1, (3, 1, 2), "clip", "shift", 2),
+    GridMask(FrameMask.teacher_forcing(9, chunk=2), (2, 1, 0), (1, 0)),
+    GridMask(FrameMask(past=1, future=0, shots=(0, 2)), 1),
 ]
 
 
@@ -81,6 +83,18 @@ def test_radial_is_its_formula():
         r, c = math.ceil(rows / 2 ** math.ceil(k / 2)), math.ceil(columns / 2 ** (k // 2))
         for (y, x), (v, u) in itertools.product(itertools.product(range(rows), range(columns)), repeat=2):
             assert seen[f, y, x, g, v, u] == (abs(y - v) <= r and abs(x - u) <= c)
+
+
+def test_teacher_forcing_measures_distances_within_a_half():
+    rows, columns, T = 2, 5, 4
+    mask = GridMask(FrameMask.teacher_forcing(T), columns=(2, 1, 0))
+    seen = mask.visible(2 * T, rows, columns).view(2 * T, rows, columns, 2 * T, rows, columns)
+    frames = FrameMask.teacher_forcing(T).visible(2 * T)
+    for f, g in itertools.product(range(2 * T), repeat=2):
+        r = (2, 1, 0, 0)[abs(f % T - g % T)]
+        near = (torch.arange(columns)[:, None] - torch.arange(columns)).abs() <= r
+        expected = (near & frames[f, g])[None, :, None, :].expand(rows, -1, rows, -1)
+        assert torch.equal(seen[f, :, :, g], expected)
 
 
 def test_radial_grows_as_n_log_n():

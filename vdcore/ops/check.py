@@ -74,8 +74,7 @@ def check_attention(
         q_start = max(T_k - T, 0)
     else:
         check_start(op, "q_start", q_start)
-    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
-        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
+    check_teacher_forcing(op, mask, T, T_k, q_start)
     if lengths is not None:
         check_lengths(op, "lengths", lengths, [(B,)], "(B,)", q)
     if norm is not None:
@@ -92,6 +91,11 @@ def check_bias(op: str, bias: Any, qkv: QKV) -> None:
     check_dims(op, "bias", bias, "(H or 1, T, T_k)")
     heads = 1 if bias.shape[0] == 1 else H
     check_shape(op, "bias", bias, (heads, T, T_k), "(H or 1, T, T_k)")
+
+
+def check_teacher_forcing(op: str, mask: FrameMask, T: int, T_k: int, q_start: int) -> None:
+    if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
+        wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)
 
 
 def check_mask_type(op: str, mask: Any, *, grids: bool = False) -> None:

@@ -9,9 +9,9 @@ namespace {
 
 using Steps = std::vector<std::pair<int64_t, int64_t>>;
 
-// (heads, tile, shifted, sink, frame_runs, row_steps, column_steps)
+// (heads, tile, shifted, sink, clean, frame_runs, row_steps, column_steps)
 WindowsOfHeads windows_of(const py::tuple& given, const GridSizes& sizes) {
-  require(given.size() == 7, "windows are (heads, tile, shifted, sink, frame_runs, row_steps, column_steps)");
+  require(given.size() == 8, "windows are (heads, tile, shifted, sink, clean, frame_runs, row_steps, column_steps)");
   WindowsOfHeads w;
   w.heads = given[0].cast<int64_t>();
   const auto tile = given[1].cast<std::vector<int64_t>>();
@@ -20,7 +20,9 @@ WindowsOfHeads windows_of(const py::tuple& given, const GridSizes& sizes) {
   std::copy(tile.begin(), tile.end(), w.tile);
   w.shifted = given[2].cast<bool>();
   w.sink = given[3].cast<int64_t>();
-  for (const auto& runs : given[4].cast<std::vector<Steps>>()) {
+  w.clean = given[4].cast<int64_t>();
+  require(w.clean >= 0, "clean frames are at least 0");
+  for (const auto& runs : given[5].cast<std::vector<Steps>>()) {
     std::vector<Run>& mine = w.frame_runs.emplace_back();
     for (const auto& [begin, end] : runs) {
       require(begin >= (mine.empty() ? 0 : mine.back().end) && begin <= end && end <= sizes.keys,
@@ -29,7 +31,7 @@ WindowsOfHeads windows_of(const py::tuple& given, const GridSizes& sizes) {
     }
   }
   require(static_cast<int64_t>(w.frame_runs.size()) == sizes.queries, "there must be runs for every query frame");
-  for (auto [steps, from] : {std::pair(&w.rows, given[5]), std::pair(&w.columns, given[6])}) {
+  for (auto [steps, from] : {std::pair(&w.rows, given[6]), std::pair(&w.columns, given[7])}) {
     for (const auto& [first, radius] : py::cast<Steps>(from)) steps->push_back({first, radius});
     require(!steps->empty() && steps->size() < 30000, "there must be a radius, and less than 30000");
   }

@@ -107,9 +107,9 @@ VDCORE_INLINE int64_t seen_by_blocks(const int32_t* begin, const int32_t* end, i
   return total;
 }
 
-// The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. Units
-// of one or two vectors take a little more time for a product each, because operands are loaded more often: 1.12 and
-// 1.04 times, measured on Zen 4 with 64 and 128 channels.
+// The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. A
+// product of units of one or two vectors loads more operands, 17 for 16 multiplications of vectors and 14 for 24, where
+// one of three loads 11 for 24: weighed a little higher for that, by this count and not by a measurement.
 inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t frame) {
   const int64_t rows = plan.rows, columns = plan.columns;
   const int64_t first = windows.first[frame], count = windows.first[frame + 1] - first;

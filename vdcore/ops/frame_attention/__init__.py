@@ -11,7 +11,7 @@ from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
-from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
+from vdcore.ops.call import QKV, AttentionCall, Triple, empty, lse_dtype
 from vdcore.ops.frame_attention import cpu_tangents, cuda, reference, sdpa, tangents, triton, windows_cpu
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
@@ -216,11 +216,9 @@ def video_attention(
     elif text_lengths is not None or text_norm is not None:
         name = "text_lengths" if text_lengths is not None else "text_norm"
         check.wrong(op, name, "None without text", "a value")
-    _, _, S, H, _, _, G = qkv.sizes
-    masks = check.check_grid_mask(op, mask, grid, S, H, G)
     call = VideoCall(
         qkv,
-        masks,
+        _check_mask(mask, grid, qkv, arguments[2]),
         *arguments[2:],
         bool(return_lse),
         text=text,
@@ -241,6 +239,14 @@ def _split(call: VideoCall, joint: Tensor, shape: Any) -> Any:
     L, N = call.text[0].shape[1], call.q.shape[1] * call.q.shape[2]
     text, video = (joint[:, :L], joint[:, L:]) if call.text_first else (joint[:, N:], joint[:, :N])
     return video.unflatten(1, (shape[1], shape[2])), text
+
+
+def _check_mask(mask: Any, grid: Any, qkv: QKV, q_start: int) -> FrameMask | HeadMasks:
+    _, T, S, H, _, T_k, G = qkv.sizes
+    masks = check.check_grid_mask(VideoCall.op, mask, grid, S, H, G)
+    for one in (masks,) if isinstance(masks, FrameMask) else (part.frames for _, part in masks.groups):
+        check.check_teacher_forcing(VideoCall.op, one, T, T_k, q_start)
+    return masks
 
 
 def _check_text(text: Any, q: Tensor, G: int) -> Triple:

@@ -143,6 +143,10 @@ GRIDS: dict[str, Callable[[Draw], dict[str, Any]]] = {
         "rope": d.rope(4, 15, 12),
         "return_lse": True,
     },
+    "teacher forcing": lambda d: {
+        **d.qkv(1, 6, 15, 2, 16),
+        "mask": GridMask(FrameMask.teacher_forcing(3), (2, 1, 0), 1),
+    },
     "masks of heads, packed": lambda d: {
         "q": d("q", 1, 4, 15, 3, 4, 16),
         "mask": ((1, GridMask.window(1, 1, 1, 2)), (2, FrameMask.causal()), (1, GridMask(columns=1, sink=1))),

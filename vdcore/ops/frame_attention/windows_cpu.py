@@ -23,7 +23,8 @@ def _windows(heads: int, mask: GridMask, T: int, T_k: int, q_start: int) -> tupl
     runs = [list(runs) for runs in mask.frame_runs(T, T_k, q_start)]
     most = T_k + 1  # as good as any number beyond
     steps = [[(min(d, 2**31), r) for d, r in steps] for steps in (mask.row_steps, mask.column_steps)]
-    return heads, list(mask.tile), mask.border == "shift", min(mask.sink, most), runs, *steps
+    clean = min(mask.frames.clean, 2**31)
+    return heads, list(mask.tile), mask.border == "shift", min(mask.sink, most), clean, runs, *steps
 
 
 def _plan(c: VideoCall, masks: HeadMasks) -> Plan:
