@@ -107,7 +107,7 @@ OwnedPlan plan_of_windows(const GridSizes& sizes, const std::vector<WindowsOfHea
     head += w.heads;
     const AxisTables rows = axis_tables(owned, w.rows, sizes.rows, w.tile[1], w.shifted);
     const AxisTables columns = axis_tables(owned, w.columns, sizes.columns, w.tile[2], w.shifted);
-    std::vector<std::pair<int64_t, FrameWindow>> sees[2];
+    std::vector<std::pair<int64_t, SeenFrame>> sees[2];
     for (int64_t t = 0; t < sizes.queries; ++t)
       for (const Run& run : w.frame_runs[static_cast<size_t>(t)])
         for (int64_t g = run.begin; g < run.end; ++g) {

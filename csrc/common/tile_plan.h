@@ -11,7 +11,7 @@
 namespace vdcore {
 
 // A frame that a frame sees, and how far in it: steps of the tables of rows and columns.
-struct FrameWindow {
+struct SeenFrame {
   int32_t frame;
   int16_t row_step, column_step;
 };
@@ -20,7 +20,7 @@ struct FrameWindow {
 // [begin, end) of the other side; both grow with the place.
 struct GridWindows {
   const int64_t* first;  // (frames + 1,): of a frame's windows, in the order of the frames that it sees
-  const FrameWindow* windows;
+  const SeenFrame* windows;
   const int32_t *row_begin, *row_end;        // (steps, rows)
   const int32_t *column_begin, *column_end;  // (steps, columns)
 };
@@ -63,7 +63,7 @@ struct OwnedPlan {
   std::vector<HeadGroup> groups;
   std::vector<std::unique_ptr<int64_t[]>> longs;
   std::vector<std::unique_ptr<int32_t[]>> ints;
-  std::vector<std::unique_ptr<FrameWindow[]>> windows;
+  std::vector<std::unique_ptr<SeenFrame[]>> windows;
   double pairs = 0;  // visible ones of all heads and samples, or a little more: for the number of threads
 };
 

@@ -85,6 +85,15 @@ def check_attention(
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
 
 
+def check_bias(op: str, bias: Any, qkv: QKV) -> None:
+    """``(H or 1, T, T_k)``"""
+    _, T, _, H, _, T_k, _ = qkv.sizes
+    check_like(op, "bias", bias, qkv.main, "q", or_float32=True)
+    check_dims(op, "bias", bias, "(H or 1, T, T_k)")
+    heads = 1 if bias.shape[0] == 1 else H
+    check_shape(op, "bias", bias, (heads, T, T_k), "(H or 1, T, T_k)")
+
+
 def check_mask_type(op: str, mask: Any, *, grids: bool = False) -> None:
     """A FrameMask; where an operator has ``grids`` also a GridMask, or pairs (heads, mask)."""
     if isinstance(mask, FrameMask) or (grids and isinstance(mask, (GridMask, tuple, list))):

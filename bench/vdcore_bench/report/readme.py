@@ -162,6 +162,11 @@ def blocks(root: Path) -> str:
     return _all([replace(results.block_table(committed(root)), title="")], "No results of a block are committed.")
 
 
+def gradients(root: Path) -> str:
+    """Errors of gradients in half precision against tokens."""
+    return _all([replace(results.gradients_table(committed(root)), title="")], "No errors of gradients are committed.")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "headline": headline,
@@ -172,6 +177,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "block": blocks,
     "memory": memory,
     "models": models,
+    "gradients": gradients,
 }
 
 

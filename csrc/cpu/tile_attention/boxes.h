@@ -118,7 +118,7 @@ inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_
   const auto cost = [&](int64_t height, int64_t width) {
     double total = 0;
     for (int64_t i = 0; i < count; i += step) {
-      const FrameWindow& w = windows.windows[first + i];
+      const SeenFrame& w = windows.windows[first + i];
       total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
                                                   windows.row_end + w.row_step * rows, rows, height)) *
                static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
@@ -351,7 +351,7 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
   if (box.frame >= own) return;
   const GridWindows& w = box.group->side[side];
   for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
-    const FrameWindow& window = w.windows[i];
+    const SeenFrame& window = w.windows[i];
     if (window.frame >= limit) break;
     const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
                   *row_end = w.row_end + window.row_step * plan.rows;
@@ -536,10 +536,9 @@ VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& p
 
 // Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
 template <typename Add>
-inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u,
-                        const OtherTile& tile, const UnitView& view, const StrangeRows& strange,
-                        const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, Tile stage,
-                        const Add& add) {
+inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const OtherTile& tile,
+                        const UnitView& view, const StrangeRows& strange, const FrameSegment* segments,
+                        TensorView FrameSegment::* of, int64_t head, Tile stage, const Add& add) {
   for (int64_t s = 0; s < strange.count; ++s) {
     const int64_t j = strange.rows[s];
     bool seen = false, edge = false;
