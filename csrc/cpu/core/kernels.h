@@ -34,6 +34,7 @@
   X(frame_attention_forward, FrameAttention)  \
   X(frame_attention_backward, FrameAttention) \
   X(tile_attention_forward, TileAttention)    \
+  X(tile_attention_backward, TileAttention)   \
   X(tokens_from_patches, PatchProduct)        \
   X(patches_from_tokens, PatchProduct)        \
   X(patch_weight_gradient, PatchWeightGradient)

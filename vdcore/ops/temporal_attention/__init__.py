@@ -79,7 +79,7 @@ def temporal_attention(
         q: ``(B, T, S, H, D)``, or packed ``(B, T, S, 3, H, D)`` with k and v None: then its gradient is one packed
             tensor.
         k, v: ``(B, T_k, S, G, D)``; G divides H, and each key/value head serves H/G query heads.
-        mask: which frames a frame sees.
+        mask: which frames a frame sees. Of a frame that sees a value which is not finite, the whole row may become NaN.
         q_start: index, among the key frames, of the first query frame; None: ``max(T_k - T, 0)``.
         lengths: ``(B,)``, valid frames of each sample. Key frames past it are invisible; query frames whose index
             ``q_start + t`` is past it give 0. A length below 0 counts as 0, one above the number of frames,
