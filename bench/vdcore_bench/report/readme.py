@@ -47,7 +47,8 @@ def operators(root: Path) -> str:
 
 
 def _measured(root: Path, device: str) -> list[Row]:
-    return [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+    rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+    return [row for row in rows if row.metric != "gradient_error"]  # of a table of their own
 
 
 def headline(root: Path) -> str:
