@@ -26,4 +26,5 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   cpu::define_patchify(m);
   cpu::define_qk_norm_rope(m);
   cpu::define_temporal_attention(m);
+  cpu::define_tile_attention(m);
 }

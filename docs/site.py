@@ -92,6 +92,8 @@ GALLERY = (
     ("FrameMask(future=0, chunk=4)", "Its chunk of 4 frames, and all chunks before it."),
     ("FrameMask(past=2, future=0, chunk=4, sink=4)", "Two chunks back, and always the first 4 frames."),
     ("FrameMask(past=8, future=0, sink=1)", "8 frames back, and always the first one."),
+    ("FrameMask(past=4, future=0, shots=(0, 9, 16))", "4 frames back, and always the first one of its own shot."),
+    ("FrameMask.teacher_forcing(12, chunk=3)", "Clean chunks up to its own; noisy: those before, and its own."),
 )
 
 

@@ -22,7 +22,7 @@ PACKAGES = {
     "vdcore_bench": "bench/vdcore_bench",
     "examples": "examples",
 }
-VALUES = {"mask", "grid_mask", "tile_lists", "norm", "rope", "geometry", "extras", "_version"}
+VALUES = {"mask", "grid_mask", "tile_lists", "norm", "rope", "geometry", "modes", "extras", "_version"}
 # Layer -> the layers that it may import, beside the value types. A layer is a package or a part of vdcore; "vdcore" is
 # the public names.
 LAYERS = {
@@ -36,7 +36,7 @@ LAYERS = {
     "parallel": {"vdcore", "ops"},
     "models": {"vdcore", "ops", "parallel"},
     "diffusion": {"vdcore", "models", "parallel", "video", "metrics"},
-    "integrations": {"vdcore", "models"},
+    "integrations": {"vdcore", "models", "parallel"},
     "bench": {"vdcore", "ops", "kernels", "testing", "models", "parallel", "integrations"},
     "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "parallel", "integrations", "video"},
     "examples": {

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -111,6 +112,12 @@ void parallel_for(int64_t items, int threads, void (*body)(void* context, int64_
   if (const OpenMP run = openmp.load())
     return run([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(helpers + 1), 0);
   if (!get_pool().run(job, static_cast<int>(helpers))) job.work();
+}
+
+void wait_until(const int64_t* number, int64_t least) {
+  constexpr int kPatience = 256;  // looks, before the processor goes to somebody else
+  for (int looks = 0; __atomic_load_n(number, __ATOMIC_ACQUIRE) < least; ++looks)
+    if (looks >= kPatience) sched_yield();
 }
 
 bool share_openmp(const char* path) {

@@ -11,6 +11,9 @@ namespace vdcore {
 // Safe after a fork and for concurrent callers. `body` must not throw.
 void parallel_for(int64_t items, int threads, void (*body)(void* context, int64_t item), void* context);
 
+// Waits until a number that another thread stores with release semantics is at least this: soon, as a rule.
+void wait_until(const int64_t* number, int64_t least);
+
 // From now on parallel_for() takes its threads from the OpenMP runtime that the shared library at `path` is linked to.
 // After its own parallel work a runtime's threads keep a processor busy for a while, waiting for more: threads of ours
 // would have to share it with them. False where there is no such library or runtime: then they are our own, as they are

@@ -53,6 +53,35 @@ def call(n):
 """
 
 
+# A copy of q, k or v would take 7 MB.
+WINDOWS = """
+import torch, vdcore
+most, D, dtype = 24, 64, torch.{dtype}
+q, k, v = torch.randn(3, 1, 8, most, 36, 4, D).to(dtype)
+mask = vdcore.GridMask.neighborhood((3, 7, 9))
+def call(n):
+    some = (x[:, :, :n].flatten(2, 3) for x in (q, k, v))
+    return vdcore.video_attention(*some, mask=mask, grid=(n, 36), return_lse=True, backend="cpu")
+"""
+TILES = """
+import torch, vdcore
+most, D, dtype, tile = 24, 64, torch.{dtype}, (2, 4, 6)
+q, k, v = torch.randn(3, 1, 8, most, 36, 4, D).to(dtype)
+lists = {{n: vdcore.select_tiles(*(x[:, :, :n].flatten(2, 3) for x in (q, k)), tile=tile, grid=(n, 36), keep=9)
+         for n in (8, most)}}
+def call(n):
+    some = (x[:, :, :n].flatten(2, 3) for x in (q, k, v))
+    return vdcore.tile_attention(*some, lists[n], tile=tile, grid=(n, 36), return_lse=True, backend="cpu")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("code", [WINDOWS, TILES], ids=["windows", "tiles"])
+def test_windows_and_tiles(code, dtype):
+    """Tokens are gathered where they lie: no copy of q, k or v in any layout."""
+    check(code.format(dtype=dtype))
+
+
 @pytest.mark.parametrize("kwargs", ["", "return_lse=True", "mask=vdcore.FrameMask(past=5, future=0, sink=1)"])
 @pytest.mark.parametrize(
     "shape,dtype", [((16, 512, 16, 72), "float32"), ((28, 200, 24, 128), "bfloat16"), ((200, 40, 8, 64), "float32")]

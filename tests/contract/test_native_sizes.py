@@ -15,7 +15,7 @@ from vdcore.ops.native import missing as why_no_native
 pytestmark = pytest.mark.skipif(why_no_native() is not None, reason=str(why_no_native()))
 
 B, T, K, S, H, G, D, L = 3, 4, 5, 6, 4, 2, 8, 7
-MASK = [2, 0, 1, 1]
+MASK = [2, 0, 1, 1, 0]
 
 
 def zeros(*shape):
@@ -91,15 +91,25 @@ def frame_tangents():
     return [groups(), *([zeros(*shape) for shape in segment] for segment in shapes), 0.5, 1]
 
 
+WINDOWS = (H, [1, 2, 2], True, 1, [[(0, 2)], [(0, 1), (2, 3)], [(1, 5)], []], [(0, 1), (2, 0)], [(0, -1)])
+
+
+def windows(backward):
+    plan = native().windows_plan(B, T, K, 2, 3, 1, [WINDOWS], [4, 5, 0], L, None, True)
+    whole = segments(backward)
+    return [plan, *([*segment[:5], *segment[6:]] for segment in whole), 0.5]
+
+
+def tiles():
+    return [B, T, 2, 3, [2, 1, 2], B, H, 3, torch.arange(3).int().repeat(B, H, 8, 1), torch.full((B, H, 8), 2).int()]
+
+
 def gated_frames():
     return [groups(0), segments(False)[0], [], 0.5, zeros(B, 1, S, H, D), 1]
 
 
-def frames_backward(parts):
-    made = groups()
-    floats = -(-made.largest_component * (H // G) * 17 // 16) * 16
-    rows = made.components * G * parts if parts > 1 else 2
-    return [made, *segments(True), 0.5, zeros(B, H, T * S + L), zeros(rows, floats), parts, 1]
+def frames_backward():
+    return [groups(), *segments(True), 0.5, 1]
 
 
 def qk_norm_rope():
@@ -158,8 +168,13 @@ CALLS = {
     "temporal_attention_backward, shared table": ("temporal_attention_backward", shared_table_backward),
     "frame_attention_forward": ("frame_attention_forward", frames),
     "frame_attention_forward, gate": ("frame_attention_forward", gated_frames),
-    "frame_attention_backward": ("frame_attention_backward", lambda: frames_backward(1)),
-    "frame_attention_backward, parts": ("frame_attention_backward", lambda: frames_backward(3)),
+    "frame_attention_backward": ("frame_attention_backward", frames_backward),
+    "tile_attention_forward": ("tile_attention_forward", lambda: [*windows(False), 1]),
+    "tile_attention_backward": (
+        "tile_attention_backward",
+        lambda: [*windows(True), zeros(B, H, T * S + L), 1],
+    ),
+    "lists_plan": ("lists_plan", tiles),
     "qk_norm_rope_forward": ("qk_norm_rope_forward", qk_norm_rope),
     "qk_norm_rope_backward": ("qk_norm_rope_backward", qk_norm_rope_backward),
     "modulate_forward": ("modulate_forward", lambda: [*modulate(), zeros(B, T, S, C)]),
@@ -173,9 +188,6 @@ CALLS = {
     "patch_product, patches": ("patch_product", lambda: patches(False)),
     "patch_weight_gradient": ("patch_weight_gradient", patch_weight),
 }
-
-
-MORE_WORKERS = ("frame_attention_backward", (5,), "axis 0 longer")  # any number of them is fine
 
 
 def capsules(args):
@@ -212,6 +224,7 @@ def wrong_ones(x):
 
 def test_every_function_of_the_engine_is_called_here():
     beside = {"cpu_isa", "tile_products", "share_openmp", "frame_runs", "frame_groups", "prompt_groups", "TokenGroups"}
+    beside |= {"windows_plan", "TilePlan"}
     functions = {name for name in dir(native()) if not name.startswith("_")} - beside
     assert functions == {function for function, _ in CALLS.values()}
 
@@ -224,8 +237,6 @@ def test_every_tensor_is_held_against_the_others(name):
     args = make()
     for path, x in tensors_of(args):
         for what, wrong in wrong_ones(x):
-            if (name, path, what) == MORE_WORKERS:
-                continue
             try:
                 run(*capsules(replaced(args, path, wrong)))
             except (TypeError, ValueError):
@@ -281,11 +292,30 @@ def test_lists_and_numbers():
             n.prompt_groups(B, T, S, L, False, lengths)
         with pytest.raises(ValueError):
             n.prompt_groups(B, T, S, L, True, lengths)
-    for mask in ([0, 0, 0, 0], [0, 0, 1], [0, 0, -1, 0]):
+    for mask in ([0, 0, 0, 0, 0], [0, 0, 1, 0], [0, 0, -1, 0, 0]):
         with pytest.raises(ValueError):
             n.frame_groups(mask, B, T, K, S, 1, None, 0, None, True)
     with pytest.raises(ValueError):
         n.prompt_groups(B, -1, S, L, True, None)
+    # Windows whose runs of frames are not sorted or not inside, without a radius, or of other heads; lists likewise.
+    for i, wrong in ((4, [[(0, 6)]] * T), (4, [[(2, 3), (0, 1)]] * T), (4, [[]]), (5, []), (1, [1, 0, 1]), (0, 0)):
+        group = tuple(wrong if j == i else x for j, x in enumerate(WINDOWS))
+        with pytest.raises(ValueError):
+            n.windows_plan(B, T, K, 2, 3, 1, [group], None, 0, None, True)
+    for group in ((H + 1, *WINDOWS[1:]), (1, *WINDOWS[1:])):
+        made = n.windows_plan(B, T, K, 2, 3, 1, [group], [4, 5, 0], L, None, True)
+        with pytest.raises(ValueError):
+            n.tile_attention_forward(*capsules([made, *windows(False)[1:], 1]))
+    for row in ([0, 8], [-1, 2], [2, 1], [1, 1]):
+        args = tiles()
+        args[8][1, 2, 3, :2] = torch.tensor(row)
+        with pytest.raises(ValueError):
+            n.lists_plan(*capsules(args))
+    for count in (4, -1):
+        args = tiles()
+        args[9][1, 2, 3] = count
+        with pytest.raises(ValueError):
+            n.lists_plan(*capsules(args))
     # Groups of another call: frames, tokens, text, or batch of another size.
     for other in ((B + 1, T, K, S, L), (B, T + 1, K, S, L), (B, T, K - 1, S, L), (B, T, K, S, L - 1)):
         made = n.frame_groups(MASK, *other[:4], 1, None, other[4], None, True)

@@ -1,10 +1,14 @@
 """Sources of clips: files and folders, drawn from a generator alone."""
 
+import av
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from vdcore.diffusion.data import Clips, Scenes, find_videos, source_of
 from vdcore.video.files import write_video
+from vdcore.video.film import count_good
 from vdcore.video.scenes import MovingShapes
 
 
@@ -99,3 +103,111 @@ def test_errors(folder, tmp_path):
         Clips([folder / "notes.txt"], frames=2, size=(8, 8))
     with pytest.raises(ValueError, match="kind must be scenes or clips, got 'songs'"):
         source_of({"kind": "songs"})
+
+
+@pytest.fixture
+def long_clip(tmp_path):
+    """1,200 frames that tell their own number, more than are kept in memory."""
+    video = torch.zeros(3, 1200, 16, 32)
+    for t in range(1200):
+        for bit in range(11):
+            video[:, t, :, 2 * bit : 2 * bit + 2] = float(t >> bit & 1)
+    return write_video(tmp_path / "long.mp4", video)
+
+
+def numbers(clips):
+    """Of windows of that clip: the number of every frame ``(B, T)``; mirrored ones are turned back."""
+    bits = clips.mean((1, 3))[:, :, None].repeat(1, 1, 2, 1)
+    bits[:, :, 1] = bits[:, :, 1].flip(-1)
+    found = (bits[..., :22].unflatten(-1, (11, 2)).mean(-1) > 0.5).long() @ (2 ** torch.arange(11))
+    steps = found.diff(dim=1)
+    plain = (steps[:, :, 0] == 1).all(1)
+    return torch.where(plain[:, None], found[:, :, 0], found[:, :, 1])
+
+
+def test_a_long_film_is_sought(long_clip, generator):
+    source = Clips([long_clip], frames=5, size=(16, 32))
+    state = generator.get_state()
+    found = numbers(source.batch(12, generator))
+    generator.set_state(state)
+    assert found[:, 0].tolist() == [start for _, start, _ in source._draw(12, generator)]
+    assert (found.diff(dim=1) == 1).all() and not source.kept, "nothing is kept of a long film"
+
+
+def test_workers_change_nothing(long_clip, folder):
+    """Nor does decoding ahead, nor going on from the middle."""
+    given = {"frames": 4, "size": (16, 32)}
+    plain, random = Clips([folder], **given), torch.Generator().manual_seed(3)
+    expected = [plain.batch(3, random) for _ in range(4)]
+    source, random = Clips([folder], **given, workers=1), torch.Generator().manual_seed(3)
+    assert source.describe() == plain.describe()
+    for i in range(4):
+        if i == 2:  # as after a checkpoint
+            source, state = Clips([folder], **given), random.get_state()
+            random = torch.Generator()
+            random.set_state(state)
+        assert torch.equal(source.batch(3, random), expected[i])
+        ahead = torch.Generator()
+        ahead.set_state(random.get_state())
+        source.prefetch(3, ahead)
+        assert bool(source.under_way) == (i < 2), "but for what is kept"
+
+
+def test_a_film_that_ends_early_gives_what_it_has(tmp_path, generator):
+    """It says 60 frames and has some: windows come from these, the same ones every time, and it is told once."""
+    path = cut_short(tmp_path / "cut.mp4", frames=60)
+    source = Clips([tmp_path], frames=4, size=(16, 16))
+    assert source.clips[0].count == 60
+    with pytest.warns(UserWarning, match=r"cut\.mp4: \d+ good frames at stride 1, fewer than it says") as caught:
+        first = source.batch(20, generator)
+        source.batch(20, generator)
+    assert len(caught) == 1 and first.shape == (20, 3, 4, 16, 16)
+    generator.manual_seed(0)
+    batches = []
+    for _ in range(2):
+        again = Clips([tmp_path], frames=4, size=(16, 16))
+        with pytest.warns(UserWarning, match="fewer than it says"):
+            batches.append(again.batch(8, torch.Generator().manual_seed(1)))
+    assert torch.equal(*batches)
+    with pytest.raises(ValueError, match="fewer than it says"):
+        Clips([tmp_path], frames=4, size=(16, 16), strict=True).batch(8, generator)
+    assert path.exists()
+
+
+def test_a_film_with_too_few_good_frames_is_passed_over(tmp_path, generator):
+    good = count_good(cut_short(tmp_path / "a.mp4", frames=60))
+    write_video(tmp_path / "b.mp4", ramp(12)[:, torch.arange(good + 5) % 12])
+    source = Clips([tmp_path], frames=good + 1, size=(8, 8))
+    assert len(source.clips) == 2
+    with pytest.warns(UserWarning, match=r"a\.mp4: \d+ good frames .*another one is drawn in its place") as caught:
+        found = source.batch(30, generator)
+    assert found.shape[2] == good + 1 and len(caught) == 1
+    with pytest.raises(ValueError, match=r"a\.mp4: \d+ good frames at stride 1, wanted"):
+        Clips([tmp_path], frames=good + 1, size=(8, 8), strict=True).batch(30, generator)
+
+
+def test_folders_of_pictures_among_videos(folder, generator):
+    for t in range(6):
+        picture = torch.full((8, 8, 3), 0.9).mul(255).byte().numpy()
+        (folder / "shot").mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / "shot" / f"{t}.png"), picture)
+    (folder / "cover.png").write_bytes((folder / "shot" / "0.png").read_bytes())
+    assert [path.name for path in find_videos([folder])] == ["b.mp4", "a.gif", "shot"]
+    bright = Clips([folder / "shot"], frames=4, size=(8, 8)).batch(2, generator)
+    assert (bright - 0.9).abs().max() < 0.01
+
+
+def cut_short(path, frames):
+    """An mp4 that says what is in it before the frames, and loses its end."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        random = np.random.default_rng(0)
+        for _ in range(frames):
+            picture = random.integers(0, 255, (32, 32, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 4])
+    return path

@@ -42,6 +42,22 @@ def test_long_video(script):
     assert len(set(re.findall(r"cache (\S+) MiB", output))) == 1
 
 
+def test_cache_sizes(script):
+    lines = [line.split(" | ") for line in script("cache_sizes", "--frames", 48, "--width", 32).splitlines()[2:]]
+    assert len(lines) == 6
+    sizes = [int(line[2].replace(",", "")) for line in lines]
+    assert sizes[0] == 2 * sizes[1] and sizes[1] < 2.1 * sizes[2] and sizes[3:] == sizes[:3]
+    errors = [float(line[3].rstrip("%")) for line in lines]
+    assert errors[0] == 0 and 0 < errors[1] < errors[2] < 1.5
+
+
+def test_metric_table(script):
+    rows = [line.strip("| ").split(" | ") for line in script("metric_table", "--clips", 2).splitlines()[2:]]
+    assert len(rows) == 10 and [float(row[1]) for row in rows[:6]] == sorted(float(row[1]) for row in rows[:6])
+    noise = [float(row[4]) for row in rows[6:8]]
+    assert 1.2 < noise[0] / (1e4 * 0.02**2) < 2.3 and 1.2 < noise[1] / (1e4 * 0.05**2) < 2.3
+
+
 def test_mean_flow(script):
     output = script("mean_flow", "--steps", 20, "--width", 48)
     first, last = map(float, re.findall(r"error (\S+)", output))

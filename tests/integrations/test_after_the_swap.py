@@ -45,6 +45,10 @@ CORE = {
     ("a text with holes", "Mochi"),
     ("gradient checkpointing", "Wan"),
     ("made from its configuration", "SVD"),
+    ("a hook of all modules", "Latte"),
+    ("a block used twice", "Latte"),
+    ("attention that blocks share", "CogVideoX"),
+    ("parametrized weights", "Wan"),
 }
 
 

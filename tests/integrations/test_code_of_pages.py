@@ -51,6 +51,11 @@ def one_rank():
     }
 
 
+def grid_of_tokens():
+    q, k, v = torch.randn(3, 1, 2, 30 * 52, 1, 8)
+    return {"q": q, "k": k, "v": v, "T": 2, "rows": 6, "columns": 8, **model_and_pipeline()}
+
+
 # Page -> the names that its blocks take from a user's program.
 GIVEN = {
     "README.md": model_and_pipeline,
@@ -60,6 +65,7 @@ GIVEN = {
     "docs/open_sora.md": lambda: {"model": nn.ModuleList([STDiT3Block(temporal=True)])},
     "docs/comfyui.md": lambda: {"model": Patcher({"transformer_options": {}})},
     "docs/parallel.md": one_rank,
+    "docs/sparse.md": grid_of_tokens,
 }
 # Page -> sizes of the block, and those that a test has time for.
 SMALLER = {
@@ -86,7 +92,8 @@ def one_process(request, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_run(page, one_process):
+def test_blocks_run(page, one_process, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write a picture
     torch.manual_seed(0)
     names = GIVEN.get(page, dict)()
     for number, code in enumerate(BLOCK.findall((ROOT / page).read_text())):

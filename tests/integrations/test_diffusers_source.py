@@ -12,6 +12,7 @@ from host_runs import MODELS
 
 import vdcore.integrations.diffusers as package
 from vdcore.integrations.diffusers import TESTED, factorized, families, fingerprints, inference
+from vdcore.integrations.diffusers.ranks import models
 
 
 def test_fingerprints(monkeypatch):
@@ -32,6 +33,9 @@ def test_fingerprints(monkeypatch):
         note(host.__call__)
     for host, fused in families.PROCESSORS.items():
         note(host.__call__, *fused.RELIES)
+    for family in models.FAMILIES.values():  # what a mesh relies on
+        note(*family.relies)
+    note(*(host.forward for host in models.LAYERS))
     if diffusers.__version__ in TESTED:
         assert dict(sorted(asked.items())) == fingerprints.FINGERPRINTS
     else:

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for folder in (Path(__file__).parent, Path(__file__).parents[1] / "models"):
+for folder in (Path(__file__).parent, *(Path(__file__).parents[1] / name for name in ("models", "integrations"))):
     sys.path.insert(0, str(folder))

@@ -1,11 +1,18 @@
 """Cases of switch, gather, shard and average_gradients, run by every rank of a world."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from judging import part_of
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from vdits import config
 
-from vdcore.parallel import Traffic, average_gradients, gather, part_sizes, shard, start_switch, switch
+from vdcore import FrameMask
+from vdcore.models import VDiT
+from vdcore.parallel import Traffic, average_gradients, gather, part_sizes, shard, start_switch, switch, video_attention
+from vdcore.parallel.gradients import total
 
 AXES = {"frames": 1, "tokens": 2}
 SIZES = ((6, 9), (5, 7), (2, 4), (1, 1), (7, 2), (0, 3))
@@ -112,6 +119,37 @@ def wrong_arguments_say_what_is_wrong(mesh):
     assert torch.equal(switch(x, plane["data"], (5, 7)), part_of(whole(5, 7), mesh, 2))
 
 
+def tangents_are_refused_by_name(mesh):
+    """Hazard 34: never a tangent that is silently zero."""
+    if mesh.size() == 1:
+        return
+    x = part_of(whole(5, 7, channels=(4, 8)), mesh, 1)
+    model = VDiT(config(text_width=None, classes=None), mesh=mesh)
+    video = part_of(torch.randn(1, 3, 5, 6, 8), mesh, 2)
+    calls = [
+        ("switch", lambda x: switch(x, mesh, (5, 7))),
+        ("switch", lambda x: start_switch(x, mesh, (5, 7)).finish()),
+        ("gather", lambda x: gather(x, mesh, (5, 7))),
+        ("total", lambda x: total(x, mesh)),
+        *(("(switch|video_attention)", partial(attend, mesh, plan)) for plan in ("heads", "ring", "halo")),
+    ]
+    for name, call in calls:
+        words = f"parallel.{name}: no tangents and no transforms of torch.func pass between ranks"
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded), forward_ad.dual_level(), pytest.raises(RuntimeError, match=words):
+                call(forward_ad.make_dual(x, torch.ones_like(x)))
+        with pytest.raises(RuntimeError, match=words):
+            torch.func.jvp(call, (x,), (torch.ones_like(x),))
+        with pytest.raises(RuntimeError, match=words):
+            torch.func.grad(lambda x, call=call: call(x).sum())(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no tangents"):
+        model(forward_ad.make_dual(video, torch.ones_like(video)), torch.ones(1), frames=5)
+
+
+def attend(mesh, plan, x):
+    return video_attention(x, x, x, mesh=mesh, frames=5, mask=FrameMask.window(2), plan=plan)
+
+
 def gradients_are_averaged(mesh):
     rank, N = mesh.get_local_rank(), mesh.size()
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("used", "here", "nowhere", "low")})
@@ -143,6 +181,7 @@ CASES = {
         a_switch_can_be_under_way,
         one_message_each_and_counted_bytes,
         wrong_arguments_say_what_is_wrong,
+        tangents_are_refused_by_name,
         gradients_are_averaged,
     )
 }

@@ -12,7 +12,7 @@ from vdits import config, doubled, in_plain_torch, model_of, to_double
 from vdcore import FrameMask
 from vdcore.models import DepthControl, VDiT
 from vdcore.ops import spatial_attention
-from vdcore.parallel import Traffic, average_gradients, explain, part_sizes
+from vdcore.parallel import ExchangeError, Traffic, average_gradients, explain, part_sizes
 from vdcore.parallel.switch import Move
 
 PER_FRAME = {"timestep": 1, "text": 1, "text_lengths": 1, "positions": 0}
@@ -237,6 +237,19 @@ def wrong_arguments_say_what_is_wrong(mesh):
         VDiT(given, mesh=mesh, plan="ring")
     with pytest.raises(ValueError, match=r"VDiT: video must be with .* frames by rank"):
         model(video[:, :, : 1 + 2 * mesh.get_local_rank()], timestep)
+    other = 1 + (mesh.get_local_rank() != 1)  # rank 1 has one sample, the others have two
+    words = (
+        r"VDiT: video must be the same on all ranks but for its frames, got float32 \(2, .* and .* \(1, .* on rank 1"
+    )
+    with pytest.raises(ExchangeError, match=words):
+        model(part[:other], timestep)
+    with pytest.raises(
+        ExchangeError, match=r"VDiT: timestep must be the same .*, got float32 .* and float64 .* on rank 1"
+    ):
+        model(part, timestep.double() if mesh.get_local_rank() == 1 else timestep)
+    recorded = torch.set_grad_enabled(mesh.get_local_rank() != 1)
+    with recorded, pytest.raises(ExchangeError, match=r"VDiT: gradients are recorded by all ranks but \[1\]"):
+        model(part, timestep)
     copy.deepcopy(model)
 
 

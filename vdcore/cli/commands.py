@@ -6,6 +6,7 @@ import typer
 
 from vdcore.cli.bench import bench
 from vdcore.cli.demo import demo
+from vdcore.cli.flicker import flicker
 from vdcore.cli.masks import masks
 from vdcore.cli.profile import profile
 from vdcore.cli.sample import sample
@@ -24,5 +25,5 @@ def doctor(context: typer.Context) -> None:
     raise typer.Exit(doctor.main(context.args))  # reads its options itself, since it also runs where typer is not
 
 
-for command in (bench, profile, masks, train, sample, demo):
+for command in (bench, profile, masks, train, sample, flicker, demo):
     app.command()(command)

@@ -81,6 +81,9 @@ def _report(found: Comparison, path: Path, step: int) -> None:
     for name, value in found.samples.items():
         table.add_row(name, f"{value:.4g}", f"{found.real[name]:.4g}")
     table.add_row("temporal_fid", f"{found.temporal_fid:.4g}", f"{found.temporal_fid_of_real:.4g} (half against half)")
+    if found.temporal_fid_interval is not None:
+        low, high = found.temporal_fid_interval
+        table.add_row("  of many clips", f"{low:.4g} to {high:.4g}", "(95 %, by leaving out one clip after the other)")
     Console(highlight=False).print(table)
     verdict = "yes" if found.moves_as_real else "no"
     print(

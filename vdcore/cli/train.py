@@ -38,6 +38,7 @@ def train(
         float | None, typer.Option(help="Of files, so many frames per second, in place of --stride.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad or short file in a folder.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode files ahead; 0: none.")] = 1,
     patch: Annotated[int | None, typer.Option(min=1, help="Height and width of a token, pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels per token.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
@@ -84,7 +85,7 @@ def train(
             token, {"target": target, **clip, **training}, mask=mask, causal=causal, chunk=chunk, past=past
         )
         source = (
-            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict)
+            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict, workers=workers)
             if clips
             else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
         )

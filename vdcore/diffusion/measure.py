@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vdcore.metrics import flow_consistency, mean_flow, optical_flow, temporal_fid, temporal_flicker, warping_error
+from vdcore.metrics import (
+    flow_consistency,
+    mean_flow,
+    optical_flow,
+    temporal_fid,
+    temporal_fid_estimate,
+    temporal_flicker,
+    warping_error,
+)
 
 # A model that learned the motion: its videos hold together nearly as real ones do, and they move as much. A still video
 # would win the first alone.
@@ -24,12 +32,14 @@ class Comparison:
             ``residual`` and ``acceleration`` of the flow (pixels).
         temporal_fid: of the samples against the real clips.
         temporal_fid_of_real: of one half of the real clips against the other: what chance alone gives.
+        temporal_fid_interval: 95 % of the first, without the bias of so few clips; None for fewer than 3.
     """
 
     samples: dict[str, float]
     real: dict[str, float]
     temporal_fid: float
     temporal_fid_of_real: float
+    temporal_fid_interval: tuple[float, float] | None = None
 
     @property
     def error_ratio(self) -> float:
@@ -67,6 +77,10 @@ def against(real: Tensor) -> Callable[[Tensor], Comparison]:
     measured, chance = measures(real), temporal_fid(real[:half], real[half:]).item()
 
     def compare(samples: Tensor) -> Comparison:
-        return Comparison(measures(samples), measured, temporal_fid(real, samples).item(), chance)
+        interval = None
+        if min(len(real), len(samples)) > 2:
+            estimate = temporal_fid_estimate(real, samples)
+            interval = (estimate.low, estimate.high)
+        return Comparison(measures(samples), measured, temporal_fid(real, samples).item(), chance, interval)
 
     return compare

@@ -216,6 +216,11 @@ class Trainer:
             timestep = torch.where(forced, timestep, timestep[:, :1])
         else:
             timestep = timestep[:, 0]
+        ahead = getattr(self.source, "prefetch", None)
+        if ahead is not None and self.step_count + 1 < recipe.steps:
+            state = torch.Generator()
+            state.set_state(random.get_state())
+            ahead(recipe.batch, state)  # while this step computes
         clean, noise, timestep, held = (x.to(self.device) for x in (clean, noise, timestep, held))
         loss = self._loss(clean, noise, timestep, held if recipe.hold else None)
         value = (loss if self.mesh is None else total(loss.detach(), self.mesh)).item()

@@ -19,8 +19,8 @@ from vdcore.models.config import VDiTConfig
 from vdcore.models.embedding import FinalLayer, PatchEmbedding, TextProjection, TimestepEmbedding
 from vdcore.models.layout import Split
 from vdcore.models.position import Rotations, full_rope, sincos, sincos_grid, space_rope, time_rope
+from vdcore.parallel.agreement import agreed
 from vdcore.parallel.gradients import scale_gradient
-from vdcore.parallel.messages import all_gather
 from vdcore.parallel.peers import part_sizes, peers_of
 from vdcore.parallel.plan import TEMPORAL, VIDEO, Layer, Way, choose
 
@@ -189,6 +189,8 @@ class VDiT(nn.Module):
         text = None if text is None else scale_gradient(text, 1 / self.ranks)
         x, grid = self._tokens(video)
         B, T = x.shape[:2]
+        if frames is None and self.ranks > 1:
+            frames = self._frames_of_all(video, timestep, text, text_lengths, label, positions)
         split = self._split(video, x, cache, frames)
         if cache is not None:
             made, here = (cache.batch, *cache.grid, len(cache.rings)), (B, *grid[1:], len(self.blocks))
@@ -320,6 +322,22 @@ class VDiT(nn.Module):
             _wrong("text", f"(B, L, {width}) or (B, T', L, {width}) with B = {B}, T' = {T}", tuple(text.shape))
         return self.text(text)
 
+    def _frames_of_all(self, video: Tensor, *conditions: Tensor | None) -> int:
+        """Frames of the whole, after ranks have told one another that what they pass fits together."""
+        assert self.peers is not None
+        pt, names = self.config.patch[0], ("timestep", "text", "text_lengths", "label", "positions")
+        tensors = dict(zip(names, conditions))
+        per_frame = {"timestep": 2, "text": 4, "text_lengths": 2}  # of so many dimensions
+        free = {name: 1 for name, ndim in per_frame.items() if (x := tensors[name]) is not None and x.ndim == ndim}
+        sizes = agreed(
+            "VDiT", {"video": video, **tensors}, {"video": 2, "positions": 0, **free}, self.peers, video.device
+        )
+        counted = sizes["video"]
+        expected = [n * pt for n in part_sizes(sum(counted) // pt, self.ranks)]
+        if [*counted] != expected:
+            _wrong("video", f"with {expected} frames by rank", [*counted])
+        return sum(counted)
+
     def _split(self, video: Tensor, x: Tensor, cache: FrameCache | None, frames: int | None) -> Split | None:
         """How this pass's frames are shared; checks that these are the rank's."""
         config, (B, T, S, _), pt = self.config, x.shape, self.config.patch[0]
@@ -329,13 +347,7 @@ class VDiT(nn.Module):
             return None
         if cache is not None:
             _wrong("cache", "None with a mesh", "a cache")
-        if frames is None:
-            here = torch.tensor([video.shape[2]], device=video.device)
-            counted = tuple(all_gather(here, self.peers).tolist())
-            frames = sum(counted)
-            if counted != tuple(n * pt for n in part_sizes(frames // pt, self.ranks)):
-                expected = f"with {[n * pt for n in part_sizes(frames // pt, self.ranks)]} frames by rank"
-                _wrong("video", expected, list(counted))
+        assert frames is not None
         if frames % pt:
             _wrong("frames", f"a multiple of the {pt} frames of a token", frames)
         if self.peers.size(frames // pt) != T:

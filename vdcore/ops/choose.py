@@ -223,11 +223,6 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 _tracing_state, _profiler_enabled = torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
 
-def is_transformed() -> bool:
-    """A transform of torch.func is at work, or forward-mode derivatives: no path may leave autograd then."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def has_tangent(*tensors: Tensor | None) -> bool:
     """One of the tensors carries a forward-mode derivative, of ``torch.func.jvp`` or a dual level."""
     return forward_ad._current_level >= 0 and any(

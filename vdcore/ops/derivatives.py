@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcore.modes import is_differentiated
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
     choose,
     implementation,
-    is_transformed,
     record,
     run_backward,
     run_forward,
@@ -330,7 +330,7 @@ def gradients(
             each = iter(op(*grads, *kept, *tensors, *call.numbers(), wanted, backend))
             found = [None if x is None else next(each) for x in tensors]
             given = [dx if yes else None for dx, yes in zip(found, wanted)]
-        elif torch.is_grad_enabled() or is_transformed() or not unobserved(tensors):
+        elif is_differentiated() or not unobserved(tensors):
             step = Backward(type(call), call.numbers(), backend, tuple(wanted), _DoubleBackward.count > 0)
             each = iter(apply(step, (*tensors, *kept, *grads)))
             given = [next(each) if yes else None for yes in wanted]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
+from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
 from vdcore.ops.choose import (
     BACKENDS,
@@ -27,7 +28,6 @@ from vdcore.ops.choose import (
     choose_both,
     forward_on,
     has_tangent,
-    is_transformed,
     reasons,
     requested,
     run_backward,

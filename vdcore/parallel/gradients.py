@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.parallel.messages import all_reduce
-from vdcore.parallel.peers import peers_of
+from vdcore.parallel.messages import all_reduce, refuse_transforms
+from vdcore.parallel.peers import Peers, part_sizes, peers_of
+from vdcore.parallel.switch import gather_along
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -36,7 +37,57 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """
     if factor == 1 or not torch.is_grad_enabled() or not x.requires_grad:
         return x
+    refuse_transforms("scale_gradient", x)
     return _Scale.apply(x, factor)
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, peers: Peers, dim: int, sizes: tuple[int, ...]) -> Tensor:
+        ctx.peers, ctx.dim, ctx.sizes = peers, dim, sizes
+        return x.split(list(sizes), dim)[peers.rank]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        whole = gather_along(grads[0] / ctx.peers.ranks, ctx.peers, ctx.dim, ctx.sizes)
+        return whole, None, None, None
+
+
+def own_part(x: Tensor, peers: Peers, dim: int, each: int = 1) -> Tensor:
+    """This rank's part of what every rank holds whole and has to have the whole gradient of, for a model whose
+    gradients are N times the rank's share.
+
+    Args:
+        dim: of frames, or of ``each`` steps per frame.
+    """
+    if peers.ranks == 1:
+        return x
+    sizes = tuple(n * each for n in part_sizes(x.shape[dim] // each, peers.ranks))
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.split(list(sizes), dim)[peers.rank]
+    refuse_transforms("shard", x)
+    return _OwnPart.apply(x, peers, dim, sizes)
+
+
+class _Everywhere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        return (all_reduce(wide.contiguous(), ctx.peers) / ctx.peers.ranks).to(dy.dtype), None
+
+
+def everywhere(x: Tensor, peers: Peers) -> Tensor:
+    """As :func:`own_part`, of what has no frames and is the same on every rank."""
+    if peers.ranks == 1 or not torch.is_grad_enabled() or not x.requires_grad:
+        return x
+    refuse_transforms("everywhere", x)
+    return _Everywhere.apply(x, peers)
 
 
 @torch.no_grad()

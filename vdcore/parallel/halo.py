@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdcore.mask import FrameMask, Run
-from vdcore.parallel.messages import flattened, spread, start_exchange, wait
+from vdcore.parallel.messages import flattened, refuse_transforms, spread, start_exchange, wait
 from vdcore.parallel.peers import Peers, part_sizes, part_starts
 
 PLAIN = {"past", "future", "chunk", "sink"}
@@ -181,4 +181,7 @@ def key_frames(x: Tensor, halo: Halo) -> Tensor:
         ``(B, length, S, G, D)``; x itself where nobody sees another's frames. Differentiable: gradients of frames go
         back to the rank that holds them and are summed there in float32, in the order of ranks.
     """
-    return x if halo.in_place else _Exchange.apply(x, halo)
+    if halo.in_place:
+        return x
+    refuse_transforms("video_attention", x)
+    return _Exchange.apply(x, halo)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed._functional_collectives
 from torch import Tensor
 
+from vdcore.modes import is_transformed
+from vdcore.ops.choose import has_tangent
 from vdcore.parallel.peers import Peers
 
 # Ranks compare sizes before every exchange, which costs a small one and the host's time.
@@ -23,6 +25,20 @@ CHECKS = os.environ.get("VDCORE_CHECK", "0") not in ("", "0")
 
 class ExchangeError(RuntimeError):
     """Ranks did not come together: one has ended, sends another shape, or is late for the group's timeout."""
+
+
+def refuse_transforms(op: str, *tensors: Tensor) -> None:
+    """Autograd's backward passes between ranks, nothing else does: never a tangent or a gradient that is silently 0.
+
+    Raises:
+        RuntimeError: if one of the tensors has a tangent, or a transform of ``torch.func`` is at work.
+    """
+    if torch.compiler.is_compiling() or not is_transformed():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(*tensors):
+        raise RuntimeError(
+            f"parallel.{op}: no tangents and no transforms of torch.func pass between ranks: take gradients by backward"
+        )
 
 
 @contextmanager
@@ -88,6 +104,7 @@ def all_gather(flat: Tensor, peers: Peers) -> Tensor:
 
 def all_reduce(x: Tensor, peers: Peers) -> Tensor:
     """The sum over ranks."""
+    refuse_transforms("total", x)
     with _failing_clearly("all_reduce", peers):
         started = torch.ops._c10d_functional.all_reduce(x, "sum", peers.group)
     return wait(started, peers)

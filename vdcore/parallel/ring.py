@@ -3,7 +3,8 @@
 Shards pass from rank to rank, each on its way while attention to the one before it computes, and no further than the
 mask shows them. Partial results are merged by their lse. A rank holds two shards of keys and values at most, forward
 and backward: backward lets them pass again, computes each part of attention once more, and sends gradients straight to
-the rank whose keys they are.
+the rank whose keys they are. From the out and lse of the whole a plain backward would do without forward; the kernels'
+would not: they take the error of a rounded out off dq by what a row of dS adds up to, which only all keys tell.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask, Run
 from vdcore.ops import video_attention
 from vdcore.parallel.halo import frames_in, shifts, within
-from vdcore.parallel.messages import start_exchange, wait
+from vdcore.parallel.messages import refuse_transforms, start_exchange, wait
 from vdcore.parallel.peers import Peers, part_sizes, part_starts
 
 
@@ -256,10 +257,14 @@ def _add_home(dkv: Tensor, flat: Tensor) -> None:
         dkv += flat.view(dkv.shape)
 
 
+# Compiled, every rank would have a graph of its own, and a partitioner that moves messages between forward and backward
+# as suits the one rank: they would no longer meet.
+@torch.compiler.disable(reason="ring attention runs between graphs: its messages differ from rank to rank")
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
     """Video attention of this rank's frames to all that the mask shows: out ``(B, T_r, S, H, D)`` and lse.
 
     q ``(B, T_r, S, H, D)``, k and v ``(B, T_r, S, G, D)``, normalized and rotated; lse is float32 at least,
     ``(B, T_r, S, H)``, and differentiable.
     """
+    refuse_transforms("video_attention", q, k, v)
     return _RingAttention.apply(q, k, v, ring)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vdcore.ops.check import check_tensor, shape_of, wrong
-from vdcore.parallel.messages import all_gather, counts_along, pack, start_exchange, unpack, wait
+from vdcore.parallel.messages import all_gather, counts_along, pack, refuse_transforms, start_exchange, unpack, wait
 from vdcore.parallel.peers import Dim, Peers, check_dim, check_sizes, part_sizes, peers_of
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def start_move(x: Tensor, move: Move) -> Started:
     """
     if move.peers.ranks == 1:
         return Started(x)
+    refuse_transforms("switch", x)
     if torch.compiler.is_compiling():
         return Started(_Move.apply(x, move))
     way = _Way(move)
@@ -129,7 +130,10 @@ def start_move(x: Tensor, move: Move) -> Started:
 
 
 def moved(x: Tensor, move: Move) -> Tensor:
-    return x if move.peers.ranks == 1 else _Move.apply(x, move)
+    if move.peers.ranks == 1:
+        return x
+    refuse_transforms("switch", x)
+    return _Move.apply(x, move)
 
 
 def frames_and_tokens(peers: Peers, sizes: tuple[int, int], source: str, target: str) -> Move:
@@ -254,7 +258,10 @@ def sum_of(parts: Tensor) -> Tensor:
 
 def gather_along(x: Tensor, peers: Peers, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """The whole along a dimension on every rank; ``sizes``: of that dimension, by rank."""
-    return x if peers.ranks == 1 else _Gather.apply(x, peers, dim, sizes)
+    if peers.ranks == 1:
+        return x
+    refuse_transforms("gather", x)
+    return _Gather.apply(x, peers, dim, sizes)
 
 
 def gather(x: Tensor, mesh: DeviceMesh, sizes: tuple[int, int], dim: Dim = "frames") -> Tensor:

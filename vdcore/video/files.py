@@ -35,7 +35,7 @@ def read_clip(
     """Frames of a video file, turned, mirrored and stretched as the file says that it is to be shown.
 
     Args:
-        path: anything that FFmpeg reads.
+        path: anything that FFmpeg reads, or a folder of pictures, in the natural order of their names.
         frames: how many to return; None: all there are.
         size: ``(H, W)``, or one number for both. The picture is scaled, by area, until it covers the size, and its
             middle is cut out; None: as it is.
@@ -65,15 +65,37 @@ def read_clip(
         raise ValueError(f"read_clip: size must be positive, one number or (H, W), got {size}")
     if fps is not None and not (0 < fps < math.inf and stride == 1):
         raise ValueError(f"read_clip: fps must be positive, and stride 1 with it, got {fps} and stride {stride}")
+    if path.is_dir():
+        return _read_pictures(path, frames, size, stride, start, fps)
     if not path.is_file():
         raise FileNotFoundError(f"read_clip: {path}: no such file")
     found = _decode(path) if fps is None else _at_rate(path, _decode(path), Fraction(fps).limit_denominator(10**6))
     stop = None if frames is None else start + (frames - 1) * stride + 1
-    pictures = [_picture(path, *shown, size) for shown in islice(found, start, stop, stride)]
+    pictures = [picture_of(path, *shown, size) for shown in islice(found, start, stop, stride)]
     if not pictures or (frames is not None and len(pictures) < frames):
         wanted = "no frame" if frames is None else f"{len(pictures)} of {frames} frames"
         raise ValueError(f"read_clip: {path}: {wanted} from frame {start} on at {rate_of(stride, fps)}")
-    return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float().div_(255).contiguous()
+    return _to_clip(np.stack(pictures))
+
+
+def _read_pictures(
+    path: Path, frames: int | None, size: tuple[int, int] | None, stride: int, start: int, fps: float | None
+) -> Tensor:
+    from vdcore.video.film import picture_files, read_pictures
+
+    if fps is not None:
+        raise ValueError(f"read_clip: {path}: pictures have no times, which fps needs; pick them by stride")
+    there = picture_files(path)[start::stride]
+    wanted = len(there) if frames is None else frames
+    if not there or len(there) < wanted:
+        what = "no picture" if not there else f"{len(there)} of {wanted} frames"
+        raise ValueError(f"read_clip: {path}: {what} from frame {start} on at {rate_of(stride, None)}")
+    return _to_clip(read_pictures(path, there[:wanted], size))
+
+
+def _to_clip(pictures: np.ndarray) -> Tensor:
+    """``(T, H, W, 3)`` uint8 as ``(3, T, H, W)`` float32."""
+    return torch.from_numpy(pictures).permute(3, 0, 1, 2).float().div_(255).contiguous()
 
 
 def rate_of(stride: int, fps: float | None) -> str:
@@ -123,7 +145,7 @@ def _at_rate(path: Path, frames: Iterator[tuple[Any, Fraction]], fps: Fraction) 
         n += 1
 
 
-def _picture(path: Path, frame: Any, aspect: Fraction, size: tuple[int, int] | None) -> np.ndarray:
+def picture_of(path: Path, frame: Any, aspect: Fraction, size: tuple[int, int] | None) -> np.ndarray:
     """``(H, W, 3)`` uint8, as players show it. Samples keep their height, as they do there."""
     transposed, upside_down, mirrored = _turn(path, frame)
     height, width = frame.height, round(frame.width * aspect)

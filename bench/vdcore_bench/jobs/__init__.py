@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.ops.choose import BACKENDS
 from vdcore_bench.jobs.base import Cuts, Job, Tensors, mask_text
 from vdcore_bench.workloads import Budget, Shape, Workload, scaled
@@ -46,7 +46,7 @@ class _SelfAttention(Job):
 
     @property
     def case(self) -> str:
-        parts = [mask_text(self.mask), "norm + rope" if self.norm_rope else ""]
+        parts = [mask_text(self.grid_mask or self.mask), "norm + rope" if self.norm_rope else ""]
         return "; ".join(filter(None, parts)) or "plain"
 
 
@@ -112,9 +112,17 @@ class VideoJob(_SelfAttention):
 
     def arguments(self, t: Tensors) -> dict[str, Any]:
         args = {**super().arguments(t), "mask": self.mask}
+        if self.grid_mask is not None:
+            args |= {"mask": self.grid_mask, "grid": (self.shape.rows, self.shape.columns)}
         if self.text:
             args |= {"text": self.qkv(t, "text_"), "text_norm": self.norm(t)}
         return args
+
+    @property
+    def density(self) -> float:
+        """Visible pairs of video tokens over all of them."""
+        s = self.shape
+        return self.mask.density(s.T) if self.grid_mask is None else self.grid_mask.density(s.T, s.rows, s.columns)
 
     def output_sizes(self) -> tuple[tuple[int, ...], ...]:
         s = self.shape
@@ -123,7 +131,7 @@ class VideoJob(_SelfAttention):
     def pairs(self) -> float:
         s = self.shape
         video, text = s.T * s.S, s.L if self.text else 0
-        return s.B * (video**2 * self.mask.density(s.T) + text * (2 * video + text))
+        return s.B * (video**2 * self.density + text * (2 * video + text))
 
     def cuts(self) -> Cuts:
         heads = self.head_cuts()
@@ -362,6 +370,7 @@ def make(
     device: str = "cpu",
     norm_rope: bool = False,
     mask: FrameMask | None = None,
+    grid_mask: GridMask | None = None,
     shape: Shape | None = None,
     batch: int = 1,
     budget: Budget | None = None,
@@ -370,6 +379,7 @@ def make(
 
     Args:
         mask: None: the model's.
+        grid_mask: of video attention, in place of a mask.
         shape: None: the workload's, cut to the budget.
 
     Raises:
@@ -383,7 +393,8 @@ def make(
     original = workload.shape(batch)
     limit = budget or Budget.unlimited()
     mask = kind.mask_of(workload) if mask is None else mask
-    whole = kind(op, workload, original, shape or original, device=device, norm_rope=norm_rope, mask=mask)
+    masks: dict[str, Any] = {"mask": mask, "grid_mask": grid_mask}
+    whole = kind(op, workload, original, shape or original, device=device, norm_rope=norm_rope, **masks)
 
     def fits(shape: Shape) -> bool:
         job = replace(whole, shape=shape)

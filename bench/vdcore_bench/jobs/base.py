@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vdcore import FrameMask, QKNorm, Rope, axial_rope
+from vdcore import FrameMask, GridMask, QKNorm, Rope, axial_rope
 from vdcore_bench.workloads import Shape, Workload
 
 MODES = ("fwd", "bwd", "fwd+bwd")
@@ -47,10 +47,23 @@ def cut(x: Tensor, axes: Cut) -> Tensor:
     return x
 
 
-def mask_text(mask: FrameMask) -> str:
-    """``"past 30, future 0"``; empty if every frame sees every frame."""
-    names = ("past", "future", "chunk", "sink", "clean", "shots")
-    return ", ".join(f"{n} {getattr(mask, n)}" for n in names if getattr(mask, n) != getattr(FrameMask(), n))
+def mask_text(mask: FrameMask | GridMask) -> str:
+    """``"past 30, future 0"``; empty if everything is visible. Of long radii the first and the last stand for all."""
+    if isinstance(mask, FrameMask):
+        names = ("past", "future", "chunk", "sink")
+        return ", ".join(f"{n} {getattr(mask, n)}" for n in names if getattr(mask, n) != getattr(FrameMask(), n))
+    radii = {name: _radii(getattr(mask, name)) for name in ("rows", "columns") if getattr(mask, name) is not None}
+    tile = f"tiles of {' x '.join(map(str, mask.tile))}" if mask.tile != (1, 1, 1) else ""
+    sink = f"{mask.sink} in full" if mask.sink else ""
+    shift = "shifted" if mask.border == "shift" else ""
+    parts = [mask_text(mask.frames), *(f"{name} {text}" for name, text in radii.items()), tile, sink, shift]
+    return ", ".join(filter(None, parts))
+
+
+def _radii(radii: Any) -> str:
+    if not isinstance(radii, tuple) or len(radii) == 1:
+        return str(radii)
+    return "/".join(map(str, radii)) if len(radii) < 5 else f"{radii[0]}..{radii[-1]}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class Job:
     Args:
         original: the workload's shape, before it was cut to the machine.
         mask: which frames a frame sees, where the operator takes a mask.
+        grid_mask: of video attention, in its place: windows in rows and columns. Few peers know these: they say so.
         norm_rope: with the model's norm and rotary embedding of q and k, where the operator takes them.
     """
 
@@ -77,6 +91,7 @@ class Job:
     device: str = "cpu"
     norm_rope: bool = False
     mask: FrameMask = field(default_factory=FrameMask)
+    grid_mask: GridMask | None = None
 
     # ---- what a family defines ----
 

@@ -18,8 +18,9 @@ from vdcore_bench.measure import machine
 from vdcore_bench.measure.timing import Spread
 
 FILE = "results.jsonl"
-# How the case of a row against frames begins, of one of the masks, and of a config row that is swept.
-PROFILE, MASKS, SWEEP = "profile: ", "masks: ", "sweep: "
+# How the case of a row against frames begins, of one of the masks over frames, of one on a grid, and of a config row
+# that is swept.
+PROFILE, MASKS, GRID_MASKS, SWEEP = "profile: ", "masks: ", "grid masks: ", "sweep: "
 JOINED = "raced with compiled peers"  # in the reason of rows of a job's second race
 
 

@@ -9,7 +9,19 @@ from importlib import import_module
 from vdcore_bench.peers.registry import ATTENTION, PEERS, Peer, from_user, names, peer
 
 # The strongest first: where the clock cuts a job's peers, the last are missing.
-FILES = ["sdpa", "naive", "flex", "flash_attn", "xformers", "natten", "sageattention", "eager", "linear", "conv3d"]
+FILES = [
+    "sdpa",
+    "naive",
+    "flex",
+    "flash_attn",
+    "xformers",
+    "natten",
+    "fastvideo",
+    "sageattention",
+    "eager",
+    "linear",
+    "conv3d",
+]
 for _file in FILES:
     import_module(f"{__name__}.{_file}")
 

@@ -6,6 +6,7 @@ A library's attention is a function ``attend(q, k, v, scale)`` on q ``(N, n, H, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -103,7 +104,7 @@ def sample_by_sample(op: str, attend: Attend) -> Function:
 
 
 def masked(job: Job) -> bool:
-    return job.mask != FrameMask.full()
+    return job.mask != FrameMask.full() or job.grid_mask is not None
 
 
 def unit(job: Job) -> int:
@@ -120,8 +121,11 @@ def dense_mask(job: Job) -> Tensor | None:
     """``(n, m)``, true where visible: of all tokens, the text's last; None if everything is."""
     if not masked(job):
         return None
-    seen = job.mask.visible(job.shape.T).to(job.device)
-    seen = seen.repeat_interleave(unit(job), 0).repeat_interleave(unit(job), 1)
+    if job.grid_mask is not None:
+        seen = job.grid_mask.visible(job.shape.T, job.shape.rows, job.shape.columns).to(job.device)
+    else:
+        seen = job.mask.visible(job.shape.T).to(job.device)
+        seen = seen.repeat_interleave(unit(job), 0).repeat_interleave(unit(job), 1)
     text = text_tokens(job)
     return F.pad(seen, (0, text, 0, text), value=True) if text else seen
 
@@ -152,6 +156,21 @@ def dense_only(job: Job, attend: Attend) -> Makers:
     if masked(job):
         return {"one call a run": lambda: whole_job(job.op, run_by_run(attend, job))}
     return {"strided": lambda: whole_job(job.op, attend)}
+
+
+def window_tables(job: Job) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid mask as three small tables: of frames ``(T, T)``, and by pairs of frames of rows and of columns.
+
+    A pair is visible where all three are, ``(T, T)``, ``(T, R, T, R)`` and ``(T, C, T, C)``.
+    """
+    mask, s = job.grid_mask, job.shape
+    assert mask is not None
+    # Frames that are seen in full are so in the other two.
+    whole = replace(mask, frames=FrameMask.full(), frame_border="clip")
+    frames = replace(mask, rows=None, columns=None).visible(s.T, 1, 1)
+    rows = replace(whole, columns=None).visible(s.T, s.rows, 1).view(s.T, s.rows, s.T, s.rows)
+    columns = replace(whole, rows=None).visible(s.T, 1, s.columns).view(s.T, s.columns, s.T, s.columns)
+    return frames.to(job.device), rows.to(job.device), columns.to(job.device)
 
 
 def scores(job: Job) -> int:

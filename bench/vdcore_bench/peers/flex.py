@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdcore_bench.jobs.base import Job
-from vdcore_bench.peers.adapter import Function, Makers, compiled, masked, norm_rope, text_tokens, unit, whole_job
+from vdcore_bench.peers.adapter import (
+    Function,
+    Makers,
+    compiled,
+    masked,
+    norm_rope,
+    text_tokens,
+    unit,
+    whole_job,
+    window_tables,
+)
 from vdcore_bench.peers.registry import ATTENTION, peer
 
 
@@ -27,6 +37,8 @@ def flex(job: Job) -> Makers:
     def block_mask(padding: int) -> Any:
         if not masked(job):
             return None
+        if job.grid_mask is not None:
+            return windows()
         mask, tokens, video = job.mask, unit(job), job.shape.T * unit(job)
         text = text_tokens(job)
         seen = mask.visible(job.shape.T).to(job.device)
@@ -38,6 +50,18 @@ def flex(job: Job) -> Makers:
 
         n = video + text
         return create_block_mask(visible, None, None, n + padding, n + padding, device=job.device)
+
+    def windows() -> Any:
+        """By small tables of frames, rows and columns: looking one entry up in each is all that a pair costs."""
+        frames, rows, columns = window_tables(job)
+        S, C, n = job.shape.S, job.shape.columns, job.shape.T * job.shape.S
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            f, g = i // S, j // S
+            near = rows[f, i % S // C, g, j % S // C] & columns[f, i % C, g, j % C]
+            return frames[f, g] & near
+
+        return create_block_mask(visible, None, None, n, n, device=job.device)
 
     def make(pads: bool = False) -> Function:
         """``pads``: to a multiple of 128 tokens, as Self-Forcing and CausVid call it."""
@@ -54,6 +78,6 @@ def flex(job: Job) -> Makers:
         # Compiled apart: in one graph with norm and rope, Inductor fails to lower FlexAttention on the CPU.
         return whole_job(job.op, attend, compiled(norm_rope) if job.norm_rope else norm_rope)
 
-    if masked(job) and job.op == "video_attention":
+    if masked(job) and job.op == "video_attention" and job.grid_mask is None:
         return {"compiled": make, "padded": partial(make, True)}
     return {"compiled": make}

@@ -56,7 +56,7 @@ def _variants(backend: SDPBackend, job: Job) -> Makers:
 
     found: Makers = {}
     if masked(job):
-        if not text_tokens(job):
+        if not text_tokens(job) and job.grid_mask is None:
             found["one call a run"] = lambda: whole_job(job.op, run_by_run(views, job))
         if backend != SDPBackend.FLASH_ATTENTION or job.device == "cpu":
             found["dense mask"] = strided

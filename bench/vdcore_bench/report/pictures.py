@@ -8,7 +8,7 @@ from typing import Any
 from vdcore_bench.measure.journal import Row
 from vdcore_bench.report import curves, summary
 from vdcore_bench.report.plot import BEST, COPY, NAIVE, OURS, new_plot, png
-from vdcore_bench.suites import kept
+from vdcore_bench.suites import grid_masks, kept
 
 COLORS = {"vdcore": OURS, "sdpa": BEST, "naive": NAIVE}
 Pictures = dict[str, tuple[str, bytes]]  # file stem -> title, PNG
@@ -27,6 +27,8 @@ def draw(rows: Sequence[Row]) -> Pictures:
         drawable = [line for line in some if line.ours is not None]
         if drawable:
             pictures[name] = (title, _bars(title, drawable))
+    if races := grid_masks.races(rows):
+        pictures["masks"] = ("Speed-up against density", grid_masks.picture(races))
     for i, model in enumerate(kept.models(rows)):
         pictures["kept" + (f"_{i + 1}" if i else "")] = (f"What masks keep: {model.title}", kept.picture(model))
     points = [row for row in rows if row.p50 is not None]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vdcore_bench.measure.journal import MASKS, Row
+from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, kept, masks, ranks, tangents
+from vdcore_bench.suites import gpu, grid_masks, kept, masks, ranks, tangents
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -54,6 +54,12 @@ def mask_tables(rows: Sequence[Row]) -> list[Table]:
     return _with_note(
         [Table.of(masks.HEADER, cells, title) for title, cells in masks.tables(rows).items()], masks.LEGEND
     )
+
+
+def grid_mask_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a race."""
+    found = [Table.of(grid_masks.HEADER, grid_masks.cells(race), race.title) for race in grid_masks.races(rows)]
+    return _with_note(found, grid_masks.LEGEND)
 
 
 def kept_tables(rows: Sequence[Row]) -> list[Table]:
@@ -105,7 +111,8 @@ def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     for one in (overhead_table(rows), tangents_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
         if one.rows:
             yield [one]
-    for several in (gpu.tables(rows), mask_tables(rows), kept_tables(rows), profile_tables(rows)):
+    of_masks = (mask_tables(rows), grid_mask_tables(rows), kept_tables(rows))
+    for several in (gpu.tables(rows), *of_masks, profile_tables(rows)):
         if several:
             yield several
 
@@ -115,7 +122,7 @@ def unmeasured(rows: Iterable[Row], statuses: Sequence[str] = ("predicted", "ski
     cells = [
         (f"{summary.name_of(row)}, {row.case.removeprefix(curves.PROFILE)}", row.x, row.metric, row.status, row.reason)
         for row in rows
-        if row.status in statuses and (curves.is_profile(row) or row.case.startswith(MASKS))
+        if row.status in statuses and (curves.is_profile(row) or row.case.startswith((MASKS, GRID_MASKS)))
     ]
     header = ("point", "frames", "metric", "status", "why")
     return Table.of(header, cells, "What did not run, and what it would need", text=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.measure.journal import JOINED, MASKS, PROFILE, Row, newest
+from vdcore_bench.measure.journal import GRID_MASKS, JOINED, MASKS, PROFILE, Row, newest
 from vdcore_bench.measure.machine import Load, seconds_text, seconds_unit
 
 HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
@@ -73,7 +73,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     """One line per job of the ``time`` rows, in the order in which they were measured; of two races the later."""
     found: dict[tuple[Any, ...], Line] = {}
     for row in newest(rows):
-        elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS))
+        elsewhere = row.op not in JOBS or row.case.startswith((PROFILE, MASKS, GRID_MASKS))
         if row.metric not in ("time", "memory") or elsewhere:
             continue
         line = found.setdefault(row.job(), Line(row))

@@ -22,7 +22,7 @@ from vdcore_bench.workloads import Budget
 # Name -> what it measures. A new one is a module here and a line.
 SUITES = {
     "operators": "every operator against its baselines",
-    "masks": "time per visible pair of frame masks",
+    "masks": "time per visible pair of masks over frames, and of windows on a grid",
     "memory": "peak memory and time against frames",
     "models": "a video DiT's block, VDiTs against frames, models of diffusers before and after the swap",
     "overhead": "the time of a call beside its kernel",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import vdcore
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.testing import TORCH_FORMS, error_ratio
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job, Tensors, mask_text
@@ -26,7 +26,7 @@ from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, grid_masks
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
@@ -47,6 +47,7 @@ SWEEP: dict[str, FrameMask | Callable[[int], FrameMask]] = {  # some by the numb
     "window + sink": FrameMask(past=2, future=0, sink=1),
     FORCED: lambda T: FrameMask.teacher_forcing(T // 2, 4),
 }
+RADIAL = "radial"  # of the grid at hand, whose visible pairs grow as N log N in frames
 # Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
 FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
 SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
@@ -64,7 +65,9 @@ class _Entry:
 
 
 def run(options: Options, journal: Journal, watch: Watch) -> None:
-    sweep(journal, watch, options.device, [DTYPES[name] for name in options.dtypes or BOTH], until=options.until)
+    dtypes = [DTYPES[name] for name in options.dtypes or BOTH]
+    sweep(journal, watch, options.device, dtypes, until=options.until)
+    grid_masks.sweep(journal, watch, options.device, dtypes, until=options.until)
 
 
 def sweep(
@@ -131,14 +134,18 @@ def _entries(device: str, dtype: torch.dtype, shape: Shape, flex: bool) -> list[
     """Every mask on every provider that supports it, after warm-up, checked against the reference."""
     kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    for name, given in SWEEP.items():
-        mask = given if isinstance(given, FrameMask) else given(shape.T)
-        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, mask=mask, shape=shape)
+    windows = {RADIAL: GridMask.radial(shape.rows, shape.columns)}
+    for name in (*SWEEP, *windows):
+        given = SWEEP.get(name, FrameMask.full())
+        chosen: dict[str, Any] = {"mask": given if isinstance(given, FrameMask) else given(shape.T)}
+        chosen["grid_mask"] = windows.get(name)
+        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape, **chosen)
         if job.forward_flops() > FLOPS[kind] * threads:
             continue
         tensors = tensors or job.tensors()
         calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
-        if 0 < job.forward_flops() / mask.density(shape.T) <= SDPA_FLOPS[kind] * threads:
+        whole = 4.0 * shape.D * shape.H * shape.B * (shape.T * shape.S) ** 2
+        if 0 < whole <= SDPA_FLOPS[kind] * threads:
             variant = "dense mask" if masked(job) else "strided"
             calls["sdpa"] = _call(job, tensors, function_of(job, "sdpa", variant))
         if flex and name == FORCED:
@@ -171,7 +178,8 @@ def _judge(job: Job, tensors: Tensors, results: Sequence[Tensor]) -> list[float]
     """The error ratios of the last frame of one head, which is a problem of its own."""
     T = job.shape.T
     q, k, v = (x[..., :1, :] for x in job.qkv(tensors))
-    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, "mask": job.mask, "q_start": T - 1}
+    masks = {name: x for name, x in job.arguments(tensors).items() if name in ("mask", "grid")}
+    piece: dict[str, Any] = {"q": q[:, -1:], "k": k, "v": v, **masks, "q_start": T - 1}
     wide: dict[str, Any] = {name: x.double() if isinstance(x, Tensor) else x for name, x in piece.items()}
     exact = vdcore.video_attention(**wide, backend="reference")
     forms = [form(**piece) for form in TORCH_FORMS[job.op].values()]
@@ -184,7 +192,7 @@ def _row(entry: _Entry) -> Row:
         case=MASKS + entry.name,
         provider=entry.provider,
         variant={"vdcore": "", "flex": "padded"}.get(entry.provider, "dense mask"),
-        reason=mask_text(entry.job.mask),
+        reason=mask_text(entry.job.grid_mask or entry.job.mask),
         error_ratio=entry.error_ratio,
     )
 
@@ -192,7 +200,7 @@ def _row(entry: _Entry) -> Row:
 # ---- Tables ----
 
 HEADER: tuple[str, ...] = ("mask", "frames", "visible", "vdcore", "time per visible pair", "relative to dense")
-HEADER += ("SDPA, dense mask", "speed-up", "FlexAttention, padded", "error")
+HEADER += ("SDPA, dense mask", "speed-up", "error")
 LEGEND = (
     "Forward. Time per visible pair: the time over the number of (query, key) pairs of all heads that the mask leaves "
     "visible. Relative to dense: that, over the same of dense attention at the greatest length measured, in one race."
@@ -214,19 +222,21 @@ def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
     made = {}
     for (dtype, device), group in groups.items():
         ours = [row for row in group if row.provider == "vdcore"]
-        sdpa, flex = ({(row.case, row.x): row for row in group if row.provider == name} for name in ("sdpa", "flex"))
+        theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
+        flex = [row for row in group if row.provider == "flex"]
         dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
         s = ours[0].shape if ours else group[0].shape
         title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
-        made[title] = [_cells(row, dense, *(x.get((row.case, row.x)) for x in (sdpa, flex))) for row in ours]
+        made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
+        made[title] += [_cells(row, dense, None) for row in flex]
     return made
 
 
-def _cells(row: Row, dense: Row | None, sdpa: Row | None, flex: Row | None) -> tuple[str, ...]:
+def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
     assert row.p50 and row.flops and row.x
     s = row.shape
     pairs = row.flops / (4 * s["D"] * s["H"] * s["B"])
-    name = row.case.removeprefix(MASKS)
+    name = row.case.removeprefix(MASKS) + (", FlexAttention, padded" if row.provider == "flex" else "")
     return (
         f"{name} ({row.reason})" if row.reason else name,
         f"{row.x:g}",
@@ -236,6 +246,5 @@ def _cells(row: Row, dense: Row | None, sdpa: Row | None, flex: Row | None) -> t
         "-" if dense is None else f"{_pair(row) / _pair(dense):.2f}",
         "-" if sdpa is None or not sdpa.p50 else seconds_text(sdpa.p50),
         "-" if sdpa is None or not sdpa.p50 else f"{sdpa.p50 / row.p50:.1f}x",
-        "-" if flex is None or not flex.p50 else seconds_text(flex.p50),
         "-" if row.error_ratio is None else f"{row.error_ratio:.2f}",
     )

@@ -13,7 +13,8 @@ import torch
 
 import vdcore
 from vdcore import FrameMask
-from vdcore.ops.frame_attention.cpu import dq_buffers
+from vdcore.ops import native
+from vdcore.ops.call import mask_numbers
 from vdcore_bench.jobs import SpatialJob, TemporalJob, VideoJob, make
 from vdcore_bench.jobs.base import DTYPES, Job
 from vdcore_bench.measure import machine
@@ -126,10 +127,21 @@ def _parts_of_dq(job: Job) -> int:
     s = job.shape
     if job.device != "cpu" or job.op not in ("spatial_attention", "video_attention"):
         return 0
-    components = s.B * s.T if job.op == "spatial_attention" else s.B
-    rows = s.S if job.op == "spatial_attention" else s.T * s.S
-    floats = rows * (s.H // s.G) * -(-s.D // 16) * 16
-    return 4 * floats * dq_buffers(components * s.G, floats, torch.get_num_threads())[0]
+    mask = vdcore.FrameMask.same_frame() if job.op == "spatial_attention" else job.mask
+    groups = native.native().frame_groups(
+        mask=mask_numbers(mask),
+        batch=s.B,
+        queries=s.T,
+        keys=s.T,
+        tokens=s.S,
+        q_start=0,
+        lengths=None,
+        text=0,
+        text_lengths=None,
+        text_sees_video=False,
+    )
+    bytes_: int = groups.backward_plan(s.H, s.G, s.D, torch.get_num_threads())["bytes"]
+    return bytes_
 
 
 def backend_for(job: Job) -> str:

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -80,6 +81,8 @@ class Named {
       error.set_error();
     } catch (const std::invalid_argument& error) {
       PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
     } catch (const std::exception& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     }

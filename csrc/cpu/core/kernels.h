@@ -7,12 +7,15 @@
 #include "cpu/patchify/patchify.h"
 #include "cpu/qk_norm_rope/qk_norm_rope.h"
 #include "cpu/temporal_attention/tangents.h"
+#include "cpu/tile_attention/tile_attention.h"
 
 // Every function of the engine, and what it takes.
 #define VDCORE_OPERATORS(X)                                 \
   X(frame_attention_forward, FrameAttention)                \
   X(frame_attention_backward, FrameAttention)               \
   X(frame_attention_tangents, FrameTangents)                \
+  X(tile_attention_forward, TileAttention)                  \
+  X(tile_attention_backward, TileAttention)                 \
   X(temporal_attention_forward, TemporalAttention)          \
   X(temporal_attention_backward, TemporalAttentionBackward) \
   X(temporal_attention_tangents, TemporalTangents)          \
@@ -30,6 +33,7 @@
 #define VDCORE_AMX_OPERATORS(X)               \
   X(frame_attention_forward, FrameAttention)  \
   X(frame_attention_backward, FrameAttention) \
+  X(tile_attention_forward, TileAttention)    \
   X(tokens_from_patches, PatchProduct)        \
   X(patches_from_tokens, PatchProduct)        \
   X(patch_weight_gradient, PatchWeightGradient)

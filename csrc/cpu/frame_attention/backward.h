@@ -4,10 +4,8 @@
 // the keys' mean, several times the others where keys have one. But a row of dS adds up to dlse: what it does add up to
 // shows the error, and dQ = scale (dS (K - c) + dlse c), with c about the mean of the keys that a row sees, is free of
 // it.
-// A worker that owns a component (see token_groups.h) goes through its keys once and adds dq up in float32: five
-// products. Few components are shared: each of several workers takes a part of the keys, with a dq of its own, and
-// these are added up in order. Where that would take much memory, dq and dk, dv take a pass each: seven products, in
-// which every tile has one owner. The parts depend on sizes alone, so the bits never depend on threads.
+// A worker goes through a component's tiles of keys and adds dq up in float32: five products. backward_plan.h says who
+// takes which.
 //
 // `Products` is how a tile of queries meets one of keys: in vectors, or in AMX's tiles.
 #pragma once
@@ -22,7 +20,7 @@ namespace vdcore::cpu::VDCORE_ISA {
 
 struct BackwardTiles {
   static constexpr int64_t kQueryTile = 6 * W;
-  static constexpr int64_t kKeyTile = 128;
+  static constexpr int64_t kKeyTile = BackwardPlan::kKeyTile;
   static constexpr int64_t kKeysOfMean =
       32;  // a sixth of the keys' spread is left; costs a row of 2 * kKeyTile of them
 
@@ -91,73 +89,105 @@ class Backward {
     }
   }
 
-  // All gradients of a component for one key/value head; `dq` holds its query rows head by head, the video's first,
-  // and then the sums of their rows of dS.
-  void one_pass(const TokenComponent& c, int64_t kv_head, float* dq) const {
-    find_deltas(c, kv_head);
-    part_of_keys(c, kv_head, 0, 1, dq);
-    scatter_queries(c, kv_head, dq);
+  // Some of a component's queries, counted through its video and then its text; float32 rows for their gradients, head
+  // by head, and then the sums of their rows of dS.
+  struct Part {
+    Run rows;
+    float* dq;
+  };
+
+  void find_deltas(const TokenComponent& c, int64_t kv_head, Run rows) const {
+    for (int64_t h = 0; h < heads; ++h)
+      for (const bool text : {false, true})
+        find_delta(c.sample, kv_head * heads + h, tokens_of(c, text, rows), at_hand(c));
   }
 
-  void find_deltas(const TokenComponent& c, int64_t kv_head) const {
-    for (int64_t h = 0; h < heads; ++h) {
-      find_delta(c.sample, kv_head * heads + h, video_of(c), at_hand(c));
-      find_delta(c.sample, kv_head * heads + h, text_of(c), at_hand(c));
+  int64_t rows_of(const Part& part) const { return heads * part.rows.size(); }
+  // Sets rows [from, to) of dq to 0.
+  void clear_queries(const Part& part, int64_t from, int64_t to) const {
+    if (from >= to) return;
+    memset(part.dq + from * row, 0, (to - from) * row * sizeof(float));
+    memset(part.dq + rows_of(part) * row + from, 0, (to - from) * sizeof(float));
+  }
+
+  // Where a tile of keys puts its gradients: in their place; or in `sums`, of one part of the queries.
+  void finish_keys(const TokenGroup& group, int64_t kv_head, TokenRun keys, bool seen, float* sums) const {
+    const FrameSegment& from = a.of(keys);
+    if (sums) {
+      for (const Tile& tile : {t.dk, t.dv}) {
+        if (seen)
+          memcpy(sums, tile.data, keys.size() * row * sizeof(float));
+        else
+          memset(sums, 0, keys.size() * row * sizeof(float));
+        sums += kKeyTile * row;
+      }
+      return;
     }
+    if (!seen) return clear_run(from.dk, group.sample, kv_head, keys), clear_run(from.dv, group.sample, kv_head, keys);
+    scatter_run(from.dk, group.sample, kv_head, keys, t.dk, a.scale);
+    scatter_run(from.dv, group.sample, kv_head, keys, t.dv, 1);
   }
 
-  // dk and dv of a part of the component's tiles of keys, and what they give to dq.
-  void part_of_keys(const TokenComponent& c, int64_t kv_head, int64_t part, int64_t parts, float* dq) const {
-    const int64_t all = tiles_of_keys(c), first = all * part / parts, last = all * (part + 1) / parts;
-    memset(dq, 0, dq_floats(c) * sizeof(float));
-    const auto dq_rows = [&](int64_t h, const TokenRun& queries) { return rows_of(c, h, queries, dq); };
-    int64_t tile = 0;
+  // A tile of keys against a part of the queries. Before it adds to rows up to an end it calls turn.comes(end), and
+  // turn.passes(end) after it.
+  template <typename Turn>
+  void key_tile(const TokenComponent& c, const TokenGroup& group, int64_t kv_head, TokenRun keys, const Part& part,
+                const Turn& turn, float* sums) const {
+    bool seen = false;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int i = 0; i < group.count; ++i) {
+        const TokenRun run = clip(c, group.runs[i], part.rows);
+        for (int64_t j = 0; j < run.size(); j += kQueryTile) {
+          const TokenRun queries = piece(run, j, kQueryTile);
+          const int64_t rows = queries.size(), first = h * part.rows.size() + row_in(c, queries) - part.rows.begin;
+          if (!seen) load_keys(group.sample, kv_head, keys);
+          load_queries(group.sample, kv_head * heads + h, queries);
+          weights(rows, keys.size(), at_hand(c));
+          products.key_gradients(rows, keys.size(), !seen);
+          seen = true;
+          turn.comes(first + rows);
+          query_gradient(rows, keys.size(), query_rows(part, first), true);
+          turn.passes(first + rows);
+        }
+      }
+    finish_keys(group, kv_head, keys, seen, sums);
+  }
+
+  // Calls body(group, keys) for a component's tiles of keys.
+  template <typename Body>
+  void for_each_tile(const TokenComponent& c, const Body& body) const {
     for (int64_t i = c.first_group; i < c.end_group; ++i) {
       const TokenGroup& group = a.groups->keys.data()[i];
-      for (int64_t j = 0; j < group.tokens.size(); j += kKeyTile, ++tile)
-        if (tile >= first && tile < last)
-          key_tile(group, kv_head, piece(group.tokens, j, kKeyTile), at_hand(c), dq_rows);
+      for (int64_t j = 0; j < group.tokens.size(); j += kKeyTile) body(group, piece(group.tokens, j, kKeyTile));
     }
   }
 
-  void scatter_queries(const TokenComponent& c, int64_t kv_head, float* dq) const {
-    a.groups->for_each_queries(c, [&](const TokenGroup& group, const TokenRun& queries) {
+  void scatter_queries(const TokenComponent& c, int64_t kv_head, const Part& part) const {
+    a.groups->for_each_queries(c, [&](const TokenGroup& group, const TokenRun& all) {
+      const TokenRun queries = clip(c, all, part.rows);
+      if (!queries.size()) return;
       const bool correct = group.count && !at_hand(c);
       if (correct) find_mean(group, kv_head);
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t head = kv_head * heads + h;
-        const QueryRows rows = rows_of(c, h, queries, dq);
+        const QueryRows rows = query_rows(part, h * part.rows.size() + row_in(c, queries) - part.rows.begin);
         if (correct) correct_rows(c.sample, head, queries, rows);
         scatter_run(a.of(queries).dq, c.sample, head, queries, rows.dq, a.scale);
       }
     });
   }
 
-  int64_t dq_floats(const TokenComponent& c) const { return round_up(heads * c.queries() * (row + 1)); }
-
-  // dk and dv of a tile of keys.
-  void keys_alone(const TokenGroup& group, int64_t kv_head, TokenRun keys) const {
-    key_tile(group, kv_head, keys, false,
-             [](int64_t, const TokenRun&) -> QueryRows { return {{nullptr, 0}, nullptr}; });
-  }
-
-  // dq of a tile of queries.
-  void queries_alone(const TokenGroup& group, int64_t head, TokenRun queries) const {
-    const FrameSegment& from = a.of(queries);
-    load_queries(group.sample, head, queries);
-    memset(t.row_sum, 0, kQueryTile * sizeof(float));
-    bool first = true;
-    for (int i = 0; i < group.count; ++i)
-      for (int64_t j = 0; j < group.runs[i].size(); j += kKeyTile) {
-        const TokenRun keys = piece(group.runs[i], j, kKeyTile);
-        load_keys(group.sample, head / heads, keys);
-        weights(queries.size(), keys.size(), false);
-        query_gradient(queries.size(), keys.size(), {t.dq, t.row_sum}, !first);
-        first = false;
+  // Gradients of a tile of keys, from the sums of the queries' parts.
+  void add_parts(const TokenGroup& group, int64_t kv_head, TokenRun keys, const float* sums, int64_t stride) const {
+    for (const Tile& tile : {t.dk, t.dv}) {
+      for (int64_t i = 0; i < keys.size() * row; i += W) {
+        vf total = load(sums + i);
+        for (int64_t part = 1; part < a.plan->parts; ++part) total += load(sums + part * stride + i);
+        store(tile.data + i, total);
       }
-    find_mean(group, head / heads);
-    correct_rows(group.sample, head, queries, {t.dq, t.row_sum});
-    scatter_run(from.dq, group.sample, head, queries, t.dq, a.scale);
+      sums += kKeyTile * row;
+    }
+    finish_keys(group, kv_head, keys, true, nullptr);
   }
 
  private:
@@ -173,21 +203,22 @@ class Backward {
   const BackwardTiles& t;
   const int64_t H, heads, D, row, video_rows, all_rows;  // heads: query heads of a key/value head
 
-  static TokenRun video_of(const TokenComponent& c) { return {false, c.video.begin, c.video.end}; }
-  static TokenRun text_of(const TokenComponent& c) { return {true, c.text.begin, c.text.end}; }
-
-  int64_t tiles_of_keys(const TokenComponent& c) const {
-    int64_t tiles = 0;
-    for (int64_t i = c.first_group; i < c.end_group; ++i)
-      tiles += (a.groups->keys.data()[i].tokens.size() + kKeyTile - 1) / kKeyTile;
-    return tiles;
+  // A token of a component's queries as one of its rows, and back.
+  static int64_t row_in(const TokenComponent& c, const TokenRun& at) {
+    return at.text ? c.video.size() + at.begin - c.text.begin : at.begin - c.video.begin;
+  }
+  static TokenRun tokens_of(const TokenComponent& c, bool text, Run rows) {
+    const int64_t video = c.video.size();
+    if (!text) return {false, c.video.begin + rows.begin, c.video.begin + smaller(rows.end, video)};
+    return {true, c.text.begin + larger(rows.begin - video, 0), c.text.begin + rows.end - video};
+  }
+  static TokenRun clip(const TokenComponent& c, const TokenRun& run, Run rows) {
+    const TokenRun most = tokens_of(c, run.text, rows);
+    return {run.text, larger(run.begin, most.begin), smaller(run.end, most.end)};
   }
 
-  QueryRows rows_of(const TokenComponent& c, int64_t h, const TokenRun& queries, float* dq) const {
-    const int64_t in_head =
-        queries.text ? c.video.size() + queries.begin - c.text.begin : queries.begin - c.video.begin;
-    const int64_t at = h * c.queries() + in_head;
-    return {{dq + at * row, row}, dq + heads * c.queries() * row + at};
+  QueryRows query_rows(const Part& part, int64_t first) const {
+    return {{part.dq + first * row, row}, part.dq + rows_of(part) * row + first};
   }
 
   // t.mean = c of a group: the mean of some of the keys that it sees, evenly spread. What it does not see may be NaN.
@@ -277,28 +308,6 @@ class Backward {
     products.query_gradient(queries, keys, rows.dq, accumulate);
     for (int64_t i = 0; i < queries; ++i) rows.row_sum[i] += t.tile_sum[i];
   }
-
-  template <typename RowsOf>
-  void key_tile(const TokenGroup& group, int64_t kv_head, TokenRun keys, bool keys_at_hand,
-                const RowsOf& dq_rows) const {
-    const FrameSegment& from = a.of(keys);
-    bool first = true;
-    if (group.count) load_keys(group.sample, kv_head, keys);
-    for (int64_t h = 0; h < heads; ++h)
-      for (int i = 0; i < group.count; ++i)
-        for (int64_t j = 0; j < group.runs[i].size(); j += kQueryTile) {
-          const TokenRun queries = piece(group.runs[i], j, kQueryTile);
-          const int64_t rows = queries.size();
-          load_queries(group.sample, kv_head * heads + h, queries);
-          weights(rows, keys.size(), keys_at_hand);
-          products.key_gradients(rows, keys.size(), first);
-          first = false;
-          if (const QueryRows to = dq_rows(h, queries); to.dq.data) query_gradient(rows, keys.size(), to, true);
-        }
-    if (first) return clear_run(from.dk, group.sample, kv_head, keys), clear_run(from.dv, group.sample, kv_head, keys);
-    scatter_run(from.dk, group.sample, kv_head, keys, t.dk, a.scale);
-    scatter_run(from.dv, group.sample, kv_head, keys, t.dv, 1);
-  }
 };
 
 template <typename Products, typename Body>
@@ -311,116 +320,146 @@ void with_tiles(const FrameAttention& a, const Body& body) {
   body(Backward<Products>(a, products));
 }
 
+// A thread takes a whole chain, or a part of its queries.
 template <typename Products>
-struct OnePass {
+struct WholeChains {
   const FrameAttention& a;
+  const BackwardPlan& plan = *a.plan;
+  const int64_t G = a.segment[0].k.size[3];
   std::atomic<int64_t> next{0};
 
-  void work(int64_t worker) {
-    const int64_t G = a.segment[0].k.size[3], items = a.groups->components.size() * G;
-    with_tiles<Products>(a, [&](const Backward<Products>& backward) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-        backward.one_pass(a.groups->components.data()[i / G], i % G, a.workspace + worker * a.workspace_floats);
-    });
-  }
-};
-
-template <typename Products>
-struct SharedComponents {
-  static constexpr int64_t kPieces = 16;  // of a sum over parts
-
-  const FrameAttention& a;
-  const int64_t G = a.segment[0].k.size[3], items = static_cast<int64_t>(a.groups->components.size()) * G;
-
   void run() {
-    each<&SharedComponents::find_deltas>(items);
-    each<&SharedComponents::part_of_keys>(items * a.parts);
-    each<&SharedComponents::add_parts>(items * kPieces);
-    each<&SharedComponents::scatter>(items);
+    parallel_for(plan.buffers, a.threads, [](void* p, int64_t i) { static_cast<WholeChains*>(p)->work(i); }, this);
+    if (plan.parts == 1) return;
+    parallel_for(plan.chains, a.threads, [](void* p, int64_t i) { static_cast<WholeChains*>(p)->add_parts(i); }, this);
   }
 
  private:
-  const TokenComponent& component(int64_t item) const { return a.groups->components.data()[item / G]; }
-  float* dq(int64_t item, int64_t part) const { return a.workspace + (item * a.parts + part) * a.workspace_floats; }
+  struct Alone {  // nobody else adds to the queries
+    void comes(int64_t) const {}
+    void passes(int64_t) const {}
+  };
 
-  template <void (SharedComponents::*step)(int64_t) const>
-  void each(int64_t count) {
-    parallel_for(count, a.threads, [](void* p, int64_t i) { (static_cast<SharedComponents*>(p)->*step)(i); }, this);
+  const TokenComponent& component(int64_t chain) const { return a.groups->components.data()[chain / G]; }
+  float* sums(int64_t chain, int64_t part) const {
+    return a.workspace + plan.buffers * plan.buffer_floats + (chain * plan.parts + part) * plan.key_floats;
   }
-  void find_deltas(int64_t item) const {
-    with_tiles<Products>(a,
-                         [&](const Backward<Products>& backward) { backward.find_deltas(component(item), item % G); });
-  }
-  void part_of_keys(int64_t i) const {
-    const int64_t item = i / a.parts, part = i % a.parts;
+  int64_t tile_floats() const { return 2 * BackwardPlan::kKeyTile * round_up(a.segment[0].q.size[4]); }
+
+  void work(int64_t worker) {
     with_tiles<Products>(a, [&](const Backward<Products>& backward) {
-      backward.part_of_keys(component(item), item % G, part, a.parts, dq(item, part));
-    });
-  }
-  void add_parts(int64_t i) const {
-    const int64_t item = i / kPieces, piece = i % kPieces;
-    with_tiles<Products>(a, [&](const Backward<Products>& backward) {
-      const int64_t vectors = backward.dq_floats(component(item)) / W;
-      for (int64_t v = vectors * piece / kPieces; v < vectors * (piece + 1) / kPieces; ++v) {
-        vf total = load(dq(item, 0) + v * W);
-        for (int64_t part = 1; part < a.parts; ++part) total += load(dq(item, part) + v * W);
-        store(dq(item, 0) + v * W, total);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.items();) {
+        const int64_t chain = i / plan.parts, part = i % plan.parts;
+        const TokenComponent& c = component(chain);
+        const Run rows = {smaller(part * plan.part_rows, c.queries()),
+                          smaller((part + 1) * plan.part_rows, c.queries())};
+        const typename Backward<Products>::Part some = {rows, a.workspace + worker * plan.buffer_floats};
+        float* to = plan.parts > 1 ? sums(chain, part) : nullptr;
+        backward.find_deltas(c, chain % G, rows);
+        backward.clear_queries(some, 0, backward.rows_of(some));
+        backward.for_each_tile(c, [&](const TokenGroup& group, const TokenRun& keys) {
+          backward.key_tile(c, group, chain % G, keys, some, Alone{}, to);
+          if (to) to += tile_floats();
+        });
+        backward.scatter_queries(c, chain % G, some);
       }
     });
   }
-  void scatter(int64_t item) const {
+  void add_parts(int64_t chain) const {
     with_tiles<Products>(a, [&](const Backward<Products>& backward) {
-      backward.scatter_queries(component(item), item % G, dq(item, 0));
+      const float* from = sums(chain, 0);
+      backward.for_each_tile(component(chain), [&](const TokenGroup& group, const TokenRun& keys) {
+        backward.add_parts(group, chain % G, keys, from, plan.key_floats);
+        from += tile_floats();
+      });
     });
   }
 };
 
+// Threads take the tiles of a chain one after another. Items are handed out in order, so that whoever a thread waits
+// for has begun.
 template <typename Products>
-struct TwoPasses {
+struct SharedChains {
+  static constexpr int64_t kPieces = 16;  // of a chain's queries, for what is done with rows alone
+  static constexpr int64_t kAll = INT64_MAX;
+
   const FrameAttention& a;
-  TokenTiles queries, keys;
+  const BackwardPlan& plan = *a.plan;
+  const int64_t G = a.segment[0].k.size[3];
 
   void run() {
     parallel_for(
-        queries.items(), a.threads, [](void* p, int64_t i) { static_cast<TwoPasses*>(p)->query_tile(i); }, this);
-    parallel_for(keys.items(), a.threads, [](void* p, int64_t i) { static_cast<TwoPasses*>(p)->key_tile(i); }, this);
+        plan.chains * kPieces, a.threads, [](void* p, int64_t i) { static_cast<SharedChains*>(p)->find_deltas(i); },
+        this);
+    parallel_for(plan.tiles, a.threads, [](void* p, int64_t i) { static_cast<SharedChains*>(p)->tile(i); }, this);
   }
 
  private:
-  void query_tile(int64_t i) const {
-    const TokenTiles::Item item = queries.at(i);
-    if (!item.group.count) return;
-    with_tiles<Products>(a, [&](const Backward<Products>& backward) {
-      backward.find_delta(item.group.sample, item.head, item.tokens, false);
-      backward.queries_alone(item.group, item.head, item.tokens);
-    });
+  using Part = typename Backward<Products>::Part;
+
+  struct Turn {
+    const Backward<Products>& backward;
+    const Part& part;
+    int64_t* mine;
+    const int64_t* before;  // null: the first tile, which clears the rows that nobody has added to
+    int64_t* cleared;
+
+    void comes(int64_t end) const {
+      if (before) return wait_until(before, end);
+      backward.clear_queries(part, *cleared, end);
+      *cleared = larger(*cleared, end);
+    }
+    void passes(int64_t end) const { __atomic_store_n(mine, end, __ATOMIC_RELEASE); }
+  };
+
+  void find_deltas(int64_t i) const {
+    const int64_t chain = i / kPieces, piece = i % kPieces;
+    const TokenComponent& c = a.groups->components.data()[chain / G];
+    const Run rows = {c.queries() * piece / kPieces, c.queries() * (piece + 1) / kPieces};
+    with_tiles<Products>(a, [&](const Backward<Products>& backward) { backward.find_deltas(c, chain % G, rows); });
   }
-  void key_tile(int64_t i) const {
-    const TokenTiles::Item item = keys.at(i);
-    with_tiles<Products>(
-        a, [&](const Backward<Products>& backward) { backward.keys_alone(item.group, item.head, item.tokens); });
+
+  void tile(int64_t i) const {
+    int64_t low = 0, high = a.groups->components.end() - a.groups->components.begin();
+    while (low + 1 < high) {  // the component: the last one that begins at or before it
+      const int64_t middle = (low + high) / 2;
+      (plan.first_tile.data()[middle] <= i ? low : high) = middle;
+    }
+    const int64_t first = plan.first_tile.data()[low], count = (plan.first_tile.data()[low + 1] - first) / G;
+    const int64_t kv_head = (i - first) / count, number = (i - first) % count, chain = low * G + kv_head;
+    const TokenComponent& c = a.groups->components.data()[low];
+    if (number == 0 && chain >= plan.buffers) wait_until(a.done + chain - plan.buffers, 1);
+    with_tiles<Products>(a, [&](const Backward<Products>& backward) {
+      const Part part = {{0, c.queries()}, a.workspace + chain % plan.buffers * plan.buffer_floats};
+      int64_t cleared = 0, at = 0;
+      const Turn turn = {backward, part, a.progress + i, number ? a.progress + i - 1 : nullptr, &cleared};
+      backward.for_each_tile(c, [&](const TokenGroup& group, const TokenRun& keys) {
+        if (at++ == number) backward.key_tile(c, group, kv_head, keys, part, turn, nullptr);
+      });
+      if (number)
+        wait_until(a.progress + i - 1, kAll);
+      else
+        turn.comes(backward.rows_of(part));
+      turn.passes(kAll);
+      if (number + 1 < count) return;
+      backward.scatter_queries(c, kv_head, part);
+      __atomic_store_n(a.done + chain, 1, __ATOMIC_RELEASE);
+    });
   }
 };
 
 template <typename Products>
 void run_backward(const FrameAttention& a) {
-  const int64_t H = a.segment[0].q.size[3], G = a.segment[0].k.size[3];
+  const int64_t H = a.segment[0].q.size[3];
   // Queries that see nothing belong to no component.
-  for (int64_t i = 0; i < static_cast<int64_t>(a.groups->queries.size()); ++i) {
+  for (int64_t i = 0; i < a.groups->queries.end() - a.groups->queries.begin(); ++i) {
     const TokenGroup& group = a.groups->queries.data()[i];
     for (int64_t h = 0; h < H && !group.count; ++h) clear_run(a.of(group.tokens).dq, group.sample, h, group.tokens);
   }
-  if (a.workspace && a.parts > 1) {
-    SharedComponents<Products>{a}.run();
-  } else if (a.workspace) {
-    OnePass<Products> pass{a};
-    parallel_for(
-        a.workers, a.threads, [](void* p, int64_t worker) { static_cast<OnePass<Products>*>(p)->work(worker); }, &pass);
-  } else {
-    TwoPasses<Products>{
-        a, {a.groups->queries, H, BackwardTiles::kQueryTile}, {a.groups->keys, G, BackwardTiles::kKeyTile}}
-        .run();
-  }
+  if (a.plan->together)
+    SharedChains<Products>{a}.run();
+  else
+    WholeChains<Products>{a}.run();
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -2,6 +2,8 @@
 #include "cpu/core/bindings.h"
 
 #include <array>
+#include <cstdlib>
+#include <memory>
 
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
@@ -65,30 +67,25 @@ void frame_attention_forward(const TokenGroups& groups, const std::vector<py::ob
   kernels().frame_attention_forward(args);
 }
 
-// `delta`: float32 (B, H, rows). `workspace`: float32 (workers, floats of one component's queries), or, with `parts` >
-// 1, one row for every component, key/value head and part; None for two passes.
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
 void frame_attention_backward(const TokenGroups& groups, const std::vector<py::object>& video,
-                              const std::vector<py::object>& text, float scale, py::handle delta, py::handle workspace,
-                              int64_t parts, int threads) {
+                              const std::vector<py::object>& text, float scale, int threads) {
   FrameAttention args = frame_call(groups, video, text, scale, threads, true);
   const TensorView &q = args.segment[0].q, &k = args.segment[0].k;
-  args.delta = floats("delta", delta, {q.size[0], q.size[3], groups.query_tokens + groups.text});
-  require(args.delta, "delta must be given");
-  require(parts > 0, "there must be a part");
-  args.parts = parts;
-  if (!workspace.is_none()) {
-    const dlpack::Tensor& t = cpu_tensor(workspace);
-    require(t.ndim == 2, "workspace must have two dimensions");
-    args.workspace = floats("workspace", workspace, {t.shape[0], t.shape[1]});
-    args.workers = t.shape[0];
-    args.workspace_floats = t.shape[1];
-    const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };  // the longest vector has 16 floats
-    require(
-        args.workspace_floats == padded(groups.largest_component() * (q.size[3] / k.size[3]) * (padded(q.size[4]) + 1)),
-        "workspace must hold the queries of a component");
-    const int64_t shared = static_cast<int64_t>(groups.components.size()) * k.size[3] * parts;
-    require(parts > 1 ? args.workers == shared : args.workers > 0, "workspace must have a row for everyone");
-  }
+  const BackwardPlan plan(groups, q.size[3], k.size[3], q.size[4], args.threads);
+  const int64_t rows = q.size[0] * q.size[3] * (groups.query_tokens + groups.text);
+  const size_t bytes = static_cast<size_t>(plan.floats() + (rows + 15) / 16 * 16) * sizeof(float);
+  const std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  if (!memory) throw std::bad_alloc();
+  std::vector<int64_t> counts(plan.together ? static_cast<size_t>(plan.tiles + plan.chains) : 0);
+  args.plan = &plan;
+  args.workspace = memory.get();
+  args.delta = args.workspace + plan.floats();
+  args.progress = counts.data();
+  args.done = counts.data() + (plan.together ? plan.tiles : 0);
   py::gil_scoped_release unlocked;
   kernels().frame_attention_backward(args);
 }
@@ -122,6 +119,21 @@ py::list group_list(const std::vector<TokenGroup>& groups) {
   return found;
 }
 
+// What backward takes in memory, and for tests how it is shared out.
+py::dict backward_plan(const TokenGroups& groups, int64_t heads, int64_t kv_heads, int64_t channels, int threads) {
+  require(heads > 0 && kv_heads > 0 && channels > 0 && threads > 0, "sizes are at least 1");
+  const BackwardPlan plan(groups, heads, kv_heads, channels, threads);
+  py::dict found;
+  found["chains"] = plan.chains;
+  found["parts"] = plan.parts;
+  found["tiles"] = plan.tiles;
+  found["together"] = plan.together;
+  found["items"] = plan.items();
+  found["buffers"] = plan.buffers;
+  found["bytes"] = plan.floats() * static_cast<int64_t>(sizeof(float));
+  return found;
+}
+
 // For tests: the engine's view of a mask, two runs per query and two per key.
 py::tuple frame_runs(const std::vector<int64_t>& mask, int64_t queries, int64_t keys, int64_t start) {
   using Runs = std::array<std::array<int64_t, 2>, 2>;
@@ -145,14 +157,14 @@ void define_frame_attention(py::module_& m) {
       .def_property_readonly("queries", [](const TokenGroups& g) { return group_list(g.queries); })
       .def_property_readonly("keys", [](const TokenGroups& g) { return group_list(g.keys); })
       .def_property_readonly("components", [](const TokenGroups& g) { return g.components.size(); })
-      .def_property_readonly("largest_component", &TokenGroups::largest_component);
+      .def_property_readonly("largest_component", &TokenGroups::largest_component)
+      .def("backward_plan", backward_plan, "heads"_a, "kv_heads"_a, "channels"_a, "threads"_a);
   m.def("frame_groups", frame_groups_of, "mask"_a, "batch"_a, "queries"_a, "keys"_a, "tokens"_a, "q_start"_a,
         "lengths"_a, "text"_a, "text_lengths"_a, "text_sees_video"_a);
   m.def("prompt_groups", prompt_groups_of, "batch"_a, "frames"_a, "tokens"_a, "prompt"_a, "per_frame"_a, "lengths"_a);
   define_named(m, "frame_attention_forward", frame_attention_forward, "groups", "video", "text", "scale", "gate",
                "threads");
-  define_named(m, "frame_attention_backward", frame_attention_backward, "groups", "video", "text", "scale", "delta",
-               "workspace", "parts", "threads");
+  define_named(m, "frame_attention_backward", frame_attention_backward, "groups", "video", "text", "scale", "threads");
 }
 
 }  // namespace vdcore::cpu

@@ -4,6 +4,7 @@
 
 #include "common/token_groups.h"
 #include "cpu/core/arguments.h"
+#include "cpu/frame_attention/backward_plan.h"
 
 namespace vdcore::cpu {
 
@@ -26,12 +27,12 @@ struct FrameAttention {
   TensorView gate;
   int threads = 1;
 
-  // Backward: dout . out - dlse of every row, (B, H, rows), the video's rows first; and memory for the gradients of one
-  // component's queries: one for each worker, or, if components are shared, one for every component, key/value head
-  // and part of its keys.
+  // Backward: dout . out - dlse of every row, (B, H, rows), the video's rows first; what the plan wants of floats; and
+  // zeros: how far every tile of keys is, and whether a chain is done.
+  const BackwardPlan* plan = nullptr;
   float* delta = nullptr;
   float* workspace = nullptr;
-  int64_t workers = 1, workspace_floats = 0, parts = 1;
+  int64_t *progress = nullptr, *done = nullptr;  // (plan->tiles,), (plan->chains,)
 
   const FrameSegment& of(const TokenRun& run) const { return segment[run.text]; }
 };

@@ -188,7 +188,8 @@ def temporal_forward(
     row = split_row(q.shape[4], rope)
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
     _, masked = frame_bounds(mask, T, T_k, q_start)
-    found = pick_sequences(FORWARD, q, T, T_k, row, 3 if masked else 1)
+    # A mask's numbers lie in registers beside the rows, two runs' of them under teacher forcing: found by compiling.
+    found = pick_sequences(FORWARD, q, T, T_k, row, (5 if mask.clean else 3) if masked else 1)
     if found is None:
         q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)

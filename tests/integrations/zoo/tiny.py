@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-T, H, W, L, TEXT = 3, 4, 6, 5, 16  # frames, latent rows and columns, text tokens and channels
+T = int(os.environ.get("ZOO_FRAMES", "3"))
+H, W, L, TEXT = 4, 6, 5, 16  # latent rows and columns, text tokens and channels
 B = 2
 
 

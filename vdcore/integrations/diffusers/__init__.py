@@ -24,6 +24,8 @@ from vdcore.integrations.diffusers.fingerprints import TESTED, check_version
 from vdcore.integrations.diffusers.layers import Layer, Model, give_masks, layers_of
 from vdcore.integrations.diffusers.masks import Masks, check_mask, mask_text
 from vdcore.integrations.diffusers.pipeline import models_of
+from vdcore.integrations.diffusers.ranks import models as mesh_models
+from vdcore.integrations.diffusers.ranks.mesh import ranks_of
 from vdcore.integrations.diffusers.registry import grid_of
 from vdcore.integrations.diffusers.switch import count_steps, dense, forget_steps
 from vdcore.integrations.report import Entry, Report
@@ -35,7 +37,14 @@ __all__ = ["TESTED", "Entry", "Report", "swap_in", "swap_out"]
 
 
 def swap_in(
-    model_or_pipeline: Any, mask: Masks | None = None, dense_layers: Iterable[Layer] = (), dense_steps: int = 0
+    model_or_pipeline: Any,
+    mask: Masks | None = None,
+    dense_layers: Iterable[Layer] = (),
+    dense_steps: int = 0,
+    mesh: Any = None,
+    *,
+    parts: bool = False,
+    plan: str | None = None,
 ) -> Report:
     """Puts the attention of a video model, and what vdcore fuses around it, on vdcore.
 
@@ -52,21 +61,36 @@ def swap_in(
         dense_layers: transformer blocks that see everything, by number in forward order or by name.
         dense_steps: of a pipeline: steps of its scheduler, from each ``set_timesteps``, in which all layers see
             everything. For a model, ``with report.dense():`` does it.
+        mesh: processes that share the frames of every clip: a ``DeviceMesh`` of one dimension, or diffusers'
+            ``ContextParallelConfig``, of which the processes count. Every rank passes the whole clip and gets the
+            whole result, and gradients of inputs are whole as well; those of parameters are such that their mean over
+            the mesh, what DDP and FSDP2 take, is the gradient of one process. For Latte, SVD, AnimateDiff, Wan and
+            CogVideoX; of others the report says that they are left, whole on every rank. Masks are FrameMasks then.
+        parts: on a mesh each rank passes and gets its own frames (:func:`vdcore.parallel.shard`), and what else has
+            frames alike. The loss is the sum of the ranks' losses then, gradients of inputs the rank's share.
+        plan: how attention over all frames is shared out, ``"heads"``, ``"ring"`` or ``"halo"``; None: what sends the
+            least bytes (:func:`vdcore.parallel.explain`).
 
     Raises:
-        TypeError: if there is no model in it, or the mask is none.
+        TypeError: if there is no model in it, or the mask or the mesh is none.
         ValueError: if a mask is given and a model's frames are not known, if a layer is not known, if heads do not add
-            up, or for dense_steps of a model.
+            up, or for dense_steps of a model; a mesh of several dimensions, or with a mask in rows and columns or of
+            some heads; parts of a pipeline, or of a model that is not served under a mesh.
         RuntimeError: if this version of diffusers was not tested.
     """
     check_version()
     check_mask(mask)
-    settings = Settings(mask, tuple(dense_layers), _checked_steps(model_or_pipeline, dense_steps))
+    ranks = ranks_of(mesh, plan, parts)
+    if ranks is not None:
+        mesh_models.check_mask(mask)
+    settings = Settings(mask, tuple(dense_layers), _checked_steps(model_or_pipeline, dense_steps), ranks)
     if mask is None and (settings.dense_layers or dense_steps):
         name, value = ("dense_layers", settings.dense_layers) if settings.dense_layers else ("dense_steps", dense_steps)
         raise ValueError(f"swap_in: {name} must come with a mask, without which all is dense, got {value!r}")
     report = Report()
     found = list(models_of(model_or_pipeline, report, "swap_in"))
+    if ranks is not None:
+        found = list(mesh_models.shareable(found, ranks, report, isinstance(model_or_pipeline, nn.Module)))
     for _, model in found:
         _check_frames(model, mask)
     before = {m: w for _, m in found if (w := watch_of(m)) is not None and w.settings != settings}
@@ -75,7 +99,7 @@ def swap_in(
         swap_out(model)
     fresh = [model for _, model in found if watch_of(model) is None]
     try:
-        watches = _swap(found, settings, report, {m: Watch(Clip(mask), _grid_of(m, mask), settings) for m in fresh})
+        watches = _swap(found, settings, report, {model: _new_watch(model, settings) for model in fresh})
     except BaseException:
         for model in fresh:
             swap_out(model)
@@ -86,6 +110,11 @@ def swap_in(
         watch.clip.switch.steps = steps
     report.dense_inside = partial(dense, [watch.clip.switch for watch in watches])
     return report
+
+
+def _new_watch(model: nn.Module, settings: Settings) -> Watch:
+    mask, ranks = settings.mask, settings.ranks
+    return Watch(Clip(mask, ranks=ranks), _grid_of(model, mask) if ranks is None else None, settings)
 
 
 def _checked_steps(model_or_pipeline: Any, dense_steps: int) -> int:
@@ -161,25 +190,35 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
     """Finds the changes of one model's modules."""
     embeddings = patches.find(model)
     has_grid = isinstance(known_as(host_type(model), registry.GRIDS), type)
+    # Attention of a factorized model outside of its temporal parts is within a frame, whoever else has frames.
+    around = clip if has_grid or clip.ranks is None else Clip(clip.given)
+    bound = " and ".join(name for name, x in (("mask", clip.given), ("mesh", clip.ranks)) if x is not None)
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:
         found: list[Change] | Change | str | None = None
         kind = known_as(type(module), registry.FACTORIZED)
         if kind is not None:
             found = kind if isinstance(kind, str) else registry.FACTORIZED[kind](module, clip)
-            if isinstance(found, str) and clip.given is not None:
-                raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
+            if isinstance(found, str) and bound:
+                raise ValueError(f"swap_in: {bound} must be None where {path}{name} cannot be served: {found}")
+        elif clip.ranks is not None and (layer := mesh_models.change_of_layer(module, clip)) is not None:
+            found = layer
+            if isinstance(found, str):
+                raise ValueError(f"swap_in: mesh must be None where {path}{name} cannot be served: {found}")
         elif known_as(type(module), registry.FORWARDS) is not None:
             found = families.change_of_forward(module)
         elif module in embeddings:
             found = embeddings[module]
         elif hasattr(module, "processor"):
-            found = families.change_of_attention(module, name, clip)
-            if isinstance(found, str) and clip.given is not None and has_grid and not _is_cross(module):
-                raise ValueError(f"swap_in: mask must be None where {path}{name} cannot be served: {found}")
+            found = families.change_of_attention(module, name, around)
+            if isinstance(found, str) and bound and has_grid and not _is_cross(module):
+                raise ValueError(f"swap_in: {bound} must be None where {path}{name} cannot be served: {found}")
         elif _attends(module):
             found = "its attention is written into its forward"
-        return [found] if isinstance(found, Change) else found
+        found = [found] if isinstance(found, Change) else found
+        if module is model and clip.ranks is not None and not isinstance(found, str):
+            found = mesh_models.changes_of_model(model, clip, found or [])
+        return found
 
     return find
 

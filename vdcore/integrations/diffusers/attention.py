@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from diffusers.models import normalization
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ import vdcore
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.swap import is_plain
 from vdcore.norm import QKNorm
+from vdcore.parallel.attention import attention_of
 from vdcore.rope import Rope, Style
 
 _RMS = (nn.RMSNorm, normalization.RMSNorm, normalization.MochiRMSNorm)
@@ -55,13 +55,6 @@ def output_projection(attn: Any, x: Tensor) -> Tensor:
 
 
 # ---- Norm and rope ----
-
-
-def is_differentiated() -> bool:
-    """Derivatives may be taken through what runs now, of either mode."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return True
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _weight(x: Tensor | None, like: Tensor) -> bool:
@@ -139,17 +132,23 @@ def video(clip: Clip, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None, rope
     return over_clip(clip, q, k, v, norm=norm, rope=rope).flatten(1, 2)
 
 
-def over_clip(clip: Clip, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
-    """Attention over all tokens of a clip ``(B, N, H, D)``: ``(B, T, S, H, D)``, and with a text the text's as well.
+def over_clip(clip: Clip, q: Tensor, k: Tensor, v: Tensor, *, text_first: bool = False, **rest: Any) -> Any:
+    """Attention over all tokens of a clip ``(B, N, H, D)``, all of it here or shared with other ranks:
+    ``(B, T, S, H, D)``, and with a text the text's as well.
 
     Args:
+        text_first: where a text lies in the memory of the result, if this process has the clip.
         rest: of :func:`vdcore.video_attention`.
     """
     tokens = q.shape[1]
     q, k, v = (x.unflatten(1, clip.split(tokens)) for x in (q, k, v))
     if clip.probe is not None:
         clip.probe(q, k, v, clip.grid(tokens), rest)
-    return vdcore.video_attention(q, k, v, **clip.masking(tokens), **rest)
+    split = clip.shared(q.shape[1], q.shape[2])
+    if split is None or clip.ranks is None:
+        return vdcore.video_attention(q, k, v, text_first=text_first, **clip.masking(tokens), **rest)
+    shares: dict[str, Any] = {"frames": split.sizes[0], "mask": clip.frame_mask, "plan": clip.ranks.plan}
+    return attention_of(split.peers, q, k, v, **shares, **rest)
 
 
 def cross(

@@ -7,7 +7,8 @@ backward runs after both, never see each other's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.masks import Mask, Masks, frames_of, has_grid, mask_text
+from vdcore.integrations.diffusers.ranks.mesh import Ranks
 from vdcore.integrations.diffusers.switch import Switch
+from vdcore.integrations.report import TURN
 from vdcore.integrations.swap import ServingHook
 from vdcore.mask import FrameMask
+from vdcore.models.layout import Split
 
 Grid = tuple[int, int, int]
 Seen = dict[str, tuple[Any, int, Any]]
@@ -29,10 +33,11 @@ class Scope(NamedTuple):
     """One call of a model.
 
     Args:
-        grid: of its tokens, where a mask needs it.
+        grid: of its tokens, where a mask needs it, or ranks that share the clip: of this rank's then.
         seen: what values of tensors said.
         outer: the call of another model that it is part of.
         dense: the mask is not in force in it.
+        whole: frames of the whole clip, where ranks share it.
     """
 
     clip: Clip
@@ -40,6 +45,7 @@ class Scope(NamedTuple):
     seen: Seen
     outer: Scope | None
     dense: bool = False
+    whole: int | None = None
 
 
 _scope: ContextVar[Scope | None] = ContextVar("vdcore.integrations.diffusers.scope", default=None)
@@ -56,17 +62,22 @@ class Clip:
         given: what a token sees; None: all.
         frames: of the one clip that it is for; None: of the call of the model.
         of: the model's clip, whose calls are this one's; None: this is the model's.
+        ranks: the processes that share the model's clips; None: this one has them.
     """
 
     # Is shown what every attention over the clip gets: q, k, v in frames, rows and columns, and the other arguments.
     probe: Callable[..., None] | None = None
 
-    def __init__(self, given: Masks | None, frames: int | None = None, of: Clip | None = None) -> None:
+    def __init__(
+        self, given: Masks | None, frames: int | None = None, of: Clip | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.given = given
         self.frames = frames
         self.root: Clip = self if of is None else of
         self.switch: Switch = Switch() if of is None else of.switch
+        self.ranks: Ranks | None = ranks if of is None else of.ranks
         self._grids: list[Grid] = []  # of clips so far
+        self._wholes: list[tuple[int, int]] = []  # frames of this rank's parts of clips so far, and of the wholes
 
     @property
     def mask(self) -> Mask | None:
@@ -78,6 +89,17 @@ class Clip:
             return None if self.switch.is_dense else given
         scope = self._scope()
         return None if scope is not None and scope.dense else given
+
+    @property
+    def is_bound(self) -> bool:
+        """Attention over the clip that is left to the host would be wrong: there is a mask, or others have frames."""
+        return self.ranks is not None or self.mask is not None
+
+    @property
+    def under(self) -> str:
+        """What it is bound by."""
+        found = [] if self.given is None else [mask_text(self.given)]
+        return " and ".join([*found, *([] if self.ranks is None else [str(self.ranks)])])
 
     @property
     def frame_mask(self) -> FrameMask:
@@ -94,8 +116,8 @@ class Clip:
         return {"mask": mask, "grid": self.grid(tokens)} if has_grid(mask) else {"mask": mask}
 
     def split(self, tokens: int) -> tuple[int, int]:
-        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens."""
-        if self.mask is None:
+        """Frames and tokens per frame ``(T, S)`` of a sequence of video tokens; of this rank's."""
+        if not self.is_bound:
             return 1, tokens
         found = list(dict.fromkeys(self._frames_of(tokens)))
         if len(found) != 1:
@@ -112,10 +134,10 @@ class Clip:
     def _unknown(self, tokens: int, found: list[Any], what: str) -> RuntimeError:
         scope = self._scope()
         if scope is not None and scope.grid is not None:
-            return RuntimeError(_changed(scope.grid, f"{tokens} tokens under {mask_text(self.given)}"))
+            return RuntimeError(_changed(scope.grid, f"{tokens} tokens under {self.under}"))
         either = f", either of {' or '.join(map(str, found))} {what}," if found else ""
         return RuntimeError(
-            f"swap_in: attention over {tokens} tokens{either} under {mask_text(self.given)}, outside of a call of the "
+            f"swap_in: attention over {tokens} tokens{either} under {self.under}, outside of a call of the "
             f"model that tells how many {what} they are: call the model, not its blocks or its forward(), and "
             f"checkpoint with its own enable_gradient_checkpointing()"
         )
@@ -132,11 +154,33 @@ class Clip:
 
     # ---- the grid, from the model's forward ----
 
-    def announce(self, grid: Grid) -> None:
+    def announce(self, grid: Grid, whole: int | None = None) -> None:
+        part = (grid[0], grid[0] if whole is None else whole)
         if torch.compiler.is_compiling():
-            self._grids = [grid]  # what is traced is this call
-        elif grid not in self._grids:
+            self._grids, self._wholes = [grid], [part]  # what is traced is this call
+            return
+        if grid not in self._grids:
             self._grids = [*self._grids, grid]
+        if part not in self._wholes:
+            self._wholes = [*self._wholes, part]
+
+    def shared(self, frames: int, tokens: int) -> Split | None:
+        """How ranks share the clip of which this one has ``frames`` frames of ``tokens``; None: they do not."""
+        if self.ranks is None:
+            return None
+        scope = self._scope()
+        if scope is not None:
+            found = {scope.whole}
+        else:
+            found = {whole for part, whole in self.root._wholes if frames == part and torch.compiler.is_compiling()}
+        whole = found.pop() if len(found) == 1 else None
+        if whole is None or self.ranks.peers.size(whole) != frames:
+            raise RuntimeError(
+                f"swap_in: {frames} frames under {self.under}, outside of a call of the model that tells how many the "
+                f"whole clip has: call the model, not its blocks, and checkpoint with its own "
+                f"enable_gradient_checkpointing()"
+            )
+        return Split(self.ranks.peers, (whole, tokens), "switch")
 
     def _frames_of(self, tokens: int) -> list[int]:
         """The frames of a clip of so many tokens: none or several where they are not known."""
@@ -203,6 +247,7 @@ class Settings(NamedTuple):
     mask: Masks | None
     dense_layers: tuple[int | str, ...]
     dense_steps: int
+    ranks: Ranks | None = None
 
 
 class Watch(ServingHook):
@@ -219,10 +264,11 @@ class Watch(ServingHook):
         self.attending = 0  # modules whose attention the mask restricts
 
     def count(self, model: nn.Module) -> int:
-        """Attention modules that share the clip, or have one beside it with a mask of their own."""
+        """Attention modules under a mask or a mesh: those with the clip, or one beside it with a mask of its own."""
         processors = (getattr(module, "processor", None) for module in model.modules())
         clips = (getattr(processor, "clip", None) for processor in processors)
-        return sum(clip is not None and clip.root is self.clip and clip.given is not None for clip in clips)
+        found = (clip for clip in clips if clip is not None and clip.root is self.clip)
+        return sum(clip.given is not None or clip.ranks is not None for clip in found)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = None if self.grid is None else self.grid(module, *args, **kwargs)
@@ -230,13 +276,16 @@ class Watch(ServingHook):
             self.clip.announce(grid)
         if torch.compiler.is_compiling():
             return
-        if grid is not None and self.count(module) < self.attending:
+        bound = grid is not None or self.clip.ranks is not None
+        if bound and self.count(module) < self.attending:
             raise RuntimeError(
                 f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
-                f"{mask_text(self.clip.given)}: swap in again"
+                f"{self.clip.under}: swap in again"
             )
+        if self.clip.ranks is not None and self.clip.ranks.parts and TURN.is_hosts:
+            raise ValueError("check: the host has no way to run a rank's part of a clip: swap in without parts")
         self.clip.switch.check()
-        if grid is not None and torch.is_grad_enabled():
+        if bound and torch.is_grad_enabled():
             checkpoint_in_scope(module)
         _scope.set(Scope(self.clip, grid, {}, _scope.get(), self.clip.switch.is_dense))
 
@@ -272,6 +321,17 @@ def _changed(grid: Grid, found: str) -> str:
 def watch_of(model: nn.Module) -> Watch | None:
     """The hook of a swapped model, which holds what its attention shares."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Watch)), None)
+
+
+@contextmanager
+def in_scope(clip: Clip, grid: Grid, whole: int) -> Iterator[None]:
+    """A call of a model on this rank's part of a clip, ``grid``, of which the whole has ``whole`` frames."""
+    clip.announce(grid, whole)
+    token = _scope.set(Scope(clip, grid, {}, _scope.get(), clip.switch.is_dense, whole))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
 
 
 # ---- Blocks that run again in backward ----

@@ -18,7 +18,6 @@ from torch import Tensor
 import vdcore
 from vdcore.integrations.diffusers.attention import (
     heads,
-    is_differentiated,
     output_projection,
     project,
     qk_norm,
@@ -30,6 +29,7 @@ from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
+from vdcore.modes import is_differentiated
 
 BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 HOSTS = (AttnProcessor2_0, FusedAttnProcessor2_0)

@@ -20,10 +20,10 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 import vdcore
-from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.diffusers.factorized import TemporalAttention
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.swap import is_plain
+from vdcore.modes import is_differentiated
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
 # read their weights too often.

@@ -24,9 +24,9 @@ _OF_WEIGHTS = (
 
 def is_observed(modules: Iterable[nn.Module | None]) -> bool:
     """A hook on one of these modules, or on one inside of them, sees its tokens."""
-    if has_global_hooks():
-        return True
     left = list(modules)
+    if has_global_hooks():
+        return any(module is not None for module in left)
     if torch.compiler.is_compiling():  # which knows no other walk
         return any(_sees_tokens(inside) for module in left if module is not None for inside in module.modules())
     # Every call asks: a walk without names and a memo takes a sixth of the time of modules().

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
-from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.report import TURN, note_left
 from vdcore.integrations.swap import IN_MODE, Change, MadeAtRunTime, ServedProcessor, changed_forward, in_function_mode
 
@@ -82,9 +81,10 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
         return None
 
     def leave_unmasked(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`leave`, for attention that the mask is for: leaving it would be a wrong result, not a slow one."""
-        if self.clip.mask is not None and not TURN.is_hosts:
-            raise RuntimeError(f"swap_in: a call cannot run under {mask_text(self.clip.mask)}: {reason}")
+        """As :meth:`leave`, for attention across frames: under a mask leaving it would be a wrong result, not a slow
+        one, and so it is where other ranks have frames."""
+        if self.clip.is_bound and not TURN.is_hosts:
+            raise RuntimeError(f"swap_in: a call cannot run under {self.clip.under}: {reason}")
         return self.leave(reason, attn, *args, **kwargs)
 
     def leave(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vdcore.integrations.diffusers.attention import cross, video
 from vdcore.integrations.diffusers.clip import Keys
-from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
 from vdcore.integrations.swap import decorated, globals_used, names_used, rebind
@@ -129,8 +128,8 @@ class Rebound(Processor):
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
     def _leave(self, reason: str, q: Tensor, k: Tensor, to_context: bool) -> None:
-        if self.clip.mask is not None and not self._is_cross(q, k, to_context):
-            raise RuntimeError(f"swap_in: attention cannot run under {mask_text(self.clip.mask)}: {reason}")
+        if self.clip.is_bound and not self._is_cross(q, k, to_context):
+            raise RuntimeError(f"swap_in: attention cannot run under {self.clip.under}: {reason}")
         note_left(self, reason)
 
     def _served(self, q: Tensor, k: Tensor, v: Tensor, options: Options, to_context: bool) -> Tensor | str:
@@ -146,13 +145,13 @@ class Rebound(Processor):
         keys, scale = self._keys(options.attn_mask, q, k), options.scale
         if isinstance(keys, str):
             return keys
-        if self._is_cross(q, k, to_context) or (self.clip.mask is None and not (keys is None and scale is None)):
+        if self._is_cross(q, k, to_context) or (not self.clip.is_bound and not (keys is None and scale is None)):
             if keys is None:
                 return cross(q, k, v, scale=scale)
             return cross(q, keys.sort(k), keys.sort(v), lengths=keys.lengths, scale=scale)
         if keys is not None or scale is not None:
             return "padding of video tokens, or a scale of its own"
-        if self.clip.mask is not None and not self.clip.has(q.shape[1]):
+        if self.clip.is_bound and not self.clip.has(q.shape[1]):
             return f"{q.shape[1]} tokens are not those of the clip alone"
         return video(self.clip, q, k, v, None, None)
 

@@ -12,7 +12,7 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops import check
 from vdcore.ops.call import AttentionCall, Triple, empty, lse_dtype
-from vdcore.ops.frame_attention import cpu, cpu_tangents, cuda, reference, sdpa, tangents, triton
+from vdcore.ops.frame_attention import cpu_tangents, cuda, reference, sdpa, tangents, triton, windows_cpu
 from vdcore.ops.operator import by_formula, register, run
 from vdcore.rope import Rope
 
@@ -253,7 +253,7 @@ def _check_text(text: Any, q: Tensor, G: int) -> Triple:
 
 
 _BACKENDS = {
-    "cpu": replace(cpu.FRAMES, tangents=cpu_tangents.video_attention),
+    "cpu": replace(windows_cpu.FRAMES, tangents=cpu_tangents.video_attention),
     "triton": triton.FRAMES,
     "cuda": cuda.FRAMES,
     "sdpa": sdpa.FRAMES,

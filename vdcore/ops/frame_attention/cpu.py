@@ -5,13 +5,13 @@ Norm and rope take a pass of their own before, because the kernel reads every ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import Triple, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
@@ -20,26 +20,6 @@ from vdcore.ops.qk_norm_rope.cpu import NormRopeBefore
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
-
-# Threads share out components and heads. Where these are fewer, each is cut into parts of its keys; a part has a query
-# gradient of its own, and where those would take more than this, backward takes seven products instead of five. Not a
-# matter of the number of threads: the same bits on every machine.
-_FEWEST_ITEMS = 8
-_MOST_WORKSPACE = 256 * 2**20
-
-
-def dq_buffers(items: int, floats: int, threads: int) -> tuple[int, int]:
-    """In how many buffers backward adds up gradients of queries, and in how many parts of the keys; 0: in none.
-
-    Args:
-        items: components times key/value heads.
-        floats: of one buffer.
-    """
-    parts = max(-(-_FEWEST_ITEMS // max(items, 1)), 1)
-    if parts == 1:
-        return min(threads, items), 1
-    return (items * parts if items * parts * floats * 4 <= _MOST_WORKSPACE else 0), parts
-
 
 Groups = Any  # of the native module: which query tokens see which key tokens
 Joint = tuple[Tensor | None, ...]  # views of a joint sequence, one for each segment
@@ -121,24 +101,8 @@ def attend_backward(
         [capsule(x) for x in (*qkv, out[i], lse[i], None, dout[i], dlse[i], *gradients[i])]
         for i, qkv in enumerate(seen)
     )
-    q, k, _ = seen[0]
-    (B, _, _, H, D), G = q.shape, k.shape[3]
-    threads, workspace = torch.get_num_threads(), None
-    # Rows of the queries' gradient and a number for each, padded to the longest vector.
-    floats = -(-groups.largest_component * (H // G) * (-(-D // 16) * 16 + 1) // 16) * 16
-    buffers, parts = dq_buffers(groups.components * G, floats, threads)
-    if buffers:
-        workspace = torch.empty(buffers, floats)
-    rows = sum(x.shape[1:3].numel() for x, _, _ in seen)
     native().frame_attention_backward(
-        groups=groups,
-        video=video,
-        text=text[0] if text else [],
-        scale=scale,
-        delta=capsule(torch.empty(B, H, rows)),
-        workspace=capsule(workspace),
-        parts=parts,
-        threads=threads,
+        groups=groups, video=video, text=text[0] if text else [], scale=scale, threads=torch.get_num_threads()
     )
 
 
@@ -163,15 +127,22 @@ def groups_of(c: VideoCall) -> Groups:
 
 
 def _segments(c: VideoCall, groups: Groups) -> list[Segment]:
+    def kept(x: Tensor, side: str, text: bool) -> Tensor:
+        return keep(x, dead_runs(groups, side, text=text))
+
+    return segments_of(c, kept)
+
+
+def segments_of(c: VideoCall, kept: Callable[[Tensor, str, bool], Tensor]) -> list[Segment]:
+    """The call's segments; ``kept(x, side, text)``: with 0 in the rows that take no part, where a weight is shared."""
     q, k = c.q, c.k
     if c.norm is not None or c.rope is not None:
-        q, k = keep(q, dead_runs(groups, "queries")), keep(k, dead_runs(groups, "keys"))
+        q, k = kept(q, "queries", False), kept(k, "keys", False)
     segments = [Segment(NormRopeBefore(q, k, c.norm, c.rope, c.q_start), c.v)]
     if c.text is not None:
         q, k, v = _as_video(c.text)
         if c.text_norm is not None:
-            q = keep(q, dead_runs(groups, "queries", text=True))
-            k = keep(k, dead_runs(groups, "keys", text=True))
+            q, k = kept(q, "queries", True), kept(k, "keys", True)
         segments.append(Segment(NormRopeBefore(q, k, c.text_norm, None), v))
     return segments
 
@@ -208,6 +179,22 @@ def run_backward(
     """Gradients by the names of ``c.NAMES``."""
     groups = groups_of(c)
     segments = _segments(c, groups)
+
+    def fill(rows: list[Joint], filled: list[Any]) -> None:
+        attend_backward(groups, segments, rows, filled, c.scale)
+
+    return gradients_of(c, segments, outputs, grads, wanted, fill)
+
+
+def gradients_of(
+    c: VideoCall,
+    segments: list[Segment],
+    outputs: tuple[Tensor, Tensor],
+    grads: tuple[Tensor | None, ...],
+    wanted: frozenset[str],
+    fill: Callable[[list[Joint], list[Any]], None],
+) -> Gradients:
+    """``fill(rows, filled)``: those of q, k and v as the scores see them, of out, lse, dout, dlse; for each segment."""
     whole = None if c.packed is None else torch.empty(c.packed.shape, dtype=c.packed.dtype)
     gradients = [[torch.empty(x.shape, dtype=x.dtype) for x in qkv] for qkv in ((c.q, c.k, c.v), c.text) if qkv]
     if whole is not None:
@@ -216,7 +203,7 @@ def run_backward(
     dout = torch.zeros_like(out) if dout is None else dout
     rows = [joint(c, x if x is None else unit_stride(x)) for x in (out, lse, dout, dlse)]
     filled = [gradients[0], *([x.unsqueeze(1) for x in text] for text in gradients[1:])]
-    attend_backward(groups, segments, rows, filled, c.scale)
+    fill(rows, filled)
     found: Gradients = {}
     for prefix, segment, (dq, dk, dv) in zip(("", "text_"), segments, filled):
         mine = frozenset(name.removeprefix(prefix) for name in wanted if name.startswith(prefix))
@@ -236,8 +223,6 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
 
 
 def _why_not(c: VideoCall) -> str | None:
-    if isinstance(c.mask, HeadMasks):
-        return "it has no GridMask yet"
     return why_not(c.q, c.q.shape[-1])
 
 

@@ -13,7 +13,7 @@ from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.choose import Implementation
 from vdcore.ops.frame_attention import video_attention
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.tile_attention import reference
+from vdcore.ops.tile_attention import cpu, reference
 from vdcore.ops.tile_attention.boxes import check_tiles, tiles_of
 from vdcore.ops.tile_attention.lists import checked, select_tiles
 from vdcore.tile_lists import TileLists
@@ -163,4 +163,9 @@ def kept_mass(
     return torch.where(kept == -torch.inf, 0, (kept - whole).exp()).clamp(max=1).to(torch.float32)
 
 
-register(tile_attention, TileCall, reference=_with_checks(by_formula(reference.tile_attention)))
+register(
+    tile_attention,
+    TileCall,
+    reference=_with_checks(by_formula(reference.tile_attention)),
+    cpu=_with_checks(cpu.TILES),
+)

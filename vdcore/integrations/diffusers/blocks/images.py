@@ -11,39 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdcore.integrations.diffusers.attention import is_differentiated
 from vdcore.integrations.swap import is_plain
+from vdcore.models.layout import Split
+from vdcore.modes import is_differentiated
 from vdcore.norm import compute_dtype
 
 
-def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor, split: Split | None = None) -> Tensor:
     """Group norm over a clip ``(B, T, C, S)``, frames included, then a linear layer: ``(B, T, S, E)``.
+
+    With a ``split`` x is of this rank's frames, and the norm over those of all ranks.
 
     For one sample in float32 the norm's scale and shift go into the layer's weights, so that x is read twice and never
     written. Weights of half precision would round them, and those of several samples would be copied for every frame.
     """
     wide = x.dtype in (torch.float32, torch.float64)
     if x.shape[0] != 1 or not (wide and is_plain(norm) and _is_product(linear, x)):
-        return rows_of(linear, clip_group_norm(norm, x))
-    scale, shift = (y[0] for y in _scale_and_shift(norm, x))  # (C,)
+        return rows_of(linear, clip_group_norm(norm, x, split))
+    scale, shift = (y[0] for y in _scale_and_shift(norm, x, split))  # (C,)
     weight = linear.weight.t()
     bias = shift @ weight + (0 if linear.bias is None else linear.bias)
     per_frame = (weight * scale[:, None]).expand(x.shape[1], -1, -1)
     return torch.baddbmm(bias, x[0].transpose(1, 2), per_frame).unsqueeze(0)
 
 
-def clip_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def clip_group_norm(norm: nn.GroupNorm, x: Tensor, split: Split | None = None) -> Tensor:
     """Group norm over the frames of a clip as well: ``(B, T, C, S)`` in and out, no frame moved."""
     if not is_plain(norm):
+        if split is not None:
+            raise RuntimeError("swap_in: a group norm over frames of several ranks must be a plain module, got hooks")
         return norm(x.transpose(1, 2)).transpose(1, 2)
-    scale, shift = _scale_and_shift(norm, x)
+    scale, shift = _scale_and_shift(norm, x, split)
     return torch.addcmul(shift[:, None, :, None], x.to(shift.dtype), scale[:, None, :, None]).to(x.dtype)
 
 
-def _scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: nn.GroupNorm, x: Tensor, split: Split | None) -> tuple[Tensor, Tensor]:
     """The norm as ``x * scale + shift``, each ``(B, C)``."""
     # Per frame, where the numbers of a group lie together, then over the frames.
     variance, mean = _frame_moments(x, norm.num_groups)  # (B, T, G)
+    if split is not None:
+        variance, mean = split.all_frames(torch.stack((variance, mean), -1), 1).unbind(-1)
     size = x.shape[2] // norm.num_groups
     variance = variance.mean(1) + mean.var(1, correction=0)
     scale = torch.rsqrt(variance + norm.eps).repeat_interleave(size, 1)

@@ -35,7 +35,8 @@ class TextFirstAttention(Fused):
     def fused(self, attn: Any, call: Call) -> Any:
         if call.mask is not None or attn.is_cross_attention or call.text is None:
             return None
-        if call.rotary is not None and not all(self.clip.once(pairs_agree, x) for x in call.rotary):
+        looked = self.clip.ranks is not None  # at once for all blocks, where a mesh takes the tables apart
+        if call.rotary is not None and not (looked or all(self.clip.once(pairs_agree, x) for x in call.rotary)):
             return None
         return self.joint_attention(attn, call, text_first=True)
 

@@ -20,7 +20,8 @@ from vdcore.integrations.diffusers.blocks.modulation import GATED, gated, modula
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
-from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
+from vdcore.integrations.swap import SHARED, Change, changed_forward, is_of, is_plain
+from vdcore.models.layout import switch_layout
 
 
 @registry.factorized(LatteTransformer3DModel)
@@ -77,12 +78,16 @@ def forward(
     conditions = {"resolution": None, "aspect_ratio": None}
     steps, embedded = self.adaln_single(timestep, conditions, batch_size=B, hidden_dtype=x.dtype)
     text = self.caption_projection(encoder_hidden_states)
+    split = getattr(self, SHARED).shared(T, x.shape[2])
     for i, (spatial, temporal) in enumerate(zip(self.transformer_blocks, self.temporal_transformer_blocks)):
         x = _run(self, spatial, x, text, steps, temporal=False)
         if enable_temporal_attentions:
-            if i == 0 and T > 1:
-                x = x + self.temp_pos_embed.to(x.dtype)[:, :, None]
+            if i == 0 and (T if split is None else split.sizes[0]) > 1:
+                frames = self.temp_pos_embed.to(x.dtype)[:, :, None]
+                x = x + (frames if split is None else split.own_frames(frames, 1))
+            x = switch_layout(x, "frames", "tokens", split)
             x = _run(self, temporal, x, None, steps, temporal=True)
+            x = switch_layout(x, "tokens", "frames", split)
 
     shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)  # (B, C)
     x = modulated(self.norm_out, x, shift, scale)

@@ -24,7 +24,9 @@ from vdcore.integrations.diffusers.blocks.images import add_images_of, normed_ro
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
-from vdcore.integrations.swap import Change, changed_forward, host_type, is_of, is_plain
+from vdcore.integrations.diffusers.ranks.call import served
+from vdcore.integrations.swap import SHARED, Change, changed_forward, host_type, is_of, is_plain
+from vdcore.models.layout import switch_layout
 
 SERVES = "blocks in (B, T, S, C)"
 
@@ -42,7 +44,7 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
         factorized.changes_of_block(block, BasicTransformerBlock, block_forward, SERVES, attention, clip, why_not_block)
         for block in module.transformer_blocks
     )
-    return factorized.changes_of_module(module, forward, SERVES, clip, changes)
+    return factorized.changes_of_module(module, served(forward, clip), SERVES, clip, changes)
 
 
 @registry.factorized(I2VGenXLTransformerTemporalEncoder)
@@ -80,11 +82,14 @@ def forward(
     if is_observed((self.norm, self.proj_in, self.proj_out)):
         return OBSERVED
     x = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # (B, T, C, S)
-    rows = normed_rows_of(self.proj_in, self.norm, x)  # (B, T, S, E)
+    split = getattr(self, SHARED).shared(num_frames, x.shape[3])
+    rows = normed_rows_of(self.proj_in, self.norm, x, split)  # (B, T, S, E)
+    rows = switch_layout(rows, "frames", "tokens", split)
     for block in self.transformer_blocks:
         rows = factorized.run_block(
             self, block, partial(block, rows), partial(factorized.in_rows, block, rows, True), temporal=True
         )
+    rows = switch_layout(rows, "tokens", "frames", split)
     out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
     if not isinstance(self, TransformerTemporalModel):
         return out

@@ -23,7 +23,9 @@ from vdcore.integrations.diffusers.blocks.images import add_images_of, rows_of
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.diffusers.fingerprints import unknown_source
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
-from vdcore.integrations.swap import Change, changed_forward, is_of, is_plain
+from vdcore.integrations.diffusers.ranks.call import served
+from vdcore.integrations.swap import SHARED, Change, changed_forward, is_of, is_plain
+from vdcore.models.layout import switch_layout
 
 
 @registry.factorized(TransformerSpatioTemporalModel)
@@ -42,7 +44,7 @@ def plan(module: Any, clip: Clip) -> list[Change] | str:
         factorized.changes_of_block(block, kind, block_forward, "block in (B, T, S, C)", attention, clip)
         for block in module.temporal_transformer_blocks
     )
-    return factorized.changes_of_module(module, forward, "blocks in (B, T, S, C)", clip, changes)
+    return factorized.changes_of_module(module, served(forward, clip), "blocks in (B, T, S, C)", clip, changes)
 
 
 def forward(
@@ -60,7 +62,9 @@ def forward(
     x = hidden_states.flatten(2)  # (B*T, C, S)
     text = encoder_hidden_states.unflatten(0, (-1, T))[:, 0]  # that of a clip's first frame: (B, L, C)
     rows = rows_of(self.proj_in, self.norm(hidden_states).flatten(2))  # (B*T, S, E)
-    frames = self.time_proj(torch.arange(T, device=rows.device)).to(rows.dtype)
+    split = getattr(self, SHARED).shared(T, rows.shape[1])
+    first = 0 if split is None else split.own[0]
+    frames = self.time_proj(torch.arange(first, first + T, device=rows.device)).to(rows.dtype)
     frames = self.time_pos_embed(frames)[:, None]  # (T, 1, E)
     for block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -68,7 +72,9 @@ def forward(
         else:
             rows = block(rows, encoder_hidden_states=encoder_hidden_states)
         mixed = rows.unflatten(0, (-1, T)) + frames  # (B, T, S, E)
-        mixed = run_temporal_block(self, temporal_block, mixed, text).flatten(0, 1)
+        mixed = switch_layout(mixed, "frames", "tokens", split)
+        mixed = run_temporal_block(self, temporal_block, mixed, text)
+        mixed = switch_layout(mixed, "tokens", "frames", split).flatten(0, 1)
         rows = blend(self.time_mixer, rows, mixed, image_only_indicator)
     out = add_images_of(self.proj_out, rows, x).view(hidden_states.shape)
     return TransformerTemporalModelOutput(sample=out) if return_dict else (out,)

@@ -1,0 +1,594 @@
+// Boxes of tokens of one side, and what they see of the other: the walk that forward and backward share.
+//
+// A box is what one gathering of the other side serves; its units are what that is computed for: up to three vectors of
+// tokens, a few rows of a few columns, so that the windows of a unit's tokens overlap well. The other side comes in
+// segments, tokens that follow one another in memory, which fill tiles one after another.
+#pragma once
+
+#include "cpu/core/arena.h"
+#include "cpu/core/softmax.h"
+#include "cpu/frame_attention/tiles.h"
+#include "cpu/tile_attention/tile_attention.h"
+
+namespace vdcore::cpu::VDCORE_ISA {
+
+enum Side : int { kQueries = 0, kKeys = 1 };
+
+constexpr int64_t kMostLanes = 3 * W;                          // of a unit
+constexpr int64_t kBoxTokens = 384 / kMostLanes * kMostLanes;  // shares one gathering of the other side
+constexpr int64_t kMostUnits = kBoxTokens / W;
+constexpr int64_t kOtherTile = 128;
+
+// Tokens that all see each other's tile, or a rectangle of one frame, or a piece of the text.
+struct Box {
+  int64_t sample, head;
+  bool text;
+  const HeadGroup* group;  // null: of lists, or text
+  int64_t list, tile;      // of lists
+  int64_t frame;
+  int32_t y0, y1, x0, x1;
+  int64_t begin, end;  // text: tokens; of lists: tokens of the tile
+};
+
+// A segment of the other side: `row`: one row's columns from `first` on; kBand: whole rows, `first` counts tokens of
+// the frame; kClear: whatever it is, all of the box see it.
+struct Segment {
+  static constexpr int32_t kBand = -1, kClear = -2;
+  TokenRun tokens;
+  int32_t row, first;
+  int16_t row_step, column_step;
+};
+
+// A part of a segment, in a tile.
+struct Piece {
+  Segment of;
+  int32_t at, count;
+};
+
+struct SlotRun {
+  int64_t slot;
+  TokenRun tokens;
+};
+
+// The box's tokens, unit by unit: unit u has slots [u * lanes, u * lanes + filled[u]).
+struct Slots {
+  int64_t lanes = 0, units = 0;
+  int64_t filled[kMostUnits];
+  int32_t y0[kMostUnits], y1[kMostUnits], x0[kMostUnits], x1[kMostUnits];
+  SlotRun runs[kBoxTokens];
+  int64_t run_count = 0;
+  int32_t y[kBoxTokens], x[kBoxTokens];  // of slots; what pads a unit is where its last token is
+  // What a unit's slots see of rows and columns at one step of each.
+  int64_t lanes_of = -1;
+  int16_t row_step, column_step;
+  int32_t row_begin[kMostLanes], row_end[kMostLanes], column_begin[kMostLanes], column_end[kMostLanes];
+
+  VDCORE_INLINE int64_t in_use(int64_t u) const { return round_up(filled[u]); }
+  template <typename Body>
+  VDCORE_INLINE void for_runs(const Body& body) const {
+    for (int64_t i = 0; i < run_count; ++i) body(runs[i]);
+  }
+};
+
+// Sizes of boxes and units of one side of a group.
+struct Shape {
+  int32_t unit_rows, unit_columns, box_rows, box_columns;
+};
+
+// What a unit sees of a tile: runs of the tile's tokens that somebody sees, and of these the parts that not all see.
+struct UnitView {
+  struct Edge {
+    int32_t begin, end;  // in the tile
+    const Piece* piece;
+  };
+  Run runs[kOtherTile];
+  Edge parts[kOtherTile];  // of the runs, in order; piece null: all see them
+  int64_t run_count = 0, part_count = 0;
+
+  VDCORE_INLINE void add(int64_t begin, int64_t end, const Piece* edge) {
+    if (end <= begin) return;
+    if (run_count && runs[run_count - 1].end == begin)
+      runs[run_count - 1].end = end;
+    else
+      runs[run_count++] = {begin, end};
+    if (part_count && !edge && !parts[part_count - 1].piece && parts[part_count - 1].end == begin)
+      parts[part_count - 1].end = static_cast<int32_t>(end);
+    else
+      parts[part_count++] = {static_cast<int32_t>(begin), static_cast<int32_t>(end), edge};
+  }
+};
+
+// ---- Shapes ------------------------------------------------------------------------------------------------------
+
+// How many places of the other side the blocks of so many places see, all together.
+VDCORE_INLINE int64_t seen_by_blocks(const int32_t* begin, const int32_t* end, int64_t size, int64_t block) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < size; i += block) total += end[smaller(i + block, size) - 1] - begin[i];
+  return total;
+}
+
+// The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. Units
+// of one or two vectors take a little more time for a product each, because operands are loaded more often: 1.12 and
+// 1.04 times, measured on Zen 4 with 64 and 128 channels.
+inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t frame) {
+  const int64_t rows = plan.rows, columns = plan.columns;
+  const int64_t first = windows.first[frame], count = windows.first[frame + 1] - first;
+  // A few of the windows stand for all.
+  const int64_t step = (count + 15) / 16;
+  const auto cost = [&](int64_t height, int64_t width) {
+    double total = 0;
+    for (int64_t i = 0; i < count; i += step) {
+      const SeenFrame& w = windows.windows[first + i];
+      total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
+                                                  windows.row_end + w.row_step * rows, rows, height)) *
+               static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
+                                                  windows.column_end + w.column_step * columns, columns, width));
+    }
+    return total;
+  };
+  constexpr double kVectorCost[4] = {0, 1.12, 1.04, 1};
+  Shape best = {1, static_cast<int32_t>(smaller(kMostLanes, columns)), 1,
+                static_cast<int32_t>(smaller(kMostLanes, columns))};
+  double least = -1;
+  for (int64_t n = 1; n <= 3; ++n)
+    for (int64_t height = 1; height <= smaller(rows, n * W); ++height) {
+      const int64_t width = smaller(n * W / height, columns);
+      if (height > 4 && n * W % height && height != rows) continue;
+      const double here = cost(height, width) * static_cast<double>((height * width + W - 1) / W) *
+                          kVectorCost[(height * width + W - 1) / W];
+      if (least < 0 || here < least * 0.999) {
+        least = here;
+        best.unit_rows = static_cast<int32_t>(height);
+        best.unit_columns = static_cast<int32_t>(width);
+      }
+    }
+  const int64_t lanes = round_up(static_cast<int64_t>(best.unit_rows) * best.unit_columns), units = kBoxTokens / lanes;
+  least = -1;
+  for (int64_t down = 1; down <= units; ++down) {
+    const int64_t height = smaller(down * best.unit_rows, rows),
+                  width = smaller(units / down * best.unit_columns, columns);
+    const double here = cost(height, width);
+    if (least < 0 || here < least * 0.999) {
+      least = here;
+      best.box_rows = static_cast<int32_t>(height);
+      best.box_columns = static_cast<int32_t>(width);
+    }
+    if (height == rows) break;
+  }
+  return best;
+}
+
+// ---- Boxes of a call ---------------------------------------------------------------------------------------------
+
+// All boxes of one side, with one entry for each head of that side, in order: groups, or lists, then the text.
+class Boxes {
+ public:
+  Boxes(const TilePlan& plan, Side side, int64_t heads, int64_t shared, Shape* shapes)
+      : plan_(plan), side_(side), heads_(heads), shared_(shared), shapes_(shapes) {
+    for (int64_t g = 0; g < plan.group_count; ++g)
+      shapes[g] = best_shape(plan, plan.groups[g].side[side], plan.frames[side] / 2);
+    text_ = (plan.text + kBoxTokens - 1) / kBoxTokens;
+    if (plan.has_lists()) per_tile_ = (plan.tile[0] * plan.tile[1] * plan.tile[2] + kBoxTokens - 1) / kBoxTokens;
+  }
+
+  int64_t items() const {
+    int64_t total = plan_.batch * heads_ * text_;
+    for (int64_t g = 0; g < plan_.group_count; ++g) total += of_group(g);
+    return plan_.has_lists() ? plan_.batch * heads_ * plan_.tile_count() * per_tile_ : total;
+  }
+
+  const Shape& shape(const Box& box) const { return shapes_[box.group - plan_.groups]; }
+
+  // `head` counts heads of this side.
+  Box at(int64_t item) const {
+    Box box = {};
+    if (plan_.has_lists()) {
+      const int64_t piece = item % per_tile_;
+      item /= per_tile_;
+      box.tile = item % plan_.tile_count();
+      item /= plan_.tile_count();
+      box.head = item % heads_;
+      box.sample = item / heads_;
+      box.begin = piece * kBoxTokens;
+      box.end = box.begin + kBoxTokens;
+      return box;
+    }
+    for (int64_t g = 0; g < plan_.group_count; ++g) {
+      if (item >= of_group(g)) {
+        item -= of_group(g);
+        continue;
+      }
+      const HeadGroup& group = plan_.groups[g];
+      const Shape& s = shapes_[g];
+      const int64_t across = (plan_.columns + s.box_columns - 1) / s.box_columns, per_frame = boxes_of_frame(s);
+      const int64_t place = item % per_frame;
+      item /= per_frame;
+      box.frame = item % plan_.frames[side_];
+      item /= plan_.frames[side_];
+      const int64_t first = group.first_head / shared_, count = group.end_head / shared_ - first;
+      box.head = first + item % count;
+      box.sample = item / count;
+      box.group = &group;
+      box.y0 = static_cast<int32_t>(place / across * s.box_rows);
+      box.x0 = static_cast<int32_t>(place % across * s.box_columns);
+      box.y1 = static_cast<int32_t>(smaller(box.y0 + s.box_rows, plan_.rows));
+      box.x1 = static_cast<int32_t>(smaller(box.x0 + s.box_columns, plan_.columns));
+      return box;
+    }
+    box.text = true;
+    box.begin = item % text_ * kBoxTokens;
+    box.end = smaller(box.begin + kBoxTokens, plan_.text);
+    item /= text_;
+    box.head = item % heads_;
+    box.sample = item / heads_;
+    return box;
+  }
+
+ private:
+  const TilePlan& plan_;
+  const Side side_;
+  const int64_t heads_, shared_;  // shared: query heads for one of this side
+  Shape* shapes_;
+  int64_t text_ = 0, per_tile_ = 0;
+
+  int64_t boxes_of_frame(const Shape& s) const {
+    return ((plan_.rows + s.box_rows - 1) / s.box_rows) * ((plan_.columns + s.box_columns - 1) / s.box_columns);
+  }
+  int64_t of_group(int64_t g) const {
+    const int64_t heads = plan_.groups[g].end_head / shared_ - plan_.groups[g].first_head / shared_;
+    return plan_.batch * heads * plan_.frames[side_] * boxes_of_frame(shapes_[g]);
+  }
+};
+
+// ---- The tokens of a box -----------------------------------------------------------------------------------------
+
+VDCORE_INLINE void add_runs(Slots& slots, TokenRun run, int64_t& slot) {
+  while (run.size()) {
+    const int64_t room = slots.lanes - slot % slots.lanes;
+    const TokenRun some = piece(run, 0, room);
+    slots.runs[slots.run_count++] = {slot, some};
+    slot += some.size();
+    run.begin += some.size();
+  }
+}
+
+VDCORE_INLINE void fill_units(Slots& slots, int64_t filled) {
+  slots.units = (filled + slots.lanes - 1) / slots.lanes;
+  for (int64_t u = 0; u < slots.units; ++u) slots.filled[u] = smaller(slots.lanes, filled - u * slots.lanes);
+}
+
+// Calls body(slot in its unit, tokens) for runs of slots, and done(unit) after each unit's.
+template <typename Body, typename Done>
+VDCORE_INLINE void for_units(const Slots& slots, const Body& body, const Done& done) {
+  int64_t u = 0;
+  slots.for_runs([&](const SlotRun& r) {
+    if (r.slot / slots.lanes != u) done(u++);
+    body(r.slot % slots.lanes, r.tokens);
+  });
+  done(u);
+}
+
+// Calls body(run) for the tokens of a tile, as runs inside of rows or whole frames of it.
+template <typename Body>
+VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body) {
+  const int64_t x = tile % plan.tiles[2], y = tile / plan.tiles[2] % plan.tiles[1],
+                t = tile / plan.tiles[2] / plan.tiles[1];
+  const int64_t x0 = x * plan.tile[2], x1 = smaller(x0 + plan.tile[2], plan.columns);
+  const int64_t y0 = y * plan.tile[1], y1 = smaller(y0 + plan.tile[1], plan.rows);
+  const int64_t last = smaller((t + 1) * plan.tile[0], plan.frames[0]);
+  for (int64_t f = t * plan.tile[0]; f < last; ++f) {
+    const int64_t frame = f * plan.per_frame();
+    if (x1 - x0 == plan.columns) {
+      body(TokenRun{false, frame + y0 * plan.columns, frame + y1 * plan.columns});
+      continue;
+    }
+    for (int64_t r = y0; r < y1; ++r)
+      body(TokenRun{false, frame + r * plan.columns + x0, frame + r * plan.columns + x1});
+  }
+}
+
+// Those that take part: of the text, only its live ones.
+inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape, Slots& slots) {
+  slots.run_count = 0;
+  slots.lanes_of = -1;
+  if (!box.group) {
+    slots.lanes = kMostLanes;
+    int64_t slot = 0;
+    if (box.text) {
+      add_runs(slots, {true, box.begin, smaller(box.end, plan.text_live[box.sample])}, slot);
+    } else {
+      int64_t before = 0;  // tokens of the tile
+      for_tile(plan, box.tile, [&](const TokenRun& run) {
+        const int64_t from = larger(box.begin - before, 0), to = smaller(box.end - before, run.size());
+        if (from < to) add_runs(slots, {false, run.begin + from, run.begin + to}, slot);
+        before += run.size();
+      });
+    }
+    fill_units(slots, slot);
+    return;
+  }
+  slots.lanes = round_up(static_cast<int64_t>(shape->unit_rows) * shape->unit_columns);
+  slots.units = 0;
+  for (int32_t y = box.y0; y < box.y1; y += shape->unit_rows)
+    for (int32_t x = box.x0; x < box.x1; x += shape->unit_columns) {
+      const int64_t u = slots.units++;
+      slots.y0[u] = y;
+      slots.x0[u] = x;
+      const int32_t y1 = slots.y1[u] = static_cast<int32_t>(smaller(y + shape->unit_rows, box.y1));
+      const int32_t x1 = slots.x1[u] = static_cast<int32_t>(smaller(x + shape->unit_columns, box.x1));
+      int64_t slot = u * slots.lanes;
+      for (int32_t r = y; r < y1; ++r) {
+        const int64_t token = (box.frame * plan.rows + r) * plan.columns;
+        slots.runs[slots.run_count++] = {slot, {false, token + x, token + x1}};
+        for (int32_t c = x; c < x1; ++c, ++slot) slots.y[slot] = r, slots.x[slot] = c;
+      }
+      slots.filled[u] = slot - u * slots.lanes;
+      for (; slot < (u + 1) * slots.lanes; ++slot) slots.y[slot] = y1 - 1, slots.x[slot] = x1 - 1;
+    }
+}
+
+// ---- What a box sees ---------------------------------------------------------------------------------------------
+
+// Calls body(segment) for what somebody of the box sees of the other side, or, with `common`, everybody.
+template <typename Body>
+VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side, int64_t list, bool common,
+                                const Body& body) {
+  const int64_t limit = plan.live[1 - side][box.sample], own = plan.live[side][box.sample];
+  const auto clear = [&](TokenRun run) {
+    if (run.size()) body(Segment{run, Segment::kClear, 0, 0, 0});
+  };
+  if (!box.group && !box.text) {  // of lists
+    const ListedTiles& listed = plan.listed[side];
+    const int64_t* first = listed.first + list * (plan.tile_count() + 1) + box.tile;
+    for (int64_t i = first[0]; i < first[1]; ++i) for_tile(plan, listed.tiles[i], clear);
+    return;
+  }
+  const TokenRun all_text = {true, 0, plan.text_live[box.sample]};
+  if (box.text) {
+    if (side == kKeys || plan.text_sees_video) clear({false, 0, limit * plan.per_frame()});
+    return clear(all_text);
+  }
+  if (box.frame >= own) return;
+  const GridWindows& w = box.group->side[side];
+  for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
+    const SeenFrame& window = w.windows[i];
+    if (window.frame >= limit) break;
+    const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
+                  *row_end = w.row_end + window.row_step * plan.rows;
+    const int32_t *column_begin = w.column_begin + window.column_step * plan.columns,
+                  *column_end = w.column_end + window.column_step * plan.columns;
+    const bool band = column_begin[box.x1 - 1] == 0 && column_end[box.x0] == plan.columns;
+    const Run rows = common ? Run{row_begin[box.y1 - 1], row_end[box.y0]} : Run{row_begin[box.y0], row_end[box.y1 - 1]};
+    const Run columns =
+        common ? Run{column_begin[box.x1 - 1], column_end[box.x0]} : Run{column_begin[box.x0], column_end[box.x1 - 1]};
+    if (!rows.size() || !columns.size()) continue;
+    const int64_t frame = window.frame * plan.per_frame();
+    if (band) {
+      const int64_t begin = rows.begin * plan.columns, end = rows.end * plan.columns;
+      body(Segment{{false, frame + begin, frame + end},
+                   Segment::kBand,
+                   static_cast<int32_t>(begin),
+                   window.row_step,
+                   window.column_step});
+      continue;
+    }
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      const int64_t token = frame + y * plan.columns;
+      body(Segment{{false, token + columns.begin, token + columns.end},
+                   static_cast<int32_t>(y),
+                   static_cast<int32_t>(columns.begin),
+                   window.row_step,
+                   window.column_step});
+    }
+  }
+  if (side == kQueries || plan.text_sees_video) clear(all_text);
+}
+
+// Fills tiles of the other side with segments; flush(pieces, count, tokens) for each.
+struct OtherTile {
+  Piece pieces[kOtherTile];
+  int64_t count = 0, tokens = 0;
+
+  template <typename Flush>
+  VDCORE_INLINE void add(Segment segment, const Flush& flush) {
+    while (segment.tokens.size()) {
+      const int64_t take = smaller(segment.tokens.size(), kOtherTile - tokens);
+      Piece& p = pieces[count++];
+      p = {segment, static_cast<int32_t>(tokens), static_cast<int32_t>(take)};
+      p.of.tokens.end = p.of.tokens.begin + take;
+      segment.tokens.begin += take;
+      segment.first += static_cast<int32_t>(take);
+      tokens += take;
+      if (tokens == kOtherTile) finish(flush);
+    }
+  }
+  template <typename Flush>
+  VDCORE_INLINE void finish(const Flush& flush) {
+    if (tokens) flush();
+    count = tokens = 0;
+  }
+};
+
+// Places that a unit sees of a table's places: by somebody, and by everybody.
+VDCORE_INLINE void unit_range(const int32_t* begin, const int32_t* end, int32_t first, int32_t last, Run& some,
+                              Run& all) {
+  some = {begin[first], end[last]};
+  all = {begin[last], end[first]};
+}
+
+inline void find_view(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t u,
+                      const OtherTile& tile, UnitView& view) {
+  view.run_count = view.part_count = 0;
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const Piece& p = tile.pieces[i];
+    if (p.of.row == Segment::kClear) {
+      view.add(p.at, p.at + p.count, nullptr);
+      continue;
+    }
+    const GridWindows& w = box.group->side[side];
+    Run some, all;
+    unit_range(w.row_begin + p.of.row_step * plan.rows, w.row_end + p.of.row_step * plan.rows, slots.y0[u],
+               slots.y1[u] - 1, some, all);
+    bool everybody = true;
+    if (p.of.row == Segment::kBand) {
+      some = {some.begin * plan.columns, some.end * plan.columns};
+      all = {all.begin * plan.columns, all.end * plan.columns};
+    } else {
+      if (p.of.row < some.begin || p.of.row >= some.end) continue;
+      everybody = p.of.row >= all.begin && p.of.row < all.end;
+      unit_range(w.column_begin + p.of.column_step * plan.columns, w.column_end + p.of.column_step * plan.columns,
+                 slots.x0[u], slots.x1[u] - 1, some, all);
+    }
+    const Run here = {p.of.first, p.of.first + p.count};
+    const int64_t shift = p.at - p.of.first;
+    some = intersect(some, here);
+    all = intersect(all, here);
+    if (!everybody || !all.size()) {
+      view.add(some.begin + shift, some.end + shift, &p);
+      continue;
+    }
+    view.add(some.begin + shift, all.begin + shift, &p);
+    view.add(all.begin + shift, all.end + shift, nullptr);
+    view.add(all.end + shift, some.end + shift, &p);
+  }
+}
+
+inline void find_lanes(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const Segment& of) {
+  if (slots.lanes_of == u && slots.row_step == of.row_step && slots.column_step == of.column_step) return;
+  slots.lanes_of = u;
+  slots.row_step = of.row_step;
+  slots.column_step = of.column_step;
+  const GridWindows& w = box.group->side[side];
+  const int64_t rows = of.row_step * plan.rows, columns = of.column_step * plan.columns, first = u * slots.lanes;
+  for (int64_t lane = 0; lane < slots.lanes; ++lane) {
+    const int32_t y = slots.y[first + lane], x = slots.x[first + lane];
+    slots.row_begin[lane] = w.row_begin[rows + y];
+    slots.row_end[lane] = w.row_end[rows + y];
+    slots.column_begin[lane] = w.column_begin[columns + x];
+    slots.column_end[lane] = w.column_end[columns + x];
+  }
+}
+
+// Of one vector of a unit's slots: which of them see a token of the tile in this piece.
+struct LaneMask {
+  vi begin, end;
+
+  VDCORE_INLINE LaneMask(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, int64_t lane,
+                         const Piece& p) {
+    find_lanes(plan, box, side, slots, u, p.of);
+    const vi shift = splat(p.at - p.of.first);
+    const vi row_begin = load(slots.row_begin + lane), row_end = load(slots.row_end + lane);
+    if (p.of.row == Segment::kBand) {
+      const vi across = splat(static_cast<int32_t>(plan.columns));
+      begin = row_begin * across + shift;
+      end = row_end * across + shift;
+      return;
+    }
+    const vi row = splat(p.of.row);
+    begin = load(slots.column_begin + lane) + shift;
+    end = (load(slots.column_end + lane) + shift) & ((row_begin <= row) & (row_end > row));
+  }
+
+  VDCORE_INLINE vi sees(int64_t token) const {
+    const vi j = splat(static_cast<int32_t>(token));
+    return (begin <= j) & (end > j);
+  }
+};
+
+// ---- Values that are no numbers ----------------------------------------------------------------------------------
+
+// Rows that hold infinity or NaN are taken out of products, where 0 times them would reach tokens that do not see them,
+// and are added one by one to those that do.
+struct StrangeRows {
+  int32_t rows[kOtherTile];
+  int64_t count = 0;
+
+  void find(Tile tile, int64_t tokens) {
+    count = 0;
+    vf total = {};
+    for (int64_t j = 0; j < tokens; ++j) {
+      const float* at = tile.at(j, 0).data;
+      for (int64_t c = 0; c < tile.row; c += W) total += load(at + c) * 0.f;
+    }
+    float lanes[W];
+    store(lanes, total);
+    float sum = 0;
+    for (float x : lanes) sum += x;
+    if (sum == 0) return;
+    for (int64_t j = 0; j < tokens; ++j) {
+      const float* at = tile.at(j, 0).data;
+      bool strange = false;
+      for (int64_t c = 0; c < tile.row; ++c) strange |= !(at[c] * 0.f == 0.f);
+      if (strange) rows[count++] = static_cast<int32_t>(j);
+    }
+  }
+  void take_out(Tile tile) const {
+    for (int64_t i = 0; i < count; ++i) memset(tile.at(rows[i], 0).data, 0, tile.row * sizeof(float));
+  }
+};
+
+VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& piece) {
+  int64_t i = 0;
+  while (i + 1 < tile.count && tile.pieces[i + 1].at <= j) ++i;
+  piece = &tile.pieces[i];
+  return static_cast<int32_t>(j - piece->at);
+}
+
+// Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
+template <typename Add>
+inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const OtherTile& tile,
+                        const UnitView& view, const StrangeRows& strange, const FrameSegment* segments,
+                        TensorView FrameSegment::* of, int64_t head, Tile stage, const Add& add) {
+  for (int64_t s = 0; s < strange.count; ++s) {
+    const int64_t j = strange.rows[s];
+    bool seen = false, edge = false;
+    for (int64_t i = 0; i < view.part_count; ++i)
+      if (j >= view.parts[i].begin && j < view.parts[i].end) seen = true, edge = view.parts[i].piece;
+    if (!seen) continue;
+    const Piece* p;
+    const int64_t offset = token_of(tile, j, p);
+    gather_run(segments[p->of.tokens.text].*of, box.sample, head, piece(p->of.tokens, offset, 1), stage);
+    for (int64_t lane = 0; lane < slots.filled[u]; ++lane) {
+      if (edge) {
+        float sees[W];
+        const LaneMask mask(plan, box, side, slots, u, lane / W * W, *p);
+        store(sees, select(mask.sees(j), splat(1.f), vf{}));
+        if (sees[lane % W] == 0) continue;
+      }
+      for (int64_t c = 0; c < stage.row; ++c) add(j, lane, c, stage.data[c]);
+    }
+  }
+}
+
+// ---- Means -------------------------------------------------------------------------------------------------------
+
+// mean = of some of the rows that the whole box sees, evenly spread: what not everybody sees may be NaN. 0 where there
+// are none. square: the mean of their squares, optional.
+inline void mean_of_common(const TilePlan& plan, const Box& box, Side side, int64_t list, const FrameSegment* segments,
+                           TensorView FrameSegment::* of, int64_t head, int64_t most, Tile stage, float* mean,
+                           float* square) {
+  const int64_t row = stage.row;
+  memset(mean, 0, row * sizeof(float));
+  if (square) memset(square, 0, row * sizeof(float));
+  int64_t seen = 0, count = 0, next = 0, before = 0;
+  for_segments(plan, box, side, list, true, [&](const Segment& s) { seen += s.tokens.size(); });
+  if (!seen) return;
+  const int64_t step = (seen + most - 1) / most;
+  for_segments(plan, box, side, list, true, [&](const Segment& s) {
+    for (; next < before + s.tokens.size(); next += step, ++count) {
+      gather_run(segments[s.tokens.text].*of, box.sample, head, piece(s.tokens, next - before, 1), stage);
+      for (int64_t c = 0; c < row; c += W) {
+        const vf x = load(stage.data + c);
+        store(mean + c, load(mean + c) + x);
+        if (square) store(square + c, load(square + c) + x * x);
+      }
+    }
+    before += s.tokens.size();
+  });
+  for (int64_t c = 0; c < row; c += W) {
+    store(mean + c, load(mean + c) / static_cast<float>(count));
+    if (square) store(square + c, load(square + c) / static_cast<float>(count));
+  }
+}
+
+}  // namespace vdcore::cpu::VDCORE_ISA
