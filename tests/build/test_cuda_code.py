@@ -64,12 +64,13 @@ SPILLS = {
     ("temporal_forward_kernel", 4, 2): 32,
     ("temporal_forward_kernel", 4, 3): 32,
     ("temporal_forward_kernel", 4, 8): 64,
-    ("temporal_backward_kernel", 2, 3): 48,
+    ("temporal_backward_kernel", 2, 3): 64,
     ("temporal_backward_kernel", 4, 3): 16,
     ("temporal_backward_kernel", 4, 4): 48,
-    ("temporal_long_backward_kernel", 4, 0): 64,  # chunks alone, here and below
+    ("temporal_long_backward_kernel", 4, 0): 160,  # chunks alone, here and below
     ("temporal_long_backward_kernel", 8, 0): 160,
-    ("rows_norm_rope_backward_kernel", 8, 0): 640,  # 256 channels with norm or rope: no workload has them
+    ("rows_norm_rope_kernel", 8, 0): 64,
+    ("rows_norm_rope_backward_kernel", 8, 0): 448,  # 256 channels with norm or rope: no workload has them
 }
 
 
