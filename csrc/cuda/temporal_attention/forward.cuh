@@ -30,7 +30,7 @@ namespace vdcore::cuda {
 
 // Chosen so that nothing spills: ptxas takes what it may for loads in flight.
 constexpr int temporal_blocks_per_sm(int N, int C, bool norm_rope) {
-  if (C <= 3) return C == 3 && norm_rope ? 3 : 4;
+  if (C <= 3) return norm_rope && (C == 3 || N == 4) ? 3 : 4;
   return N == 2 && C == 4 ? 3 : 2;
 }
 
