@@ -118,6 +118,8 @@ struct Block {
   bool holds(const void* p) const { return p >= shared && p < shared + writers.size(); }
 };
 
+struct Failure {};  // of what runs on its own, found while a thread waits for it
+
 // The blocks that run at the same time: one, or a cluster's.
 struct Cluster {
   std::vector<Fiber> fibers;
@@ -126,6 +128,7 @@ struct Cluster {
   std::vector<Fiber*> met;  // those that wait for all others
   Context scheduler;
   Fiber* running = nullptr;
+  bool polls = false;  // on behalf of a thread that waits: no fiber runs
   const std::function<void()>* kernel = nullptr;
   std::string error;
   Position position{};
@@ -184,7 +187,12 @@ void stand_at(const Fiber& fiber) {
 bool can_run(Fiber& fiber) {
   if (fiber.state == Fiber::polling) {
     stand_at(fiber);
-    if (fiber.poll(fiber.poll_argument)) fiber.state = Fiber::ready;
+    cluster->polls = true;
+    try {
+      if (fiber.poll(fiber.poll_argument)) fiber.state = Fiber::ready;
+    } catch (const Failure&) {
+    }
+    cluster->polls = false;
   }
   return fiber.state == Fiber::ready;
 }
@@ -203,7 +211,9 @@ bool run_warp(size_t warp) {
   for (size_t i = 0; i < count; ++i) {
     const size_t lane = order == Order::backward ? count - 1 - i : (i + turn) % count;
     Fiber& fiber = cluster->fibers[first + lane];
-    if (!can_run(fiber)) continue;
+    const bool can = can_run(fiber);
+    if (!cluster->error.empty()) return true;
+    if (!can) continue;
     resume(fiber);
     ran = true;
     if (!cluster->error.empty()) return true;
@@ -320,6 +330,7 @@ void* in_block(void* p, uint32_t rank) {
 
 void fail(const std::string& what) {
   cluster->error = "thread " + std::to_string(cluster->position.thread) + ": " + what;
+  if (cluster->polls) throw Failure{};
   give_way(Fiber::done);
   __builtin_unreachable();
 }

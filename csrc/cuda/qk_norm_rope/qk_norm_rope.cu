@@ -82,7 +82,9 @@ struct RowsForward {
 };
 
 template <typename E, int C, Pairs kPairs>
-VDCORE_KERNEL(kThreads, C <= 4 ? 6 : 4)
+VDCORE_KERNEL(kThreads, C == 2   ? 6
+                        : C == 4 ? 7
+                                 : 4)
 rows_norm_rope_kernel(const RowsForward f) {
   const RowsNormRope& a = f.a;
   const uint32_t warp = thread_index() / 32, i = block_index() * kRowsPerBlock + warp * 8 + lane_row();

@@ -2,8 +2,8 @@
 //
 // A sequence is one (position, head): T rows of D channels, H * D * S channels apart. The work is T / 2 operations per
 // byte, so time is bytes: q, k and v in, out out, 8 * T * D per sequence. A warp takes 16 query rows of a sequence and
-// all keys at once, and keeps them in registers; nothing is staged in shared memory, so what limits bytes in flight is
-// registers alone:
+// all keys at once, and keeps them in registers; nothing is staged in shared memory, but keys that two warps would
+// normalize twice, so what limits bytes in flight is registers alone:
 //
 //                       T = 16, D = 72     T = 32, D = 128
 //   registers, q + k        24 + 24            32 + 16 n     (n: key tiles in flight)
@@ -30,7 +30,7 @@ namespace vdcore::cuda {
 
 // Chosen so that nothing spills: ptxas takes what it may for loads in flight.
 constexpr int temporal_blocks_per_sm(int N, int C, bool norm_rope) {
-  if (C <= 3) return C == 3 && norm_rope ? 3 : 4;
+  if (C <= 3) return norm_rope && (C == 3 || N == 4) ? 3 : 4;
   return N == 2 && C == 4 ? 3 : 2;
 }
 
@@ -40,18 +40,24 @@ constexpr int held_keys(int N, int C, bool norm_rope) {
 }
 constexpr bool holds_values(int N, int C, bool norm_rope) { return !norm_rope && C <= 4 && N * C != 12; }
 
+// Keys after norm and RoPE in shared memory: where a sequence has two warps, each of them normalizes one half.
+constexpr bool stages_keys(int N, bool norm_rope) { return N == 4 && norm_rope; }
+constexpr int staged_bytes(int N, int C) { return 8 * N * 64 * C; }  // of a sequence
+
 // E: element; N: tiles of 8 keys; C: chunks of 32 channels; kNormRope: with norm or RoPE.
 template <typename E, int N, int C, bool kNormRope>
 VDCORE_KERNEL(kTemporalThreads, temporal_blocks_per_sm(N, C, kNormRope))
 temporal_forward_kernel(const TemporalForward f) {
   constexpr int kKeys = held_keys(N, C, kNormRope);
-  constexpr bool kValues = holds_values(N, C, kNormRope);
+  constexpr bool kValues = holds_values(N, C, kNormRope), kStaged = stages_keys(N, kNormRope);
   const TemporalAttention& a = f.a;
   const NormRope& how = a.norm_rope;
-  uint32_t item = block_index() * (kTemporalThreads / 32) + thread_index() / 32;
-  if (item >= f.items) return;
+  const uint32_t warp = thread_index() / 32, number = block_index() * (kTemporalThreads / 32) + warp;
+  const bool is_item = number < f.items;
+  if (!kStaged && !is_item) return;
+  uint32_t item = is_item ? number : 0;
   const int D = a.head_dim, of_sequence = static_cast<int>(f.tiles.split(item));
-  SequenceTile tile(f.sequences.at(item), of_sequence);
+  SequenceTile tile(f.sequences.at(item), of_sequence, is_item);
   tile.other.h = f.shared.quotient(tile.sequence.h);
 
   bool valid[2];
@@ -60,11 +66,12 @@ temporal_forward_kernel(const TemporalForward f) {
     valid[h] = tile.has(h, a.frames.queries);
     load_rows(q[h], tile.row(a.q, h), valid[h], D);
   });
-  const char* next = tile.first_other(a.k);
+  const bool halves = kStaged && f.tiles.divisor == 2;  // each warp has one of its sequence's keys
   const auto load_keys = [&](int first) {
+    const char* next = tile.first_other(a.k) + first * 8 * a.k.t;
     unroll<kKeys>([&](int n) { tile.load_other(k[n], a.k, next, first + n, a.frames.keys, D); });
   };
-  load_keys(0);
+  load_keys(halves ? 2 * of_sequence : 0);
   if constexpr (kValues) tile.load_others(v, a.v, a.frames.keys, D);
 
   Seen seen[2];
@@ -76,23 +83,38 @@ temporal_forward_kernel(const TemporalForward f) {
     norm_rope<E>(q, valid, how, how.q, table, D);
   }
 
-  float s[N][4];
-  VDCORE_UNROLL
-  for (int first = 0; first < N; first += kKeys) {
-    if (first) load_keys(first);
-    if constexpr (kNormRope) {
-      bool there[kKeys];
-      int64_t table[kKeys];
-      unroll<kKeys>([&](int n) {
-        there[n] = tile.has_other(first + n, a.frames.keys);
-        table[n] = angles_at(how, tile.sequence, 0, lane_row()) + 8 * (first + n) * how.table_t;
-      });
-      norm_rope<E>(k, there, how, how.k, table, D);
-    }
+  const auto norm_keys = [&](int first) {
+    bool there[kKeys];
+    int64_t table[kKeys];
     unroll<kKeys>([&](int n) {
-      unroll<4>([&](int e) { s[first + n][e] = 0; });
-      inner_product<E>(s[first + n], q[0], q[1], k[n], D);
+      there[n] = tile.has_other(first + n, a.frames.keys);
+      table[n] = angles_at(how, tile.sequence, 0, lane_row()) + 8 * (first + n) * how.table_t;
     });
+    norm_rope<E>(k, there, how, how.k, table, D);
+  };
+
+  float s[N][4];
+  unroll<N, 4>([&](int n, int e) { s[n][e] = 0; });
+  if constexpr (kStaged) {
+    char* const rows = shared_memory() + (halves ? warp / 2 : warp) * staged_bytes(N, C);
+    VDCORE_NO_UNROLL
+    for (int half = halves ? of_sequence : 0; half < 2; half += halves ? 2 : 1) {
+      if (!halves && half) load_keys(2);
+      norm_keys(2 * half);
+      unroll<2>([&](int n) { store_shared_row(rows, 16 * half + 8 * n + lane_row(), k[n]); });
+    }
+    sync_block();
+    unroll<N>([&](int n) {
+      load_shared_row(k[0], rows, 8 * n + lane_row());
+      inner_product<E>(s[n], q[0], q[1], k[0], D);
+    });
+  } else {
+    VDCORE_UNROLL
+    for (int first = 0; first < N; first += kKeys) {
+      if (first) load_keys(first);
+      if constexpr (kNormRope) norm_keys(first);
+      unroll<kKeys>([&](int n) { inner_product<E>(s[first + n], q[0], q[1], k[n], D); });
+    }
   }
 
   uint32_t p[N / 2][4];
@@ -127,7 +149,9 @@ void temporal_forward(const Where& where, const TemporalForward& f) {
   with_chunks<2, 3, 4, 8>(where, f.a.head_dim, [&](auto chunks) {
     constexpr int C = decltype(chunks)::value;
     if constexpr (temporal_fuses_norm_rope(8 * N, 32 * C))
-      if (f.a.norm_rope.any()) return launch_temporal(where, temporal_forward_kernel<E, N, C, true>, f);
+      if (f.a.norm_rope.any())
+        return launch_temporal(where, temporal_forward_kernel<E, N, C, true>, f,
+                               stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
     launch_temporal(where, temporal_forward_kernel<E, N, C, false>, f);
   });
 }

@@ -32,9 +32,10 @@ struct TemporalForward {
   }
 };
 
-inline void launch_temporal(const Where& where, void (*kernel)(TemporalForward), const TemporalForward& f) {
+inline void launch_temporal(const Where& where, void (*kernel)(TemporalForward), const TemporalForward& f,
+                            size_t shared_bytes = 0) {
   const int64_t warps = kTemporalThreads / 32;
-  launch(where, kernel, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, 0}, f);
+  launch(where, kernel, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, shared_bytes}, f);
 }
 
 constexpr int temporal_long_blocks_per_sm(int C) { return 6 - C; }  // as many as without a spill
