@@ -145,6 +145,7 @@ def test_checkpointed_blocks_run_again_as_they_ran():
     torch.testing.assert_close(gradient(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_a_graph_for_each():
     torch.compiler.reset()
     model, report = swapped("Wan", mask=CAUSAL)
