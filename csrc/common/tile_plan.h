@@ -78,7 +78,7 @@ struct WindowsOfHeads {
   int64_t tile[3];
   bool shifted;  // at borders of rows and columns
   int64_t sink;
-  int64_t clean;  // frames of the clean half, whose places the noisy ones have too; 0: none
+  int64_t clean;                             // frames of the clean half, whose places the noisy ones have too; 0: none
   std::vector<std::vector<Run>> frame_runs;  // per query frame
   std::vector<RadiusStep> rows, columns;
 };
