@@ -1,8 +1,9 @@
-"""Compares context parallelism in diffusers, Ulysses on its Wan transformer, with vdcore's on a VDiT of its size.
+"""Compares context parallelism in diffusers, Ulysses, with vdcore's, on one Wan transformer of diffusers.
 
 Two processes on this machine, over gloo. For both: bytes that a rank sends in an attention layer, forward, over those
 of the whole tensor M; the most memory that a step holds; its time; and the error of the parameters' gradients, averaged
-over ranks as DDP and FSDP2 average them, beside one process.
+over ranks as DDP and FSDP2 average them, beside one process. Every rank passes the whole video, gets the whole result
+and computes the whole loss.
 """
 
 import argparse
@@ -10,24 +11,18 @@ import time
 
 import torch
 
-from vdcore.models import VDiT, VDiTConfig
-from vdcore.parallel import Allocations, Traffic, part_sizes
+from vdcore.parallel import Allocations, Traffic
 from vdcore.parallel.world import run_ranks
 
 T, ROWS, WIDTH, HEADS, DEPTH = 8, 32, 384, 12, 2
 
 
-def draw():
+def model_and_steps():
+    from diffusers import WanTransformer3DModel
+
     torch.manual_seed(0)
     video, target = torch.randn(2, 1, 4, T, ROWS, ROWS)
-    return video, target, torch.randn(1, 8, 64)
-
-
-def theirs(mesh):
-    """Wan: every rank passes the whole video, gets the whole result and computes the whole loss."""
-    from diffusers import ContextParallelConfig, WanTransformer3DModel
-
-    video, target, text = draw()
+    text = torch.randn(1, 8, 64)
     model = WanTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=WIDTH // HEADS,
@@ -39,54 +34,37 @@ def theirs(mesh):
         num_layers=DEPTH,
     )
 
-    def step():
-        out = model(video, torch.tensor([500]), text, return_dict=False)[0]
-        ((out - target) ** 2).mean().backward()
+    def forward():
+        return model(video, torch.tensor([500]), text, return_dict=False)[0]
 
-    def share():
+    def step():
+        ((forward() - target) ** 2).mean().backward()
+
+    return model, forward, step
+
+
+def share(model, mesh, plan):
+    """The model's videos among the processes of the mesh; ``plan`` None: by diffusers."""
+    if plan is None:
+        from diffusers import ContextParallelConfig
+
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and without an accelerator it is 0
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=mesh.size()))
+    else:
+        from vdcore.integrations.diffusers import swap_in
 
-    return model, step, share
-
-
-def ours(mesh, plan):
-    """A VDiT: every rank passes and gets its frames, and computes its part of the loss."""
-    video, target, text = draw()
-    config = VDiTConfig(
-        width=WIDTH, heads=HEADS, depth=DEPTH, attention="full", position="rope", qk_norm=True, text_width=64
-    )
-    model, shared = VDiT(config), VDiT(config, mesh=mesh, plan=plan)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.05)
-    shared.load_state_dict(model.state_dict())
-    sizes, rank = part_sizes(T, mesh.size()), mesh.get_local_rank()
-    parts = [(model, video, target)]
-
-    def step():
-        running, x, aim = parts[-1]
-        out = running(x, torch.tensor([500.0]), text=text, frames=T if running is shared else None)
-        (((out - aim) ** 2).sum() / target.numel()).backward()
-
-    def share():
-        for p, q in zip(shared.parameters(), model.parameters()):
-            p.grad = q.grad
-        model.parameters = shared.parameters
-        parts.append((shared, video.split(sizes, 2)[rank], target.split(sizes, 2)[rank]))
-
-    return model, step, share
+        swap_in(model, mesh=mesh, plan=plan)
 
 
 def compare(mesh, plan):
     """What a rank finds; ``plan`` None: theirs."""
-    model, step, share = theirs(mesh) if plan is None else ours(mesh, plan)
+    model, forward, step = model_and_steps()
     step()
     exact = [p.grad.clone() for p in model.parameters()]
-    share()
+    share(model, mesh, plan)
     for p in model.parameters():
         p.grad.zero_()
-    with Traffic(mesh.get_local_rank()) as traffic:
-        step()
+    step()
     error, scale = 0.0, 0.0
     for p, one in zip(model.parameters(), exact):
         torch.distributed.all_reduce(p.grad)
@@ -99,9 +77,9 @@ def compare(mesh, plan):
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
-    whole = T * (ROWS // 2) ** 2 * WIDTH * 4
-    # Forward, an attention layer: half of the exchanges of Ulysses, whose backward sends as much; a third of a ring's.
-    sent = traffic.sent["all_to_all_single"] / DEPTH / whole * (1 / 3 if plan == "ring" else 1 / 2)
+    with Traffic(mesh.get_local_rank()) as traffic, torch.no_grad():
+        forward()
+    sent = traffic.sent["all_to_all_single"] / DEPTH / (T * (ROWS // 2) ** 2 * WIDTH * 4)
     return sent, allocations.peak, sorted(seconds)[2], scale, error
 
 

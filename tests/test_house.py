@@ -38,7 +38,20 @@ LAYERS = {
     "diffusion": {"vdcore", "models", "parallel", "video", "metrics"},
     "integrations": {"vdcore", "models", "parallel"},
     "bench": {"vdcore", "ops", "kernels", "testing", "models", "parallel", "integrations"},
-    "cli": {"vdcore", "bench", "examples", "diffusion", "testing", "models", "parallel", "integrations", "video"},
+    "cli": {
+        *(
+            "vdcore",
+            "bench",
+            "examples",
+            "diffusion",
+            "testing",
+            "models",
+            "parallel",
+            "integrations",
+            "video",
+            "metrics",
+        )
+    },
     "examples": {
         *("cli", "vdcore", "testing", "models", "parallel", "diffusion", "integrations", "video", "metrics", "bench")
     },

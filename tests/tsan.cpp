@@ -1,5 +1,6 @@
 // The CPU engine under ThreadSanitizer: several std::threads call it at once, each call on threads of the engine's own
 // pool, and every result must have the bits that one thread alone comes to. For tests/tsan.sh.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -43,6 +44,18 @@ struct Array {
     }
   }
   float* floats() { return reinterpret_cast<float*>(view.data); }
+  std::vector<double> numbers() const {
+    std::vector<double> found(bytes.size() / size_of(view.dtype));
+    for (size_t i = 0; i < found.size(); ++i) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, view.data + i * size_of(view.dtype), size_of(view.dtype));
+      bits <<= view.dtype == DType::bf16 ? 16 : 0;
+      float x;
+      std::memcpy(&x, &bits, sizeof x);
+      found[i] = x;
+    }
+    return found;
+  }
 };
 
 // Spatial or causal attention and its gradients; the bits of all of them.
@@ -75,6 +88,73 @@ std::vector<char> frame_attention(DType dtype, const FrameMask& mask, int thread
   for (const Array* result : {&out, &lse, &dq, &dk, &dv})
     all.insert(all.end(), result->bytes.begin(), result->bytes.end());
   return all;
+}
+
+using Numbers = std::vector<double>;
+
+// The sum of dout * out, and out, in plain loops.
+double plain_attention(const Numbers& q, const Numbers& k, const Numbers& v, const Numbers& dout, bool causal,
+                       Numbers& out) {
+  const auto at = [](int64_t b, int64_t token, int64_t h) { return ((b * T * S + token) * H + h) * D; };
+  double loss = 0;
+  out.assign(q.size(), 0);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t i = 0; i < T * S; ++i) {
+        const int64_t frame = i / S, begin = causal ? 0 : frame * S, end = (frame + 1) * S;
+        Numbers p(end - begin);
+        double sum = 0;
+        for (int64_t j = begin; j < end; ++j) {
+          double score = 0;
+          for (int64_t c = 0; c < D; ++c) score += q[at(b, i, h) + c] * k[at(b, j, h) + c];
+          sum += p[j - begin] = std::exp(score * 0.15f);
+        }
+        for (int64_t c = 0; c < D; ++c) {
+          double total = 0;
+          for (int64_t j = begin; j < end; ++j) total += p[j - begin] * v[at(b, j, h) + c];
+          out[at(b, i, h) + c] = total / sum;
+          loss += total / sum * dout[at(b, i, h) + c];
+        }
+      }
+  return loss;
+}
+
+// Results against plain loops, and gradients against difference quotients of these, along one direction each.
+bool right(DType dtype, bool causal) {
+  const std::vector<int64_t> tokens = {B, T, S, H, D};
+  std::vector<Numbers> x;  // q, k, v, dout
+  for (int i = 0; i < 4; ++i) x.push_back(Array(dtype, tokens, i + 1).numbers());
+  const FrameMask mask = causal ? FrameMask{{-1, 0, 1, 0}} : FrameMask{{0, 0, 1, 0}};
+  const std::vector<char> found = frame_attention(dtype, mask, 1);
+  const size_t size = x[0].size() * size_of(dtype), lse = B * T * S * H * sizeof(float);
+  const auto numbers = [&](size_t from) {
+    Array part(dtype, tokens);
+    std::memcpy(part.view.data, found.data() + from, size);
+    return part.numbers();
+  };
+  const double tolerance = dtype == DType::f32 ? 2e-5 : 3e-2;
+  Numbers out;
+  plain_attention(x[0], x[1], x[2], x[3], causal, out);
+  const Numbers ours = numbers(0);
+  for (size_t i = 0; i < out.size(); ++i)
+    if (!(std::abs(ours[i] - out[i]) <= tolerance)) return false;
+  for (int i = 0; i < 3; ++i) {
+    const Numbers gradient = numbers(size + lse + i * size), at = x[i];
+    constexpr double kStep = 1e-4;
+    double along = 0, loss[2];
+    for (const int side : {0, 1}) {
+      for (size_t j = 0; j < at.size(); ++j) {
+        const double direction = std::sin(static_cast<double>(j + i));
+        x[i][j] = at[j] + (side ? kStep : -kStep) * direction;
+        if (side) along += direction * gradient[j];
+      }
+      loss[side] = plain_attention(x[0], x[1], x[2], x[3], causal, out);
+    }
+    x[i] = at;
+    const double quotient = (loss[1] - loss[0]) / (2 * kStep);
+    if (!(std::abs(along - quotient) <= tolerance * (10 + std::abs(quotient)))) return false;
+  }
+  return true;
 }
 
 std::vector<char> temporal_attention(DType dtype, int threads) {
@@ -137,7 +217,10 @@ std::vector<std::vector<char>> everything(int threads) {
 
 }  // namespace
 
-int main() {
+int main(int count, char**) {
+  for (DType dtype : {DType::f32, DType::bf16})
+    for (const bool causal : {false, true})
+      if (count > 1 && !right(dtype, causal)) return std::fprintf(stderr, "%s: wrong\n", cpu::kernels().isa), 1;
   const std::vector<std::vector<char>> alone = everything(1);
   bool same[kCallers] = {};
   std::vector<std::thread> callers;

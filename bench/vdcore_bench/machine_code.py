@@ -6,8 +6,8 @@ time, and for those of ``vdcore._cuda`` where it is built. Counts are of the cod
 The estimate is a model of a program (block) on an H200, whose multiprocessors copy 32.6 KB/us each: the program's
 bytes at that rate, against its latency shared by the programs beside it (0.8 us a dependent trip to memory, 0.04 us a
 barrier, 0.6 us to begin and end) and its issue slots (4 a cycle at 1.75 GHz, 70 % of them used); a grid's partial last
-wave counts half. It is a share of what a copy reaches. Attention over frames and the products of patchify are also
-held to 800 TFLOP/s, which says little of them: their loops count once. Nothing of it is measured.
+wave counts half. It is a share of what a copy reaches. Attention over frames is also held to 800 TFLOP/s, which says
+little of it: its loops count once. Nothing of it is measured. Products that torch runs are not in it.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Wanted:
     @property
     def flops(self) -> float:
         """0 for what is bound by bytes, whatever it multiplies."""
-        if not re.match("frame_attention|gather_product|scatter_product|weight_product", self.launch.kernel.__name__):
+        if not re.match("frame_attention", self.launch.kernel.__name__):
             return 0.0
         return self.job.forward_flops() if self.mode == "fwd" else self.job.backward_flops()
 

@@ -18,7 +18,7 @@ VDCORE_INLINE Run intersect(Run a, Run b) { return {larger(a.begin, b.begin), sm
 
 // past, future: chunks seen before and after one's own, -1 for all of them; sink: first frames that never fall out of
 // the past window.
-struct FrameWindow {
+struct WindowMask {
   int64_t past = -1, future = -1, chunk = 1, sink = 0;
 
   VDCORE_INLINE bool full() const { return past < 0 && future < 0; }
@@ -50,7 +50,7 @@ struct FrameWindow {
 
 // A window; or teacher forcing, with `clean` frames of the clean half; or a window beside the first frame of one's
 // shot. See vdcore/mask.py for the definition.
-struct FrameMask : FrameWindow {
+struct FrameMask : WindowMask {
   int64_t clean = 0;
   const int64_t* shots = nullptr;  // first frames, ascending
   int64_t shot_count = 0;
@@ -64,19 +64,19 @@ struct FrameMask : FrameWindow {
       window = noisy ? cut({clean + own * chunk, clean + end_of(own)}, keys) : Run{low.end, low.end};
       return;
     }
-    FrameWindow::visible(frame, keys, low, window);
+    WindowMask::visible(frame, keys, low, window);
     const int64_t shot = shots_until(frame) - 1;
     if (shot >= 0 && shots[shot] < window.begin) low = {shots[shot], shots[shot] + 1};
   }
 
-  // Query frames that see key frame `key`, as FrameWindow counts them.
+  // Query frames that see key frame `key`, as WindowMask counts them.
   VDCORE_INLINE Run seen_by(int64_t key, int64_t start, int64_t queries) const {
     if (clean) {
       const int64_t own = chunk_of(key), half = key < clean ? 0 : clean;
       const int64_t end = half ? end_of(own) : seen_until(own);
       return {larger(half + own * chunk - start, 0), smaller(half + end - start, queries)};
     }
-    Run run = FrameWindow::seen_by(key, start, queries);
+    Run run = WindowMask::seen_by(key, start, queries);
     const int64_t after = shots_until(key);
     if (after > 0 && shots[after - 1] == key) {
       const int64_t next = after < shot_count ? shots[after] : start + queries;

@@ -20,7 +20,7 @@ struct QueryTile {
 };
 
 struct QueryTiles {
-  FrameWindow mask;
+  WindowMask mask;
   int32_t queries = 0, keys = 0;  // frames
   int32_t tokens = 0;             // a frame
   int32_t text = 0;               // tokens of text

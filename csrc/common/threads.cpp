@@ -123,11 +123,13 @@ void wait_until(const int64_t* number, int64_t least) {
 bool share_openmp(const char* path) {
   void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
   if (!library) return false;
-  const auto entry = reinterpret_cast<OpenMP>(dlsym(library, "GOMP_parallel"));  // in what it is linked to, too
+  // As the linker looks for it: what is preloaded comes first, then what the library is linked to.
+  void* entry = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (!entry) entry = dlsym(library, "GOMP_parallel");
   dlclose(library);
   if (!entry) return false;
   forget_after_fork();
-  openmp.store(entry);
+  openmp.store(reinterpret_cast<OpenMP>(entry));
   return true;
 }
 

@@ -22,7 +22,7 @@ VDCORE = [sys.executable, "-m", "vdcore.cli"]
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("bench", "weather"), "operators, masks, memory, models, overhead, tangents, gpu"),
+        (("bench", "weather"), "operators, masks, memory, models, overhead, tangents, gradients, gpu"),
         (("bench", "masks", "--op", "modulate"), "the suite masks does not take it"),
         (("bench", "--only", "weather"), "ceilings, benchmarks, correctness"),
         (("bench", "--op", "attention"), "temporal_attention, video_attention"),

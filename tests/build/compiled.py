@@ -70,10 +70,10 @@ def stride_places(args):
     """Where strides are among the kernel's arguments: the integers of a Rows, a Gate, a Video, ..."""
     from vdcore_kernels.core.gate import Gate
     from vdcore_kernels.core.tile import Angles, Rows
-    from vdcore_kernels.patchify.products import Matrix, Tokens, Video
+    from vdcore_kernels.patchify.patches import Video
     from vdcore_kernels.qk_norm_rope.backward import Live
 
-    kinds = (Rows, Angles, Gate, Video, Tokens, Matrix, Live)
+    kinds = (Rows, Angles, Gate, Video, Live)
     places, n = [], 0
 
     def visit(arg, inside, of_kind):

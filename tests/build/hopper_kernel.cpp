@@ -70,7 +70,7 @@ int main() {
   FrameParameters p{};
   p.video = {map_of(where, q, false, 64, Plan::kRows), map_of(where, k, true, 64, Plan::kBoxRows),
              map_of(where, v, true, Plan::kValueColumn, Plan::kBoxRows), 0, 0};
-  p.tiles.mask = FrameWindow{};
+  p.tiles.mask = WindowMask{};
   p.tiles.queries = p.tiles.keys = p.tiles.group = kFrames;
   p.tiles.tokens = kTokens;
   p.tiles.rows = Plan::kRows;

@@ -34,13 +34,9 @@ def test_every_kernel_is_launched_forward_and_backward():
     assert found["cases"] > 20 and found["launches"] > 60
 
 
-# Its backward does not compile where every size is 1: all of them are constants then.
-KNOWN = {"video_attention (1, 1, 1, 8)", "spatial_attention (1, 1, 1, 8)"}
-
-
 def test_sizes_of_one_and_nothing_inside_of_tuples():
     found = on_the_stub("ones")
-    assert len(found) > 20 and {name for name, what in found.items() if what} == KNOWN, found
+    assert len(found) > 20 and not {name: what for name, what in found.items() if what}
 
 
 def test_a_parameter_in_the_wrong_place_is_an_error():
@@ -51,7 +47,6 @@ def kernels(counts):
     return max(counts.values(), default=0)
 
 
-@pytest.mark.xfail(reason="numbers inside of tuples are specialized: a rollout compiles on its way", strict=True)
 def test_a_rollout_compiles_three_kernels_at_most():
     assert all(kernels(counts) <= 3 for counts in on_the_stub("rollout").values())
 

@@ -5,9 +5,12 @@ import threading
 import pytest
 import torch
 from support import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vdcore
 from vdcore import FrameMask
+from vdcore.ops import choose
+from vdcore.ops.operator import capture
 
 
 def qkv(**kwargs):
@@ -103,6 +106,25 @@ def test_a_named_backend_without_the_backward_raises_at_forward(monkeypatch):
     before = served()
     vdcore.temporal_attention(q, k, v).sum().backward()
     assert difference(before, served()) == {("cpu", "fwd"): 1, ("sdpa", "bwd"): 1}
+
+
+def test_dense_attention_goes_to_torch_on_a_gpu():
+    """Until measured rows say otherwise; whatever is more than that goes to the kernels."""
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 6, 2, 64, dtype=torch.bfloat16, device="cuda")
+        text = torch.empty(1, 5, 2, 64, dtype=torch.bfloat16, device="cuda")
+        lengths = torch.empty(1, dtype=torch.int64, device="cuda")
+        dense = [capture(f, q, q, q) for f in (vdcore.video_attention, vdcore.spatial_attention)]
+        dense.append(capture(vdcore.cross_attention, q, text, text))
+        others = [
+            capture(vdcore.video_attention, q, q, q, mask=FrameMask.causal()),
+            capture(vdcore.video_attention, q, q, q, lengths=lengths),
+            capture(vdcore.video_attention, q, q, q, text=(text, text, text)),
+            capture(vdcore.cross_attention, q, text, text, lengths=lengths),
+            capture(vdcore.temporal_attention, q, q, q),
+        ]
+        assert [choose.candidates(call)[:2] for call in dense] == [("sdpa", "triton")] * 3
+        assert [choose.candidates(call)[0] for call in others] == ["triton"] * 5
 
 
 def test_explain():

@@ -59,6 +59,33 @@ def test_inductor_and_dynamic_shapes():
         torch.testing.assert_close(compiled(q, k, v), model(q, k, v))
 
 
+def test_one_graph_for_all_sizes():
+    """Frames, tokens and words are free sizes: one graph for all of them."""
+
+    def model(x, text, bias):
+        x = x + vdcore.spatial_attention(x, x, x)
+        x = x + vdcore.temporal_attention(x, x, x, mask=vdcore.FrameMask.window(2), bias=bias)
+        x = x + vdcore.video_attention(x, x, x, mask=vdcore.FrameMask.causal())
+        return vdcore.cross_attention(x, text, text)
+
+    graphs = 0
+
+    def counted(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counted)
+    for T, S, L in ((4, 6, 5), (7, 10, 3), (9, 15, 8), (5, 21, 13)):
+        x, text, bias = torch.randn(2, T, S, 2, 16), torch.randn(2, L, 2, 16), torch.randn(2, T, T)
+        for tensor, dims in ((x, (1, 2)), (text, (1,)), (bias, (1, 2))):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        torch.testing.assert_close(compiled(x, text, bias), model(x, text, bias))
+    assert graphs == 1
+
+
 def test_use_backend_is_guarded():
     """A graph compiled under one backend is not reused under another."""
     q, k, v = (torch.randn(1, 4, 3, 2, 16) for _ in range(3))

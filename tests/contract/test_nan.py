@@ -72,6 +72,22 @@ def test_hidden_frames(op, backend, name, mask):
         torch.testing.assert_close(grads[i][0, ~touched], clean_grads[i][0, ~touched], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", [b for b in backends_of("temporal_attention") if b != "sdpa"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_channel_of_a_value(backend, value):
+    """Who sees it gets it, or becomes NaN as a whole; who does not see it is untouched."""
+    T, bad = 7, 3
+    q, k, v = (torch.randn(1, T, 2, 2, 16).to(dtype_of(backend)) for _ in range(3))
+    clean = vdcore.temporal_attention(q, k, v, mask=FrameMask.causal(), backend=backend)
+    v[0, bad, ..., 5] = value
+    out = vdcore.temporal_attention(q, k, v, mask=FrameMask.causal(), backend=backend)
+    assert not out[0, bad:, ..., 5].isfinite().any()
+    torch.testing.assert_close(out[0, :bad], clean[0, :bad], rtol=0, atol=0)
+    rest = [i for i in range(16) if i != 5]
+    same = out[0, bad:][..., rest] == clean[0, bad:][..., rest]
+    assert (same | out[0, bad:][..., rest].isnan()).all()
+
+
 WINDOWS = [GridMask.neighborhood((3, 3, 3)), GridMask.tiles((1, 3, 1), (2, 2, 1)), GridMask.window(1, 0, (1, 0), 1)]
 
 

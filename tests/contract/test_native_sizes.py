@@ -30,7 +30,8 @@ def norm_rope(over_all=False, frames=K):
 
 def temporal():
     q, k = zeros(B, T, S, H, D), zeros(B, K, S, G, D)
-    return [q, k, k.clone(), q.clone(), zeros(B, T, S, H), [4, 5, 0], MASK, 1, 0.5, *norm_rope(), 1]
+    rest = [[4, 5, 0], MASK, 1, 0.5, *norm_rope(), zeros(H, K, 16), 1]
+    return [q, k, k.clone(), q.clone(), zeros(B, T, S, H), *rest]
 
 
 def temporal_backward():
@@ -38,19 +39,19 @@ def temporal_backward():
     sums = [zeros(6, D) for _ in range(4)]
     return [
         *(*temporal(), q, zeros(B, T, S, H), q.clone(), k, k.clone(), 6, sums),
-        *(zeros(1, K, S, 1, 3), zeros(1, K, S, 1, 3)),
+        *(zeros(1, K, S, 1, 3), zeros(1, K, S, 1, 3), zeros(6, H, K, 16)),
     ]
 
 
 def packed_temporal():
     _, _, _, out, lse, lengths, mask, _, scale, *_ = temporal()
-    return [zeros(B, T, S, 3, H, D), None, None, out, lse, lengths, mask, 0, scale, None, None, 1]
+    return [zeros(B, T, S, 3, H, D), None, None, out, lse, lengths, mask, 0, scale, None, None, None, 1]
 
 
 def packed_temporal_backward():
     packed = packed_temporal()
     none = [None] * 4
-    return [*packed, packed[3].clone(), packed[4].clone(), packed[0].clone(), None, None, 6, none, None, None]
+    return [*packed, packed[3].clone(), packed[4].clone(), packed[0].clone(), None, None, 6, none, None, None, None]
 
 
 def temporal_tangents():
@@ -63,7 +64,7 @@ def shared_table_backward():
     """A table that positions share has a gradient per item."""
     args = temporal_backward()
     args[10] = (1, zeros(K, 1, 1, 3), zeros(K, 1, 1, 3))
-    return [*args[:-2], zeros(6, K, 1, 1, 3), zeros(6, K, 1, 1, 3)]
+    return [*args[:-3], zeros(6, K, 1, 1, 3), zeros(6, K, 1, 1, 3), args[-1]]
 
 
 def groups(text=L):

@@ -35,7 +35,7 @@ int main() {
   TemporalAttention& a = args.forward;
   a.q = tokens(0, H), a.k = tokens(1, G), a.v = tokens(2, G), args.dout = tokens(3, H), a.out = tokens(7, H);
   args.dq = tokens(4, H), args.dk = tokens(5, G), args.dv = tokens(6, G);
-  a.frames = Frames(FrameWindow{4, 0, 1, 1}, 0, nullptr, T, T, true);
+  a.frames = Frames(WindowMask{4, 0, 1, 1}, 0, nullptr, T, T, true);
   a.sequences = S * H, a.positions = S, a.heads = H, a.groups = G, a.head_dim = D, a.scale = 0.2f;
   a.lse = floats(0);
   std::vector<float> sums(S * H * 4 * D, 0.f);

@@ -116,6 +116,7 @@ cannot(
 )
 cannot({"Kandinsky5"}, "in float64", "in bfloat16", "in float16")
 cannot({"SVD"}, "channels last")
+cannot({"AnimateDiff"}, "one frame", "seven frames")
 
 
 # ---- Where the result is right and no attention is served ----

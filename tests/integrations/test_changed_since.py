@@ -1,5 +1,6 @@
 """What people change around a swap: a mask is never lost to it, and what they put in runs as they wrote it."""
 
+import copy
 import functools
 import threading
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from swapping import swapped
 import vdcore
 from vdcore import FrameMask
 from vdcore.integrations import open_sora, wan
-from vdcore.integrations.diffusers import swap_in
+from vdcore.integrations.diffusers import swap_in, swap_out
 
 CAUSAL = FrameMask.causal()
 
@@ -45,6 +46,31 @@ def test_a_mask_is_not_lost_to_what_was_replaced(change):
         run(model, "Wan")
     swap_in(model, mask=CAUSAL)
     torch.testing.assert_close(run(model, "Wan"), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Wan", "Latte", "SVD"])
+def test_parts_that_were_swapped_on_their_own_get_the_mask(name):
+    want = run(swapped(name, mask=CAUSAL)[0], name)
+    model = MODELS[name].model()
+    for part in [m for n, m in model.named_modules() if n.endswith("blocks.0")]:
+        swap_in(part)
+    swap_in(model, mask=CAUSAL)
+    assert torch.equal(run(model, name), want)
+    swap_out(model)
+    assert torch.equal(run(model, name), as_host(name))
+
+
+def test_a_block_that_was_copied_is_named_and_then_swapped():
+    """A copy belongs to a copy of its model."""
+    model, _ = swapped("Wan", mask=CAUSAL)
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    with pytest.raises(RuntimeError, match="swap in again"):
+        run(model, "Wan")
+    swap_in(model, mask=CAUSAL)
+    other = MODELS["Wan"].model()
+    other.blocks[1] = copy.deepcopy(other.blocks[0])
+    swap_in(other, mask=CAUSAL)
+    assert torch.equal(run(model, "Wan"), run(other, "Wan"))
 
 
 def test_a_mask_is_not_lost_to_fused_projections():

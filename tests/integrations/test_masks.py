@@ -123,6 +123,10 @@ def test_times_decide_where_there_are_some():
         report.seconds[layer, "radial"] = 0.6
     assert {name for names in report.choices(0.0).values() for name in names} == {"frames"}
     assert "for 95 % in every head" in str(report) and all(name in str(report) for name in MASKS)
+    report = measure_masks(model, inputs, {"all of it": GridMask.window(9, 9, 9, 9)}, rounds=1)
+    for layer in report.layers:
+        report.seconds.update({(layer, "dense"): 1.0, (layer, "all of it"): 0.5})
+    assert {name for names in report.choices(0.0).values() for name in names} == {"dense"}
 
 
 def test_shared_keys_share_a_mask():

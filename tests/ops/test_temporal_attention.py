@@ -50,6 +50,53 @@ def test_cached_keys_are_the_same_as_all_at_once():
     torch.testing.assert_close(part, whole[:, -new:])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_hidden_bias_is_not_read(backend):
+    """NaN of pairs that are not visible stays there, one that is comes out; gradients of hidden pairs are 0."""
+    T, mask = 6, FrameMask(past=2, future=0)
+    q, k, v = (torch.randn(2, T, 5, 2, 16, requires_grad=True) for _ in range(3))
+    seen = mask.visible(T)
+    bias = torch.where(seen, torch.randn(2, T, T), torch.nan).requires_grad_()
+    clean = torch.where(seen, bias.detach(), 0.0)
+    given = {"mask": mask, "backend": backend}
+    out = vdcore.temporal_attention(q, k, v, bias=bias, **given)
+    torch.testing.assert_close(out, vdcore.temporal_attention(q, k, v, bias=clean, **given))
+    (dbias,) = torch.autograd.grad(out.square().sum(), bias)
+    assert dbias[:, seen].isfinite().all() and dbias[:, seen].any() and not dbias[:, ~seen].any()
+    bias.data[0, 3, 2] = torch.nan
+    assert vdcore.temporal_attention(q, k, v, bias=bias, **given)[:, 3, :, 0].isnan().all()
+
+
+def test_bias_errors_and_reasons():
+    q = torch.randn(1, 4, 3, 2, 16)
+    for bias, expected in (
+        (torch.zeros(3, 4, 4), r"bias must be \(H or 1, T, T_k\) = \(2, 4, 4\), got \(3, 4, 4\)"),
+        (torch.zeros(1, 4, 5), r"= \(1, 4, 4\), got \(1, 4, 5\)"),
+        (torch.zeros(4, 4), r"bias must be \(H or 1, T, T_k\), got \(4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            vdcore.temporal_attention(q, q, q, bias=bias)
+    with pytest.raises(TypeError, match=r"bias must be torch\.float32"):
+        vdcore.temporal_attention(q, q, q, bias=torch.zeros(1, 4, 4, dtype=torch.float64))
+    reasons = dict(vdcore.explain("temporal_attention", q, q, q, bias=torch.zeros(1, 4, 4)))
+    assert reasons["sdpa"] == "a bias would need a mask" and reasons["reference"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_gradient_has_the_same_bits(dtype):
+    """Run after run and on any number of threads, from sums over 1,200 positions."""
+    q, k, v = (torch.randn(2, 9, 600, 2, 24).to(dtype) for _ in range(3))
+    bias = torch.randn(2, 9, 9, requires_grad=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found += torch.autograd.grad(vdcore.temporal_attention(q, k, v, bias=bias).square().sum(), bias)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(dbias, found[0]) for dbias in found)
+
+
 def test_packed_gradient_is_one_tensor():
     qkv = torch.randn(1, 4, 3, 3, 2, 16, requires_grad=True)
     vdcore.temporal_attention(qkv).sum().backward()

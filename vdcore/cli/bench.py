@@ -24,7 +24,9 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Argument(
-            metavar="SUITE", help="operators, masks, memory, models, overhead, tangents or gpu.", show_default=False
+            metavar="SUITE",
+            help="operators, masks, memory, models, overhead, tangents, gradients or gpu.",
+            show_default=False,
         ),
     ] = None,
     op: Annotated[list[str] | None, several("Operators.")] = None,

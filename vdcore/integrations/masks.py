@@ -95,9 +95,10 @@ class MaskReport:
     def choices(self, keep: float = 0.95) -> dict[str, list[str]]:
         """By layer, for every query head the cheapest mask that keeps so much of its softmax in every call.
 
-        Query heads that share keys get one mask. ``"dense"``: none does, or none of those is cheaper.
+        Query heads that share keys get one mask. ``"dense"``: none does, or none that hides something and is cheaper.
         """
-        by_cost = sorted((self.cost(name), name) for name in self.masks)
+        hiding = [name for name in self.masks if any(kept.density < 1 for kept in self.of(name))]
+        by_cost = sorted((self.cost(name), name) for name in hiding)
         least: dict[tuple[str, int, str], float] = {}
         for kept in self.kept:
             key = kept.layer, kept.head, kept.mask

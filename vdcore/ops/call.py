@@ -310,6 +310,11 @@ class Call:
         return x
 
     @property
+    def is_dense(self) -> bool:
+        """It is attention over many tokens and nothing else: no mask, lengths, text, norm or rope."""
+        return False
+
+    @property
     def is_empty(self) -> bool:
         """There is nothing to compute with: no kernel need know what to do then."""
         return self.main.numel() == 0

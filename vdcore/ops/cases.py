@@ -40,7 +40,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     """``softmax(scale q k^T) v`` with all scores in memory: q ``(..., n, D)``, k and v ``(..., m, D)``."""
     scores = q @ k.mT * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1) @ v
 
 
@@ -51,28 +51,35 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = q.to(compute_dtype(q.dtype)) @ k.to(compute_dtype(k.dtype)).mT * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.logsumexp(-1)
 
 
 def dense(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of ``(N, n, H, D)`` to ``(N, m, G, D)`` under a mask broadcastable to ``(N, H, n, m)``."""
+    """Attention of ``(N, n, H, D)`` to ``(N, m, G, D)``, mask and bias broadcastable to ``(N, H, n, m)``."""
     heads = q.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[2], 2) if x.shape[2] != heads else x for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    seen = None
+    seen, open_mask = None, bias if bias is None else bias.to(q.dtype)  # a bias is a mask of numbers
     if mask is not None:
         seen = mask.any(-1, keepdim=True)
-        open_mask = mask | ~seen  # a row that sees nothing attends to everything, and is thrown away
-        out = attend(q, k, v, open_mask, scale)
+        shown = mask | ~seen  # a row that sees nothing attends to everything, and is thrown away
+        open_mask = shown if open_mask is None else torch.where(shown, open_mask, -torch.inf)
+    out = attend(q, k, v, open_mask, scale)
+    if seen is not None:
         out = torch.where(seen, out, torch.zeros_like(out))
-    else:
-        out = attend(q, k, v, None, scale)
     lse = None
     if return_lse:
-        lse = _log_sum_exp(q, k, None if mask is None else open_mask, scale)
+        lse = _log_sum_exp(q, k, open_mask, scale)
         if seen is not None:
             lse = torch.where(seen[..., 0], lse, torch.full_like(lse, -torch.inf))
         lse = lse.transpose(1, 2)

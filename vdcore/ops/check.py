@@ -84,6 +84,15 @@ def check_attention(
     return qkv, mask, q_start, lengths, check_scale(op, scale, D), norm, rope
 
 
+def check_bias(op: str, bias: Any, qkv: QKV) -> None:
+    """``(H or 1, T, T_k)``"""
+    _, T, _, H, _, T_k, _ = qkv.sizes
+    check_like(op, "bias", bias, qkv.main, "q", or_float32=True)
+    check_dims(op, "bias", bias, "(H or 1, T, T_k)")
+    heads = 1 if bias.shape[0] == 1 else H
+    check_shape(op, "bias", bias, (heads, T, T_k), "(H or 1, T, T_k)")
+
+
 def check_teacher_forcing(op: str, mask: FrameMask, T: int, T_k: int, q_start: int) -> None:
     if mask.clean and (wrong_frames := mask.beyond(T, T_k, q_start)):
         wrong(op, "mask", f"one of teacher forcing over at most 2 * {mask.clean} frames", wrong_frames)

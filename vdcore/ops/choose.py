@@ -102,6 +102,9 @@ ORDER: dict[str, tuple[str, ...]] = {
     # The CUDA kernels come after Triton's until rows in bench/results say otherwise: none has run on a GPU yet.
     "cuda": ("triton", "cuda", "sdpa", "reference"),
 }
+# What goes before them where a call is nothing but dense attention. An estimate, until rows say otherwise: Triton's
+# frame attention reaches 400 to 450 TFLOP/s of an H200, and cuDNN, which torch takes there, 600 and more.
+DENSE_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("sdpa",)}
 
 
 class _Chosen(threading.local):
@@ -148,7 +151,9 @@ def requested(backend: str | None) -> str:
 
 def candidates(call: Call) -> tuple[str, ...]:
     x = call.main
-    return ORDER["cpu"] if x.is_cpu else ORDER.get(x.device.type, ("reference",))
+    order = ORDER["cpu"] if x.is_cpu else ORDER.get(x.device.type, ("reference",))
+    first = DENSE_ORDER.get(x.device.type, ())
+    return (*first, *(name for name in order if name not in first)) if first and call.is_dense else order
 
 
 def choose(call: Call, direction: str, backend: str) -> str:

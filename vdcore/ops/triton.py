@@ -45,11 +45,19 @@ def missing() -> str | None:
     return None
 
 
+@cache
+def _too_old(index: int) -> str | None:
+    """The reason why a GPU is one of those that kernels are not compiled for."""
+    if torch.version.hip or (capability := torch.cuda.get_device_capability(index)) >= (8, 0):
+        return None
+    return "it needs compute capability 8.0, and the GPU has {}.{}".format(*capability)
+
+
 def why_not(x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         return f"it has no {x.dtype}"
     if x.device.type == "cuda":
-        return None
+        return _too_old(x.device.index)
     if x.device.type == "cpu" and interpreted():
         return "Triton's interpreter multiplies bfloat16 matrices wrongly" if x.dtype == torch.bfloat16 else None
     return f"it runs on a GPU, and the tensors are on {x.device}"

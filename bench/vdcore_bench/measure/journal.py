@@ -40,9 +40,9 @@ class Row:
         variant: how the provider was called, e.g. ``"strided"``; ``"auto"`` for the backend that vdcore chooses.
         mode: ``"fwd"``, ``"bwd"`` or ``"fwd+bwd"``.
         metric: ``"time"``, ``"memory"`` (peak beyond the inputs) ``"overhead"`` (time of a tiny call)
-            or ``"tangents"`` (time of a Jacobian-vector product).
-        unit: ``"s"`` or ``"bytes"``.
-        x: frames.
+            ``"tangents"`` (time of a Jacobian-vector product) or ``"gradient_error"``.
+        unit: ``"s"``, ``"bytes"`` or ``"relative"``.
+        x: frames; tokens, of errors.
         p20, p50, p80: of the samples; a prediction stands in p50 alone.
         samples: how many there are.
         error_ratio: error over what vdcore.testing.error_ratio allows, fine up to 1; None where it was not taken.

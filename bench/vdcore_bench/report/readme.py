@@ -47,7 +47,8 @@ def operators(root: Path) -> str:
 
 
 def _measured(root: Path, device: str) -> list[Row]:
-    return [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+    rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
+    return [row for row in rows if row.metric != "gradient_error"]  # of a table of their own
 
 
 def headline(root: Path) -> str:
@@ -162,6 +163,11 @@ def blocks(root: Path) -> str:
     return _all([replace(results.block_table(committed(root)), title="")], "No results of a block are committed.")
 
 
+def gradients(root: Path) -> str:
+    """Errors of gradients in half precision against tokens."""
+    return _all([replace(results.gradients_table(committed(root)), title="")], "No errors of gradients are committed.")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "headline": headline,
@@ -172,6 +178,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "block": blocks,
     "memory": memory,
     "models": models,
+    "gradients": gradients,
 }
 
 

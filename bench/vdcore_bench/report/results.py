@@ -9,7 +9,7 @@ from pathlib import Path
 from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites import gpu, grid_masks, kept, masks, ranks, tangents
+from vdcore_bench.suites import gpu, gradients, grid_masks, kept, masks, ranks, tangents
 from vdcore_bench.suites.models import block, hosts
 
 # ---- Tables ----
@@ -95,6 +95,11 @@ def ranks_table(rows: Sequence[Row]) -> Table:
     return Table.of(ranks.HEADER, ranks.cells(rows), "Models on several ranks", note=note)
 
 
+def gradients_table(rows: Sequence[Row]) -> Table:
+    title = "Errors of gradients: RMS of the difference from float64's over theirs, the worst of q, k and v"
+    return Table.of(gradients.HEADER, gradients.cells(rows), title)
+
+
 def profile_tables(rows: Sequence[Row]) -> list[Table]:
     """One table per workload and pattern: frames down, attentions across, each as peak memory and time."""
     grids = curves.grids(rows)
@@ -108,7 +113,8 @@ def _with_note(tables: list[Table], note: str) -> list[Table]:
 
 def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     """The tables of every suite but the operators'; suites without rows are left out."""
-    for one in (overhead_table(rows), tangents_table(rows), block_table(rows), swap_table(rows), ranks_table(rows)):
+    singles = (overhead_table, tangents_table, gradients_table, block_table, swap_table, ranks_table)
+    for one in (table(rows) for table in singles):
         if one.rows:
             yield [one]
     of_masks = (mask_tables(rows), grid_mask_tables(rows), kept_tables(rows))

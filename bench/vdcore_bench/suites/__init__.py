@@ -27,6 +27,7 @@ SUITES = {
     "models": "a video DiT's block, VDiTs against frames, models of diffusers before and after the swap",
     "overhead": "the time of a call beside its kernel",
     "tangents": "Jacobian-vector products of attention against forward",
+    "gradients": "errors of gradients in half precision against the number of tokens",
     "gpu": "correctness, ceilings and benchmarks of a GPU",
 }
 

@@ -170,6 +170,14 @@ class Backward {
     });
   }
 
+  void add_bias_gradient(const ColumnMask& mask, int64_t head, int64_t query, Tile ds) const {
+    float* sums = g.dbias + item * a.bias_heads * n.K * a.bias_row + query;
+    mask.for_each_key([&](int64_t j, bool) __attribute__((always_inline)) {
+      float* to = sums + bias_at(a, head, j);
+      store(to, load(to) + load(ds.at(j, 0).data));
+    });
+  }
+
   // Sets dq of a block of queries, and sets or adds what they give to dk and dv.
   void accumulate(Run queries) {
     const VisibleKeys visible = visible_keys(a, at.b, queries.begin);
@@ -194,11 +202,13 @@ class Backward {
       transpose(Q, n.D, q, a.scale * kLog2E, t.q_transposed);
       transpose(Q, n.D, dout, 1.f, t.dout_transposed);
       score_products(visible, Q, 0, K, n.D, k, t.q_transposed, t.p, prefetch);
+      add_bias(a, at.heads.first + h, {0, K}, queries, t.p);
       score_products(visible, Q, 0, K, n.D, v, t.dout_transposed, t.ds, prefetch);
       for (int64_t i = 0; i < Q; i += W) {
         const int64_t row = h * p.query_block + i;
-        score_gradients(ColumnMask(visible, i, Q, 0, K), t.p.at(0, i), t.ds.at(0, i), load(t.lse + row),
-                        load(t.delta + row));
+        const ColumnMask mask(visible, i, Q, 0, K);
+        score_gradients(mask, t.p.at(0, i), t.ds.at(0, i), load(t.lse + row), load(t.delta + row));
+        if (g.dbias) add_bias_gradient(mask, at.heads.first + h, queries.begin + i, t.ds.at(0, i));
       }
       if (g.dk || g.dv)
         for (const Run& keys : seen.runs) {

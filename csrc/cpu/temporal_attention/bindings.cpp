@@ -14,7 +14,7 @@ NormRopeSizes sizes_of(const TemporalAttention& a) {
 
 TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                                      const Lengths& lengths, int64_t q_start, float scale, py::handle norm,
-                                     py::handle rope, int threads) {
+                                     py::handle rope, py::handle bias, int threads) {
   TemporalAttention args;
   if (k.is_none() && v.is_none()) {
     const auto [q_part, k_part, v_part] = parts_of(cpu_view(q, 6));
@@ -34,6 +34,13 @@ TemporalAttention temporal_arguments(py::handle q, py::handle k, py::handle v, p
   args.scale = scale;
   args.norm = norm_of(norm, sizes_of(args));
   args.rope = rope_of(rope, sizes_of(args));
+  if (!bias.is_none()) {
+    const dlpack::Tensor& t = cpu_tensor(bias);
+    require(t.ndim == 3, "bias must have three dimensions");
+    args.bias_heads = t.shape[0] == 1 ? 1 : args.q.size[3];
+    args.bias_row = (args.q.size[1] + 15) / 16 * 16;  // the longest vector has 16 floats
+    args.bias = floats("bias", bias, {args.bias_heads, args.k.size[1], args.bias_row});
+  }
   args.threads = worthwhile_threads(threads, 2. * elements(args.q) * static_cast<double>(args.k.size[1]));
   return args;
 }
@@ -44,8 +51,8 @@ struct TemporalArguments {
 
   TemporalArguments(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, const Lengths& lengths,
                     const std::vector<int64_t>& mask, int64_t q_start, float scale, py::handle norm, py::handle rope,
-                    int threads)
-      : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, threads)),
+                    py::handle bias, int threads)
+      : args(temporal_arguments(q, k, v, out, lse, lengths, q_start, scale, norm, rope, bias, threads)),
         tables(checked_mask(mask), args.q.size[1], args.k.size[1], q_start, data_of(lengths), args.q.size[0]) {
     args.visible = {tables.begin.data(),
                     tables.end.data(),
@@ -63,18 +70,19 @@ struct TemporalArguments {
 
 void temporal_attention_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                                 const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
-                                py::handle norm, py::handle rope, int threads) {
-  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
+                                py::handle norm, py::handle rope, py::handle bias, int threads) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, bias, threads);
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_forward(arguments.args);
 }
 
 void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                                  const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
-                                 py::handle norm, py::handle rope, int threads, py::handle dout, py::handle dlse,
-                                 py::handle dq, py::handle dk, py::handle dv, int64_t items,
-                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin) {
-  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, threads);
+                                 py::handle norm, py::handle rope, py::handle bias, int threads, py::handle dout,
+                                 py::handle dlse, py::handle dq, py::handle dk, py::handle dv, int64_t items,
+                                 const std::vector<py::object>& weight_sums, py::handle dcos, py::handle dsin,
+                                 py::handle dbias) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, norm, rope, bias, threads);
   TemporalAttentionBackward args;
   const TemporalAttention& f = args.forward = arguments.args;
   require(static_cast<bool>(f.lse), "backward needs lse");
@@ -90,6 +98,8 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
     args.dv = optional_like("dv", dv, f.k);
   }
   set_norm_rope_gradients(args, f.norm, f.rope, sizes_of(f), items, weight_sums, dcos, dsin);
+  require(dbias.is_none() || f.bias, "there is no bias to have a gradient");
+  args.dbias = floats("dbias", dbias, {items, f.bias_heads, f.k.size[1], f.bias_row});
   py::gil_scoped_release unlocked;
   kernels().temporal_attention_backward(args);
 }
@@ -99,7 +109,8 @@ void temporal_attention_tangents(py::handle q, py::handle k, py::handle v, py::h
                                  const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
                                  int threads, py::handle dq, py::handle dk, py::handle dv, py::handle dout,
                                  py::handle dlse) {
-  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, py::none(), py::none(), threads);
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, py::none(), py::none(),
+                                    py::none(), threads);
   TemporalTangents args;
   const TemporalAttention& f = args.forward = arguments.args;
   args.dq = optional_like("dq", dq, f.q);
@@ -117,10 +128,10 @@ void temporal_attention_tangents(py::handle q, py::handle k, py::handle v, py::h
 
 void define_temporal_attention(py::module_& m) {
   define_named(m, "temporal_attention_forward", temporal_attention_forward, "q", "k", "v", "out", "lse", "lengths",
-               "mask", "q_start", "scale", "norm", "rope", "threads");
+               "mask", "q_start", "scale", "norm", "rope", "bias", "threads");
   define_named(m, "temporal_attention_backward", temporal_attention_backward, "q", "k", "v", "out", "lse", "lengths",
-               "mask", "q_start", "scale", "norm", "rope", "threads", "dout", "dlse", "dq", "dk", "dv", "items",
-               "weight_sums", "dcos", "dsin");
+               "mask", "q_start", "scale", "norm", "rope", "bias", "threads", "dout", "dlse", "dq", "dk", "dv", "items",
+               "weight_sums", "dcos", "dsin", "dbias");
   define_named(m, "temporal_attention_tangents", temporal_attention_tangents, "q", "k", "v", "out", "lse", "lengths",
                "mask", "q_start", "scale", "threads", "dq", "dk", "dv", "dout", "dlse");
 }

@@ -82,6 +82,7 @@ void attend(const Plan& p, const Tiles& t, const Place& place, const VisibleKeys
   const Tile v = t.v.head(kv_head), out = t.out.head(head);
   transpose(queries.size(), n.D, q, p.a.scale * kLog2E, t.q_transposed);
   score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.scores, prefetch);
+  add_bias(p.a, place.heads.first + head, keys, queries, t.scores);
   for (int64_t i = 0; i < queries.size(); i += W) {
     SoftmaxState state;
     float *maximum = t.maximum + head * p.query_block + i, *sum = t.sum + head * p.query_block + i;

@@ -24,6 +24,9 @@ struct TemporalAttention {
   VisibleFrames visible;
   int64_t q_start = 0;
   float scale = 1;
+  // Added to scores: (bias_heads, K, bias_row), in base 2; bias_heads is 1 or H, bias_row at least T and whole vectors.
+  const float* bias = nullptr;
+  int64_t bias_heads = 1, bias_row = 0;
   Norm norm;
   Rope rope;
   int threads = 1;
@@ -34,6 +37,7 @@ struct TemporalAttentionBackward : NormRopeGradients {
   TensorView dout;            // as out
   TensorView dlse;            // as lse, optional
   TensorView dq, dk, dv;      // as q, k, v; each optional
+  float* dbias = nullptr;     // (items, as bias), zeroed; optional. Of the bias itself, not in base 2
 };
 
 }  // namespace vdcore::cpu

@@ -157,6 +157,22 @@ inline VisibleKeys visible_keys(const TemporalAttention& a, int64_t b, int64_t f
   return {v.begin + at, v.end + at, v.low_begin + at, v.low_end + at, v.dense};
 }
 
+// A head's bias at a key: its queries lie side by side.
+inline int64_t bias_at(const TemporalAttention& a, int64_t head, int64_t key) {
+  return ((a.bias_heads > 1 ? head : 0) * a.k.size[1] + key) * a.bias_row;
+}
+// Adds it to scores (keys, queries).
+inline void add_bias(const TemporalAttention& a, int64_t head, Run keys, Run queries, Tile scores) {
+  if (!a.bias) return;
+  for (int64_t j = 0; j < keys.size(); ++j) {
+    const float* from = a.bias + bias_at(a, head, keys.begin + j) + queries.begin;
+    for (int64_t i = 0; i < queries.size(); i += W) {
+      float* at = scores.at(j, i).data;
+      store(at, load(at) + load(from + i));
+    }
+  }
+}
+
 // Key frames of a block that at least one of the queries sees: two runs, relative to the block.
 struct SeenKeys {
   Run runs[2];

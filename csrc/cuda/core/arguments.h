@@ -54,7 +54,7 @@ struct Gate {
 
 // Which frames see which: see common/frame_runs.h.
 struct Frames {
-  FrameWindow mask;
+  WindowMask mask;
   int64_t start;           // index of the first query frame among the keys
   const int64_t* lengths;  // (B) on the device, or null
   int32_t queries, keys;
@@ -62,7 +62,7 @@ struct Frames {
   Divider chunk;  // by mask.chunk
 
   Frames() = default;
-  Frames(const FrameWindow& mask, int64_t start, const int64_t* lengths, int32_t queries, int32_t keys, bool masked)
+  Frames(const WindowMask& mask, int64_t start, const int64_t* lengths, int32_t queries, int32_t keys, bool masked)
       : mask(mask), start(start), lengths(lengths), queries(queries), keys(keys), masked(masked) {
     // A chunk of all frames, and nothing in it overflows.
     this->mask.chunk = smaller(mask.chunk, int64_t{1} << 31);

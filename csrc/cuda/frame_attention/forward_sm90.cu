@@ -87,7 +87,7 @@ QueryTiles tiles_of(const FrameAttention& call) {
   tiles.text_sees_video = call.text_sees_video;
   // Numbers beyond the video are cut down: products with them then stay inside 32 bits.
   const int64_t frames = std::max(k.size[1], call.q_start + q.size[1]);
-  FrameWindow& mask = tiles.mask = call.mask;
+  WindowMask& mask = tiles.mask = call.mask;
   mask.chunk = std::min(mask.chunk, frames);
   mask.sink = std::min(mask.sink, frames);
   const int64_t chunks = (frames + mask.chunk - 1) / mask.chunk;

@@ -22,7 +22,7 @@ struct FrameAttention {
   Gate gate{};                          // optional: out = gate * result + (1 - gate) * out
   TensorView ungated;                   // where the result itself goes, optional, as out
   int64_t video_row = 0, text_row = 0;  // where they begin in out
-  FrameWindow mask;
+  WindowMask mask;
   int64_t q_start = 0;
   const int64_t* lengths = nullptr;       // (B,) valid frames, on the device, optional
   const int64_t* text_lengths = nullptr;  // (B,) valid text tokens

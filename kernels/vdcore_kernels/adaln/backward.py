@@ -29,7 +29,7 @@ from vdcore_kernels.core.tile import (
 )
 from vdcore_kernels.core.token_rows import contiguous_rows, frame_block, row_arguments, rows_from, token_rows
 
-_SUMS = "predicted: two rows' tiles and up to four sums, 20 values per thread each, stay clear of spilling"
+_SUMS = "two rows' tiles and up to four sums, 20 values a thread each, do not spill"
 BACKWARD_ROWS = (
     SMALL,
     ValuesConfig("", 2, 1, _SUMS, 1280),

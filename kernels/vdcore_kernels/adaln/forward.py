@@ -30,11 +30,8 @@ from vdcore_kernels.core.tile import (
 )
 from vdcore_kernels.core.token_rows import contiguous_rows, frame_block, row_arguments, rows_from, token_rows
 
-_WARP = (
-    "predicted: a row inside one warp needs no barrier; two rows of 1,152 channels are 9 loads of 16 bytes per thread, "
-    "and 16 programs per SM keep 70 KB in flight, twice what its share of the memory takes to cover"
-)
-_WIDE = "predicted: the same values per thread for wider rows"
+_WARP = "a row inside one warp needs no barrier; 2,560 channels are 10 loads of 16 bytes a thread and tensor"
+_WIDE = "the same values a thread for wider rows"
 SMALL = ValuesConfig("interpreter", 4, 1, "two rows of a small case, so that tiles of rows are exercised", 512)
 ROWS = (
     SMALL,

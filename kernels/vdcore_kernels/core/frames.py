@@ -17,16 +17,16 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore_kernels.core.tile import (
-    affine,
-    by_weight,
+    add,
     center,
     load_angles,
     load_rows,
+    load_weights,
     materialize_before_dot,
+    mul,
     rotate,
     scale,
     standardize,
-    standardize_backward,
     store_rows,
     to,
 )
@@ -234,6 +234,7 @@ class Shape(NamedTuple):
         MASKED: something is hidden.
         GATE_ROWS: a gate varies with the channel.
         PER_SEQUENCE: sequences are rotated by angles of their own.
+        SAME: q and k by the same ones.
         NR: norm and rotary embedding.
     """
 
@@ -247,16 +248,30 @@ class Shape(NamedTuple):
     MASKED: bool
     GATE_ROWS: bool
     PER_SEQUENCE: bool
+    SAME: bool
     NR: Any
 
 
 class Side(NamedTuple):
-    """q or k: its Rows, its norm, the rotary table's row for its frame 0, and its frames."""
+    """q or k: its Rows, norm and table of angles, the table's row for its frame 0, its frames, and tokens of each."""
 
     x: Any
     norm: Any
+    angles: Any
     start: Any
     T: Any
+    S: Any
+
+
+class Turn(NamedTuple):
+    """What a norm takes of memory for rows: statistics [BP, BT, 1] over all heads, weight and bias [..., W]. Each 0.0
+    where it is not needed.
+    """
+
+    mean: Any
+    rstd: Any
+    w: Any
+    b: Any
 
 
 @triton.jit
@@ -287,6 +302,15 @@ def load_frames(x, at, o_t, m_t, A: tl.constexpr, ROW: tl.constexpr):
 
 
 @triton.jit
+def load_dlse(p_dlse, o_row, m_row):
+    """[BP, BQ, 1]: the gradient of lse, 0 where there is none."""
+    if p_dlse is not None:
+        return tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None]
+    else:
+        return 0.0
+
+
+@triton.jit
 def store_frames(x, at, o_t, T, b_x, A: tl.constexpr, ROW: tl.constexpr):
     """Stores rows of sequences at all of T frames."""
     o = (at.s * x.s + at.h * x.h)[:, None] + (o_t.to(tl.int64) * x.t)[None, :]
@@ -294,71 +318,69 @@ def store_frames(x, at, o_t, T, b_x, A: tl.constexpr, ROW: tl.constexpr):
 
 
 @triton.jit
-def _angles(angles, at, o_t, m_t, SIGN, SHAPE: tl.constexpr):
-    """Cosines and SIGN times sines [BP, BT, W/2]; [BT, W/2] where sequences share them."""
+def load_turn(side, at, o_t, m_t, SHAPE: tl.constexpr):
+    """The norm's Turn of rows of sequences at frames o_t [BT]: read beside the rows, long before it is used."""
     ROW: tl.constexpr = SHAPE.ROW
     NR: tl.constexpr = SHAPE.NR
-    if SHAPE.PER_SEQUENCE:
-        o_cos = (at.s * angles.cs + at.h * angles.ch)[:, None] + (o_t * angles.cf)[None, :]
-        o_sin = (at.s * angles.ss + at.h * angles.sh)[:, None] + (o_t * angles.sf)[None, :]
-        m = at.m[:, None] & m_t[None, :]
-    else:
-        o_cos = o_t.to(tl.int64) * angles.cf
-        o_sin = o_t.to(tl.int64) * angles.sf
-        m = m_t
-    b_cos = load_angles(angles.cos, o_cos, m, 1.0, ROW, NR.STYLE, NR.R2)
-    return b_cos, scale(load_angles(angles.sin, o_sin, m, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
-
-
-@triton.jit
-def _normalized(b_x, side, at, o_t, m, S, ROW: tl.constexpr, NR: tl.constexpr):
-    """float32 rows [BP, BT, W] under the norm: by statistics of whole tokens with ALL, else by their own."""
+    norm = side.norm
+    mean, rstd, w, b = 0.0, 0.0, 0.0, 0.0
+    m = at.m[:, None] & m_t[None, :]
     if NR.ALL:
-        p_row = side.norm.stats + ((at.b * side.T + o_t)[None, :] * S + at.s[:, None]) * 2
-        b_x = center(b_x, tl.load(p_row, mask=m, other=0.0)[:, :, None], m, ROW)
-        b_x = scale(b_x, tl.load(p_row + 1, mask=m, other=0.0)[:, :, None])
-        return affine(b_x, side.norm, (at.h * ROW.D)[:, None], m, ROW, 1)
-    else:
-        b_x, _ = standardize(b_x, m, ROW.D, side.norm.eps, ROW, NR.KIND, 0)
-        return affine(b_x, side.norm, at.h, m, ROW, 0)
+        p_row = norm.stats + ((at.b * side.T + o_t)[None, :] * side.S + at.s[:, None]) * 2
+        mean = tl.load(p_row, mask=m, other=0.0)[:, :, None]
+        rstd = tl.load(p_row + 1, mask=m, other=0.0)[:, :, None]
+    if norm.w is not None:
+        w = load_weights(norm.w, (at.h * ROW.D)[:, None], m, ROW, NR.ALL)
+    if norm.b is not None:
+        b = load_weights(norm.b, (at.h * ROW.D)[:, None], m, ROW, NR.ALL)
+    return Turn(mean, rstd, w, b)
 
 
 @triton.jit
-def normalized_rotated(b_x, side, angles, at, o_t, m_t, S, SHAPE: tl.constexpr):
-    """Rows [BP, BT, W] of q or k after norm and RoPE, in their dtype."""
+def load_frame_angles(side, at, o_t, m_t, SHAPE: tl.constexpr):
+    """Cosines and sines [BP, BT, W/2] of sequences at frames o_t [BT]; [BT, W/2] where sequences share them."""
     ROW: tl.constexpr = SHAPE.ROW
     NR: tl.constexpr = SHAPE.NR
-    if NR.KIND > 0 or NR.STYLE > 0:
-        b_y = to(b_x, tl.float32)
-        if NR.KIND > 0:
-            b_y = _normalized(b_y, side, at, o_t, at.m[:, None] & m_t[None, :], S, ROW, NR)
-        if NR.STYLE > 0:
-            b_cos, b_sin = _angles(angles, at, side.start + o_t, m_t, 1.0, SHAPE)
-            b_y = rotate(b_y, b_cos, b_sin, NR.STYLE)
-        return materialize_before_dot(to(b_y, b_x[0].dtype))
+    angles, o_t = side.angles, side.start + o_t
+    if NR.STYLE == 0:
+        return 1.0, 0.0
     else:
-        return b_x
+        if SHAPE.PER_SEQUENCE:
+            o_cos = (at.s * angles.cs + at.h * angles.ch)[:, None] + (o_t * angles.cf)[None, :]
+            o_sin = (at.s * angles.ss + at.h * angles.sh)[:, None] + (o_t * angles.sf)[None, :]
+            m = at.m[:, None] & m_t[None, :]
+        else:
+            o_cos = o_t.to(tl.int64) * angles.cf
+            o_sin = o_t.to(tl.int64) * angles.sf
+            m = m_t
+        return load_angles(angles.cos, o_cos, m, 1.0, ROW, NR), load_angles(angles.sin, o_sin, m, 0.0, ROW, NR)
 
 
 @triton.jit
-def normalized_rotated_backward(b_g, side, angles, at, o_t, m_t, SHAPE: tl.constexpr):
-    """From the gradient b_g [BP, BT, W] of rows after norm and RoPE to that of the raw rows, all float32.
-
-    Also standardized rows and the gradient before the norm's weight, of which weight and bias sum up products.
-    """
+def normalized(b_x, turn, norm, m, SHAPE: tl.constexpr):
+    """float32 rows [BP, BT, W] under the norm. m: [BP, BT], which of them exist."""
     ROW: tl.constexpr = SHAPE.ROW
     NR: tl.constexpr = SHAPE.NR
-    if NR.STYLE > 0:
-        b_cos, b_sin = _angles(angles, at, side.start + o_t, m_t, -1.0, SHAPE)
-        b_g = rotate(b_g, b_cos, b_sin, NR.STYLE)
-    b_h = b_g
-    b_b = b_g
+    b_y = to(b_x, tl.float32)
     if NR.KIND > 0:
-        m = at.m[:, None] & m_t[None, :]
-        b_x = load_frames(side.x, at, o_t, m_t, SHAPE.A, ROW)
-        b_h, rstd = standardize(to(b_x, tl.float32), m, ROW.D, side.norm.eps, ROW, NR.KIND, 0)
-        b_g = standardize_backward(by_weight(b_b, side.norm, at.h, m, ROW, 0), b_h, rstd, m, ROW.D, ROW, NR.KIND, 0)
-    return b_g, b_h, b_b
+        if NR.ALL:
+            b_y = scale(center(b_y, turn.mean, m, ROW), turn.rstd)
+        else:
+            b_y, _ = standardize(b_y, m, ROW.D, norm.eps, ROW, NR.KIND, 0)
+        if norm.w is not None:
+            b_y = mul(b_y, to(turn.w, tl.float32))
+        if norm.b is not None:
+            b_y = add(b_y, to(turn.b, tl.float32))
+    return b_y
+
+
+@triton.jit
+def rotated(b_y, angles, dtype: tl.constexpr, NR: tl.constexpr):
+    """float32 rows rotated, in dtype, as operands of a product."""
+    cos, sin = angles
+    if NR.STYLE > 0:
+        b_y = rotate(b_y, cos, sin, NR.STYLE)
+    return materialize_before_dot(to(b_y, dtype))
 
 
 @triton.jit
@@ -388,40 +410,42 @@ def inner(a, b):
 
 
 @triton.jit
-def _hidden_apart(p, x, seen):
-    """[P, M, K] x [P, K, N] where seen [P or 1, M, K]: what is hidden takes no part, whatever x holds there.
+def _finite(x):
+    """x with 0 for what is not finite, and of every row [P, N, 1] 0, or NaN where there was such."""
+    zero = x.to(tl.float32) * 0.0
+    return tl.where(zero == 0.0, x, 0.0).to(x.dtype), tl.sum(zero, 2, keep_dims=True)
 
-    A hidden NaN or infinity must not come in as 0 * NaN, and one that is seen must. So x goes through the product
-    without such values, and where there are any, which is rare, they are added pair by pair.
+
+@triton.jit
+def finite_rows(x, MASKED: tl.constexpr):
+    """Rows [P, N, W] as a product takes them whose weights are 0 where something is hidden, and their flags [P, N, 1].
+
+    A hidden NaN or infinity must not come in as 0 * NaN, and one that is seen must come out. So x goes through the
+    product without such values, and who sees one becomes NaN as a whole by the row's flag: 0, or NaN (poisoned). Where
+    all rows see the same, hidden ones were never loaded.
     """
-    finite = tl.abs(x.to(tl.float32)) < float("inf")
-    total = product(p, tl.where(finite, x, 0.0))
-    if tl.sum(tl.where(finite, 0, 1)) > 0:
-        o = tl.arange(0, p.shape[2])
-        for i in range(p.shape[2]):
-            one = (o == i)[None, None, :]
-            weight = tl.sum(tl.where(one, p, 0.0).to(tl.float32), 2, keep_dims=True)  # [P, M, 1]
-            shown = tl.sum(tl.where(one & seen, 1, 0), 2, keep_dims=True) > 0
-            strange = (o == i)[None, :, None] & ~finite
-            row = tl.sum(tl.where(strange, x, 0.0).to(tl.float32), 1, keep_dims=True)  # [P, 1, N]
-            some = tl.sum(tl.where(strange, 1, 0), 1, keep_dims=True) > 0
-            total += tl.where(shown & some, weight * row, 0.0)
-    return total
-
-
-@triton.jit
-def _weighted(p, x, seen, MASKED: tl.constexpr):
     if MASKED:
-        return _hidden_apart(p, x, seen)
+        x0, flag = _finite(x[0])
+        if len(x) > 1:
+            x1, of_1 = _finite(x[1])
+            return (x0, x1), flag + of_1
+        else:
+            return (x0,), flag
     else:
-        return product(p, x)
+        return x, tl.zeros([1, 1, 1], tl.float32)
 
 
 @triton.jit
-def weighted(p, x, seen, MASKED: tl.constexpr):
-    """p [P, M, K], 0 where hidden, times rows x [P, K, D]; MASKED: some rows of p see what others do not."""
+def poisoned(s, flag, seen, hidden):
+    """s [P, M, K] with the flags [P, M or 1, K or 1] of what is seen, and ``hidden`` elsewhere."""
+    return tl.where(seen, s + flag, hidden)
+
+
+@triton.jit
+def weighted(p, x):
+    """p [P, M, K], 0 where hidden, times rows x [P, K, W]."""
     p = p.to(x[0].dtype)
     if len(x) > 1:
-        return _weighted(p, x[0], seen, MASKED), _weighted(p, x[1], seen, MASKED)
+        return product(p, x[0]), product(p, x[1])
     else:
-        return (_weighted(p, x[0], seen, MASKED),)
+        return (product(p, x[0]),)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vdcore.norm import KINDS, QKNorm
 from vdcore.rope import STYLES, Rope
-from vdcore_kernels.core.launch import parts, power_of_2, steps
+from vdcore_kernels.core.launch import parts, power_of_2, step, steps
 
 MAX_TOKEN = 8192  # heads times channels, each as wide as its tile, of a norm over all heads
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -86,7 +86,9 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 class Angles(NamedTuple):
-    """Tables of cosines and sines ``(F, S, heads, R/2)``, strides 0 where they do not vary."""
+    """Tables of cosines and sines ``(F, S, heads, R/2)``: strides in steps of NormRope.A elements, 0 where they do not
+    vary.
+    """
 
     cos: Any
     sin: Any
@@ -102,23 +104,28 @@ def rope_arguments(rope: Rope | None) -> Angles:
     """What a kernel takes for a rotary table."""
     if rope is None:
         return Angles(None, None, 0, 0, 0, 0, 0, 0)
+    A = step(rope.cos, rope.sin)
     cos, sin = (x if x.ndim == 4 else x.unsqueeze(2) for x in (rope.cos, rope.sin))
-    return Angles(cos, sin, *(s if n > 1 else 0 for x in (cos, sin) for n, s in zip(x.shape[:3], x.stride()[:3])))
+    return Angles(cos, sin, *steps(cos, A), *steps(sin, A))
 
 
 class NormRope(NamedTuple):
-    """Which norm and rotary embedding a kernel applies, a constant; 0: none. R2: pairs of channels that are rotated."""
+    """Which norm and rotary embedding a kernel applies, a constant; 0: none. R2: pairs of channels that are rotated; A:
+    elements per step of a table's stride.
+    """
 
     KIND: int
     ALL: int
     STYLE: int
     R2: int
+    A: int
 
 
 def norm_rope_constants(norm: QKNorm | None, rope: Rope | None) -> NormRope:
     kind, over_all = (KINDS[norm.kind], int(norm.over == "all")) if norm is not None else (0, 0)
-    style, pairs = (STYLES[rope.style], rope.cos.shape[-1]) if rope is not None else (0, 0)
-    return NormRope(kind, over_all, style, pairs)
+    if rope is None:
+        return NormRope(kind, over_all, 0, 0, 1)
+    return NormRope(kind, over_all, STYLES[rope.style], rope.cos.shape[-1], step(rope.cos, rope.sin))
 
 
 def norm_fits(heads: int, D: int, norm: QKNorm | None) -> bool:
@@ -310,23 +317,28 @@ def standardize_backward(g, h, rstd, m_row, count, ROW: tl.constexpr, KIND: tl.c
 
 @triton.jit
 def load_channels(p, ROW: tl.constexpr):
-    """One row for all, in float32: tiles [W]. Loaded without leading axes, it takes on the layout of what it meets."""
-    x0 = tl.load(p + _channels_0(ROW), mask=tl.arange(0, ROW.W0) < ROW.C0, other=0.0).to(tl.float32)
+    """One row for all: tiles [W]. Loaded without leading axes, it takes on the layout of what it meets."""
+    x0 = tl.load(p + _channels_0(ROW), mask=tl.arange(0, ROW.W0) < ROW.C0, other=0.0)
     if ROW.W1 > 0:
-        x1 = tl.load(p + _channels_1(ROW), mask=tl.arange(0, ROW.W1) < ROW.D - ROW.C0, other=0.0).to(tl.float32)
-        return x0, x1
+        return x0, tl.load(p + _channels_1(ROW), mask=tl.arange(0, ROW.W1) < ROW.D - ROW.C0, other=0.0)
     else:
         return (x0,)
+
+
+@triton.jit
+def load_weights(p, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
+    """A norm's weight or bias: [..., W] at o_row where m_row with ALL, else [W], one for all rows."""
+    if ALL:
+        return load_rows(p, o_row, m_row, ROW)
+    else:
+        return load_channels(p, ROW)
 
 
 @triton.jit
 def by_weight(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
     """Rows times the norm's weight; o_row, m_row: with ALL, where the weights of the rows' heads are."""
     if norm.w is not None:
-        if ALL:
-            x = mul(x, to(load_rows(norm.w, o_row, m_row, ROW), tl.float32))
-        else:
-            x = mul(x, load_channels(norm.w, ROW))
+        x = mul(x, to(load_weights(norm.w, o_row, m_row, ROW, ALL), tl.float32))
     return x
 
 
@@ -335,17 +347,16 @@ def affine(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
     """The same, plus the norm's bias."""
     x = by_weight(x, norm, o_row, m_row, ROW, ALL)
     if norm.b is not None:
-        if ALL:
-            x = add(x, to(load_rows(norm.b, o_row, m_row, ROW), tl.float32))
-        else:
-            x = add(x, load_channels(norm.b, ROW))
+        x = add(x, to(load_weights(norm.b, o_row, m_row, ROW, ALL), tl.float32))
     return x
 
 
 @triton.jit
-def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, STYLE: tl.constexpr, R2: tl.constexpr):
-    """float32 table rows for the tiles; pairs and rows that are not rotated get REST (1 for cos, 0 for sin)."""
-    o = tl.expand_dims(o_row, -1)
+def load_angles(p, o_row, m_row, REST, ROW: tl.constexpr, NR: tl.constexpr):
+    """float32 table rows at o_row steps; pairs and rows that are not rotated get REST (1 for cos, 0 for sin)."""
+    STYLE: tl.constexpr = NR.STYLE
+    R2: tl.constexpr = NR.R2
+    o = tl.expand_dims(o_row * NR.A, -1)
     m = tl.expand_dims(m_row, -1)
     if STYLE == 2:
         r = tl.arange(0, ROW.W0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -57,14 +56,15 @@ class FrameConfig(Config):
 FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
-    FrameConfig("sm_9|sm_10", 4, 3, "predicted: one warpgroup, 64 keys; two programs per SM hide softmax", 64, 64, 64),
-    FrameConfig("sm_9|sm_10", 8, 3, "predicted: two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
-    FrameConfig("sm_9|sm_10", 8, 2, "predicted: 256 channels: the result takes 128 registers", 128, 64, 256),
-    FrameConfig("sm_8", 4, 3, "predicted: 160 KB of shared memory hold three stages of 64 keys", 64, 64, 64),
-    FrameConfig("sm_8", 8, 2, "predicted: two stages of 64 keys beside the queries", 128, 64, 128),
-    FrameConfig("sm_8", 8, 1, "predicted: one stage of 256 channels", 64, 32, 256),
-    FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 64, 32, 128),
-    FrameConfig("gfx", 4, 1, "predicted: 64 KB of shared memory", 32, 32, 256),
+    FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
+    FrameConfig("sm_9|sm_10", 8, 3, "two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
+    FrameConfig("sm_9|sm_10", 8, 2, "256 channels: the result takes 128 registers", 128, 64, 256),
+    FrameConfig("sm_80", 8, 2, "128 queries; 64 keys spill", 128, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
+    FrameConfig("sm_8|sm_11|sm_12", 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage of 256 channels", 64, 32, 256),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
     FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
 )
@@ -86,8 +86,32 @@ def _attend(state, b_q, k, v, at, stop, S, exponent, WHOLE: tl.constexpr, TILE: 
     return b_new, b_l, b_o
 
 
-@triton.jit(do_not_specialize=["sizes", "frames", "tiles"])
-def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, tiles, exponent, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles"])
+def frame_attention_fwd_kernel(
+    q,
+    k,
+    v,
+    p_o,
+    p_lse,
+    lengths,
+    S_q,
+    S_k,
+    L,
+    H,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    tiles,
+    exponent,
+    TILE: tl.constexpr,
+):
     """One program: a tile of BM queries (video or text tokens) of one sample and head, and all keys that they see.
 
     q: Pair (B, T, S_q, H, D) and (B, L, H, D). k, v: Pair (B, T_k, S_k, H/R, D) and (B, L, H/R, D). p_o: (B, N, H, D),
@@ -97,10 +121,11 @@ def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, tile
     BM: tl.constexpr = TILE.BM
     BN: tl.constexpr = TILE.BN
     ROW: tl.constexpr = TILE.ROW
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
     i_g = at.h // TILE.R
     m_live = tl.arange(0, BM) < n_live
-    b_q = load_tokens(q, at, m_live, sizes.S_q, BM, TILE)  # [BM, W]
+    b_q = load_tokens(q, at, m_live, S_q, BM, TILE)  # [BM, W]
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.full([BM], 0.0, tl.float32)
     b_o = filled(BM, 0.0, ROW)
@@ -108,21 +133,21 @@ def frame_attention_fwd_kernel(q, k, v, p_o, p_lse, lengths, sizes, frames, tile
     for i in range(n_low + n_run + n_txt):
         is_text, first = whole_tile(i, n_low, n_run, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
-        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, sizes.S_k, exponent, WHOLE=True, TILE=TILE)
-    for i in range(n_left):
+        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
+    for i in tl.range(n_left, num_stages=1):
         is_text, first, stop = left_tile(i, runs, BN)
         at_k = At(is_text, at.b, i_g, first)
-        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, stop, sizes.S_k, exponent, WHOLE=False, TILE=TILE)
+        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, stop, S_k, exponent, WHOLE=False, TILE=TILE)
     m_seeing = m_live & (n_low + n_run + n_txt + n_left > 0)
     b_o = keep(scale(b_o, (1 / b_l)[:, None]), m_seeing[:, None])
     o_n = tl.arange(0, BM)
     m_rows = o_n < n_rows
     first, N = result_token(at, sizes, frames, TILE)
-    row = (at.b * N + first) * sizes.H + at.h
-    store_rows(p_o + row * ROW.D, o_n * sizes.H * ROW.D, m_rows, b_o, ROW)
+    row = (at.b * N + first) * H + at.h
+    store_rows(p_o + row * ROW.D, o_n * H * ROW.D, m_rows, b_o, ROW)
     if p_lse is not None:
         b_lse = tl.where(m_seeing, b_m * (exponent * LN_2) + tl.log(b_l), -float("inf"))
-        tl.store(p_lse + row + o_n * sizes.H, b_lse, mask=m_rows)
+        tl.store(p_lse + row + o_n * H, b_lse, mask=m_rows)
 
 
 def pick_for(table: tuple[FrameConfig, ...], q: Tensor) -> FrameConfig:
@@ -144,14 +169,12 @@ def with_positive_scale(q: Tensor, text: Triple | None, sm_scale: float) -> tupl
     return q, (-text_q if sm_scale < 0 else text_q, text_k, text_v)
 
 
-def frame_arguments(
-    q: Tensor, k: Tensor, text: Text, *, mask: FrameMask, q_start: int, lengths: Lengths
-) -> dict[str, Any]:
-    """What the kernels of both directions take by the same names."""
+def frame_sizes(q: Tensor, k: Tensor, text: Text, mask: FrameMask, q_start: int) -> tuple[Sizes, Frames]:
+    """The numbers that the kernels of both directions take by the same names."""
     _, T, S_q, H, _ = q.shape
     L = 0 if text[0] is None else text[0].shape[1]
     frames, _ = frame_bounds(mask, T, k.shape[1], q_start, q.device)
-    return {"lengths": lengths, "sizes": Sizes(S_q, k.shape[2], L, H), "frames": frames}
+    return Sizes(S_q, k.shape[2], L, H), frames
 
 
 def query_programs(B: int, sizes: Sizes, frames: Frames, BM: int) -> tuple[int, int]:
@@ -171,7 +194,9 @@ def frame_forward(
     text_first: bool,
     text_sees: bool,
     sm_scale: float,
-    **visible: Any,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Lengths,
 ) -> None:
     """q ``(B, T, S_q, H, D)``, k and v ``(B, T_k, S_k, G, D)``, text ``(B, L, heads, D)``, all normalized and rotated.
 
@@ -182,14 +207,14 @@ def frame_forward(
         text_first: it comes before the video in the result.
         text_sees: it sees the video.
         sm_scale: of the scores.
-        visible: mask, q_start and lengths, as frame_arguments takes them.
+        lengths: of the video and of the text.
     """
     q, words = with_positive_scale(q, text, sm_scale)
     config = pick_for(FORWARD, q)
     A = step(q, k, v, *(x for x in words if x is not None))
     sides = [token_pair(x, of_text, A) for x, of_text in zip((q, k, v), words)]
-    arguments = frame_arguments(q, k, words, **visible)
-    programs, tiles = query_programs(q.shape[0], arguments["sizes"], arguments["frames"], config.m)
+    sizes, frames = frame_sizes(q, k, words, mask, q_start)
+    programs, tiles = query_programs(q.shape[0], sizes, frames, config.m)
     tile = Tile(
         ROW=split_row(q.shape[4]),
         A=A,
@@ -214,5 +239,7 @@ def frame_forward(
         tiles=tiles,
         exponent=base_2(sm_scale),
         TILE=tile,
-        **arguments,
+        lengths=lengths,
+        **sizes._asdict(),
+        **frames._asdict(),
     )

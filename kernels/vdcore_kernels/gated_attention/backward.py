@@ -18,7 +18,7 @@ from vdcore_kernels.core.tile import add, column_sum, load_rows, mul, row_sum, r
 
 SPLIT = (
     ValuesConfig("interpreter", 4, 1, "several programs in a small case", 256),
-    ValuesConfig("", 4, 1, "predicted: three tensors in, two out: 4 loads of 16 bytes per thread and tensor", 4096),
+    ValuesConfig("", 4, 1, "three tensors in, two out: 4 loads of 16 bytes a thread and tensor", 4096),
 )
 
 

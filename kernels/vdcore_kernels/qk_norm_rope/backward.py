@@ -16,7 +16,7 @@ from torch import Tensor
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
-from vdcore_kernels.core.frames import frame_bounds, is_seen, load_length, valid_frames, visible_runs
+from vdcore_kernels.core.frames import Frames, frame_bounds, is_seen, load_length, valid_frames, visible_runs
 from vdcore_kernels.core.launch import Config, ValuesConfig, cdiv, launch
 from vdcore_kernels.core.tile import (
     add,
@@ -69,7 +69,7 @@ class SumConfig(ValuesConfig):
     programs: int = 1024
 
 
-_SUMS = "predicted: rows, gradients and two sums of 16 values per thread each stay under 128 registers"
+_SUMS = "rows, gradients and two sums of 16 values a thread each: 56 to 109 registers"
 BACKWARD_ROWS = (
     SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 8),
     SumConfig("", 4, 1, _SUMS, 2048),
@@ -311,13 +311,22 @@ def _table_gradients(
         found[name].view(shape)[first : first + cells[0]] = part
 
 
-@triton.jit(do_not_specialize=["frames"])
+@triton.jit(do_not_specialize=[*Frames._fields, "L"])
 def live_frames_kernel(
     p_q,
     p_k,
     p_len,
     p_text,
-    frames,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
     L,  # text tokens; 0: no text
     TEXT_SEES: tl.constexpr,  # text sees the video
     BT: tl.constexpr,  # frames at a time
@@ -325,7 +334,7 @@ def live_frames_kernel(
     """One program: one sample. p_q: (B, T), int8: query frames that see anything; p_k: (B, T_k), int8: key frames that
     any query sees. p_len: (B,), or None. p_text: (B,), valid text tokens; None: all L.
     """
-    T, T_k, q_start = frames.T, frames.T_k, frames.q_start
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     i_b = tl.program_id(0).to(tl.int64)
     valid, last = valid_frames(p_len, i_b, frames)
     text = L + 0
@@ -382,7 +391,7 @@ def live_frames(
         p_k=of_k,
         p_len=lengths,
         p_text=text_lengths,
-        frames=frames,
+        **frames._asdict(),
         L=text,
         TEXT_SEES=text_sees,
         BT=128,

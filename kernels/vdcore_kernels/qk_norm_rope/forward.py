@@ -36,7 +36,7 @@ from vdcore_kernels.core.tile import (
     to,
 )
 
-_ROWS = "predicted: 32 values per thread are 4 loads of 16 bytes in flight, and heads of one token share its angles"
+_ROWS = "32 values a thread: 4 loads of 16 bytes, and heads of one token share its angles"
 WHOLE_TOKEN = "a norm over all heads holds a token's heads at once"
 ROWS = (
     ValuesConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024),
@@ -72,9 +72,9 @@ def row_block(i, T, S, H, BN: tl.constexpr, ALL: tl.constexpr):
 def row_angles(angles, i_f, o_s, o_h, m_n, SIGN, ROW: tl.constexpr, NR: tl.constexpr):
     """Cosines and SIGN times sines of rows (token, head) of frame i_f, [BN, W/2]."""
     o_cos = i_f * angles.cf + o_s * angles.cs + o_h * angles.ch
-    b_cos = load_angles(angles.cos, o_cos, m_n, 1.0, ROW, NR.STYLE, NR.R2)
+    b_cos = load_angles(angles.cos, o_cos, m_n, 1.0, ROW, NR)
     o_sin = i_f * angles.sf + o_s * angles.ss + o_h * angles.sh
-    return b_cos, scale(load_angles(angles.sin, o_sin, m_n, 0.0, ROW, NR.STYLE, NR.R2), SIGN)
+    return b_cos, scale(load_angles(angles.sin, o_sin, m_n, 0.0, ROW, NR), SIGN)
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "frame_start"])

@@ -17,16 +17,23 @@ from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 from vdcore_kernels.core.frames import (
+    Frames,
     Shape,
     Side,
+    finite_rows,
     frame_bounds,
     frame_pairs,
     inner,
+    load_frame_angles,
     load_frames,
-    normalized_rotated,
+    load_turn,
+    normalized,
+    poisoned,
     query_head,
+    rotated,
     row_offsets,
     sequence_block,
+    transposed,
     weighted,
 )
 from vdcore_kernels.core.gate import Gate, gated
@@ -35,7 +42,7 @@ from vdcore_kernels.core.tile import (
     LN_2,
     LOG2_E,
     Row,
-    keep,
+    materialize_before_dot,
     norm_arguments,
     norm_rope_constants,
     rope_arguments,
@@ -49,61 +56,108 @@ from vdcore_kernels.temporal_attention.long import temporal_long_forward
 
 MAX_FRAMES = 128
 
-# values: of q, of k and of v each: sequences x frames x channels.
-_FLIGHT = "predicted: q, k and v of 5,120 values are 30 KB in flight at 110 registers, so 120 KB per SM"
-ONE_SEQUENCE = "one sequence; predicted: its scores and result spread over twice the threads stay clear of spilling"
+# values: of q, of k and of v each: sequences x frames x channels. Found by compiling (bench/results/machine_code): two
+# warps that hold 30 KB repeat less of one another's work than four, and leave 150 KB of a multiprocessor in flight.
+_LOADS = "5,120 values: 40 loads of 16 bytes a thread at most, before the first barrier"
+ONE_SEQUENCE = "one sequence, over so many threads that its scores and result do not spill"
 FORWARD = (
     ValuesConfig("interpreter", 4, 1, "several sequences and several programs in a small case", 4096),
     ValuesConfig("interpreter", 8, 1, ONE_SEQUENCE, 65536),
-    ValuesConfig("", 4, 1, _FLIGHT, 5120),
+    ValuesConfig("", 2, 1, _LOADS, 5120),
     ValuesConfig("", 8, 1, ONE_SEQUENCE, 8192),
-    ValuesConfig("", 8, 1, ONE_SEQUENCE, 16384),
-    ValuesConfig("", 8, 1, ONE_SEQUENCE, 32768),
+    ValuesConfig("sm_9|sm_10|gfx", 8, 1, ONE_SEQUENCE, 16384),
 )
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G"])
+@triton.jit
+def _powers(b_s):
+    """2 ** (scores less their row's largest), which is 0 where nothing is seen, and their sums: [BP, BQ, 1]."""
+    b_m = tl.max(b_s, 2, keep_dims=True)
+    b_m = tl.where(b_m == -float("inf"), 0.0, b_m)
+    b_p = tl.exp2(b_s - b_m)
+    return b_p, b_m, tl.sum(b_p, 2, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_fwd_kernel(
-    q, k, v, gate, p_o, p_lse, p_len, q_norm, k_norm, angles, frames, S, G, exponent, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    gate,
+    p_o,
+    p_lse,
+    p_len,
+    q_norm,
+    k_norm,
+    angles,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    S,
+    G,
+    exponent,
+    SHAPE: tl.constexpr,
 ):
     """One program: all frames of BP sequences (position, key/value head), R query heads each, one after another.
 
     q: Rows (B, T, S, G*R, D). k, v: Rows (B, T_k, S, G, D). p_o: (B, T, S, G*R, D), contiguous. p_lse: (B, T, S, G*R),
     or None. p_len: (B,), or None. gate: a Gate that weighs another result, to which this one is added; or None. Norms
-    have statistics with ALL. exponent: scale of the scores, times log2 e.
+    have statistics with ALL. exponent: scale of the scores, times log2 e. A row that sees a value which is not finite
+    may become NaN as a whole; hidden values never matter.
     """
-    V: tl.constexpr = SHAPE.V
     ROW: tl.constexpr = SHAPE.ROW
+    V: tl.constexpr = SHAPE.V
+    A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
-    T = frames.T
-    of_q = Side(q, q_norm, frames.q_start, T)
+    NR: tl.constexpr = SHAPE.NR
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
+    of_q, of_k = Side(q, q_norm, angles, q_start, T, S), Side(k, k_norm, angles, 0, T_k, S)
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
-    o_t = tl.arange(0, SHAPE.BQ)
-    o_f = tl.arange(0, SHAPE.BK)
+    head = query_head(at, 0, R)
+    o_t, o_f = tl.arange(0, SHAPE.BQ), tl.arange(0, SHAPE.BK)
     m_t, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
-    b_k = load_frames(k, at, o_f, m_f, SHAPE.A, ROW)  # [BP, BK, W]
-    b_v = load_frames(v, at, o_f, m_f, SHAPE.A, V)
-    b_q = load_frames(q, query_head(at, 0, R), o_t, m_t, SHAPE.A, ROW)  # [BP, BQ, W]
-    b_k = normalized_rotated(b_k, Side(k, k_norm, 0, frames.T_k), angles, at, o_f, m_f, S, SHAPE)
+
+    # All that is read is on its way before anything waits: a barrier in between is a second trip to memory.
+    b_k = materialize_before_dot(load_frames(k, at, o_f, m_f, A, ROW))  # [BP, BK, W]
+    b_v = materialize_before_dot(load_frames(v, at, o_f, m_f, A, V))
+    b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))  # [BP, BQ, W]
+    k_angles = load_frame_angles(of_k, at, o_f, m_f, SHAPE)
+    q_angles = k_angles if SHAPE.SAME else load_frame_angles(of_q, head, o_t, m_t, SHAPE)
+    k_turn = load_turn(of_k, at, o_f, m_f, SHAPE)
+    q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
+
+    if NR.KIND > 0 or NR.STYLE > 0:
+        b_k = rotated(normalized(b_k, k_turn, k_norm, at.m[:, None] & m_f[None, :], SHAPE), k_angles, dtype, NR)
+    b_v, v_flag = finite_rows(b_v, SHAPE.MASKED)
     for i_r in range(R):
-        head = query_head(at, i_r, R)
         if R > 1:
-            b_q = load_frames(q, head, o_t, m_t, SHAPE.A, ROW)
-        b_q = normalized_rotated(b_q, of_q, angles, head, o_t, m_t, S, SHAPE)
+            head = query_head(at, i_r, R)
+            b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))
+            q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
+            if not SHAPE.SAME:
+                q_angles = load_frame_angles(of_q, head, o_t, m_t, SHAPE)
+        if NR.KIND > 0 or NR.STYLE > 0:
+            b_q = rotated(normalized(b_q, q_turn, q_norm, at.m[:, None] & m_t[None, :], SHAPE), q_angles, dtype, NR)
         b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [BP, BQ, BK]
-        b_m = tl.max(b_s, 2, keep_dims=True)
-        b_m = tl.where(b_m == -float("inf"), 0.0, b_m)
-        b_p = tl.exp2(b_s - b_m)
-        b_l = tl.sum(b_p, 2, keep_dims=True)  # [BP, BQ, 1]; 0 where a row sees nothing
-        b_o = weighted(b_p, b_v, seen, SHAPE.MASKED)
-        b_o = keep(scale(b_o, 1 / b_l), m_t[None, :, None])
+        b_p, b_m, b_l = _powers(b_s)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
+        b_o = scale(weighted(b_p, b_v), tl.where(b_l == 0.0, 0.0, 1 / b_l))
         o_row = row_offsets(head, o_t, T, S, G * R)  # [BP, BQ]
         m_row = at.m[:, None] & (o_t < T)[None, :]
         if gate is not None:
             b_o = gated(b_o, gate, head, o_t, o_row, m_row, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
-            b_lse = tl.where(m_t[None, :, None], b_m * LN_2 + tl.log(b_l), -float("inf"))
+            b_lse = tl.where(b_l == 0.0, -float("inf"), b_m * LN_2 + tl.log(b_l))
             tl.store(p_lse + o_row[:, :, None], b_lse, mask=m_row[:, :, None])
 
 
@@ -124,9 +178,20 @@ def pick_sequences(
     return config, how_many(config.values, size)
 
 
+def _weight(norm: QKNorm | None, rope: Rope | None, arch: str) -> int:
+    """Of norm and rope: found by compiling, float32 rows and tables spill beside as many values elsewhere."""
+    halves = rope is not None and rope.style == "half"
+    return 2 if halves or ((norm or rope) and not arch.startswith(("sm_9", "sm_10"))) else 1
+
+
 def rope_per_sequence(rope: Rope | None) -> bool:
     """Whether angles vary with the position or the head."""
-    return rope is not None and rope.cos.shape[1] * (rope.cos.shape[2] if rope.cos.ndim == 4 else 1) > 1
+    return rope is not None and (rope.cos.shape[1] > 1 or rope_per_head(rope))
+
+
+def rope_per_head(rope: Rope | None) -> bool:
+    """Whether angles vary with the head."""
+    return rope is not None and rope.cos.ndim == 4 and rope.cos.shape[2] > 1
 
 
 def temporal_arguments(
@@ -141,12 +206,12 @@ def temporal_arguments(
     lengths: Tensor | None,
     norm: QKNorm | None = None,
     rope: Rope | None = None,
-    gate: Gate | None = None,
+    gate_rows: bool = False,
+    same_angles: bool = False,
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
     (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
     frames, masked = frame_bounds(mask, T, T_k, q_start, q.device)
-    q_stats, k_stats = (row_stats(x, norm) for x in (q, k))
     shape = Shape(
         ROW=row,
         V=split_row(D),
@@ -156,13 +221,12 @@ def temporal_arguments(
         BQ=side(T),
         BK=side(T_k),
         MASKED=masked,
-        GATE_ROWS=gate is not None and gate.d != 0,
+        GATE_ROWS=gate_rows,
         PER_SEQUENCE=rope_per_sequence(rope),
+        SAME=same_angles,
         NR=norm_rope_constants(norm, rope),
     )
-    norms = {"q_norm": norm_arguments(norm, "q", q_stats), "k_norm": norm_arguments(norm, "k", k_stats)}
-    angles = rope_arguments(rope)
-    return {"p_len": lengths, **norms, "angles": angles, "frames": frames, "S": S, "G": G, "SHAPE": shape}
+    return {"p_len": lengths, **frames._asdict(), "S": S, "G": G, "SHAPE": shape}
 
 
 def temporal_forward(
@@ -187,14 +251,21 @@ def temporal_forward(
     T, T_k = q.shape[1], k.shape[1]
     row = split_row(q.shape[4], rope)
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
-    _, masked = frame_bounds(mask, T, T_k, q_start)
-    # A mask's numbers lie in registers beside the rows, two runs' of them under teacher forcing: found by compiling.
-    found = pick_sequences(FORWARD, q, T, T_k, row, (5 if mask.clean else 3) if masked else 1)
+    # Two runs' numbers under teacher forcing lie in registers beside the rows: found by compiling.
+    weight = max(_weight(norm, rope, arch_of(q)), 2 if mask.clean else 1)
+    found = pick_sequences(FORWARD, q, T, T_k, row, weight)
     if found is None:
-        q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
+        if norm is not None or rope is not None:
+            q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)
     config, BP = found
     A = step(q, k, v)
+    gate_rows = gate is not None and gate.d != 0
+    # A video that comes frame by frame has no kernel of its own for its first frames.
+    same_angles = T_k == T and q_start == 0 and mask == FrameMask.full() and not rope_per_head(rope)
+    shared = temporal_arguments(
+        q, k, row=row, A=A, BP=BP, norm=norm, rope=rope, gate_rows=gate_rows, same_angles=same_angles, **frames
+    )
     launch(
         temporal_attention_fwd_kernel,
         q.shape[0] * cdiv(q.shape[2] * k.shape[3], BP),
@@ -206,6 +277,9 @@ def temporal_forward(
         gate=gate,
         p_o=out,
         p_lse=lse,
+        q_norm=norm_arguments(norm, "q", row_stats(q, norm)),
+        k_norm=norm_arguments(norm, "k", row_stats(k, norm)),
+        angles=rope_arguments(rope),
         exponent=sm_scale * LOG2_E.value,
-        **temporal_arguments(q, k, row=row, A=A, BP=BP, norm=norm, rope=rope, gate=gate, **frames),
+        **shared,
     )

@@ -16,13 +16,17 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore_kernels.core.frames import (
+    Frames,
     Sequences,
+    finite_rows,
     frame_bounds,
     frame_pairs,
     inner,
     is_seen,
+    load_dlse,
     load_frames,
     noisy_seeing_run,
+    poisoned,
     row_offsets,
     seeing_run,
     store_frames,
@@ -60,18 +64,21 @@ class LongConfig(Config):
 
 
 _INTERPRETED = LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 1024)
+_SMALL = "sm_8|sm_11|sm_12"
 _LESS = "more channels, or a mask's numbers beside them, leave room for fewer frames"
 FORWARD = (
     _INTERPRETED,
-    LongConfig("", 4, 2, "predicted: 64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
-    LongConfig("", 8, 1, "predicted: the accumulator of 256 channels over twice the threads", 64, 256),
+    LongConfig(_SMALL, 4, 2, "64 frames a side; more channels spill", 64, 64),
+    LongConfig(_SMALL, 8, 1, _LESS, 32, 512),
+    LongConfig("", 4, 2, "64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
+    LongConfig("", 8, 1, "the accumulator of 256 channels over twice the threads", 64, 256),
     LongConfig("", 8, 1, _LESS, 32, 512),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 BACKWARD = (
     _INTERPRETED,
-    LongConfig("", 4, 1, "predicted: two accumulators of 64 frames", 64, 64),
-    LongConfig("", 8, 1, "predicted: two accumulators of 64 frames over twice the threads", 64, 144),
+    LongConfig("", 4, 1, "two accumulators of 64 frames", 64, 64),
+    LongConfig("", 8, 1, "two accumulators of 64 frames over twice the threads", 64, 144),
     LongConfig("", 8, 1, _LESS, 32, 192),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
@@ -183,8 +190,31 @@ def _query_blocks(p_len, i_b, i_k, frames, BT: tl.constexpr):
     return _blocks(low - q, low_end - q, begin - q, end - q, first_k < valid, BT)
 
 
-@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
-def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blocks, exponent, SHAPE: tl.constexpr):
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "H", "blocks"])
+def temporal_long_fwd_kernel(
+    q,
+    k,
+    v,
+    gate,
+    p_o,
+    p_lse,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    S,
+    H,
+    blocks,
+    exponent,
+    SHAPE: tl.constexpr,
+):
     """One program: BT query frames of one sequence (position, head), and all key frames that these see.
 
     q: Rows (B, T, S, H, D). k, v: Rows (B, T_k, S, H/R, D). p_o: (B, T, S, H, D), contiguous. p_lse: (B, T, S, H), or
@@ -194,10 +224,11 @@ def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blo
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t = o_t < frames.T
+    m_t = o_t < T
     b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
     b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
     b_l = tl.zeros([1, BT, 1], tl.float32)
@@ -214,10 +245,13 @@ def temporal_long_fwd_kernel(q, k, v, gate, p_o, p_lse, p_len, frames, S, H, blo
         b_p = tl.exp2(b_s - b_safe)
         b_c = tl.exp2(b_m - b_safe)
         b_l = b_l * b_c + tl.sum(b_p, 2, keep_dims=True)
-        b_o = add(scale(b_o, b_c), weighted(b_p, b_v, seen, SHAPE.MASKED))
+        b_v, v_flag = finite_rows(b_v, SHAPE.MASKED)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
+        b_o = add(scale(b_o, b_c), weighted(b_p, b_v))
         b_m = b_new
     m_row = at.m[:, None] & m_t[None, :]
-    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
+    o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
     none = b_m == -float("inf")
     b_o = scale(b_o, tl.where(none, 0.0, 1 / b_l))
     if gate is not None:
@@ -237,9 +271,33 @@ def _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale):
     return b_p, b_ds
 
 
-@triton.jit(do_not_specialize=["frames", "S", "H", "blocks"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "H", "blocks"])
 def temporal_long_bwd_q_kernel(
-    q, k, v, do, dq, p_o, p_lse, p_dlse, p_delta, p_len, frames, S, H, blocks, sm_scale, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    do,
+    dq,
+    p_o,
+    p_lse,
+    p_dlse,
+    p_delta,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    S,
+    H,
+    blocks,
+    sm_scale,
+    SHAPE: tl.constexpr,
 ):
     """One program: the gradient of BT query frames of one sequence (position, head), and their delta.
 
@@ -250,25 +308,22 @@ def temporal_long_bwd_q_kernel(
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
     m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
-    m_t = m_t & (o_t < frames.T)
+    m_t = m_t & (o_t < T)
     m_row = at.m[:, None] & m_t[None, :]
-    o_row = row_offsets(at, o_t, frames.T, S, H)  # [1, BT]
+    o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
     b_q = load_frames(q, at, o_t, m_t, A, ROW)  # [1, BT, W]
     b_do = load_frames(do, at, o_t, m_t, A, ROW)
     b_o = load_rows(p_o, o_row * ROW.D, m_row, ROW)
-    b_delta = row_sum(mul(to(b_do, tl.float32), to(b_o, tl.float32)), 0)  # [1, BT, 1]
-    if p_dlse is not None:
-        b_delta -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None]
-    tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
+    b_dlse = load_dlse(p_dlse, o_row, m_row)  # [1, BT, 1]
+    b_delta = row_sum(mul(to(b_do, tl.float32), to(b_o, tl.float32)), 0) - b_dlse
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
     b_dq = zeros(1, BT, ROW)
-    b_sum = tl.zeros([1, BT, 1], tl.float32)
-    if p_dlse is not None:
-        b_sum -= tl.load(p_dlse + o_row, mask=m_row, other=0.0)[:, :, None] * sm_scale
+    b_sum = tl.zeros([1, BT, 1], tl.float32) - b_dlse * sm_scale
     blocks_k = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(blocks_k.n_low + blocks_k.n_run):
         o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
@@ -277,28 +332,54 @@ def temporal_long_bwd_q_kernel(
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
         b_sum += tl.sum(b_ds.to(b_k[0].dtype).to(tl.float32), 2, keep_dims=True)
-        b_dq = add(b_dq, weighted(b_ds, b_k, seen, SHAPE.MASKED))
+        b_k, _ = finite_rows(b_k, SHAPE.MASKED)  # a row that sees what is not finite has it in its lse or delta
+        b_dq = add(b_dq, weighted(b_ds, b_k))
     # out was rounded, so delta errs, by the same for all keys of a row: dq would err by that times the keys' mean. But
-    # a row of dS adds up to dlse, and what it adds up to beside that is taken off again, over the keys of the first
-    # block that a row sees: one block for all rows, or two where windows are small.
+    # a row of dS adds up to dlse: what it adds up to beside that is taken off, of delta for the other kernel, and of dq
+    # over the keys of the first block that a row sees: one block for all rows, or two where windows are small.
+    b_delta += tl.where(sm_scale == 0.0, 0.0, b_sum / sm_scale)
+    tl.store(p_delta + o_row[:, :, None], b_delta, mask=m_row[:, :, None])
     b_left = m_t[None, :, None]
     n = blocks_k.n_low + blocks_k.n_run if SHAPE.MASKED else tl.minimum(blocks_k.n_run, 1)
     for i in range(n):
         if tl.max(b_left.to(tl.int32)) > 0:
             o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
             m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
-            b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
+            b_k, _ = finite_rows(load_frames(k, at_k, o_f, m_f, A, ROW), SHAPE.MASKED)
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
             seen = seen & b_left
             b_share = tl.where(seen, -b_sum / tl.maximum(b_n, 1.0), 0.0)
-            b_dq = add(b_dq, weighted(b_share, b_k, seen, SHAPE.MASKED))
+            b_dq = add(b_dq, weighted(b_share, b_k))
             b_left = b_left & (b_n == 0.0)
-    store_frames(dq, at, o_t, frames.T, b_dq, A, ROW)
+    store_frames(dq, at, o_t, T, b_dq, A, ROW)
 
 
-@triton.jit(do_not_specialize=["frames", "S", "G", "blocks"])
+@triton.jit(do_not_specialize=[*Frames._fields, "S", "G", "blocks"])
 def temporal_long_bwd_kv_kernel(
-    q, k, v, do, dk, dv, p_lse, p_delta, p_len, frames, S, G, blocks, sm_scale, SHAPE: tl.constexpr
+    q,
+    k,
+    v,
+    do,
+    dk,
+    dv,
+    p_lse,
+    p_delta,
+    p_len,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    S,
+    G,
+    blocks,
+    sm_scale,
+    SHAPE: tl.constexpr,
 ):
     """One program: the gradients of BT key frames of one sequence (position, key/value head), after R query heads.
 
@@ -309,6 +390,7 @@ def temporal_long_bwd_kv_kernel(
     A: tl.constexpr = SHAPE.A
     R: tl.constexpr = SHAPE.R
     BT: tl.constexpr = SHAPE.BT
+    frames = Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     i_k, at = _sequence(tl.program_id(0), S, G, blocks)
     o_f = i_k * BT + tl.arange(0, BT)
     valid, last = valid_frames(p_len, at.b, frames)
@@ -325,19 +407,22 @@ def temporal_long_bwd_kv_kernel(
         head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
         o_t = _block_at(i % n, blocks_q) * BT + tl.arange(0, BT)
         m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
-        m_t = m_t & (o_t < frames.T)
+        m_t = m_t & (o_t < T)
         m_row = at.m[:, None] & m_t[None, :]
-        o_row = row_offsets(head, o_t, frames.T, S, G * R)
+        o_row = row_offsets(head, o_t, T, S, G * R)
         b_q = load_frames(q, head, o_t, m_t, A, ROW)
         b_do = load_frames(do, head, o_t, m_t, A, ROW)
         b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)[:, :, None]
         b_p, b_ds = _scores_backward(b_q, b_k, b_v, b_do, b_lse, b_delta, seen, sm_scale)
-        seeing = tl.permute(seen, (0, 2, 1))
-        b_dv = add(b_dv, weighted(transposed(b_p), b_do, seeing, SHAPE.MASKED))
-        b_dk = add(b_dk, weighted(transposed(b_ds), b_q, seeing, SHAPE.MASKED))
-    store_frames(dk, at, o_f, frames.T_k, b_dk, A, ROW)
-    store_frames(dv, at, o_f, frames.T_k, b_dv, A, ROW)
+        b_do, do_flag = finite_rows(b_do, SHAPE.MASKED)
+        b_q, _ = finite_rows(b_q, SHAPE.MASKED)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, do_flag, seen, 0.0)
+        b_dv = add(b_dv, weighted(transposed(b_p), b_do))
+        b_dk = add(b_dk, weighted(transposed(b_ds), b_q))
+    store_frames(dk, at, o_f, T_k, b_dk, A, ROW)
+    store_frames(dv, at, o_f, T_k, b_dv, A, ROW)
 
 
 def _long_arguments(
@@ -365,7 +450,7 @@ def _long_arguments(
         "config": config,
         **sides,
         "p_len": lengths,
-        "frames": frames,
+        **frames._asdict(),
         "S": q.shape[2],
         "SHAPE": shape,
     }

@@ -93,11 +93,12 @@ def swap_in(
         found = list(mesh_models.shareable(found, ranks, report, isinstance(model_or_pipeline, nn.Module)))
     for _, model in found:
         _check_frames(model, mask)
-    before = {m: w for _, m in found if (w := watch_of(m)) is not None and w.settings != settings}
+    swapped = {m: w for _, m in found if (w := watch_of(m)) is not None}
+    before = {m: w for m, w in swapped.items() if w.settings != settings or not w.has_all(m)}
     steps = count_steps(model_or_pipeline, dense_steps) if dense_steps else None
-    for model in before:
-        swap_out(model)
-    fresh = [model for _, model in found if watch_of(model) is None]
+    fresh = [model for _, model in found if model in before or model not in swapped]
+    for model in fresh:
+        swap_out(model)  # parts of it may have been swapped on their own, without its mask
     try:
         watches = _swap(found, settings, report, {model: _new_watch(model, settings) for model in fresh})
     except BaseException:

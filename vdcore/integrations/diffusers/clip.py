@@ -270,6 +270,10 @@ class Watch(ServingHook):
         found = (clip for clip in clips if clip is not None and clip.root is self.clip)
         return sum(clip.given is not None or clip.ranks is not None for clip in found)
 
+    def has_all(self, model: nn.Module) -> bool:
+        """Nothing that the mask or the mesh is for was replaced since the swap, or comes from another one."""
+        return self.count(model) >= self.attending
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = None if self.grid is None else self.grid(module, *args, **kwargs)
         if grid is not None:
@@ -277,7 +281,7 @@ class Watch(ServingHook):
         if torch.compiler.is_compiling():
             return
         bound = grid is not None or self.clip.ranks is not None
-        if bound and self.count(module) < self.attending:
+        if bound and not self.has_all(module):
             raise RuntimeError(
                 f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
                 f"{self.clip.under}: swap in again"

@@ -36,6 +36,7 @@ def is_observed(modules: Iterable[nn.Module | None]) -> bool:
             continue
         state = module.__dict__
         asked = state["_forward_pre_hooks"] or state["_forward_hooks"] or "forward" in state
+        asked = asked or state["_backward_hooks"] or state["_backward_pre_hooks"]
         if asked and _sees_tokens(module):
             return True
         if inside := state["_modules"]:
@@ -44,7 +45,10 @@ def is_observed(modules: Iterable[nn.Module | None]) -> bool:
 
 
 def _sees_tokens(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks, module._forward_hooks
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
     if any(hooks) and not all(_is_of_weights(hook) for by_key in hooks for hook in by_key.values()):
         return True
     if "forward" not in module.__dict__ or changed_forward(module) is None:

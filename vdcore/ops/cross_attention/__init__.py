@@ -34,6 +34,10 @@ class CrossCall(Call):
     return_lse: bool
 
     @property
+    def is_dense(self) -> bool:
+        return self.lengths is None and self.norm is None
+
+    @property
     def is_empty(self) -> bool:
         return self.q.numel() == 0 or self.k.numel() == 0
 

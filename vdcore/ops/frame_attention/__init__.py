@@ -32,6 +32,11 @@ class VideoCall(AttentionCall):
     text_sees: str = "all"
 
     @property
+    def is_dense(self) -> bool:
+        dense = self.mask in (FrameMask.full(), FrameMask.same_frame())
+        return dense and self.lengths is self.text is self.norm is self.rope is None
+
+    @property
     def frame_mask(self) -> FrameMask:
         """The mask, for who knows no other."""
         assert isinstance(self.mask, FrameMask)

@@ -60,7 +60,7 @@ class UnpatchifyCall(Call):
 
 
 def patchify(video: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Embeds 3D patches: ``conv3d`` with stride = kernel, flattened, without a gathered copy of the video in memory.
+    """Embeds 3D patches: ``conv3d`` with stride = kernel, flattened.
 
     Args:
         video: ``(B, C, T, H, W)``; T, H, W are multiples of the patch.

@@ -1,4 +1,4 @@
-"""Patches: products that gather from the video and scatter into it."""
+"""Patches: one pass between video and matrix of patches; products with it are torch's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vdcore.ops.call import empty_like
 from vdcore.ops.check import unit_stride
@@ -28,33 +29,33 @@ def _patchify_why_not(c: PatchifyCall) -> str | None:
     return _why_not_size(B * (T // pt) * (H // ph) * (W // pw), c.video, c.weight)
 
 
+def _bias(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
 def _patchify(c: PatchifyCall) -> tuple[Tensor, ...]:
-    from vdcore_kernels.patchify.products import Patch, gather_product
+    from vdcore_kernels.patchify.patches import Patch, gather_patches
 
     (tokens,) = c.empty_outputs()
-    gather_product(c.video, c.weight, _bias(c.bias), tokens, Patch(*c.weight.shape[1:]))
-    return (tokens,)
-
-
-def _bias(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    patches = gather_patches(c.video, Patch(*c.weight.shape[1:]))
+    return (F.linear(patches, c.weight.flatten(1), _bias(c.bias, patches)).view(tokens.shape),)
 
 
 def _patchify_backward(
     c: PatchifyCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore_kernels.patchify.products import Patch, scatter_product, weight_product
+    from vdcore_kernels.patchify.patches import Patch, gather_patches, scatter_patches
 
     assert grads[0] is not None
-    dy, patch = unit_stride(grads[0]), Patch(*c.weight.shape[1:])
+    dy, patch = unit_stride(grads[0]).flatten(0, 2), Patch(*c.weight.shape[1:])
     found: Gradients = {}
     if "video" in wanted:
         found["video"] = empty_like(c.video)
-        scatter_product(dy, c.weight, None, found["video"], patch)
+        scatter_patches(dy @ c.weight.flatten(1), found["video"], patch)
     if "weight" in wanted:
-        found["weight"] = weight_product(c.video, dy, c.weight, patch)
+        found["weight"] = (dy.t() @ gather_patches(c.video, patch)).view(c.weight.shape)
     if "bias" in wanted:
-        found["bias"] = dy.sum((0, 1, 2), dtype=torch.float32)
+        found["bias"] = dy.sum(0, dtype=torch.float32)
     return found
 
 
@@ -63,31 +64,28 @@ def _unpatchify_why_not(c: UnpatchifyCall) -> str | None:
 
 
 def _unpatchify(c: UnpatchifyCall) -> tuple[Tensor, ...]:
-    from vdcore_kernels.patchify.products import Patch, scatter_product
+    from vdcore_kernels.patchify.patches import Patch, scatter_patches
 
     (video,) = c.empty_outputs()
-    scatter_product(c.tokens, c.weight, _bias(c.bias), video, Patch(c.channels, *c.patch), c.order)
+    patches = F.linear(c.tokens.flatten(0, 2), c.weight, _bias(c.bias, c.tokens))
+    scatter_patches(patches, video, Patch(c.channels, *c.patch, c.order == "pt ph pw c"))
     return (video,)
 
 
 def _unpatchify_backward(
     c: UnpatchifyCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
-    from vdcore_kernels.patchify.products import Patch, gather_product, weight_product
+    from vdcore_kernels.patchify.patches import Patch, gather_patches
 
     assert grads[0] is not None
-    dy, patch = unit_stride(grads[0]), Patch(c.channels, *c.patch)
+    patches = gather_patches(grads[0], Patch(c.channels, *c.patch, c.order == "pt ph pw c"))
     found: Gradients = {}
     if "tokens" in wanted:
-        found["tokens"] = empty_like(c.tokens)
-        gather_product(dy, c.weight, None, found["tokens"], patch, c.order)
+        found["tokens"] = (patches @ c.weight).view(c.tokens.shape)
     if "weight" in wanted:
-        found["weight"] = weight_product(dy, c.tokens, c.weight, patch, c.order)
+        found["weight"] = patches.t() @ c.tokens.flatten(0, 2)
     if "bias" in wanted:
-        (pt, ph, pw), (T, H, W) = c.patch, c.grid
-        places = dy.unflatten(4, (W, pw)).unflatten(3, (H, ph)).unflatten(2, (T, pt))
-        total = places.sum((0, 2, 4, 6), dtype=torch.float32)  # (C, pt, ph, pw)
-        found["bias"] = (total if c.order == "c pt ph pw" else total.permute(1, 2, 3, 0)).reshape(-1)
+        found["bias"] = patches.sum(0, dtype=torch.float32)
     return found
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class TemporalCall(AttentionCall):
     op: ClassVar[str] = "temporal_attention"
 
+    bias: Tensor | None = None
+
     def empty_outputs(self) -> tuple[Tensor, Tensor | None]:
         """out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
         q = self.qkv.main if self.qkv.packed is None else self.qkv.main.select(3, 0)
@@ -37,6 +39,7 @@ class _More(TypedDict, total=False):
     scale: float | None
     norm: QKNorm | None
     rope: Rope | None
+    bias: Tensor | None
     backend: str | None
 
 
@@ -63,19 +66,20 @@ def temporal_attention(
     scale: float | None = None,
     norm: QKNorm | None = None,
     rope: Rope | None = None,
+    bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Every token attends to the same position in the frames that its frame sees.
 
-    ``out[b, t, s] = softmax(scale * q[b, t, s] . k[b, f, s] for visible f) v[b, f, s]``, per head. Reads q, k and v
-    through their strides; nothing is permuted or padded.
+    ``out[b, t, s] = softmax(scale * q[b, t, s] . k[b, f, s] + bias[t, f] for visible f) v[b, f, s]``, per head. Reads
+    q, k and v through their strides; nothing is permuted or padded.
 
     Args:
         q: ``(B, T, S, H, D)``, or packed ``(B, T, S, 3, H, D)`` with k and v None: then its gradient is one packed
             tensor.
         k, v: ``(B, T_k, S, G, D)``; G divides H, and each key/value head serves H/G query heads.
-        mask: which frames a frame sees.
+        mask: which frames a frame sees. Of a frame that sees a value which is not finite, the whole row may become NaN.
         q_start: index, among the key frames, of the first query frame; None: ``max(T_k - T, 0)``.
         lengths: ``(B,)``, valid frames of each sample. Key frames past it are invisible; query frames whose index
             ``q_start + t`` is past it give 0. A length below 0 counts as 0, one above the number of frames,
@@ -83,7 +87,9 @@ def temporal_attention(
         scale: of the scores; None: ``D ** -0.5``.
         norm: applied to q and k, before rope.
         rope: key frame ``t`` uses row ``t``, query frame ``t`` row ``q_start + t``.
-        return_lse: also return the log-sum-exp of the scaled scores, float32 ``(B, T, S, H)``, -inf where a row sees
+        bias: ``(H or 1, T, T_k)`` in q's dtype or float32, added to the scaled scores before the mask; relative
+            positions, for example. What it holds for pairs that are not visible is not read.
+        return_lse: also return the log-sum-exp of the scores, float32 ``(B, T, S, H)``, -inf where a row sees
             nothing; differentiable.
         backend: run on this one or raise.
 
@@ -95,7 +101,9 @@ def temporal_attention(
         BackendError: if the named backend cannot run the call.
     """
     arguments = check.check_attention(TemporalCall.op, q, k, v, mask, q_start, lengths, scale, norm, rope)
-    out, lse = run(TemporalCall(*arguments, bool(return_lse)), backend)
+    if bias is not None:
+        check.check_bias(TemporalCall.op, bias, arguments[0])
+    out, lse = run(TemporalCall(*arguments, bool(return_lse), bias), backend)
     return (out, lse) if return_lse else out
 
 
@@ -104,7 +112,7 @@ register(
     TemporalCall,
     tangents.temporal_attention,
     reference=by_formula(reference.temporal_attention),
-    cpu=replace(cpu.TEMPORAL, tangents=cpu_tangents.temporal_attention),
+    cpu=replace(cpu.TEMPORAL, tangents=cpu_tangents.temporal_attention, why_not_tangents=cpu_tangents.why_not_temporal),
     triton=triton.TEMPORAL,
     cuda=cuda.TEMPORAL,
     sdpa=sdpa.TEMPORAL,

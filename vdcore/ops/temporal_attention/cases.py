@@ -130,6 +130,23 @@ for _name, (_build, _tags) in FRAME_ARGUMENTS.items():
     case("temporal_attention", _name, *_tags)(_build)
 
 
+@case("temporal_attention", "bias", "layout", "bias")
+def _(d: Draw) -> dict[str, Any]:
+    return {**d.qkv(2, 5, 7, 3, 24), "bias": d("bias", 3, 5, 5, spread=0.7), "return_lse": True}
+
+
+@case("temporal_attention", "bias for all heads, window, lengths", "masked", "bias")
+def _(d: Draw) -> dict[str, Any]:
+    bias = d("bias", 1, 6, 9, spread=0.7, dtype=torch.float32)
+    more = {"mask": FrameMask(past=3, future=1, sink=1), "lengths": d.integers(9, 5, 0), "bias": bias}
+    return {**d.qkv(3, 6, 3, 4, 20, T_k=9, G=2), **more, "norm": d.norm(4, 2, 20), "rope": d.rope(9, 1, 8)}
+
+
+@case("temporal_attention", "long, bias", "long", "bias")
+def _(d: Draw) -> dict[str, Any]:
+    return {**d.qkv(1, 150, 2, 2, 40), "bias": d("bias", 2, 150, 150), "mask": FrameMask(past=70, future=3, sink=5)}
+
+
 @case("temporal_attention", "long", "long")
 def _(d: Draw) -> dict[str, Any]:
     return {**d.qkv(1, 150, 2, 2, 72), "mask": FrameMask(past=70, future=3, sink=5)}
@@ -163,6 +180,7 @@ def temporal_form(
     scale: float | None = None,
     norm: QKNorm | None = None,
     rope: Rope | None = None,
+    bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     q, k, v = unpack(q, k, v)
@@ -174,7 +192,7 @@ def temporal_form(
     if seen is not None:
         seen = seen[:, None, None].expand(B, S, 1, T, T_k).flatten(0, 1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*S, T, heads, D)
-    out, lse = dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse)
+    out, lse = dense(attend, q, k, v, seen, D**-0.5 if scale is None else scale, return_lse, bias)
     out = out.unflatten(0, (B, S)).transpose(1, 2)
     return (out, lse.unflatten(0, (B, S)).transpose(1, 2)) if lse is not None else out
 
@@ -201,6 +219,7 @@ FRAMES: dict[str, tuple[Any, ...]] = {
     "temporal_attention",
     heads_allow,
     **FRAMES,
+    bias=(None, "heads", "shared", "float32"),
 )
 def draw_frames(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
     tensors, T_k, G = draw_qkv(d, c, n)
@@ -214,7 +233,15 @@ def draw_frames(d: Draw, c: Choice, n: Sizes) -> dict[str, Any]:
         "norm": draw_norm(d, c["norm"], n.H, G, n.D),
         "rope": draw_rope(d, c["rope"], max(T_k, start + n.T), n.S, n.H, n.D),
         "return_lse": c["return_lse"],
+        **_draw_bias(d, c.get("bias"), n, T_k),
     }
+
+
+def _draw_bias(d: Draw, given: str | None, n: Sizes, T_k: int) -> dict[str, Tensor]:
+    if given is None:
+        return {}
+    dtype = torch.float32 if given == "float32" else None
+    return {"bias": d("bias", 1 if given == "shared" else n.H, n.T, T_k, spread=0.7, dtype=dtype)}
 
 
 FORMS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
@@ -33,8 +35,15 @@ def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None) -> dict[str, An
         "scale": c.scale,
         "norm": norm_of(c.norm),
         "rope": rope_of(c.rope),
+        "bias": None if c.bias is None else to_dlpack(_bias(c.bias)),
         "threads": torch.get_num_threads(),
     }
+
+
+def _bias(bias: Tensor) -> Tensor:
+    """As the engine adds it to scores: ``(H or 1, T_k, T)`` in base 2, T padded to whole vectors."""
+    scores = bias.detach().to(torch.float32).mT * math.log2(math.e)
+    return F.pad(scores, (0, -scores.shape[-1] % 16)).contiguous()
 
 
 def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
@@ -82,9 +91,16 @@ def run_backward(
     sums = SharedGradients(c.norm, c.rope, wanted)
     B, _, S, _, _ = out.shape
     units = S if sums.per_position else B * S
-    parts = min(units, SUM_PARTS if sums.wanted else max(64 * arguments["threads"], units // 64))
+    shared = sums.wanted or "bias" in wanted
+    parts = min(units, SUM_PARTS if shared else max(64 * arguments["threads"], units // 64))
     arguments |= sums.arguments(parts)
-    native().temporal_attention_backward(**arguments)
+    dbias = None
+    if "bias" in wanted and c.bias is not None:
+        heads, T, T_k = c.bias.shape
+        dbias = torch.zeros(parts, heads, T_k, -(-T // 16) * 16)
+    native().temporal_attention_backward(**arguments, dbias=None if dbias is None else to_dlpack(dbias))
+    if dbias is not None:
+        found["bias"] = dbias.sum(0, dtype=torch.float64)[..., :T].mT.contiguous()
     return found | sums.total() if sums.wanted else found
 
 

@@ -78,6 +78,10 @@ def qkv_duals(c: AttentionCall, given: dict[str, Tensor]) -> tuple[Dual, Dual, D
     return q, k, (c.v, parts[2])
 
 
+def why_not_temporal(c: TemporalCall) -> str | None:
+    return None if c.bias is None else "its tangents know no bias"
+
+
 def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
     out, lse = outputs

@@ -31,6 +31,8 @@ MAX_FRAMES = 256
 
 
 def why_not_temporal(c: TemporalCall) -> str | None:
+    if c.bias is not None:
+        return "its kernels know no bias"
     reason = why_not(c.q) or why_not_mask(c.mask) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
     if reason is not None:
         return reason

@@ -22,11 +22,12 @@ def temporal_attention(
     scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every token attends to the same position in the frames that its frame sees.
 
-    q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``; returns out ``(B, T, S, H, D)`` in q's dtype and lse
-    ``(B, T, S, H)`` in float32 at least.
+    q ``(B, T, S, H, D)``, k and v ``(B, T_k, S, G, D)``, bias ``(H or 1, T, T_k)``; returns out ``(B, T, S, H, D)`` in
+    q's dtype and lse ``(B, T, S, H)`` in float32 at least.
     """
     B, T, S, H, D = q.shape
     T_k = k.shape[1]
@@ -39,7 +40,8 @@ def temporal_attention(
             frames = [f for begin, end in runs[b][t] for f in range(begin, end)]
             keys = heads_first(kr[b, frames].transpose(0, 1), H)  # (S, H, n, D)
             values = heads_first(vr[b, frames].transpose(0, 1), H)
-            o, s = attend(qr[b, t][:, :, None], keys, values, scale)  # one query per position
+            added = None if bias is None else bias[:, t][:, None, frames].to(vr.dtype)  # (H or 1, 1, n)
+            o, s = attend(qr[b, t][:, :, None], keys, values, scale, added)  # one query per position
             out.append(o[:, :, 0])
             lse.append(s[:, :, 0])
     if not out:
@@ -50,14 +52,16 @@ def temporal_attention(
 # ---- What all attention references are made of ----
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` and its log-sum-exp: q ``(..., n, D)``, k and v ``(..., m, D)``.
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``softmax(scale q k^T + bias) v`` and its log-sum-exp: q ``(..., n, D)``, k and v ``(..., m, D)``.
 
     With no keys the output is 0 and the log-sum-exp -inf.
     """
     if k.shape[-2] == 0:
         return q.new_zeros(q.shape), q.new_full(q.shape[:-1], -torch.inf)
     scores = q @ k.mT * scale
+    if bias is not None:
+        scores = scores + bias
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 

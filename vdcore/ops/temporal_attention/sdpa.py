@@ -134,6 +134,9 @@ class Dense:
 class _Temporal(Dense):
     """One problem per sample: batch and positions do not merge into a view."""
 
+    def why_not_keys(self, c: Any) -> str | None:
+        return super().why_not_keys(c) if c.bias is None else "a bias would need a mask"
+
     def split(self, c: Any, x: Tensor, *, keys: bool = False) -> list[Tensor]:
         return [one.permute(1, 2, 0, 3) for one in x]
 

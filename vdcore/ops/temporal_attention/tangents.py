@@ -23,6 +23,9 @@ def temporal_attention(call: Any, given: dict[str, Tensor]) -> tuple[Tensor, Ten
     """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``: frames that see the same runs at once."""
     q, k, v = attention_duals(call, given)
     B, T, S, H, D = call.q.shape
+    bias = (
+        None if call.bias is None else each((call.bias, given.get("bias")), lambda x: x.to(v[0].dtype).expand(H, T, -1))
+    )
     runs = visible_runs(call.mask, T, call.k.shape[1], call.q_start, call.lengths, B)
     out, lse = [], []
     for b in range(B):
@@ -30,7 +33,8 @@ def temporal_attention(call: Any, given: dict[str, Tensor]) -> tuple[Tensor, Ten
         for seen, queries in alike(runs[b]):
             mine = each(q, partial(_queries, sample=b, frames=queries))
             keys, values = (each(x, partial(_keys, sample=b, runs=seen, heads=H)) for x in (k, v))
-            do, ds = attend(mine, keys, values, call.scale)
+            added = None if bias is None else each(bias, partial(_pairs, runs=seen, frames=queries))
+            do, ds = attend(mine, keys, values, call.scale, added)
             for i, t in enumerate(queries):
                 frames[t] = do[:, :, i], ds[:, :, i]
         out += [do for do, _ in frames]
@@ -48,6 +52,11 @@ def _queries(x: Tensor, sample: int, frames: list[int]) -> Tensor:
 def _keys(x: Tensor, sample: int, runs: list[Run], heads: int) -> Tensor:
     """``(S, H, n, D)`` of ``(B, T, S, G, D)``."""
     return heads_first(of_runs(x[sample], runs).transpose(0, 1), heads)
+
+
+def _pairs(x: Tensor, runs: list[Run], frames: list[int]) -> Tensor:
+    """``(H, n, m)`` of ``(H, T, T_k)``."""
+    return torch.cat([x[:, frames, begin:end] for begin, end in runs], -1)
 
 
 # ---- What all attention tangents are made of ----
@@ -93,16 +102,16 @@ def of_runs(x: Tensor, runs: list[Run]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend(q: Dual, k: Dual, v: Dual, scale: float) -> tuple[Tensor, Tensor]:
-    """Tangents of ``out = softmax(scale q k^T) v`` and of its log-sum-exp, a tile of scores at a time.
+def attend(q: Dual, k: Dual, v: Dual, scale: float, bias: Dual | None = None) -> tuple[Tensor, Tensor]:
+    """Tangents of ``out = softmax(scale q k^T + bias) v`` and of its log-sum-exp, a tile of scores at a time.
 
-    With ``P`` the probabilities and ``E = scale (dq k^T + q dk^T)`` the scores' tangent:
+    With ``P`` the probabilities and ``E = scale (dq k^T + q dk^T) + dbias`` the scores' tangent:
 
     1. ``dlse = sum(P E)`` along a row,
     2. ``dout = (P (E - dlse)) v + P dv``.
 
-    After Lu and Song (2025), appendix F. q ``(..., n, D)``, k and v ``(..., m, D)``; returns ``(..., n, D)`` and
-    ``(..., n)``, 0 where there are no keys.
+    After Lu and Song (2025), appendix F. q ``(..., n, D)``, k and v ``(..., m, D)``, bias ``(H, n, m)`` with H the last
+    of the leading dimensions; returns ``(..., n, D)`` and ``(..., n)``, 0 where there are no keys.
     """
     lead, (n, D), m = q[0].shape[:-2], q[0].shape[-2:], k[0].shape[-2]
     if m == 0 or q[0].numel() == 0:
@@ -114,7 +123,11 @@ def attend(q: Dual, k: Dual, v: Dual, scale: float) -> tuple[Tensor, Tensor]:
 
     def tile(some: slice, queries: slice) -> tuple[Tensor, Tensor]:
         keys, values = (each(x, partial(_at, where=(some,))) for x in (k, v))
-        return _tile(each(q, partial(_at, where=(some, queries))), keys, values, scale)
+        added = None
+        if bias is not None:
+            heads = torch.arange(some.start, min(some.stop, q[0].shape[0]), device=q[0].device) % lead[-1]
+            added = each(bias, lambda x: x[heads, queries])
+        return _tile(each(q, partial(_at, where=(some, queries))), keys, values, scale, added)
 
     if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:  # nothing may be written
         found = [tile(*where) for where in tiles]
@@ -130,13 +143,15 @@ def _at(x: Tensor, where: tuple[slice, ...]) -> Tensor:
     return x[where]
 
 
-def _tile(q: Dual, k: Dual, v: Dual, scale: float) -> tuple[Tensor, Tensor]:
+def _tile(q: Dual, k: Dual, v: Dual, scale: float, bias: Dual | None) -> tuple[Tensor, Tensor]:
     (q_, dq), (k_, dk), (v_, dv) = q, k, v
     q_ = q_ * scale
-    p = (q_ @ k_.mT).softmax(-1)
+    p = (q_ @ k_.mT if bias is None else torch.baddbmm(bias[0], q_, k_.mT)).softmax(-1)
     moved = None if dq is None else dq * scale @ k_.mT
     if dk is not None:
         moved = q_ @ dk.mT if moved is None else torch.baddbmm(moved, q_, dk.mT)
+    if bias is not None and bias[1] is not None:
+        moved = bias[1] if moved is None else moved + bias[1]
     if moved is None:
         lse = p.new_zeros(p.shape[:-1])
         return (p.new_zeros(q_.shape) if dv is None else p @ dv), lse

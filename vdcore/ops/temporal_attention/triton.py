@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 def _temporal_why_not(c: TemporalCall) -> str | None:
+    if c.bias is not None:
+        return "its kernels know no bias"
     return why_not(c.q) or why_not_head(c.q) or why_not_norm(c.q, c.k, c.norm)
 
 
