@@ -18,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 
 ROOT = Path(__file__).parents[1]
 # A file of the repository -> the page that it becomes.
@@ -36,13 +36,16 @@ LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 REFERENCE = {
     "attention": (
         "Attention",
-        ["spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention"],
+        [
+            *("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention"),
+            *("tile_attention", "select_tiles", "kept_mass"),
+        ],
     ),
     "rows": (
         "Patches, norms, gates",
         ["qk_norm_rope", "patchify", "unpatchify", "modulate", "gate_residual"],
     ),
-    "values": ("Masks and tables", ["FrameMask", "QKNorm", "Rope", "axial_rope", "as_frames"]),
+    "values": ("Masks and tables", ["FrameMask", "GridMask", "TileLists", "QKNorm", "Rope", "axial_rope", "as_frames"]),
     "choosing": (
         "Choosing a backend",
         ["explain", "backends", "use_backend", "calls", "BackendError", "double_backward", "export.decompositions"],
@@ -95,6 +98,13 @@ GALLERY = (
     ("FrameMask(past=4, future=0, shots=(0, 9, 16))", "4 frames back, and always the first one of its own shot."),
     ("FrameMask.teacher_forcing(12, chunk=3)", "Clean chunks up to its own; noisy: those before, and its own."),
 )
+# On a grid of 8 frames of 12 x 20 tokens.
+GRIDS = (
+    ("GridMask.window(3, 0, rows=2, columns=4)", "3 frames back, 2 rows and 4 columns to either side."),
+    ("GridMask.neighborhood((5, 5, 9))", "NATTEN's definition: near a border the window keeps its size."),
+    ("GridMask.tiles((3, 3, 3), (2, 4, 4))", "Sliding tile attention's: whole tiles of 2 x 4 x 4 tokens."),
+    ("GridMask.radial(12, 20)", "Radial attention's: half the area where the distance in frames doubles."),
+)
 
 
 def reference(name: str) -> str:
@@ -125,9 +135,10 @@ def defined(path: str) -> str:
 
 
 def gallery() -> tuple[str, dict[str, bytes]]:
-    """The page of masks over 24 frames, and its pictures."""
+    """The page of masks, and its pictures."""
     lines = [
         "# Masks in pictures",
+        "",
         "Rows are query frames, columns key frames, 24 of each; a dark cell is visible. Density is the visible share of"
         " all pairs, and time is proportional to it. [What the arguments mean](operators.md#masks).",
         "",
@@ -145,6 +156,20 @@ def gallery() -> tuple[str, dict[str, bytes]]:
             f"![{code}]({picture}){{ width=240 }}",
             "",
         ]
+    lines += [
+        "## Windows in frames, rows and columns",
+        "",
+        "Left: the visible share between frames. Right: what three tokens see in every key frame, of 8 of 12 x"
+        " 20 tokens. [What they are](sparse.md).",
+        "",
+    ]
+    for number, (code, meaning) in enumerate(GRIDS):
+        grid = eval(code, {"GridMask": GridMask})
+        picture, out = f"pictures/grid-mask-{number}.png", io.BytesIO()
+        grid.show(out, 8, 12, 20)
+        pictures[picture] = out.getvalue()
+        share = 100 * grid.density(8, 12, 20)
+        lines += [f"### `{code}`", "", f"{meaning} Density: {share:.0f} %.", "", f"![{code}]({picture})", ""]
     return "\n".join(lines), pictures
 
 
