@@ -60,6 +60,7 @@ def _temporal(call: Any) -> Outputs:
         scale=call.scale,
         norm=call.norm,
         rope=call.rope,
+        bias=None if call.bias is None else _wide(call, call.bias)[0],
         return_lse=True,
     )
     return _outputs(call, *found)

@@ -86,7 +86,9 @@ def test_tangents_on_other_layouts_and_backends(case, layout):
         assert all(r.worst <= 1 for r in ratios.values()), backend
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "attention" in c.op and "windows" not in c.tags], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "attention" in c.op and not {"windows", "bias"} & set(c.tags)], ids=str
+)
 def test_tangents_of_the_engine(case):
     """Each leaf's own, on the CPU engine, against the formula in float64."""
     inputs, exact = case.inputs(torch.float32), case.inputs(torch.float32, stored=torch.float64)
@@ -412,5 +414,5 @@ def test_a_model_by_its_timestep(attention):
             torch.testing.assert_close(forward_ad.unpack_dual(f(forward_ad.make_dual(time, dt))).tangent, found)
     with torch.no_grad(), forward_ad.dual_level():
         dual = forward_ad.make_dual(t, torch.ones_like(t))
-        with pytest.raises(RuntimeError, match="VDiT: a cache holds no gradients and no tangents"):
+        with pytest.raises(RuntimeError, match="VDiT: a cache holds no tangents"):
             model(video[:, :, :1], dual, text=text, cache=model.new_cache(2, 4, 4, frames=3))

@@ -42,6 +42,7 @@ def one_rank():
     config = VDiTConfig(in_channels=4, width=32, depth=2, heads=2)
     part, target = torch.randn(2, 1, 4, 3, 8, 8)
     return {
+        "pipeline": model_and_pipeline()["pipeline"],
         "config": config,
         "part": part,
         "target_part": target,

@@ -15,6 +15,7 @@ COMMANDS = {
     "masks": "How much of a model's attention masks keep, by layer and head.",
     "train": "Train a small video diffusion transformer.",
     "sample": "Sample videos from it, and measure them.",
+    "flicker": "Which frames of a video flicker, where, and what the temporal layers do to it.",
     "demo": "Experiments of minutes, one figure per claim, and a report.",
 }
 

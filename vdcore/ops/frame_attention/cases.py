@@ -143,7 +143,7 @@ GRIDS: dict[str, Callable[[Draw], dict[str, Any]]] = {
         "rope": d.rope(4, 15, 12),
         "return_lse": True,
     },
-    "teacher forcing": lambda d: {
+    "teacher forcing on a grid": lambda d: {
         **d.qkv(1, 6, 15, 2, 16),
         "mask": GridMask(FrameMask.teacher_forcing(3), (2, 1, 0), 1),
     },
