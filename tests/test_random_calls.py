@@ -59,6 +59,8 @@ def calls(draw, backends):
     hypothesis.assume(rows * rows * H * B <= (MOST_INTERPRETED if few else MOST) and values <= 4 * MOST)
     if backend == "sdpa":
         hypothesis.assume(min(T, S) > 1)
+    if op == "tile_attention":  # of one token the form's gradient of v is exact, the engine's has the rounding of lse
+        hypothesis.assume(T * S > 1)
     return op, choice, sizes, backend
 
 
