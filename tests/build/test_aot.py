@@ -38,7 +38,7 @@ def test_every_call_on_hopper():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_some_calls_elsewhere(arch):
     records = compiled("report", arch, "few")
-    assert len({r["kernel"] for r in records}) > 15
+    assert len({r["kernel"] for r in records}) >= 15
     assert not problems(records)
 
 
@@ -53,7 +53,7 @@ def test_every_row_of_the_tables_is_taken(arch):
 def test_no_program_id_is_multiplied_by_a_stride_in_32_bits():
     found = compiled("narrow", "sm_90")
     assert found.pop("careless_kernel"), "the check must see what is wrong"
-    assert len(found) > 15
+    assert len(found) >= 15
     assert not {name: lines for name, lines in found.items() if lines}
 
 

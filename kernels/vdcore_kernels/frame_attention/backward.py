@@ -78,14 +78,13 @@ QUERIES = (
     FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 32, 16, 256),
-    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
-    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4),
 )
 # m: queries, walked through; n: keys, held.
 KEYS = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "two gradients of 64 rows in a warpgroup's registers", 64, 64, 64),
-    FrameConfig("sm_9|sm_10", 8, 2, "64 queries: a second tile of 16 channels is copied by 8 bytes", 64, 128, 80),
+    FrameConfig("sm_9", 8, 2, "64 queries: a second tile of 16 channels is copied by 8 bytes", 64, 128, 80),
     FrameConfig("sm_9|sm_10", 8, 2, "two gradients of 128 rows take 128 registers", 32, 128, 128),
     FrameConfig("sm_9|sm_10", 8, 1, "two gradients of 256 channels leave room for 32 rows", 32, 32, 256),
     FrameConfig("sm_8|sm_11|sm_12", 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),

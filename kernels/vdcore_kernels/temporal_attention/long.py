@@ -65,14 +65,15 @@ class LongConfig(Config):
 
 _INTERPRETED = LongConfig("interpreter", 4, 1, "several blocks in a small case", 64, 1024)
 _SMALL = "sm_8|sm_11|sm_12"
+_LARGE = "sm_9|sm_10|gfx"
 _LESS = "more channels, or a mask's numbers beside them, leave room for fewer frames"
 FORWARD = (
     _INTERPRETED,
     LongConfig(_SMALL, 4, 2, "64 frames a side; more channels spill", 64, 64),
     LongConfig(_SMALL, 8, 1, _LESS, 32, 512),
-    LongConfig("", 4, 2, "64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
-    LongConfig("", 8, 1, "the accumulator of 256 channels over twice the threads", 64, 256),
-    LongConfig("", 8, 1, _LESS, 32, 512),
+    LongConfig(_LARGE, 4, 2, "64 frames a side fill a warpgroup's instruction; keys come from the L2", 64, 128),
+    LongConfig(_LARGE, 8, 1, "the accumulator of 256 channels over twice the threads", 64, 256),
+    LongConfig(_LARGE, 8, 1, _LESS, 32, 512),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 BACKWARD = (
@@ -312,7 +313,7 @@ def temporal_long_bwd_q_kernel(
     i_q, at = _sequence(tl.program_id(0), S, H, blocks)
     at_k = _key_head(at, R)
     o_t = i_q * BT + tl.arange(0, BT)
-    m_t, _, _ = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
+    m_t, m_block, seen_block = frame_pairs(p_len, at.b, frames, o_t, tl.arange(0, BT), SHAPE.MASKED)
     m_t = m_t & (o_t < T)
     m_row = at.m[:, None] & m_t[None, :]
     o_row = row_offsets(at, o_t, T, S, H)  # [1, BT]
