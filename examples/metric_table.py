@@ -13,9 +13,9 @@ from vdcore.metrics.flow import Flow
 from vdcore.video import MovingShapes
 
 
-def scenes(speed, count):
+def scenes(speed, count, frames=6):
     shapes = MovingShapes(
-        frames=6,
+        frames=frames,
         size=(64, 64),
         radius=(9.0, 14.0),
         speed=(speed, speed),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import metric_table
 from vdcore.metrics import (
     flow_consistency,
     mean_flow,
@@ -13,7 +14,6 @@ from vdcore.metrics import (
     warping_error,
 )
 from vdcore.metrics.flow import Flow
-from vdcore.video import MovingShapes
 
 
 @pytest.fixture
@@ -22,17 +22,7 @@ def generator():
 
 
 def scenes(speed, count=4):
-    shapes = MovingShapes(
-        frames=5,
-        size=(64, 64),
-        radius=(9.0, 14.0),
-        speed=(speed, speed),
-        pan=speed / 2,
-        occluders=0,
-        object_wave=(10.0, 20.0),
-        background_wave=(16.0, 40.0),
-    )
-    return shapes.batch(range(count))
+    return metric_table.scenes(speed, count, frames=5)
 
 
 def known(scene):
