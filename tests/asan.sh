@@ -7,6 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 build=build/asan
+mkdir -p build
 cmake -S . -B "$build" -DVDCORE_SANITIZE=address,undefined -DVDCORE_CUDA=OFF \
   -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >"$build.log" 2>&1 ||
   { cat "$build.log"; exit 1; }

@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/tile_plan.h"
 #include "common/token_groups.h"
 #include "common/visible_frames.h"
 #include "cpu/core/engine.h"
@@ -180,6 +181,47 @@ std::vector<char> temporal_attention(DType dtype, int threads) {
   return out.bytes;
 }
 
+// A grid of 7 x 10 tokens a frame: windows with a sink and text, whose sizes no vector divides, or lists of ragged
+// tiles.
+OwnedPlan plan_of_grid(bool lists) {
+  constexpr int64_t kRows = 7, kColumns = S / kRows, kText = 5, kTile[3] = {2, 3, 4};
+  const GridSizes sizes = {B, T, T, kRows, kColumns, 0};
+  if (lists) {  // a tile sees itself and the next one
+    constexpr int64_t n = 3 * 3 * 3;
+    std::vector<int32_t> indices(2 * n), counts(n, 2);
+    for (int32_t i = 0; i < n; ++i) indices[2 * i] = i ? i - 1 : 0, indices[2 * i + 1] = i ? i : 1;
+    return plan_of_lists(sizes, kTile, 1, 1, 2, indices.data(), counts.data());
+  }
+  WindowsOfHeads w = {H, {1, 1, 1}, true, 1, 0, {}, {{0, 2}, {2, 1}}, {{0, 3}}};
+  for (int64_t frame = 0; frame < T; ++frame) w.frame_runs.push_back({{0, frame + 1}});
+  return plan_of_windows(sizes, {w}, nullptr, kText, nullptr, true);
+}
+
+std::vector<char> tile_attention(DType dtype, bool lists, int threads) {
+  const OwnedPlan owned = plan_of_grid(lists);
+  cpu::TileAttention a;
+  a.plan = &owned.plan;
+  a.scale = 0.15f;
+  a.threads = threads;
+  std::vector<Array> x;
+  x.reserve(18);
+  for (int part = 0; part < (owned.plan.text ? 2 : 1); ++part) {
+    const std::vector<int64_t> tokens = {B, part ? 1 : T, part ? owned.plan.text : S, H, D};
+    FrameSegment& s = a.segment[part];
+    for (TensorView* view : {&s.q, &s.k, &s.v, &s.dout}) *view = x.emplace_back(dtype, tokens, x.size() + 1).view;
+    for (TensorView* view : {&s.out, &s.dq, &s.dk, &s.dv}) *view = x.emplace_back(dtype, tokens).view;
+    s.lse = x.emplace_back(DType::f32, std::vector<int64_t>{B, tokens[1], tokens[2], H}).view;
+  }
+  std::vector<float> delta(B * H * (T * S + owned.plan.text));
+  a.delta = delta.data();
+  cpu::kernels().tile_attention_forward(a);
+  cpu::kernels().tile_attention_backward(a);
+
+  std::vector<char> all;
+  for (const Array& each : x) all.insert(all.end(), each.bytes.begin(), each.bytes.end());
+  return all;
+}
+
 std::vector<char> patchify(DType dtype, int threads) {
   constexpr int64_t kSide = 8, kChannels = 4, E = 96, K = kChannels * 4;
   Array video(dtype, {B, kChannels, T, 2 * kSide, 2 * kSide}, 1), weight(DType::f32, {K, E}, 2);
@@ -209,6 +251,7 @@ std::vector<std::vector<char>> everything(int threads) {
   const FrameMask same_frame{{0, 0, 1, 0}}, causal{{-1, 0, 1, 0}};
   for (DType dtype : {DType::f32, DType::bf16}) {
     for (const FrameMask& mask : {same_frame, causal}) found.push_back(frame_attention(dtype, mask, threads));
+    for (const bool lists : {false, true}) found.push_back(tile_attention(dtype, lists, threads));
     found.push_back(temporal_attention(dtype, threads));
     found.push_back(patchify(dtype, threads));
   }

@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 build=build/tsan
+mkdir -p build
 if ! echo "int main() {}" | ${CXX:-c++} -x c++ -fsanitize=thread -o /dev/null - 2>/dev/null; then
   echo "skipped: ${CXX:-c++} has no ThreadSanitizer here (Debian: libtsan of its version)"
   exit 0

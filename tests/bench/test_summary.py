@@ -3,6 +3,7 @@
 import pytest
 from small import row
 
+from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.report import summary
 
 TIMES = [
@@ -24,6 +25,14 @@ def test_the_fastest_variant_of_the_fastest_peer_counts():
     assert (line.best.provider, line.best.variant) == ("sdpa[flash]", "strided")
     assert line.speedup == pytest.approx(2.0) and line.over_copy == pytest.approx(2.0)
     assert line.naive.p50 == 9.0 and not line.noise
+
+
+@pytest.mark.parametrize(("products", "times"), [(None, 2.0), (0.5, 2.0), (1.6, 1.25)])
+def test_the_larger_floor_counts_and_both_are_printed(products, times):
+    (line,) = summary.lines([row(p50=2.0, products=products), row("copy", 1.0), row("copy", 1.5, variant="fresh")])
+    assert line.over_floor == pytest.approx(times)
+    cells = dict(zip(summary.HEADER, summary.cells(line), strict=True))
+    assert cells["floors: copy, products"] == ("1 s, -" if products is None else f"1 s, {seconds_text(products)}")
 
 
 def test_neither_our_other_backends_nor_the_copy_are_peers():

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from vdcore import extras
 from vdcore.testing import cases_of
 from vdcore_bench.jobs import JOBS, operator_table
 from vdcore_bench.measure import machine
+from vdcore_bench.measure.products import products
 from vdcore_bench.peers import PEERS
 from vdcore_bench.report.table import Table
 
@@ -32,10 +32,6 @@ ALLOCATOR_ADVICE = (
     f"start Python with {machine.ADVICE}, or preload tcmalloc or jemalloc"
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRODUCT = 1024  # rows, columns and terms
-PRODUCT_SECONDS = 0.15  # of a dtype
-
 
 def chosen() -> dict[str, dict[str, str]]:
     """Operator -> device -> the backend that `auto` takes for a plain float32 call with gradients."""
@@ -47,31 +43,6 @@ def chosen() -> dict[str, dict[str, str]]:
             inputs = case.inputs(torch.float32, requires_grad=True, device=device)
             found.setdefault(op, {})[device] = vdcore.explain(op, **inputs.args)[0][0]
     return found
-
-
-def products() -> dict[str, float]:
-    """GFLOP/s of torch's product of 1,024 on the CPU, by dtype: what a model's linear layers run at.
-
-    Takes half a second. Where a dtype has no instructions a product can be hundreds of times slower: it is timed on as
-    many rows as fit into its share of that.
-    """
-    return {str(dtype).removeprefix("torch."): _product_rate(dtype) for dtype in DTYPES}
-
-
-@torch.inference_mode()
-def _product_rate(dtype: torch.dtype) -> float:
-    a, b = (torch.ones(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2))
-    best: dict[int, float] = {}
-    rows, now = 16, time.perf_counter()
-    end = now + PRODUCT_SECONDS
-    while now < end:
-        start = time.perf_counter()
-        torch.mm(a[:rows], b)
-        now = time.perf_counter()
-        best[rows] = max(best.get(rows, 0.0), 2e-9 * rows * PRODUCT**2 / (now - start))
-        if rows < PRODUCT and 8 * (now - start) < end - now:
-            rows *= 8
-    return best[rows]
 
 
 def dtype_advice(rates: dict[str, float]) -> str:

@@ -51,6 +51,7 @@ class Row:
         host: seconds of Python until a call was enqueued, on a GPU; ``p50`` is the GPU's time alone.
         page_faults: minor faults per call, CPU only; many mean that the allocator was measured.
         flops, bytes: work of the job, visible pairs only, and its least traffic: inputs read, outputs written.
+        products: seconds of those FLOPs at 70 % of the rate of torch's product of matrices, CPU only.
         original, shape: sizes of the workload, and those that ran; ``scaling`` is both in words.
     """
 
@@ -74,6 +75,7 @@ class Row:
     page_faults: float | None = None
     flops: float | None = None
     bytes: float | None = None
+    products: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 0

@@ -13,7 +13,8 @@ from vdcore_bench.jobs import JOBS
 from vdcore_bench.measure.journal import GRID_MASKS, JOINED, MASKS, PROFILE, Row, newest
 from vdcore_bench.measure.machine import Load, seconds_text, seconds_unit
 
-HEADER = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate", "time / copy", "error")
+HEADER: tuple[str, ...] = ("workload", "dtype", "mode", "vdcore", "best peer", "speed-up", "naive", "rate")
+HEADER += ("floors: copy, products", "time / floor", "error")
 
 
 @dataclass
@@ -55,6 +56,17 @@ class Line:
     @property
     def over_copy(self) -> float | None:
         return _ratio(self.ours, self.copy)
+
+    @property
+    def floors(self) -> tuple[float | None, float | None]:
+        """Seconds that the call's bytes take, and its products: neither can be gone below by much."""
+        return self.copy.p50 if self.copy else None, self.ours.products if self.ours else None
+
+    @property
+    def over_floor(self) -> float | None:
+        """Our time over the larger floor."""
+        known = [seconds for seconds in self.floors if seconds]
+        return self.ours.p50 / max(known) if known and self.ours is not None and self.ours.p50 else None
 
 
 def _ratio(a: Row | None, b: Row | None) -> float | None:
@@ -131,7 +143,8 @@ def cells(line: Line) -> tuple[str, ...]:
         speedup_text(line),
         time_of(line.naive),
         rate(ours) if ours else "-",
-        "-" if line.over_copy is None else f"{line.over_copy:.2f}",
+        ", ".join(seconds_text(seconds) if seconds else "-" for seconds in line.floors),
+        "-" if line.over_floor is None else f"{line.over_floor:.2f}",
         error_text(ours),
     )
 
@@ -243,7 +256,8 @@ def overhead_cells(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 LEGEND = (
     "time: median (p20..p80) of interleaved rounds; ~: the intervals overlap, the difference is noise. "
     "rate: of the least traffic (every input and output moved once) where memory is the limit, else of the visible "
-    "pairs' products. time / copy: over copying the same bytes in existing memory. "
+    "pairs' products. floors: copying the same bytes in existing memory, where memory is the limit, and the call's "
+    "FLOPs at 70 % of the rate of torch's product of 1,024 in the dtype or in float32; time / floor: over the larger. "
     "error: over what the tolerance rule allows against float64, fine up to 1."
 )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import vdcore
 from vdcore_bench import stub
 from vdcore_bench.jobs.base import Job, Tensors
-from vdcore_bench.measure import machine
+from vdcore_bench.measure import machine, products
 from vdcore_bench.measure.journal import JOINED, Journal, Row, Watch, row_here, text_of
 from vdcore_bench.measure.judge import Judge, flat, gradients, incoming
 from vdcore_bench.measure.timing import ROUNDS, Clock, Contender, Spread, clock_for, race_within
@@ -92,6 +92,7 @@ def blank(job: Job) -> Row:
         x=job.shape.T,
         flops=job.flops() or None,
         bytes=job.traffic(),
+        products=products.floor(job.flops(), job.dtype) if job.device == "cpu" and job.flops() else None,
         original=job.original.sizes(),
         shape=job.shape.sizes(),
         scaling=job.shape.describe(job.original),
