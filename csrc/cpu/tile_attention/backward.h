@@ -70,8 +70,8 @@ class Backward {
   void queries(const Box& box, const Shape* shape) {
     const FrameSegment& segment = a.segment[box.text];
     const int64_t list = list_of(box.sample, box.head), kv_head = box.head / shared;
-    find_slots(plan, box, shape, *slots);
-    if (box.text) clear_run(segment.dq, box.sample, box.head, dead_text(box));
+    find_slots(plan, box, kQueries, shape, *slots);
+    for_dead(plan, box, kQueries, [&](const TokenRun& tokens) { clear_run(segment.dq, box.sample, box.head, tokens); });
     if (!slots->run_count) return;
     load_queries(segment, box);
     start(1);
@@ -98,9 +98,9 @@ class Backward {
   // dk and dv of a box of keys, `head` their own.
   void keys(const Box& box, const Shape* shape) {
     const FrameSegment& segment = a.segment[box.text];
-    find_slots(plan, box, shape, *slots);
-    if (box.text)
-      for (const TensorView* x : {&segment.dk, &segment.dv}) clear_run(*x, box.sample, box.head, dead_text(box));
+    find_slots(plan, box, kKeys, shape, *slots);
+    for (const TensorView* x : {&segment.dk, &segment.dv})
+      for_dead(plan, box, kKeys, [&](const TokenRun& tokens) { clear_run(*x, box.sample, box.head, tokens); });
     if (!slots->run_count) return;
     products.load_own(segment.k, box, 0);
     products.load_own(segment.v, box, 1);
@@ -132,9 +132,6 @@ class Backward {
 
   int64_t list_of(int64_t sample, int64_t head) const {
     return (plan.list_batch > 1 ? sample : 0) * plan.list_heads + (plan.list_heads > 1 ? head : 0);
-  }
-  TokenRun dead_text(const Box& box) const {
-    return {true, smaller(larger(box.begin, plan.text_live[box.sample]), box.end), box.end};
   }
   float* delta_of(int64_t b, int64_t head, const TokenRun& tokens) const {
     return a.delta + (b * H + head) * all_rows + (tokens.text ? video_rows : 0) + tokens.begin;

@@ -1,8 +1,9 @@
 // Boxes of tokens of one side, and what they see of the other: the walk that forward and backward share.
 //
 // A box is what one gathering of the other side serves; its units are what that is computed for: up to three vectors of
-// tokens, a few rows of a few columns, so that the windows of a unit's tokens overlap well. The other side comes in
-// segments, tokens that follow one another in memory, which fill tiles one after another.
+// tokens, a few rows of a few columns of a few frames, so that the windows of a unit's tokens overlap well: those of
+// the same place in frames that follow one another overlap best. The other side comes in segments, tokens that follow
+// one another in memory, which fill tiles one after another.
 #pragma once
 
 #include "cpu/core/arena.h"
@@ -18,16 +19,25 @@ constexpr int64_t kMostLanes = 3 * W;                          // of a unit
 constexpr int64_t kBoxTokens = 384 / kMostLanes * kMostLanes;  // shares one gathering of the other side
 constexpr int64_t kMostUnits = kBoxTokens / W;
 constexpr int64_t kOtherTile = 128;
+constexpr int64_t kMostFrames = 8;  // of a box
 
-// Tokens that all see each other's tile, or a rectangle of one frame, or a piece of the text.
+// Tokens that all see each other's tile, or a rectangle of frames [f0, f1), or a piece of the text.
 struct Box {
   int64_t sample, head;
   bool text;
   const HeadGroup* group;  // null: of lists, or text
   int64_t list, tile;      // of lists
-  int64_t frame;
+  int64_t f0, f1;
   int32_t y0, y1, x0, x1;
   int64_t begin, end;  // text: tokens; of lists: tokens of the tile
+};
+
+// How frames of a box see one frame of the other side: steps of the tables of rows and columns, -1 for one that does
+// not.
+struct Seen {
+  int16_t row[kMostFrames], column[kMostFrames];
+
+  VDCORE_INLINE bool operator==(const Seen& other) const { return !memcmp(this, &other, sizeof other); }
 };
 
 // A segment of the other side: `row`: one row's columns from `first` on; kBand: whole rows, `first` counts tokens of
@@ -36,7 +46,7 @@ struct Segment {
   static constexpr int32_t kBand = -1, kClear = -2;
   TokenRun tokens;
   int32_t row, first;
-  int16_t row_step, column_step;
+  Seen seen;
 };
 
 // A part of a segment, in a tile.
@@ -57,10 +67,10 @@ struct Slots {
   int32_t y0[kMostUnits], y1[kMostUnits], x0[kMostUnits], x1[kMostUnits];
   SlotRun runs[kBoxTokens];
   int64_t run_count = 0;
-  int32_t y[kBoxTokens], x[kBoxTokens];  // of slots; what pads a unit is where its last token is
-  // What a unit's slots see of rows and columns at one step of each.
+  int32_t f[kBoxTokens], y[kBoxTokens], x[kBoxTokens];  // of slots; what pads a unit is where its last token is
+  // What a unit's slots see of rows and columns of one frame.
   int64_t lanes_of = -1;
-  int16_t row_step, column_step;
+  Seen lanes_seen;
   int32_t row_begin[kMostLanes], row_end[kMostLanes], column_begin[kMostLanes], column_end[kMostLanes];
 
   VDCORE_INLINE int64_t in_use(int64_t u) const { return round_up(filled[u]); }
@@ -72,7 +82,7 @@ struct Slots {
 
 // Sizes of boxes and units of one side of a group.
 struct Shape {
-  int32_t unit_rows, unit_columns, box_rows, box_columns;
+  int32_t frames, unit_rows, unit_columns, box_rows, box_columns;
 };
 
 // What a unit sees of a tile: runs of the tile's tokens that somebody sees, and of these the parts that not all see.
@@ -98,60 +108,141 @@ struct UnitView {
   }
 };
 
+// ---- What frames see ---------------------------------------------------------------------------------------------
+
+// Calls body(other frame, seen) for the frames of the other side below `limit` that some of frames [first, end) see, in
+// order; end - first is at most kMostFrames.
+template <typename Body>
+VDCORE_INLINE void for_seen_frames(const GridWindows& w, int64_t first, int64_t end, int64_t limit, const Body& body) {
+  const int64_t frames = end - first;
+  int64_t next[kMostFrames];
+  for (int64_t i = 0; i < frames; ++i) next[i] = w.first[first + i];
+  for (;;) {
+    int64_t frame = limit;
+    for (int64_t i = 0; i < frames; ++i)
+      if (next[i] < w.first[first + i + 1]) frame = smaller(frame, w.windows[next[i]].frame);
+    if (frame >= limit) return;
+    Seen seen;
+    memset(&seen, -1, sizeof seen);
+    for (int64_t i = 0; i < frames; ++i) {
+      if (next[i] == w.first[first + i + 1] || w.windows[next[i]].frame != frame) continue;
+      seen.row[i] = w.windows[next[i]].row_step;
+      seen.column[i] = w.windows[next[i]++].column_step;
+    }
+    body(frame, seen);
+  }
+}
+
+// Of an axis's places, which tokens from one place to another, of so many frames, see: somebody, and everybody.
+VDCORE_INLINE void seen_places(const int32_t* begin, const int32_t* end, int64_t size, const int16_t* steps,
+                               int64_t frames, int64_t from, int64_t last, Run& some, Run& all) {
+  some = {size, 0};
+  all = {0, size};
+  for (int64_t i = 0; i < frames; ++i) {
+    if (steps[i] < 0) {
+      all.end = 0;
+      continue;
+    }
+    const int64_t at = steps[i] * size;
+    some = {smaller(some.begin, begin[at + from]), larger(some.end, end[at + last])};
+    all = {larger(all.begin, begin[at + last]), smaller(all.end, end[at + from])};
+  }
+}
+
+VDCORE_INLINE void seen_rows(const TilePlan& plan, const GridWindows& w, const Seen& seen, int64_t frames, int64_t from,
+                             int64_t last, Run& some, Run& all) {
+  seen_places(w.row_begin, w.row_end, plan.rows, seen.row, frames, from, last, some, all);
+}
+
+VDCORE_INLINE void seen_columns(const TilePlan& plan, const GridWindows& w, const Seen& seen, int64_t frames,
+                                int64_t from, int64_t last, Run& some, Run& all) {
+  seen_places(w.column_begin, w.column_end, plan.columns, seen.column, frames, from, last, some, all);
+}
+
 // ---- Shapes ------------------------------------------------------------------------------------------------------
 
-// How many places of the other side the blocks of so many places see, all together.
-VDCORE_INLINE int64_t seen_by_blocks(const int32_t* begin, const int32_t* end, int64_t size, int64_t block) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < size; i += block) total += end[smaller(i + block, size) - 1] - begin[i];
-  return total;
-}
+// What so many frames about the middle see: a few of the other side's frames stand for all of them.
+class SeenSamples {
+ public:
+  SeenSamples(const TilePlan& plan, const GridWindows& windows, int64_t of, int64_t frames)
+      : plan_(plan), windows_(windows) {
+    const int64_t first = of / 2 / frames * frames, end = smaller(first + frames, of);
+    frames_ = end - first;
+    int64_t all = 0, index = 0;
+    for_seen_frames(windows, first, end, INT64_MAX, [&](int64_t, const Seen&) { ++all; });
+    const int64_t step = (all + kMost - 1) / kMost;
+    for_seen_frames(windows, first, end, INT64_MAX, [&](int64_t, const Seen& seen) {
+      if (index++ % step) return;
+      if (!count_ || !(seen_[count_ - 1] == seen)) {
+        weights_[count_] = 0;
+        seen_[count_++] = seen;
+      }
+      weights_[count_ - 1] += static_cast<double>(step);
+    });
+  }
+
+  // Tokens of the other side that blocks of so many rows and columns see, all together, for each frame of a block.
+  double tokens(int64_t height, int64_t width) const {
+    double total = 0;
+    for (int64_t i = 0; i < count_; ++i)
+      total += weights_[i] * along(seen_rows, seen_[i], plan_.rows, height) *
+               along(seen_columns, seen_[i], plan_.columns, width);
+    return total / static_cast<double>(frames_);
+  }
+
+ private:
+  static constexpr int64_t kMost = 16;
+  const TilePlan& plan_;
+  const GridWindows& windows_;
+  int64_t frames_ = 0, count_ = 0;
+  Seen seen_[kMost];
+  double weights_[kMost];
+
+  double along(decltype(seen_rows)* places, const Seen& seen, int64_t size, int64_t block) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < size; i += block) {
+      Run some, all;
+      places(plan_, windows_, seen, frames_, i, smaller(i + block, size) - 1, some, all);
+      total += some.size();
+    }
+    return static_cast<double>(total);
+  }
+};
 
 // The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. A
 // product of units of one or two vectors loads more operands, 17 for 16 multiplications of vectors and 14 for 24, where
 // one of three loads 11 for 24: weighed a little higher for that, by this count and not by a measurement.
-inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t frame) {
-  const int64_t rows = plan.rows, columns = plan.columns;
-  const int64_t first = windows.first[frame], count = windows.first[frame + 1] - first;
-  // A few of the windows stand for all.
-  const int64_t step = (count + 15) / 16;
-  const auto cost = [&](int64_t height, int64_t width) {
-    double total = 0;
-    for (int64_t i = 0; i < count; i += step) {
-      const SeenFrame& w = windows.windows[first + i];
-      total += static_cast<double>(seen_by_blocks(windows.row_begin + w.row_step * rows,
-                                                  windows.row_end + w.row_step * rows, rows, height)) *
-               static_cast<double>(seen_by_blocks(windows.column_begin + w.column_step * columns,
-                                                  windows.column_end + w.column_step * columns, columns, width));
-    }
-    return total;
-  };
+inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t of) {
   constexpr double kVectorCost[4] = {0, 1.12, 1.04, 1};
-  Shape best = {1, static_cast<int32_t>(smaller(kMostLanes, columns)), 1,
-                static_cast<int32_t>(smaller(kMostLanes, columns))};
+  const int64_t rows = plan.rows, columns = plan.columns;
+  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
+  Shape best = {};
   double least = -1;
-  for (int64_t n = 1; n <= 3; ++n)
-    for (int64_t height = 1; height <= smaller(rows, n * W); ++height) {
-      const int64_t width = smaller(n * W / height, columns);
-      if (height > 4 && n * W % height && height != rows) continue;
-      const double here = cost(height, width) * static_cast<double>((height * width + W - 1) / W) *
-                          kVectorCost[(height * width + W - 1) / W];
-      if (least < 0 || here < least * 0.999) {
+  for (int64_t frames = 1; frames <= kMostFrames && frames < 2 * of; frames *= 2) {
+    const SeenSamples seen(plan, windows, of, frames);
+    for (int64_t n = 1; n <= 3; ++n) {
+      const int64_t places = n * W / frames;  // of a frame
+      for (int64_t height = 1; height <= smaller(rows, places); ++height) {
+        const int64_t width = smaller(places / height, columns), vectors = (frames * height * width + W - 1) / W;
+        if (height > 4 && places % height && height != rows) continue;
+        const double here = seen.tokens(height, width) * static_cast<double>(vectors) * kVectorCost[vectors];
+        if (least >= 0 && here >= least * 0.999) continue;
         least = here;
-        best.unit_rows = static_cast<int32_t>(height);
-        best.unit_columns = static_cast<int32_t>(width);
+        best = {narrow(frames), narrow(height), narrow(width), 0, 0};
       }
     }
-  const int64_t lanes = round_up(static_cast<int64_t>(best.unit_rows) * best.unit_columns), units = kBoxTokens / lanes;
+  }
+  const SeenSamples seen(plan, windows, of, best.frames);
+  const int64_t units = kBoxTokens / round_up(int64_t{best.frames} * best.unit_rows * best.unit_columns);
   least = -1;
   for (int64_t down = 1; down <= units; ++down) {
     const int64_t height = smaller(down * best.unit_rows, rows),
                   width = smaller(units / down * best.unit_columns, columns);
-    const double here = cost(height, width);
+    const double here = seen.tokens(height, width);
     if (least < 0 || here < least * 0.999) {
       least = here;
-      best.box_rows = static_cast<int32_t>(height);
-      best.box_columns = static_cast<int32_t>(width);
+      best.box_rows = narrow(height);
+      best.box_columns = narrow(width);
     }
     if (height == rows) break;
   }
@@ -166,7 +257,7 @@ class Boxes {
   Boxes(const TilePlan& plan, Side side, int64_t heads, int64_t shared, Shape* shapes)
       : plan_(plan), side_(side), heads_(heads), shared_(shared), shapes_(shapes) {
     for (int64_t g = 0; g < plan.group_count; ++g)
-      shapes[g] = best_shape(plan, plan.groups[g].side[side], plan.frames[side] / 2);
+      shapes[g] = best_shape(plan, plan.groups[g].side[side], plan.frames[side]);
     text_ = (plan.text + kBoxTokens - 1) / kBoxTokens;
     if (plan.has_lists()) per_tile_ = (plan.tile[0] * plan.tile[1] * plan.tile[2] + kBoxTokens - 1) / kBoxTokens;
   }
@@ -200,11 +291,12 @@ class Boxes {
       }
       const HeadGroup& group = plan_.groups[g];
       const Shape& s = shapes_[g];
-      const int64_t across = (plan_.columns + s.box_columns - 1) / s.box_columns, per_frame = boxes_of_frame(s);
-      const int64_t place = item % per_frame;
-      item /= per_frame;
-      box.frame = item % plan_.frames[side_];
-      item /= plan_.frames[side_];
+      const int64_t across = (plan_.columns + s.box_columns - 1) / s.box_columns, per_block = boxes_of_block(s);
+      const int64_t place = item % per_block;
+      item /= per_block;
+      box.f0 = item % blocks_of_frames(s) * s.frames;
+      box.f1 = smaller(box.f0 + s.frames, plan_.frames[side_]);
+      item /= blocks_of_frames(s);
       const int64_t first = group.first_head / shared_, count = group.end_head / shared_ - first;
       box.head = first + item % count;
       box.sample = item / count;
@@ -231,12 +323,13 @@ class Boxes {
   Shape* shapes_;
   int64_t text_ = 0, per_tile_ = 0;
 
-  int64_t boxes_of_frame(const Shape& s) const {
+  int64_t blocks_of_frames(const Shape& s) const { return (plan_.frames[side_] + s.frames - 1) / s.frames; }
+  int64_t boxes_of_block(const Shape& s) const {
     return ((plan_.rows + s.box_rows - 1) / s.box_rows) * ((plan_.columns + s.box_columns - 1) / s.box_columns);
   }
   int64_t of_group(int64_t g) const {
     const int64_t heads = plan_.groups[g].end_head / shared_ - plan_.groups[g].first_head / shared_;
-    return plan_.batch * heads * plan_.frames[side_] * boxes_of_frame(shapes_[g]);
+    return plan_.batch * heads * blocks_of_frames(shapes_[g]) * boxes_of_block(shapes_[g]);
   }
 };
 
@@ -287,8 +380,20 @@ VDCORE_INLINE void for_tile(const TilePlan& plan, int64_t tile, const Body& body
   }
 }
 
-// Those that take part: of the text, only its live ones.
-inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape, Slots& slots) {
+// Calls body(tokens) for those of a box that take no part: they lie behind their sample's length.
+template <typename Body>
+inline void for_dead(const TilePlan& plan, const Box& box, Side side, const Body& body) {
+  if (box.text) body(TokenRun{true, smaller(larger(box.begin, plan.text_live[box.sample]), box.end), box.end});
+  if (!box.group) return;
+  for (int64_t f = larger(box.f0, plan.live[side][box.sample]); f < box.f1; ++f)
+    for (int64_t y = box.y0; y < box.y1; ++y) {
+      const int64_t token = (f * plan.rows + y) * plan.columns;
+      body(TokenRun{false, token + box.x0, token + box.x1});
+    }
+}
+
+// The others.
+inline void find_slots(const TilePlan& plan, const Box& box, Side side, const Shape* shape, Slots& slots) {
   slots.run_count = 0;
   slots.lanes_of = -1;
   if (!box.group) {
@@ -307,8 +412,10 @@ inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape,
     fill_units(slots, slot);
     return;
   }
-  slots.lanes = round_up(static_cast<int64_t>(shape->unit_rows) * shape->unit_columns);
+  slots.lanes = round_up(int64_t{shape->frames} * shape->unit_rows * shape->unit_columns);
   slots.units = 0;
+  const int64_t frames = smaller(box.f1, plan.live[side][box.sample]) - box.f0;
+  if (frames <= 0) return;
   for (int32_t y = box.y0; y < box.y1; y += shape->unit_rows)
     for (int32_t x = box.x0; x < box.x1; x += shape->unit_columns) {
       const int64_t u = slots.units++;
@@ -317,17 +424,32 @@ inline void find_slots(const TilePlan& plan, const Box& box, const Shape* shape,
       const int32_t y1 = slots.y1[u] = static_cast<int32_t>(smaller(y + shape->unit_rows, box.y1));
       const int32_t x1 = slots.x1[u] = static_cast<int32_t>(smaller(x + shape->unit_columns, box.x1));
       int64_t slot = u * slots.lanes;
-      for (int32_t r = y; r < y1; ++r) {
-        const int64_t token = (box.frame * plan.rows + r) * plan.columns;
-        slots.runs[slots.run_count++] = {slot, {false, token + x, token + x1}};
-        for (int32_t c = x; c < x1; ++c, ++slot) slots.y[slot] = r, slots.x[slot] = c;
-      }
+      const auto put = [&](int64_t f, int32_t r, int32_t c) {
+        slots.f[slot] = static_cast<int32_t>(f), slots.y[slot] = r, slots.x[slot++] = c;
+      };
+      for (int64_t f = 0; f < frames; ++f)
+        for (int32_t r = y; r < y1; ++r) {
+          const int64_t token = ((box.f0 + f) * plan.rows + r) * plan.columns;
+          slots.runs[slots.run_count++] = {slot, {false, token + x, token + x1}};
+          for (int32_t c = x; c < x1; ++c) put(f, r, c);
+        }
       slots.filled[u] = slot - u * slots.lanes;
-      for (; slot < (u + 1) * slots.lanes; ++slot) slots.y[slot] = y1 - 1, slots.x[slot] = x1 - 1;
+      while (slot < (u + 1) * slots.lanes) put(frames - 1, y1 - 1, x1 - 1);
     }
 }
 
 // ---- What a box sees ---------------------------------------------------------------------------------------------
+
+// Whether all of the box that see a frame see whole rows of it.
+VDCORE_INLINE bool whole_rows(const TilePlan& plan, const GridWindows& w, const Seen& seen, int64_t frames,
+                              const Box& box) {
+  for (int64_t i = 0; i < frames; ++i) {
+    if (seen.column[i] < 0) continue;
+    const int64_t at = seen.column[i] * plan.columns;
+    if (w.column_begin[at + box.x1 - 1] != 0 || w.column_end[at + box.x0] != plan.columns) return false;
+  }
+  return true;
+}
 
 // Calls body(segment) for what somebody of the box sees of the other side, or, with `common`, everybody.
 template <typename Body>
@@ -335,7 +457,7 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
                                 const Body& body) {
   const int64_t limit = plan.live[1 - side][box.sample], own = plan.live[side][box.sample];
   const auto clear = [&](TokenRun run) {
-    if (run.size()) body(Segment{run, Segment::kClear, 0, 0, 0});
+    if (run.size()) body(Segment{run, Segment::kClear, 0, {}});
   };
   if (!box.group && !box.text) {  // of lists
     const ListedTiles& listed = plan.listed[side];
@@ -348,39 +470,30 @@ VDCORE_INLINE void for_segments(const TilePlan& plan, const Box& box, Side side,
     if (side == kKeys || plan.text_sees_video) clear({false, 0, limit * plan.per_frame()});
     return clear(all_text);
   }
-  if (box.frame >= own) return;
-  const GridWindows& w = box.group->side[side];
-  for (int64_t i = w.first[box.frame]; i < w.first[box.frame + 1]; ++i) {
-    const SeenFrame& window = w.windows[i];
-    if (window.frame >= limit) break;
-    const int32_t *row_begin = w.row_begin + window.row_step * plan.rows,
-                  *row_end = w.row_end + window.row_step * plan.rows;
-    const int32_t *column_begin = w.column_begin + window.column_step * plan.columns,
-                  *column_end = w.column_end + window.column_step * plan.columns;
-    const bool band = column_begin[box.x1 - 1] == 0 && column_end[box.x0] == plan.columns;
-    const Run rows = common ? Run{row_begin[box.y1 - 1], row_end[box.y0]} : Run{row_begin[box.y0], row_end[box.y1 - 1]};
-    const Run columns =
-        common ? Run{column_begin[box.x1 - 1], column_end[box.x0]} : Run{column_begin[box.x0], column_end[box.x1 - 1]};
-    if (!rows.size() || !columns.size()) continue;
-    const int64_t frame = window.frame * plan.per_frame();
+  const int64_t end = smaller(box.f1, own);
+  if (end <= box.f0) return;
+  for_seen_frames(box.group->side[side], box.f0, end, limit, [&](int64_t other, const Seen& seen) {
+    const GridWindows& w = box.group->side[side];
+    Run rows, columns, all_rows, all_columns;
+    seen_rows(plan, w, seen, end - box.f0, box.y0, box.y1 - 1, rows, all_rows);
+    seen_columns(plan, w, seen, end - box.f0, box.x0, box.x1 - 1, columns, all_columns);
+    // A band is whole rows for all that see the frame, whoever else there is.
+    const bool band = whole_rows(plan, w, seen, end - box.f0, box);
+    if (common) rows = all_rows, columns = all_columns;
+    if (!rows.size() || !columns.size()) return;
+    const int64_t frame = other * plan.per_frame();
     if (band) {
-      const int64_t begin = rows.begin * plan.columns, end = rows.end * plan.columns;
-      body(Segment{{false, frame + begin, frame + end},
-                   Segment::kBand,
-                   static_cast<int32_t>(begin),
-                   window.row_step,
-                   window.column_step});
-      continue;
+      const int64_t begin = rows.begin * plan.columns, last = rows.end * plan.columns;
+      return body(Segment{{false, frame + begin, frame + last}, Segment::kBand, static_cast<int32_t>(begin), seen});
     }
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       const int64_t token = frame + y * plan.columns;
       body(Segment{{false, token + columns.begin, token + columns.end},
                    static_cast<int32_t>(y),
                    static_cast<int32_t>(columns.begin),
-                   window.row_step,
-                   window.column_step});
+                   seen});
     }
-  }
+  });
   if (side == kQueries || plan.text_sees_video) clear(all_text);
 }
 
@@ -409,35 +522,32 @@ struct OtherTile {
   }
 };
 
-// Places that a unit sees of a table's places: by somebody, and by everybody.
-VDCORE_INLINE void unit_range(const int32_t* begin, const int32_t* end, int32_t first, int32_t last, Run& some,
-                              Run& all) {
-  some = {begin[first], end[last]};
-  all = {begin[last], end[first]};
-}
-
 inline void find_view(const TilePlan& plan, const Box& box, Side side, const Slots& slots, int64_t u,
                       const OtherTile& tile, UnitView& view) {
   view.run_count = view.part_count = 0;
+  const Piece* known = nullptr;  // whose ranges these are
+  Run some_rows, all_rows, some_columns, all_columns;
   for (int64_t i = 0; i < tile.count; ++i) {
     const Piece& p = tile.pieces[i];
     if (p.of.row == Segment::kClear) {
       view.add(p.at, p.at + p.count, nullptr);
       continue;
     }
-    const GridWindows& w = box.group->side[side];
-    Run some, all;
-    unit_range(w.row_begin + p.of.row_step * plan.rows, w.row_end + p.of.row_step * plan.rows, slots.y0[u],
-               slots.y1[u] - 1, some, all);
+    if (!known || !(known->of.seen == p.of.seen)) {
+      const GridWindows& w = box.group->side[side];
+      const int64_t frames = smaller(box.f1, plan.live[side][box.sample]) - box.f0;
+      seen_rows(plan, w, p.of.seen, frames, slots.y0[u], slots.y1[u] - 1, some_rows, all_rows);
+      seen_columns(plan, w, p.of.seen, frames, slots.x0[u], slots.x1[u] - 1, some_columns, all_columns);
+    }
+    known = &p;
+    Run some = some_columns, all = all_columns;
     bool everybody = true;
     if (p.of.row == Segment::kBand) {
-      some = {some.begin * plan.columns, some.end * plan.columns};
-      all = {all.begin * plan.columns, all.end * plan.columns};
+      some = {some_rows.begin * plan.columns, some_rows.end * plan.columns};
+      all = {all_rows.begin * plan.columns, all_rows.end * plan.columns};
     } else {
-      if (p.of.row < some.begin || p.of.row >= some.end) continue;
-      everybody = p.of.row >= all.begin && p.of.row < all.end;
-      unit_range(w.column_begin + p.of.column_step * plan.columns, w.column_end + p.of.column_step * plan.columns,
-                 slots.x0[u], slots.x1[u] - 1, some, all);
+      if (p.of.row < some_rows.begin || p.of.row >= some_rows.end) continue;
+      everybody = p.of.row >= all_rows.begin && p.of.row < all_rows.end;
     }
     const Run here = {p.of.first, p.of.first + p.count};
     const int64_t shift = p.at - p.of.first;
@@ -453,19 +563,20 @@ inline void find_view(const TilePlan& plan, const Box& box, Side side, const Slo
   }
 }
 
-inline void find_lanes(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const Segment& of) {
-  if (slots.lanes_of == u && slots.row_step == of.row_step && slots.column_step == of.column_step) return;
+inline void find_lanes(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const Seen& seen) {
+  if (slots.lanes_of == u && slots.lanes_seen == seen) return;
   slots.lanes_of = u;
-  slots.row_step = of.row_step;
-  slots.column_step = of.column_step;
+  slots.lanes_seen = seen;
   const GridWindows& w = box.group->side[side];
-  const int64_t rows = of.row_step * plan.rows, columns = of.column_step * plan.columns, first = u * slots.lanes;
   for (int64_t lane = 0; lane < slots.lanes; ++lane) {
-    const int32_t y = slots.y[first + lane], x = slots.x[first + lane];
-    slots.row_begin[lane] = w.row_begin[rows + y];
-    slots.row_end[lane] = w.row_end[rows + y];
-    slots.column_begin[lane] = w.column_begin[columns + x];
-    slots.column_end[lane] = w.column_end[columns + x];
+    const int64_t slot = u * slots.lanes + lane, f = slots.f[slot];
+    const bool sees = seen.row[f] >= 0;
+    const int64_t row = sees ? seen.row[f] * plan.rows + slots.y[slot] : 0;
+    const int64_t column = sees ? seen.column[f] * plan.columns + slots.x[slot] : 0;
+    slots.row_begin[lane] = sees ? w.row_begin[row] : 0;
+    slots.row_end[lane] = sees ? w.row_end[row] : 0;
+    slots.column_begin[lane] = w.column_begin[column];
+    slots.column_end[lane] = w.column_end[column];
   }
 }
 
@@ -475,7 +586,7 @@ struct LaneMask {
 
   VDCORE_INLINE LaneMask(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, int64_t lane,
                          const Piece& p) {
-    find_lanes(plan, box, side, slots, u, p.of);
+    find_lanes(plan, box, side, slots, u, p.of.seen);
     const vi shift = splat(p.at - p.of.first);
     const vi row_begin = load(slots.row_begin + lane), row_end = load(slots.row_end + lane);
     if (p.of.row == Segment::kBand) {

@@ -57,8 +57,8 @@ class Forward {
     s.kv_head = box.head / (segment.q.size[3] / segment.k.size[3]);
     const int64_t list =
         (s.plan.list_batch > 1 ? box.sample : 0) * s.plan.list_heads + (s.plan.list_heads > 1 ? box.head : 0);
-    find_slots(s.plan, box, shape, *s.slots);
-    if (box.text) clear({true, smaller(larger(box.begin, s.plan.text_live[box.sample]), box.end), box.end});
+    find_slots(s.plan, box, kQueries, shape, *s.slots);
+    for_dead(s.plan, box, kQueries, [&](const TokenRun& tokens) { clear(tokens); });
     if (!s.slots->run_count) return;
     products.load_queries();
     find_center(list);
@@ -118,7 +118,7 @@ class Forward {
     });
   }
 
-  // Text that takes no part.
+  // Of tokens that take no part.
   void clear(TokenRun tokens) const {
     const FrameSegment& segment = s.a.segment[tokens.text];
     clear_run(segment.out, s.box.sample, s.box.head, tokens);
