@@ -1,4 +1,4 @@
-"""Forward keeps nothing but its result: inputs, output, lse with gradients, and at most 1 MB per thread."""
+"""Nothing is kept but results: output, lse with gradients, and gradients; beside them at most 1 MB per thread."""
 
 import pytest
 from support import run_python
@@ -10,8 +10,7 @@ def peak():                            # kilobytes; reset by writing 5 to clear_
 open("/proc/self/clear_refs", "w").write("5")
 before = int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
 out = call(most)
-out, lse = out if isinstance(out, tuple) else (out, None)
-results = out.nbytes + (0 if lse is None else lse.nbytes)
+results = sum(x.nbytes for x in (out if isinstance(out, tuple) else (out,)))
 print((peak() - before) * 1024 - results)
 """
 
@@ -75,11 +74,27 @@ def call(n):
 """
 
 
+# After WINDOWS or TILES: forward is done before, and gradients of q, k and v are what a call returns.
+GRADIENTS = """
+forward, done = call, {{}}
+for n in (8, most):
+    leaves = [x[:, :, :n].detach().requires_grad_() for x in (q, k, v)]
+    q, k, v, kept = *leaves, (q, k, v)
+    done[n] = forward(n)[0], leaves
+    q, k, v = kept
+dout = torch.ones_like(done[most][0])
+def call(n):
+    out, leaves = done[n]
+    return torch.autograd.grad(out, leaves, dout[:, :, : n * 36], retain_graph=True)
+"""
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("code", [WINDOWS, TILES], ids=["windows", "tiles"])
-def test_windows_and_tiles(code, dtype):
-    """Tokens are gathered where they lie: no copy of q, k or v in any layout."""
-    check(code.format(dtype=dtype))
+def test_windows_and_tiles(code, dtype, gradients):
+    """Tokens are gathered where they lie: no copy of q, k, v or their gradients in any layout."""
+    check((code + GRADIENTS if gradients else code).format(dtype=dtype))
 
 
 @pytest.mark.parametrize("kwargs", ["", "return_lse=True", "mask=vdcore.FrameMask(past=5, future=0, sink=1)"])

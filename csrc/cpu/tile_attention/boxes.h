@@ -211,9 +211,10 @@ class SeenSamples {
 
 // The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. A
 // product of units of one or two vectors loads more operands, 17 for 16 multiplications of vectors and 14 for 24, where
-// one of three loads 11 for 24: weighed a little higher for that, by this count and not by a measurement.
+// one of three loads 11 for 24. Measured with AVX-512 at 64 channels, float32 and bfloat16, ten shapes on two masks:
+// time a pair of a unit's own, over that of units of three vectors, 1.20 to 1.26 and 1.04 to 1.08.
 inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t of) {
-  constexpr double kVectorCost[4] = {0, 1.12, 1.04, 1};
+  constexpr double kVectorCost[4] = {0, 1.23, 1.06, 1};
   const int64_t rows = plan.rows, columns = plan.columns;
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
   Shape best = {};
