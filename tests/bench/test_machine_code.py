@@ -1,11 +1,16 @@
 """What is read from machine code, and the model that makes an estimate of it."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
 
 from vdcore_bench import machine_code
-from vdcore_bench.machine_code import Code, code_of, ctas_per_sm, estimate, raw_fields, variant_of
+from vdcore_bench.machine_code import Code, code_of, ctas_per_sm, estimate, filled, variant_of
+
+TABLES = sorted((Path(__file__).parents[2] / "bench" / "results" / "machine_code").glob("*.json"))
 
 SASS = """
         /*0010*/                   S2R R0, SR_CTAID.X ;   /* 0x00 */
@@ -26,11 +31,13 @@ SASS = """
 
 def test_the_order_and_widths_of_loads_are_read():
     code = code_of(SASS)
-    assert code == Code("LLLBAAB", (16, 16, 2), (16, 4), 2, 12)
-    assert code.trips == 2
-    fields = raw_fields("sm_90", code, 70, 0, 8192, 4)
-    assert fields["bytes_in_flight"] == fields["ctas_per_sm"] * 4 * 32 * 3 * 16
-    assert (fields["barriers"], fields["async_copy_bytes"], fields["mma"]) == (2, 4, 2)
+    assert code == Code("LLLBAABMM", (16, 16, 2), (16, 4), 12)
+    assert code.trips == 2 and Code("LLMLBL", (), (), 6).trips == 3
+    what = {"arch": "sm_90", "programs": 10_000, "bytes": 10**9, "flops": 0}
+    row = filled(what, code, regs=70, spills=0, shared=8192, warps=4)
+    assert row["bytes_in_flight"] == row["ctas_per_sm"] * 4 * 32 * 3 * 16
+    assert (row["barriers"], row["async_copy_bytes"], row["mma"], row["trips"]) == (2, 4, 2, 2)
+    assert (row["estimate"], row["bound_by"]) == estimate(row)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +67,15 @@ def test_programs_of_a_multiprocessor(arch, regs, warps, shared, ctas):
 )
 def test_the_model(lines, frames, channels, tensors, ctas, trips, barriers, code, warps, grid, share, bound):
     """Its figures by hand."""
-    raw = {"ctas_per_sm": ctas, "barriers": barriers, "warps": warps}
-    read = Code("LB" * trips, (), (), 0, code)
-    found, by = estimate(raw, read, grid, lines * frames * channels * 2 * tensors * grid, 0.0)
+    raw = {"ctas_per_sm": ctas, "barriers": barriers, "warps": warps, "trips": trips, "instructions": code, "mma": 0}
+    raw |= {"programs": grid, "bytes": lines * frames * channels * 2 * tensors * grid, "flops": 0}
+    found, by = estimate(raw)
     assert (found, by) == (pytest.approx(share, abs=0.03), bound)
 
 
 def test_kernels_that_multiply_are_held_to_the_peak_too():
-    raw = {"ctas_per_sm": 1, "barriers": 0, "warps": 8}
-    share, by = estimate(raw, Code("L", (16,), (), 10, 1000), 10_000, 1e6, 1e12)
+    raw = {"ctas_per_sm": 1, "barriers": 0, "warps": 8, "trips": 1, "instructions": 1000, "mma": 10}
+    share, by = estimate(raw | {"programs": 10_000, "bytes": 1e6, "flops": 1e12})
     assert by == "compute" and 0.9 < share <= 1
 
 
@@ -81,3 +88,59 @@ def test_the_benchmarks_and_masks_are_all_there():
 def test_unknown_architectures_are_errors():
     with pytest.raises(ValueError, match="sm_9000"):
         machine_code.report(["sm_9000"])
+
+
+# ---- The committed tables ----
+
+FIELDS = (
+    *("op", "mode", "backend", "dtype", "variant", "workload", "kernel", "arch", "auto", "regs", "spills", "shared"),
+    *("ctas_per_sm", "warps", "loads_before_barrier", "load_bytes", "bytes_in_flight", "barriers", "async_copy_bytes"),
+    *("mma", "estimate", "bound_by", "programs", "bytes", "flops", "trips", "instructions"),
+)
+
+
+def model(row):
+    """A share of copy, as bytes of a program, trips, barriers and instructions make it."""
+    bandwidth = row["bytes"] / row["programs"] / 32.6e3
+    latency = (row["trips"] * 0.8 + row["barriers"] * 0.04 + 0.6) / row["ctas_per_sm"]
+    issue = row["instructions"] * row["warps"] / 4 / 1.75e3 / 0.7
+    waves = row["programs"] / (132 * row["ctas_per_sm"])
+    full = (waves / (int(waves) + (waves % 1 > 0)) + 1) / 2 if waves < 6 else 1.0
+    return 0.92 * bandwidth / max(bandwidth, latency, issue) * full
+
+
+@pytest.fixture(scope="module", params=TABLES, ids=lambda path: path.stem)
+def table(request):
+    return json.loads(request.param.read_text())
+
+
+def test_there_is_a_table_of_every_architecture():
+    assert {path.stem for path in TABLES} == set(machine_code.ARCHS)
+    assert all({row["arch"] for row in json.loads(path.read_text())} == {path.stem} for path in TABLES)
+
+
+def test_rows_say_everything_in_whole_numbers(table):
+    for row in table:
+        assert set(row) == set(FIELDS)
+        numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
+        assert all(isinstance(x, int) for name, x in numbers.items() if name != "estimate")
+        flight = row["ctas_per_sm"] * row["warps"] * 32 * row["loads_before_barrier"] * row["load_bytes"]
+        assert row["bytes_in_flight"] == flight and 0 <= row["estimate"] <= 1
+
+
+def test_estimates_are_the_model_s(table):
+    copied = [row for row in table if not row["flops"]]
+    assert len(copied) > 40
+    for row in copied:
+        assert row["estimate"] == pytest.approx(min(model(row), 1.0), abs=1e-3), row
+
+
+def test_nothing_of_a_table_fails_and_every_job_is_in_it(table):
+    assert not [row for row in table if row["bound_by"].startswith("it fails") or not row["regs"]]
+    jobs = {(job.op, job.workload.name, variant_of(job), "bwd") for job in machine_code.jobs() if job.has_backward}
+    of = {
+        backend: {(r["op"], r["workload"], r["variant"], r["mode"]) for r in table if r["backend"] == backend}
+        for backend in ("triton", "cuda")
+    }
+    assert jobs <= of["triton"]
+    assert {job for job in jobs if job[0] == "temporal_attention"} <= of["cuda"] <= of["triton"]

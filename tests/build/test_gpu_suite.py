@@ -65,14 +65,19 @@ from vdcore_bench.suites.gpu.__main__ import main
 sys.argv[1:] = ['--out', sys.argv[1]]
 main()
 """
-MODULE = ("-m", "vdcore_bench.suites.gpu")
+HERE = ("-o", f"{sys.prefix}/.ready", f"VENV={sys.prefix}")  # nothing is installed anew
+
+
+def make(target, out, *flags):
+    """The command, as it is typed; the flags come last, and win."""
+    return ["make", "-C", str(plan.ROOT), *HERE, target, f"GPU_FLAGS={' '.join(['--out', str(out), *flags])}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(("-c", BARE), 0), ((*MODULE, "--out"), 0), (("-m", "vdcore.cli", "bench", "gpu", "--out"), 1)],
-    ids=["bare", "module", "cli"],
+    [(("-c", BARE), 0), (("-m", "vdcore.cli", "bench", "gpu", "--out"), 1)],
+    ids=["bare", "cli"],
 )
 def test_without_a_gpu_it_says_so(command, code, tmp_path):
     """Also where torch is all that is installed. `make gpu` is fine with that; a named suite that cannot run is not."""
@@ -80,11 +85,27 @@ def test_without_a_gpu_it_says_so(command, code, tmp_path):
     assert done.returncode == code and "no GPU" in done.stdout + done.stderr, done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_make_gpu_without_a_gpu_ends_well_and_leaves_nothing(tmp_path):
+    done = subprocess.run(make("gpu", tmp_path / "out"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "no GPU" in done.stdout, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_parts_end_with_2_and_the_known_ones(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", "--only", "ceilings,weather"])
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "no part weather; there are selfcheck, build" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_ends_with_2_and_its_name(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--only", "selfcheck", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--out: " in (said := capsys.readouterr().err) and str(tmp_path / "file") in said
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # ---- Processes ----
@@ -150,20 +171,22 @@ def test_steps_of_other_shards_and_of_before_are_left_out_and_time_ends_a_part(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_rows_survive_a_kill_and_the_next_run_adds_to_them(how, tmp_path):
-    command = [sys.executable, *MODULE, "--dry", "--out", tmp_path, "--only"]
-    first = subprocess.Popen([*command, "selfcheck,frames"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """`make gpu-dry`, ended midway with all that it has started."""
+    command = make("gpu-dry", tmp_path, "--only", "selfcheck,frames")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     rows, end = [], time.monotonic() + 240
     while not any(row.op == "video_attention" for row in rows) and time.monotonic() < end:
         time.sleep(0.2)
         rows = parse((tmp_path / FILE).read_text()) if (tmp_path / FILE).exists() else []
-    first.send_signal(how)
-    first.wait()
+    os.killpg(first.pid, how)
+    said = first.communicate()[1].decode()
+    assert first.returncode != 0 and (how == signal.SIGKILL or "rows are in" in said)
     kept = parse((tmp_path / FILE).read_text())
     assert len(kept) >= len(rows) > 11
     time.sleep(2)  # its child sees that it is alone
-    subprocess.run([*command, "selfcheck"], check=True, capture_output=True)
+    subprocess.run(make("gpu-dry", tmp_path, "--only", "selfcheck"), check=True, capture_output=True)
     both = parse((tmp_path / FILE).read_text())
     assert both[: len(kept)] == kept and len(both) >= len(kept) + 11
     assert not list(tmp_path.glob("frames-*.jsonl"))
@@ -175,9 +198,7 @@ def test_every_part_runs_on_the_stub_of_the_driver(tmp_path):
     """`make gpu-dry`: launches, no results. In less than nine minutes on a quiet machine, which no test asserts."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, *MODULE, "--dry", "--out", tmp_path], capture_output=True, text=True, env=env
-    )
+    done = subprocess.run(make("gpu-dry", tmp_path), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = parse((tmp_path / FILE).read_text())
     assert {row.device for row in rows} == {child.DRY}

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -60,11 +64,22 @@ def _why_not_device(index: int) -> str | None:
     return reason
 
 
-@cache
 def most_shared_memory(device: torch.device) -> int:
     """Bytes that a block of a kernel can ask for."""
-    bytes_: int = kernels().most_shared_memory(_index(device))
+    return _recording.shared if _recording.capability else _most_shared_memory(_index(device))
+
+
+@cache
+def _most_shared_memory(index: int) -> int:
+    bytes_: int = kernels().most_shared_memory(index)
     return bytes_
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """Of the GPU that kernels on the tensor run on; None under the emulator, which takes those of every GPU."""
+    if _recording.capability or not x.is_cuda:
+        return _recording.capability
+    return torch.cuda.get_device_capability(x.device)
 
 
 def _index(device: torch.device) -> int:
@@ -86,12 +101,58 @@ def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What would have been launched.
+
+    Args:
+        kernel: as C++ names it, template arguments and all.
+        threads: of a block.
+        shared: bytes of shared memory that a block asks for.
+        cluster: blocks that run side by side.
+        bytes: of the tensors of the call, each once.
+    """
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int
+    cluster: int
+    bytes: int
+
+
+class _Recording(threading.local):
+    capability: tuple[int, int] | None = None
+    shared: int = 0
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recording(capability: tuple[int, int], *, multiprocessors: int, shared: int) -> Iterator[list[Launch]]:
+    """Calls of this thread, on CPU tensors, launch nothing: at the end, the list has what a GPU would have got.
+
+    Args:
+        capability: of the GPU, (9, 0) for sm_90.
+        shared: bytes of shared memory that a block can ask for.
+    """
+    module, found = kernels(), list[Launch]()
+    module.begin_recording(multiprocessors=multiprocessors, shared_memory=shared)
+    _recording.capability, _recording.shared = capability, shared
+    try:
+        yield found
+    finally:
+        _recording.capability = None
+        found += [Launch(*values) for values in module.end_recording()]
+
+
 def why_not(x: Tensor) -> str | None:
     """Objections to a device, a dtype and a head dim."""
-    device = "cpu" if emulated() else "cuda"
+    device = "cpu" if emulated() or _recording.capability else "cuda"
     if x.device.type != device:
         return f"it runs on {device} tensors, and these are on {x.device}"
-    reason = _why_not_device(_index(x.device))
+    reason = None if _recording.capability else _why_not_device(_index(x.device))
     if reason is not None:
         return reason
     if x.dtype not in DTYPES:

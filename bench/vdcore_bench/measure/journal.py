@@ -145,7 +145,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         if keep and path.exists():
             self.rows = parse(path.read_text())
-            path.write_text("".join(row.to_json() + "\n" for row in self.rows))  # without a line that was cut off
+            whole = path.with_suffix(".new")  # without a line that was cut off; a kill loses nothing
+            whole.write_text("".join(row.to_json() + "\n" for row in self.rows))
+            whole.replace(path)
         elif path.exists():  # the run before this one stays, for --compare
             path.replace(path.with_name("results.previous.jsonl"))
         self._file = path.open("a", buffering=1)

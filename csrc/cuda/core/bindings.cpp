@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cuda/core/launch.h"
 
@@ -13,8 +15,25 @@ namespace py = pybind11;
 
 namespace {
 
+void begin_recording(int multiprocessors, int64_t shared_memory) {
+  recording() = std::make_unique<Recording>();
+  recording()->multiprocessors = multiprocessors, recording()->shared_memory = shared_memory;
+}
+
+// (kernel, blocks, threads, bytes of shared memory, blocks of a cluster, bytes of tensors) of each launch.
+std::vector<std::tuple<std::string, int64_t, int, size_t, int, int64_t>> end_recording() {
+  std::vector<std::tuple<std::string, int64_t, int, size_t, int, int64_t>> found;
+  for (const Launched& l : recording()->launches)
+    found.emplace_back(l.kernel, l.grid.blocks, l.grid.threads, l.grid.shared_bytes, l.grid.cluster, l.bytes);
+  recording().reset();
+  return found;
+}
+
 void define(py::module_& m) {
   m.def("why_not_device", why_not_device);
+  m.def("begin_recording", begin_recording, py::arg("multiprocessors"), py::arg("shared_memory"));
+  m.def("end_recording", end_recording);
+  m.def("demangled", [](const std::string& name) { return demangled(name.c_str()); });
   m.def("most_shared_memory", [](int device) { return most_shared_memory({"most_shared_memory", device}); });
   define_frame_attention(m);
   define_qk_norm_rope(m);

@@ -31,12 +31,16 @@ inline void expose(const TensorView&) {}
 // The tensors of one call, which must all be on one device.
 class Call {
  public:
-  Call(const char* op, uintptr_t stream) { where_.op = op, where_.stream = reinterpret_cast<void*>(stream); }
+  Call(const char* op, uintptr_t stream) {
+    where_.op = op, where_.stream = reinterpret_cast<void*>(stream);
+    if (recording()) recording()->tensors.clear();
+  }
 
   TensorView view(py::handle capsule, int rank) {
     const TensorView v = strided_view(capsule, rank);
     if (v) on_device(tensor_of(capsule));
     expose(v);
+    note(v);
     return v;
   }
 
@@ -103,8 +107,16 @@ class Call {
   const Where& where() const { return where_; }
 
  private:
+  static void note(const TensorView& v) {
+    if (!v || !recording()) return;
+    int64_t bytes = size_of(v.dtype);
+    for (int axis = 0; axis < v.ndim; ++axis)
+      if (v.stride[axis] != 0) bytes *= v.size[axis];
+    recording()->tensors[v.data] = bytes;
+  }
+
   void on_device(const dlpack::Tensor& t) {
-    if (t.device.type != kDeviceType || (known_ && t.device.id != where_.device))
+    if (t.device.type != (recording() ? 1 : kDeviceType) || (known_ && t.device.id != where_.device))
       throw py::value_error("tensors of one device were expected, where this module's kernels run");
     where_.device = t.device.id;
     known_ = true;

@@ -77,9 +77,13 @@ void* driver_function(const Where& where, const char* name) {
   return found;
 }
 
-int multiprocessors(const Where& where) { return attribute(where, cudaDevAttrMultiProcessorCount); }
+int multiprocessors(const Where& where) {
+  return recording() ? recording()->multiprocessors : attribute(where, cudaDevAttrMultiProcessorCount);
+}
 
-int64_t most_shared_memory(const Where& where) { return attribute(where, cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+int64_t most_shared_memory(const Where& where) {
+  return recording() ? recording()->shared_memory : attribute(where, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 
 std::optional<std::string> why_not_device(int device) {
   int major = 0;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/core/recording.h"
 #ifdef VDCORE_EMULATE
 #include "emulator/emulator.h"
 #else
@@ -27,17 +28,12 @@ constexpr int64_t kMaxBlocks = 2147483647;  // of grid axis x; axes y and z end 
   throw std::runtime_error(std::string(where.op) + ": " + what);
 }
 
-struct Grid {
-  int64_t blocks;
-  int threads;
-  size_t shared_bytes;
-  int cluster = 1;  // blocks that run side by side
-};
-
 #ifdef VDCORE_EMULATE
 
-inline int multiprocessors(const Where&) { return 3; }  // few, so that a block has several tiles
-inline int64_t most_shared_memory(const Where&) { return 227 << 10; }
+inline int multiprocessors(const Where&) {
+  return recording() ? recording()->multiprocessors : 3;  // few, so that a block has several tiles
+}
+inline int64_t most_shared_memory(const Where&) { return recording() ? recording()->shared_memory : 227 << 10; }
 inline std::optional<std::string> why_not_device(int) { return {}; }
 
 template <typename Arguments>
@@ -71,5 +67,11 @@ void launch(const Where& where, void (*kernel)(Arguments), const Grid& grid, con
 }
 
 #endif
+
+template <auto kKernel, typename Arguments>
+void launch(const Where& where, const Grid& grid, const Arguments& arguments) {
+  if (recording()) return recording()->add(name_of<kKernel>(), grid);
+  launch(where, kKernel, grid, arguments);
+}
 
 }  // namespace vdcore::cuda

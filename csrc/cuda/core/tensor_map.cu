@@ -30,6 +30,7 @@ TensorMap make_tensor_map(const Where& where, const MapShape& shape) {
 
 TensorMap make_tensor_map(const Where& where, const MapShape& shape) {
   check_shape(where, shape);
+  if (recording()) return {};
   cuuint64_t size[5], stride[4];
   for (int i = 0; i < 5; ++i) size[i] = static_cast<cuuint64_t>(shape.size[i]);
   for (int i = 0; i < 4; ++i) stride[i] = static_cast<cuuint64_t>(shape.stride[i + 1]) * 2;

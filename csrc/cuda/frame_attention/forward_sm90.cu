@@ -158,7 +158,7 @@ void run(const Where& where, const FrameAttention& call, QueryTiles tiles) {
   const bool even = work_of(call, tiles, Plan::kKeys).even;
   const int32_t clusters = even ? std::min(p.items, std::max(multiprocessors(where) / p.cluster, 1)) : p.items;
   p.blocks = clusters * p.cluster;
-  launch(where, frame_attention_sm90_fwd_kernel<Plan, E>, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster}, p);
+  launch<frame_attention_sm90_fwd_kernel<Plan, E>>(where, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster}, p);
 }
 
 template <typename E>

@@ -266,17 +266,17 @@ void with_kernel(const Where& where, DType dtype, int D, F f) {
 
 template <typename E, int C, Pairs kPairs>
 void rows_forward(const Where& where, const RowsForward& f) {
-  launch(where, rows_norm_rope_kernel<E, C, kPairs>,
-         {(f.a.rows + kRowsPerBlock - 1) / kRowsPerBlock, kThreads, kPairs == Pairs::halves ? exchange_bytes(C) : 0},
-         f);
+  launch<rows_norm_rope_kernel<E, C, kPairs>>(
+      where,
+      {(f.a.rows + kRowsPerBlock - 1) / kRowsPerBlock, kThreads, kPairs == Pairs::halves ? exchange_bytes(C) : 0}, f);
 }
 
 template <typename E, int C, Pairs kPairs>
 void rows_backward(const Where& where, const RowsBackward& f) {
   const bool halves = kPairs == Pairs::halves;
   const size_t sums = f.of.sums || halves ? kThreads / 32 * weight_sum_bytes(C) : 0;
-  launch(where, rows_norm_rope_backward_kernel<E, C, kPairs>,
-         {rows_backward_blocks(f.of.forward.rows), kThreads, sums + (halves ? exchange_bytes(C) : 0)}, f);
+  launch<rows_norm_rope_backward_kernel<E, C, kPairs>>(
+      where, {rows_backward_blocks(f.of.forward.rows), kThreads, sums + (halves ? exchange_bytes(C) : 0)}, f);
 }
 
 }  // namespace
@@ -312,8 +312,8 @@ void rows_norm_rope_backward(const Where& where, DType dtype, const RowsNormRope
 void rope_table_backward(const Where& where, DType dtype, const RopeTableBackward& args) {
   const int64_t warps = args.frames * args.tokens * args.heads * args.chunks, each = kThreads / 32;
   with_kernel<4, 8>(where, dtype, args.of.forward.head_dim, [&](auto e, auto chunks) {
-    launch(where, rope_table_backward_kernel<decltype(e), decltype(chunks)::value>,
-           {(warps + each - 1) / each, kThreads, 0}, args);
+    launch<rope_table_backward_kernel<decltype(e), decltype(chunks)::value>>(
+        where, {(warps + each - 1) / each, kThreads, 0}, args);
   });
 }
 

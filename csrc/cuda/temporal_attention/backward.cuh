@@ -205,10 +205,10 @@ temporal_backward_kernel(const TemporalBackward f) {
 template <typename E, int N, int C, bool kNormRope>
 void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) {
   constexpr int kSequences = BackwardWarp<E, N, C, kNormRope>::kSequences;
-  launch(where, temporal_backward_kernel<E, N, C, kNormRope>,
-         {(int64_t{f.items} + kSequences - 1) / kSequences, kBackwardThreads,
-          temporal_backward_shared_bytes(C, kNormRope)},
-         f);
+  launch<temporal_backward_kernel<E, N, C, kNormRope>>(where,
+                                                       {(int64_t{f.items} + kSequences - 1) / kSequences,
+                                                        kBackwardThreads, temporal_backward_shared_bytes(C, kNormRope)},
+                                                       f);
 }
 
 template <typename E, int N>

@@ -230,8 +230,8 @@ void temporal_long_backward(const Where& where, const TemporalAttentionBackward&
                                Sequences(a.groups, a.positions)};
   with_chunks<2, 3, 4, 8>(where, D, [&](auto chunks) {
     const size_t bytes = long_backward_shared_bytes(queries, keys, D, shared);
-    launch(where, temporal_long_backward_kernel<E, decltype(chunks)::value>,
-           {a.sequences / shared, 32 * f.warps, bytes}, f);
+    launch<temporal_long_backward_kernel<E, decltype(chunks)::value>>(where,
+                                                                      {a.sequences / shared, 32 * f.warps, bytes}, f);
   });
 }
 

@@ -39,7 +39,8 @@ void temporal_forward(py::handle q, py::handle k, py::handle v, py::handle out, 
   temporal_attention_forward(t.call.where(), t.dtype, t.args);
 }
 
-// `sums`: (blocks, 4, D) as `temporal_backward_blocks` counts them, or None.
+// `out`, `lse`: None where `temporal_backward_is_short` holds, which reads neither. `sums`: (blocks, 4, D) as
+// `temporal_backward_blocks` counts them, or None.
 void temporal_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, py::handle lengths,
                        const std::vector<int64_t>& mask, int64_t q_start, bool masked, float scale, py::handle norm,
                        py::handle rope, py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv,
@@ -69,6 +70,7 @@ void define_temporal_attention(py::module_& m) {
   m.def("temporal_attention_forward", temporal_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a, "mask"_a,
         "q_start"_a, "masked"_a, "scale"_a, "norm"_a, "rope"_a, "stream"_a);
   m.def("temporal_backward_fits", temporal_backward_fits, "queries"_a, "keys"_a, "channels"_a, "shared"_a, "most"_a);
+  m.def("temporal_backward_is_short", temporal_backward_is_short, "frames"_a, "channels"_a, "shared"_a);
   m.def("temporal_backward_fuses_norm_rope", temporal_backward_fuses_norm_rope, "channels"_a);
   m.def("temporal_backward_blocks", temporal_backward_blocks, "queries"_a, "keys"_a, "channels"_a, "shared"_a,
         "sequences"_a);

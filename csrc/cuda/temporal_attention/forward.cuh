@@ -150,9 +150,9 @@ void temporal_forward(const Where& where, const TemporalForward& f) {
     constexpr int C = decltype(chunks)::value;
     if constexpr (temporal_fuses_norm_rope(8 * N, 32 * C))
       if (f.a.norm_rope.any())
-        return launch_temporal(where, temporal_forward_kernel<E, N, C, true>, f,
-                               stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
-    launch_temporal(where, temporal_forward_kernel<E, N, C, false>, f);
+        return launch_temporal<temporal_forward_kernel<E, N, C, true>>(
+            where, f, stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
+    launch_temporal<temporal_forward_kernel<E, N, C, false>>(where, f);
   });
 }
 

@@ -32,10 +32,10 @@ struct TemporalForward {
   }
 };
 
-inline void launch_temporal(const Where& where, void (*kernel)(TemporalForward), const TemporalForward& f,
-                            size_t shared_bytes = 0) {
+template <void (*kKernel)(TemporalForward)>
+void launch_temporal(const Where& where, const TemporalForward& f, size_t shared_bytes = 0) {
   const int64_t warps = kTemporalThreads / 32;
-  launch(where, kernel, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, shared_bytes}, f);
+  launch<kKernel>(where, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, shared_bytes}, f);
 }
 
 constexpr int temporal_long_blocks_per_sm(int C) { return 6 - C; }  // as many as without a spill
@@ -107,7 +107,7 @@ temporal_long_forward_kernel(const TemporalForward f) {
 template <typename E>
 void temporal_long_forward(const Where& where, const TemporalForward& f) {
   with_chunks<2, 3, 4>(where, f.a.head_dim, [&](auto chunks) {
-    launch_temporal(where, temporal_long_forward_kernel<E, decltype(chunks)::value>, f);
+    launch_temporal<temporal_long_forward_kernel<E, decltype(chunks)::value>>(where, f);
   });
 }
 

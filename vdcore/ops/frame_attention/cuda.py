@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Implementation
-from vdcore.ops.cuda import int64, kernels, stream, why_not, why_not_mask, why_not_norm, why_not_rows
+from vdcore.ops.cuda import capability, int64, kernels, stream, why_not, why_not_mask, why_not_norm, why_not_rows
 from vdcore.ops.native import capsule
 from vdcore.ops.qk_norm_rope.cuda import normalized_rotated
 
@@ -41,7 +40,7 @@ def why_not_frames(c: VideoCall) -> str | None:
         return reason
     if c.q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {c.q.shape[-1]}"
-    if c.q.is_cuda and torch.cuda.get_device_capability(c.q.device) != _CAPABILITY:
+    if capability(c.q) not in (None, _CAPABILITY):
         return "it is for GPUs of compute capability 9.0"
     if max(c.k.shape[1], c.q_start + c.q.shape[1]) * c.q.shape[2] + c.rows >= 2**31 - 2**10:
         return "it counts the tokens of a sample in 32 bits"

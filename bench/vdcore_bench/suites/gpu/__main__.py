@@ -59,19 +59,32 @@ def main() -> None:
     if reason:
         print(f"{PROGRAM}: no GPU, nothing to measure: {reason}")
         return
-    sys.exit(_suite(args.out, options, args.dry))
+    try:
+        journal = Journal(args.out / FILE, keep=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
+    sys.exit(_suite(journal, options, args.dry))
 
 
-def _suite(out: Path, options: Options, dry: bool) -> int:
+def _stop(signal_: int, _: Any) -> NoReturn:
+    """Ends the suite, which stops its parts."""
+    sys.exit(128 + signal_)
+
+
+def _suite(journal: Journal, options: Options, dry: bool) -> int:
     """All of it; rows of earlier runs into the same folder stay. 1 where something was lost."""
     from vdcore_bench.report import results
 
-    begin, journal = time.monotonic(), Journal(out / FILE, keep=True)
-    journal.add(list(salvage(out.resolve(), journal.rows)))
+    begin = time.monotonic()
+    journal.add(list(salvage(journal.path.parent.resolve(), journal.rows)))
     before = len(journal.rows)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the parts
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, _stop)
     try:
         troubles = gpu.run(options, journal, Progress(), dry=dry)
+    except SystemExit:
+        print(f"stopped: {len(journal.rows)} rows are in {journal.path}; the next run adds to them", file=sys.stderr)
+        raise
     finally:
         journal.close()
     new: list[Row] = journal.rows[before:]

@@ -1,0 +1,152 @@
+"""Machine code as counts, and the model that makes an estimate of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Of a multiprocessor: bytes of shared memory for all programs, warps and programs at most.
+
+    Args:
+        most: bytes of shared memory that one program can ask for.
+    """
+
+    shared: int
+    warps: int
+    programs: int
+    most: int
+
+
+_LARGE, _SMALL = Chip(233_472, 64, 32, 232_448), Chip(102_400, 48, 24, 101_376)
+CHIPS = {"sm_80": Chip(167_936, 64, 32, 166_912), "sm_86": _SMALL, "sm_89": _SMALL, "sm_9": _LARGE, "sm_10": _LARGE}
+CHIPS |= {"sm_12": _SMALL}
+REGISTERS = 65_536  # of a multiprocessor; a warp takes them in steps of 256
+RESERVED = 1024  # bytes of shared memory of each program
+
+# Of the model: an H200.
+PROCESSORS, BYTES_A_US, PEAK_A_US = 132, 32.6e3, 800e6 / 132
+TRIP, BARRIER, BEGIN = 0.8, 0.04, 0.6  # us
+SLOTS_A_US = 4 * 1.75e3 * 0.7
+COPY = 0.92  # of the bandwidth: what a copy of this kind reaches
+
+
+def chip_of(arch: str) -> Chip:
+    return next((chip for prefix, chip in CHIPS.items() if arch.startswith(prefix)), _LARGE)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one kernel's instructions say.
+
+    Args:
+        order: loads from memory L, asynchronous ones A, barriers B, matrix instructions M, in their order.
+        widths: bytes a thread of the loads before the first barrier.
+        copies: bytes of asynchronous copies.
+    """
+
+    order: str
+    widths: tuple[int, ...]
+    copies: tuple[int, ...]
+    instructions: int
+
+    @property
+    def trips(self) -> int:
+        """Loads that wait for one another: groups with a barrier between them, or a product of what was loaded."""
+        return len(re.findall(r"[LA]+", self.order))
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_MATRIX = ("HMMA", "HGMMA", "IMMA", "QMMA", "QGMMA", "OMMA", "UTCHMMA", "UTCQMMA")
+_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
+
+
+def _width(opcode: str) -> int:
+    """Bytes a thread of a load: LDG.E.128, LDG.E.U16, LDG.E."""
+    for part in opcode.split(".")[::-1]:
+        if match := re.fullmatch(r"[US]?(8|16|32|64|128|256)", part):
+            return int(match.group(1)) // 8
+    return 4
+
+
+def code_of(sass: str) -> Code:
+    """Of the text that nvdisasm or cuobjdump prints of one kernel."""
+    opcodes = _INSTRUCTION.findall(sass)
+    order, widths, copies = "", [], []
+    for opcode in opcodes:
+        name = opcode.partition(".")[0]
+        if name == "LDG":
+            widths += [_width(opcode)] if "B" not in order else []
+            order += "L"
+        elif name in _COPIES:
+            copies.append(_width(opcode) if name == "LDGSTS" else 16)
+            order += "A"
+        elif name == "BAR" and opcode.startswith("BAR.SYNC"):
+            order += "B"
+        elif name in _MATRIX:
+            order += "M"
+    return Code(order, tuple(widths), tuple(copies), len(opcodes))
+
+
+def ctas_per_sm(arch: str, regs: int, warps: int, shared: int) -> int:
+    """Programs of a multiprocessor at a time."""
+    chip = chip_of(arch)
+    a_warp = max(-(-regs // 8) * 8, 24) * 32
+    return min(REGISTERS // (a_warp * warps), chip.shared // (shared + RESERVED), chip.programs, chip.warps // warps)
+
+
+def estimate(row: Mapping[str, Any]) -> tuple[float, str]:
+    """The model's share of a row of raw fields, and what the kernel is bound by."""
+    programs, ctas = row["programs"], row["ctas_per_sm"]
+    if not ctas:
+        return 0.0, "shared memory"
+    times = {
+        "bandwidth": row["bytes"] / programs / BYTES_A_US,
+        "latency": (row["trips"] * TRIP + row["barriers"] * BARRIER + BEGIN) / ctas,
+        "issue": row["instructions"] * row["warps"] / SLOTS_A_US,
+    }
+    if row["mma"] and row["flops"]:
+        times["compute"] = row["flops"] / programs / PEAK_A_US
+    slowest = max(times, key=lambda name: times[name])
+    waves = programs / (PROCESSORS * ctas)
+    full = (waves / -(-waves // 1) + 1) / 2 if waves < 6 else 1.0
+    needed = max(times["bandwidth"], times.get("compute", 0.0))
+    return round(min(COPY * needed / times[slowest] * full, 1.0), 3), slowest
+
+
+def filled(row: Row, code: Code, *, regs: int, spills: int, shared: int, warps: int) -> Row:
+    """The row, which says arch, programs, bytes and flops, with what is counted in its code, and the estimate."""
+    ctas = ctas_per_sm(row["arch"], regs, warps, shared)
+    width = Counter(code.widths).most_common(1)[0][0] if code.widths else 0
+    row = row | {
+        "regs": regs,
+        "spills": spills,
+        "shared": shared,
+        "ctas_per_sm": ctas,
+        "warps": warps,
+        "loads_before_barrier": len(code.widths),
+        "load_bytes": width,
+        "bytes_in_flight": ctas * warps * 32 * len(code.widths) * width,
+        "barriers": code.order.count("B"),
+        "async_copy_bytes": min(code.copies, default=0),
+        "mma": code.order.count("M"),
+        "trips": code.trips,
+        "instructions": code.instructions,
+    }
+    share, bound = estimate(row)
+    return row | {"estimate": share, "bound_by": bound}
+
+
+def failed(row: Row, warps: int, reason: str) -> Row:
+    """A row of a kernel that no compiler took."""
+    return filled(row, code_of(""), regs=0, spills=0, shared=0, warps=warps) | {
+        "estimate": 0,
+        "bound_by": f"it fails: {reason}",
+    }
