@@ -322,7 +322,7 @@ def flat(arguments: Iterable[Any]) -> list[Any]:
 def _target(arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    if re.fullmatch(r"sm_\d{2,3}", arch):
+    if re.fullmatch(r"sm_([89]\d|1[0-2]\d)", arch):
         return GPUTarget("cuda", int(arch[3:]), 32)
     if re.fullmatch(r"gfx[0-9a-f]{3,4}", arch):
         return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)

@@ -58,7 +58,7 @@ def test_gated_attention_is_two_kernels():
 
 
 def test_norm_and_rope_alone():
-    wanted = job("qk_norm_rope", "hunyuanvideo-720p")
+    wanted = job("qk_norm_rope", "hunyuanvideo-720p", norm_rope=True)
     found = rows.phases_of(wanted, "sm_80")
     s = wanted.shape
     heads = s.T * s.S * s.H

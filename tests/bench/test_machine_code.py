@@ -31,8 +31,10 @@ SASS = """
 
 def test_the_order_and_widths_of_loads_are_read():
     code = code_of(SASS)
-    assert code == Code("LLLBAABMM", (16, 16, 2), (16, 4), 12)
-    assert code.trips == 2 and Code("LLMLBL", (), (), 6).trips == 3
+    assert code == Code("LLLBAABMM", (16, 16, 2, 16, 4), 12)
+    assert code.first == (16, 16, 2) and code.copies == (16, 4)
+    assert code.trips(1000) == 2 and code.trips(34) == 1
+    assert [Code("LLMLBL", (16,) * 4, 6).trips(most) for most in (0, 32, 33, 48, 64)] == [0, 1, 2, 2, 3]
     what = {"arch": "sm_90", "programs": 10_000, "bytes": 10**9, "flops": 0}
     row = filled(what, code, regs=70, spills=0, shared=8192, warps=4)
     assert row["bytes_in_flight"] == row["ctas_per_sm"] * 4 * 32 * 3 * 16
@@ -85,9 +87,15 @@ def test_the_benchmarks_and_masks_are_all_there():
     assert {"plain", "norm+rope", "causal", "window", "chunks"} <= {variant for _, _, variant in found}
 
 
-def test_unknown_architectures_are_errors():
-    with pytest.raises(ValueError, match="sm_9000"):
-        machine_code.report(["sm_9000"])
+@pytest.mark.parametrize("arch", ["sm_9000", "sm_42", "sm_75", "sm_9", "gfx942", "hopper"])
+def test_unknown_architectures_are_errors(arch):
+    with pytest.raises(ValueError, match=f"from sm_80 on, such as sm_80, .* got '{arch}'"):
+        machine_code.report([arch])
+
+
+@pytest.mark.parametrize("arch", [*machine_code.ARCHS, "sm_86", "sm_87", "sm_103"])
+def test_architectures_are_known(arch):
+    assert machine_code.code.known(arch) and machine_code.code.chip_of(arch).most < 233_472
 
 
 # ---- The committed tables ----

@@ -52,6 +52,5 @@ def test_forced_row(module, row):
     def build(d):
         return {**{name: d(name, *shape, D) for name in "qkv"}, **more}
 
-    # Autograd runs a GPU's backward on a thread of its own, and `force` holds for this one.
-    with force(row), torch.autograd.set_multithreading_enabled(False):
+    with force(row):
         check(Case(op, f"{module} {row.warps} warps", build), "triton", torch.bfloat16, device="cuda")

@@ -203,12 +203,15 @@ def main(arguments: Sequence[str]) -> int:
         records = _machine_code(archs) if given.json else _compiled(archs)
     except ValueError as error:
         parser.error(f"--arch: {error}")
-    except (ModuleNotFoundError, RuntimeError) as error:
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
         print(f"vdcore: kernels cannot be compiled ahead of time here: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vdcore: stopped; what has been compiled is in Triton's cache", file=sys.stderr)
+        return 130
     if given.json:
-        print(json.dumps(records, indent=1))
-        return 0
+        print("[\n" + ",\n".join(map(json.dumps, records)) + "\n]")  # a row a line
+        return 1 if any(record["bound_by"].startswith("it fails") for record in records) else 0
     print(_records(records))
     return 1 if any(record["problem"] for record in records) else 0
 

@@ -15,14 +15,13 @@ little of it: its loops count once. Nothing of it is measured. Products that tor
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vdcore_bench.machine_code import cuda, triton
-from vdcore_bench.machine_code.code import Code, code_of, ctas_per_sm, estimate, filled
+from vdcore_bench.machine_code.code import Code, code_of, ctas_per_sm, estimate, filled, known
 from vdcore_bench.machine_code.wanted import jobs, variant_of
 
 __all__ = ["ARCHS", "Code", "code_of", "ctas_per_sm", "estimate", "filled", "jobs", "report", "variant_of"]
@@ -45,8 +44,8 @@ def report(archs: Sequence[str] | None = None, workers: int = 0) -> list[dict[st
 
     archs = tuple(archs or ARCHS)
     for arch in archs:
-        if not re.fullmatch(r"sm_\d{2,3}", arch):
-            raise ValueError(f"arch must be such as {', '.join(ARCHS)}, got {arch!r}")
+        if not known(arch):
+            raise ValueError(f"arch must be NVIDIA's from sm_80 on, such as {', '.join(ARCHS)}, got {arch!r}")
     if knobs.runtime.interpret:
         raise RuntimeError("kernels are interpreted with TRITON_INTERPRET=1, not compiled: unset it")
     rows = triton.rows(archs, workers)

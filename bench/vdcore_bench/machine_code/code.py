@@ -27,7 +27,7 @@ class Chip:
 
 _LARGE, _SMALL = Chip(233_472, 64, 32, 232_448), Chip(102_400, 48, 24, 101_376)
 CHIPS = {"sm_80": Chip(167_936, 64, 32, 166_912), "sm_86": _SMALL, "sm_89": _SMALL, "sm_9": _LARGE, "sm_10": _LARGE}
-CHIPS |= {"sm_12": _SMALL}
+CHIPS |= {"sm_87": CHIPS["sm_80"], "sm_12": _SMALL}
 REGISTERS = 65_536  # of a multiprocessor; a warp takes them in steps of 256
 RESERVED = 1024  # bytes of shared memory of each program
 
@@ -38,8 +38,13 @@ SLOTS_A_US = 4 * 1.75e3 * 0.7
 COPY = 0.92  # of the bandwidth: what a copy of this kind reaches
 
 
+def known(arch: str) -> bool:
+    """Whether it is one of :data:`CHIPS`."""
+    return re.fullmatch(r"sm_(8[0679]|9\d|10\d|12\d)", arch) is not None
+
+
 def chip_of(arch: str) -> Chip:
-    return next((chip for prefix, chip in CHIPS.items() if arch.startswith(prefix)), _LARGE)
+    return next(chip for prefix, chip in CHIPS.items() if arch.startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,35 @@ class Code:
 
     Args:
         order: loads from memory L, asynchronous ones A, barriers B, matrix instructions M, in their order.
-        widths: bytes a thread of the loads before the first barrier.
-        copies: bytes of asynchronous copies.
+        sizes: bytes a thread of each of the loads.
     """
 
     order: str
-    widths: tuple[int, ...]
-    copies: tuple[int, ...]
+    sizes: tuple[int, ...]
     instructions: int
 
     @property
-    def trips(self) -> int:
-        """Loads that wait for one another: groups with a barrier between them, or a product of what was loaded."""
-        return len(re.findall(r"[LA]+", self.order))
+    def first(self) -> tuple[int, ...]:
+        """Sizes of the loads before the first barrier, asynchronous ones aside."""
+        letters = re.sub(r"[^LA]", "", self.order.partition("B")[0])
+        return tuple(size for letter, size in zip(letters, self.sizes) if letter == "L")
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Sizes of the asynchronous ones."""
+        letters = re.sub(r"[^LA]", "", self.order)
+        return tuple(size for letter, size in zip(letters, self.sizes) if letter == "A")
+
+    def trips(self, most: float) -> int:
+        """Loads that wait for one another: groups with a barrier between them, or a product of what was loaded.
+
+        ``most``: bytes that a thread has to load. What is loaded behind them has been loaded before: a cache has it.
+        """
+        trips, loaded, sizes = 0, 0, iter(self.sizes)
+        for group in re.findall(r"[LA]+", self.order):
+            if loaded < most:
+                trips, loaded = trips + 1, loaded + sum(next(sizes) for _ in group)
+        return trips
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -79,20 +100,20 @@ def _width(opcode: str) -> int:
 def code_of(sass: str) -> Code:
     """Of the text that nvdisasm or cuobjdump prints of one kernel."""
     opcodes = _INSTRUCTION.findall(sass)
-    order, widths, copies = "", [], []
+    order, sizes = "", []
     for opcode in opcodes:
         name = opcode.partition(".")[0]
         if name == "LDG":
-            widths += [_width(opcode)] if "B" not in order else []
+            sizes.append(_width(opcode))
             order += "L"
         elif name in _COPIES:
-            copies.append(_width(opcode) if name == "LDGSTS" else 16)
+            sizes.append(_width(opcode) if name == "LDGSTS" else 16)
             order += "A"
         elif name == "BAR" and opcode.startswith("BAR.SYNC"):
             order += "B"
         elif name in _MATRIX:
             order += "M"
-    return Code(order, tuple(widths), tuple(copies), len(opcodes))
+    return Code(order, tuple(sizes), len(opcodes))
 
 
 def ctas_per_sm(arch: str, regs: int, warps: int, shared: int) -> int:
@@ -124,20 +145,20 @@ def estimate(row: Mapping[str, Any]) -> tuple[float, str]:
 def filled(row: Row, code: Code, *, regs: int, spills: int, shared: int, warps: int) -> Row:
     """The row, which says arch, programs, bytes and flops, with what is counted in its code, and the estimate."""
     ctas = ctas_per_sm(row["arch"], regs, warps, shared)
-    width = Counter(code.widths).most_common(1)[0][0] if code.widths else 0
+    width = Counter(code.first).most_common(1)[0][0] if code.first else 0
     row = row | {
         "regs": regs,
         "spills": spills,
         "shared": shared,
         "ctas_per_sm": ctas,
         "warps": warps,
-        "loads_before_barrier": len(code.widths),
+        "loads_before_barrier": len(code.first),
         "load_bytes": width,
-        "bytes_in_flight": ctas * warps * 32 * len(code.widths) * width,
+        "bytes_in_flight": ctas * warps * 32 * len(code.first) * width,
         "barriers": code.order.count("B"),
         "async_copy_bytes": min(code.copies, default=0),
         "mma": code.order.count("M"),
-        "trips": code.trips,
+        "trips": code.trips(row["bytes"] / row["programs"] / (32 * warps)),
         "instructions": code.instructions,
     }
     share, bound = estimate(row)

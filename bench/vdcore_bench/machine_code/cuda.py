@@ -28,7 +28,7 @@ from vdcore.ops.cuda import Launch
 from vdcore.ops.operator import capture
 from vdcore_bench.aot import nvidia_tool
 from vdcore_bench.jobs.base import Job
-from vdcore_bench.machine_code.code import PROCESSORS, Row, chip_of, code_of, failed, filled
+from vdcore_bench.machine_code.code import PROCESSORS, RESERVED, Row, chip_of, code_of, failed, filled
 from vdcore_bench.machine_code.wanted import described, jobs, variant_of
 
 
@@ -198,7 +198,9 @@ def _row(wanted: Wanted, code: dict[str, Compiled], problem: str) -> Row:
         return failed(row, warps, problem or f"the module has no code of it for {wanted.arch}")
     usage = compiled.usage
     spills = usage.get("STACK", 0) + usage.get("LOCAL", 0)
-    shared = usage.get("SHARED", 0) + launch.shared
+    # From sm_90 on, what the system has of a block's shared memory is counted with it.
+    static = usage.get("SHARED", 0) - (RESERVED if int(wanted.arch.removeprefix("sm_")) >= 90 else 0)
+    shared = max(static, 0) + launch.shared
     return filled(row, code_of(compiled.sass), regs=usage["REG"], spills=spills, shared=shared, warps=warps)
 
 

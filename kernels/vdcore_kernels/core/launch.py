@@ -78,11 +78,15 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 @contextmanager
 def force(*configs: Config) -> Iterator[None]:
-    """Tables that hold one of these rows choose it, whatever the device and the call."""
+    """Tables that hold one of these rows choose it, whatever the device and the call; in this thread.
+
+    A GPU's backward is on it too: autograd would run that on a thread of its own.
+    """
     before = _state.forced
     _state.forced = configs
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _state.forced = before
 

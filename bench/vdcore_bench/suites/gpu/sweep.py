@@ -99,15 +99,14 @@ def _table(name: str) -> tuple[Any, str]:
 
 @contextmanager
 def forced(table: str, row: Any) -> Iterator[None]:
-    """The table has this row, and takes it; also in backward, which autograd runs on this thread inside."""
+    """The table has this row, and takes it; also in backward."""
     from vdcore_kernels.core.launch import force
 
     module, name = _table(table)
     before = getattr(module, name)
     setattr(module, name, (row, *(other for other in before if other != row)))
     try:
-        # What `force` says holds for a thread, and a GPU's backward has one of its own.
-        with force(row), torch.autograd.set_multithreading_enabled(False):
+        with force(row):
             yield
     finally:
         setattr(module, name, before)
