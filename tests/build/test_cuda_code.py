@@ -92,6 +92,24 @@ def test_registers(usage, kernel):
     assert max(u.registers for u in usage if kernel in u.name) <= PLAN[kernel]
 
 
+def test_launches_are_found_in_the_machine_code():
+    """Rows of `vdcore doctor --compile --json`, on the code of the chip's family; and of PTX where there is none."""
+    pytest.importorskip("triton")
+    from vdcore_bench.machine_code import cuda
+
+    if cuda.cuda.missing() is not None:
+        pytest.skip(f"cuda: {cuda.cuda.missing()}")
+    rows = cuda.rows(cuda_module.built(), ["sm_89", "sm_90"])
+    assert len(rows) > 40 and not [row for row in rows if row["bound_by"].startswith("it fails")]
+    assert all(row["regs"] and row["instructions"] and row["warps"] in (4, 8, 12) for row in rows)
+    assert {row["op"] for row in rows if row["arch"] == "sm_89"} == {"temporal_attention", "qk_norm_rope"}
+    hopper = [row for row in rows if row["kernel"].startswith("frame_attention_sm90_fwd_kernel")]
+    assert len(hopper) > 4 and all(row["mma"] and row["warps"] == 12 and row["flops"] for row in hopper)
+    name = "rows_norm_rope_kernel<bf16, 4, (Pairs)0>"
+    (code,) = cuda.code_on("sm_120", cuda_module.built(), frozenset({name})).values()
+    assert code.usage["REG"] > 32 and "LDG.E.128" in code.sass
+
+
 def test_the_module_loads_without_a_driver():
     code = f"""
 import importlib.util

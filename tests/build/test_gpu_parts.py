@@ -91,7 +91,7 @@ def test_shards_share_the_processor(shards, threads, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "nvcc", "status", "said"),
-    [(0, "/bin/nvcc", "ok", ""), (0, None, "skipped", "no nvcc"), (2, "/bin/nvcc", "failed", "ended with 2: no memory")],
+    [(0, "/nvcc", "ok", ""), (0, None, "skipped", "no nvcc"), (2, "/nvcc", "failed", "ended with 2: no memory")],
 )
 def test_a_build_that_fails_is_a_row(code, nvcc, status, said, tmp_path, journal, monkeypatch):
     """Without the module every row of CUDA's would be skipped, and nobody would know why."""

@@ -32,7 +32,6 @@ from vdcore_bench.machine_code.code import PROCESSORS, RESERVED, Row, chip_of, c
 from vdcore_bench.machine_code.wanted import described, jobs, variant_of
 
 
-
 @dataclass(frozen=True)
 class Wanted:
     """One kernel of a job, by its short name."""
