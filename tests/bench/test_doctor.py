@@ -187,9 +187,22 @@ def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch,
 def test_machine_code_is_one_json_array(monkeypatch, capsys):
     def report(archs):
         print("1 of 1", file=sys.stderr)
-        return [{"kernel": "fwd", "arch": arch, "regs": 96} for arch in archs or ("sm_90",)]
+        if "sm_1" in archs:
+            raise ValueError("not known")
+        if "sm_2" in archs:
+            raise KeyboardInterrupt
+        if "sm_3" in archs:
+            raise PermissionError("a cache that cannot be written")
+        bound = {"sm_4": "it fails: RuntimeError: ptxas"}
+        return [{"kernel": "fwd", "arch": arch, "regs": 96, "bound_by": bound.get(arch, "issue")} for arch in archs]
 
     monkeypatch.setitem(sys.modules, "vdcore_bench.machine_code", types.SimpleNamespace(report=report))
     assert doctor.main(["--compile", "--json", "--arch", "sm_80,sm_90"]) == 0
     said = capsys.readouterr()
     assert [row["arch"] for row in json.loads(said.out)] == ["sm_80", "sm_90"] and "1 of 1" in said.err
+    assert len(said.out.splitlines()) == 4  # a row a line
+    for arch, code, words in (("sm_2", 130, "stopped"), ("sm_3", 1, "cannot be written"), ("sm_4", 1, "1 of 1")):
+        assert doctor.main(["--compile", "--json", "--arch", arch]) == code
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--compile", "--json", "--arch", "sm_1"])
