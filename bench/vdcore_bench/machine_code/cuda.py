@@ -122,8 +122,9 @@ class Compiled:
 def _said(*command: object) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise RuntimeError(f"{Path(str(command[0])).name}: {last[:200]}")
+        first = (done.stderr.strip().splitlines() or ["nothing was said"])[0]
+        first = re.sub(r"^.*, line \d+; ", "", first)  # of a temporary file
+        raise RuntimeError(f"{Path(str(command[0])).name}: {first.strip()[:200]}")
     return done.stdout
 
 
