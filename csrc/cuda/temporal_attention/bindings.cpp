@@ -1,6 +1,8 @@
 // Temporal attention in Python.
 #include "cuda/core/bindings.h"
 
+#include <algorithm>
+
 #include "cuda/core/bindings_call.h"
 #include "cuda/temporal_attention/temporal_attention.h"
 
@@ -39,8 +41,7 @@ void temporal_forward(py::handle q, py::handle k, py::handle v, py::handle out, 
   temporal_attention_forward(t.call.where(), t.dtype, t.args);
 }
 
-// `out`, `lse`: None where `temporal_backward_is_short` holds, which reads neither. `sums`: (blocks, 4, D) as
-// `temporal_backward_blocks` counts them, or None.
+// `sums`: (blocks, 4, D) as `temporal_backward_blocks` counts them, or None.
 void temporal_backward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, py::handle lengths,
                        const std::vector<int64_t>& mask, int64_t q_start, bool masked, float scale, py::handle norm,
                        py::handle rope, py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv,
@@ -53,6 +54,9 @@ void temporal_backward(py::handle q, py::handle k, py::handle v, py::handle out,
   args.dq = t.call.tokens(dq), args.dk = t.call.tokens(dk), args.dv = t.call.tokens(dv);
   args.sums = t.call.floats(sums, 3);
   const TemporalAttention& a = args.forward;
+  if (recording() && temporal_backward_is_short(std::max(a.frames.queries, a.frames.keys), a.head_dim,
+                                                a.heads / a.groups))  // which computes both again
+    recording()->tensors.erase(a.out.data), recording()->tensors.erase(a.lse);
   const int64_t blocks =
       temporal_backward_blocks(a.frames.queries, a.frames.keys, a.head_dim, a.heads / a.groups, a.sequences);
   if (args.sums && (tensor_of(sums).shape[0] != blocks || tensor_of(sums).shape[2] != a.head_dim))
@@ -70,7 +74,6 @@ void define_temporal_attention(py::module_& m) {
   m.def("temporal_attention_forward", temporal_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a, "mask"_a,
         "q_start"_a, "masked"_a, "scale"_a, "norm"_a, "rope"_a, "stream"_a);
   m.def("temporal_backward_fits", temporal_backward_fits, "queries"_a, "keys"_a, "channels"_a, "shared"_a, "most"_a);
-  m.def("temporal_backward_is_short", temporal_backward_is_short, "frames"_a, "channels"_a, "shared"_a);
   m.def("temporal_backward_fuses_norm_rope", temporal_backward_fuses_norm_rope, "channels"_a);
   m.def("temporal_backward_blocks", temporal_backward_blocks, "queries"_a, "keys"_a, "channels"_a, "shared"_a,
         "sequences"_a);

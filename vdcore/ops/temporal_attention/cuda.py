@@ -50,7 +50,7 @@ def _lanes_hold_pairs(c: TemporalCall) -> bool:
 
 
 def _arguments(
-    c: TemporalCall, q: Tensor, k: Tensor, out: Tensor | None, lse: Tensor | None, fuses_norm_rope: bool
+    c: TemporalCall, q: Tensor, k: Tensor, out: Tensor, lse: Tensor | None, fuses_norm_rope: bool
 ) -> dict[str, Any]:
     """What both directions take; q and k after norm and RoPE where the kernel does not fuse them."""
     return {
@@ -132,9 +132,6 @@ def _backward(
     if fuses_norm_rope and learned:
         blocks = module.temporal_backward_blocks(sequences=q.shape[:-1].numel() // q.shape[1], **_sizes(c))
         sums = torch.empty(blocks, 4, q.shape[-1], dtype=torch.float32, device=q.device)
-    T, T_k, D, shared = _sizes(c).values()
-    # The short kernel computes both again, and reads neither.
-    short = module.temporal_backward_is_short(frames=max(T, T_k), channels=D, shared=shared)
     module.temporal_attention_backward(
         dout=capsule(dout),
         dlse=capsule(dlse),
@@ -142,7 +139,7 @@ def _backward(
         dk=capsule(dk_kernel),
         dv=capsule(dv),
         sums=capsule(sums),
-        **_arguments(c, q, k, None if short else out, None if short else lse, fuses_norm_rope),
+        **_arguments(c, q, k, out, lse, fuses_norm_rope),
     )
     if sums is not None:
         total = sums.sum(0)
