@@ -184,9 +184,19 @@ class SeenSamples {
   // Tokens of the other side that blocks of so many rows and columns see, all together, for each frame of a block.
   double tokens(int64_t height, int64_t width) const {
     double total = 0;
-    for (int64_t i = 0; i < count_; ++i)
-      total += weights_[i] * along(seen_rows, seen_[i], plan_.rows, height) *
-               along(seen_columns, seen_[i], plan_.columns, width);
+    Run some, all;
+    for (int64_t i = 0; i < count_; ++i) {
+      int64_t rows = 0, columns = 0;
+      for (int64_t y = 0; y < plan_.rows; y += height) {
+        seen_rows(plan_, windows_, seen_[i], frames_, y, smaller(y + height, plan_.rows) - 1, some, all);
+        rows += some.size();
+      }
+      for (int64_t x = 0; x < plan_.columns; x += width) {
+        seen_columns(plan_, windows_, seen_[i], frames_, x, smaller(x + width, plan_.columns) - 1, some, all);
+        columns += some.size();
+      }
+      total += weights_[i] * static_cast<double>(rows) * static_cast<double>(columns);
+    }
     return total / static_cast<double>(frames_);
   }
 
@@ -197,16 +207,6 @@ class SeenSamples {
   int64_t frames_ = 0, count_ = 0;
   Seen seen_[kMost];
   double weights_[kMost];
-
-  double along(decltype(seen_rows)* places, const Seen& seen, int64_t size, int64_t block) const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < size; i += block) {
-      Run some, all;
-      places(plan_, windows_, seen, frames_, i, smaller(i + block, size) - 1, some, all);
-      total += some.size();
-    }
-    return static_cast<double>(total);
-  }
 };
 
 // The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. A
