@@ -1,7 +1,10 @@
 """The parts of the suite gpu in this process, without a GPU: what each of them must not get wrong on its one run."""
 
+import contextlib
 import importlib
-import os
+import io
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -9,8 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import vdcore
+from vdcore import cli
+from vdcore.cli import doctor
+from vdcore.cli.commands import app
+from vdcore.ops import choose
 from vdcore_bench.measure.journal import Journal
+from vdcore_bench.suites import SUITES
 from vdcore_bench.suites.gpu import child, conductor, parts, plan, sweep
 from vdcore_bench.suites.gpu.child import Given
 
@@ -123,9 +133,54 @@ def test_forced_rows_reach_backward():
     assert getattr(importlib.import_module(module.__name__), name) is table
 
 
-def test_results_are_described_by_commands_that_exist():
-    """Each line that is to be typed in bench/results/README.md: its part, option, test or target is there."""
-    text = (plan.ROOT / "bench" / "results" / "README.md").read_text()
-    named = [name for line in text.splitlines() if line.startswith("| `") for name in line.split("`")[1::2]]
-    assert set(named) & set(plan.PARTS) == set(plan.PARTS) - {"selfcheck"}
-    assert "make gpu" in text and os.path.exists(plan.ROOT / "Makefile")
+README = (plan.ROOT / "bench" / "results" / "README.md").read_text()
+
+
+def commands():
+    """What is to be typed, by bench/results/README.md: lines that are indented, and words between backticks."""
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+    spans = re.findall(r"`([^`\n]+)`", README)
+    return [
+        shlex.split(text) for text in lines + spans if text.split()[0] in ("python", "vdcore", "make", "pytest", "pip")
+    ]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_of_the_results_page_exists(words):
+    program, *rest = words
+    options = {word for word in rest if word.startswith("--")}
+    if rest[:2] == ["-m", "vdcore_bench.suites.gpu"]:
+        given = importlib.import_module("vdcore_bench.suites.gpu.__main__")._parser().parse_args(rest[2:])
+        assert set(given.only.split(",")) <= set(plan.PARTS)
+    elif program == "vdcore":
+        said = CliRunner().invoke(app, [rest[0], "--help"]).output if rest[0] != "doctor" else doctor_help()
+        assert rest[0] in cli.COMMANDS and all(option in said for option in options)
+        if rest[0] == "bench":
+            assert rest[1].startswith("--") or rest[1] in SUITES
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (plan.ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "pytest":
+        assert (plan.ROOT / rest[0]).is_file()
+    else:
+        assert words[:2] == ["pip", "install"]
+
+
+def doctor_help():
+    found = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(found):
+        doctor.main(["--help"])
+    return found.getvalue()
+
+
+def test_what_the_results_page_names_is_there():
+    """Parts of the suite, operators, files, and what they hold."""
+    named = set(re.findall(r"`([^`\n]+)`", README))
+    first = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `")]
+    rows = {name for cell in first for name in cell.split("`")[1::2]}
+    assert rows - set(vdcore.__all__) == set(plan.PARTS) - {"selfcheck"} | {"--only"}
+    assert {name for name in named if name.endswith("attention")} <= set(vdcore.__all__)
+    files = [name for name in named if re.fullmatch(r"[\w/]+\.(py|cuh|jsonl|md)", name)]
+    assert len(files) > 3 and all(list(plan.ROOT.glob(f"**/{name}")) for name in files)
+    plans = next(plan.ROOT.glob("csrc/cuda/*/plan_sm90.cuh")).read_text()
+    assert "kBlocks" in plans and "ORDER" in vars(choose)
+    assert len(README.splitlines()) <= 60
