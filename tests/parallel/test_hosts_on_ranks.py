@@ -44,6 +44,5 @@ def test_beside_what_else_wraps_a_model():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="under a mask's halo compiled ranks miss each other")
 def test_compiled_blocks():
     run_ranks(compiled_blocks, 2, timeout=600)

@@ -185,7 +185,7 @@ class TemporalAttention(SelfAttention):
             rope = Rope(split.own_frames(rope.cos, 0), split.own_frames(rope.sin, 0), rope.style)
         q, k, v = self.normalized(self.split(self.qkv(x)), rope)
         halo = halo_of(self.mask, split.sizes[0], split.peers)
-        out = temporal_attention(q, key_frames(k, halo), key_frames(v, halo), mask=self.mask, q_start=halo.q_start)
+        out = temporal_attention(q, *key_frames(halo, k, v), mask=self.mask, q_start=halo.q_start)
         return self.proj(merged(out))
 
 

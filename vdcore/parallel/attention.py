@@ -31,7 +31,7 @@ def video_attention(
     k: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | Peers,
     frames: int,
     mask: FrameMask = FrameMask(),
     lengths: Tensor | None = None,
@@ -74,48 +74,7 @@ def video_attention(
         ValueError, TypeError: as :func:`vdcore.video_attention`; if q has not this rank's frames; an unknown plan.
         ExchangeError: a rank has ended, came with another shape, or not within the group's timeout.
     """
-    return attention_of(
-        peers_of(OP, mesh),
-        q,
-        k,
-        v,
-        frames=frames,
-        mask=mask,
-        lengths=lengths,
-        text=text,
-        text_lengths=text_lengths,
-        text_norm=text_norm,
-        text_sees=text_sees,
-        scale=scale,
-        norm=norm,
-        rope=rope,
-        return_lse=return_lse,
-        plan=plan,
-        backend=backend,
-    )
-
-
-def attention_of(
-    peers: Peers,
-    q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    *,
-    frames: int,
-    mask: FrameMask = FrameMask(),
-    lengths: Tensor | None = None,
-    text: Triple | None = None,
-    text_lengths: Tensor | None = None,
-    text_norm: QKNorm | None = None,
-    text_sees: str = "all",
-    scale: float | None = None,
-    norm: QKNorm | None = None,
-    rope: Rope | None = None,
-    return_lse: bool = False,
-    plan: str | None = None,
-    backend: str | None = None,
-) -> Any:
-    """As :func:`video_attention`, of the processes of a mesh."""
+    peers = peers_of(OP, mesh)
     q, k, v = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v)).views
     if frames < 0 or q.shape[1] != peers.size(frames) or k.shape[1] != q.shape[1]:
         expected = f"the {peers.size(max(frames, 0))} frames of rank {peers.rank} of {peers.ranks}, of {frames} in all"
@@ -170,7 +129,7 @@ class Shared:
         if plan == "ring":
             return ring_attention(q, k, v, Ring(self.peers, self.frames, self.mask, self.scale, self.backend))
         halo = halo_of(self.mask, self.frames, self.peers)
-        k, v = key_frames(k, halo), key_frames(v, halo)
+        k, v = key_frames(halo, k, v)
         return self._operator(q, k, v, halo.q_start, halo.lengths(self.lengths))
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

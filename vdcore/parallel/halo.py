@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -129,59 +130,92 @@ def halo_of(mask: FrameMask, T: int, peers: Peers) -> Halo:
     return Halo(peers, T, seen, sink, gap, mine[-1][1] - gap)
 
 
-class _Exchange(torch.autograd.Function):
-    """Own frames ``(B, T_r, ...)`` to all key frames ``(B, length, ...)``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, halo: Halo) -> Tensor:
-        ctx.halo = halo
-        ranks, rank, own = range(halo.peers.ranks), halo.peers.rank, halo.own
+def _exchanged(halo: Halo, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    start, outs = halo.own[0], []
+    for x in tensors:
         out = torch.empty((x.shape[0], halo.length, *x.shape[2:]), dtype=x.dtype, device=x.device)
         if x.shape[1]:
-            out[:, halo.at(own[0]) : halo.at(own[0]) + x.shape[1]] = x
-        if not halo.silent:
-            sent = [x[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
-            flat = wait(start_exchange(flattened(sent, x), *_counts(halo, x), halo.peers), halo.peers)
-            spread(flat, _received(out, halo), torch.Tensor.copy_)
-        return out
+            out[:, halo.at(start) : halo.at(start) + x.shape[1]] = x
+        outs.append(out)
+    if not halo.silent:
+        flat = flattened(_pieces(tensors, halo, _sent), tensors[0])
+        flat = wait(start_exchange(flat, *_counts(halo, tensors), halo.peers), halo.peers)
+        spread(flat, _pieces(outs, halo, _received), torch.Tensor.copy_)
+    return tuple(outs)
+
+
+class _Exchange(torch.autograd.Function):
+    """Own frames ``(B, T_r, ...)`` of tensors to all key frames ``(B, length, ...)``, by one all-to-all.
+
+    Compiled, every rank has a graph of its own, whose compiler knows nothing of the others: an exchange that nothing
+    uses it drops, and one in backward that no incoming gradient goes into it runs in forward. So a piece without frames
+    of every tensor is among those that are sent and received, and binds the exchange on all ranks alike.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, halo: Halo, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.halo = halo
+        return _exchanged(halo, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        halo, (dy,) = ctx.halo, grads
-        ranks, rank, own = range(halo.peers.ranks), halo.peers.rank, halo.own
-        size = own[1] - own[0]
-        at = halo.at(own[0]) if size else 0
-        dx = dy[:, at : at + size].to(torch.promote_types(dy.dtype, torch.float32), copy=True)
+        halo: Halo = ctx.halo
+        start, end = halo.own
+        at = halo.at(start) if end > start else 0
+        own = [
+            dy[:, at : at + end - start].to(torch.promote_types(dy.dtype, torch.float32), copy=True) for dy in grads
+        ]
         if not halo.silent:
-            received, sent = _counts(halo, dy)
-            flat = wait(start_exchange(flattened(_received(dy, halo), dy), sent, received, halo.peers), halo.peers)
-            mine = [dx[:, a - own[0] : b - own[0]] for j in ranks for a, b in halo.message(rank, j)]
-            spread(flat, mine, torch.Tensor.add_)
-        return dx.to(dy.dtype), None
+            received, sent = _counts(halo, grads)
+            flat = flattened(_pieces(grads, halo, _received), grads[0])
+            flat = wait(start_exchange(flat, sent, received, halo.peers), halo.peers)
+            spread(flat, _pieces(own, halo, _sent), torch.Tensor.add_)
+        return None, *(dx.to(dy.dtype) for dx, dy in zip(own, grads))
 
 
-def _received(x: Tensor, halo: Halo) -> list[Tensor]:
-    """Views of the key frames that come from others, in the order of ranks."""
-    ranks, rank = range(halo.peers.ranks), halo.peers.rank
-    return [x[:, halo.at(a) : halo.at(a) + b - a] for i in ranks for a, b in halo.message(i, rank)]
+Runs = Callable[[Halo, int], list[Run]]
 
 
-def _counts(halo: Halo, x: Tensor) -> tuple[list[int], list[int]]:
+def _sent(halo: Halo, rank: int) -> list[Run]:
+    """Own frames that another rank gets, where they stand among the own."""
+    start = halo.own[0]
+    return [(a - start, b - start) for a, b in halo.message(halo.peers.rank, rank)]
+
+
+def _received(halo: Halo, rank: int) -> list[Run]:
+    """Frames that come from another rank, where they stand among the key frames."""
+    return [(halo.at(a), halo.at(a) + b - a) for a, b in halo.message(rank, halo.peers.rank)]
+
+
+def _pieces(tensors: Sequence[Tensor], halo: Halo, runs: Runs) -> list[Tensor]:
+    """Views of frames to or from each rank, of all tensors, rank by rank; before them one of none of each tensor."""
+    found = [x[:, :0] for x in tensors]
+    for rank in range(halo.peers.ranks):
+        found += [x[:, a:b] for x in tensors for a, b in runs(halo, rank)]
+    return found
+
+
+def _counts(halo: Halo, tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Elements to and from each rank."""
     ranks, rank = range(halo.peers.ranks), halo.peers.rank
-    frame = torch.Size([x.shape[0], *x.shape[2:]]).numel()
+    frame = sum(torch.Size([x.shape[0], *x.shape[2:]]).numel() for x in tensors)
     sent = [frames_in(halo.message(rank, j)) * frame for j in ranks]
     return sent, [frames_in(halo.message(i, rank)) * frame for i in ranks]
 
 
-def key_frames(x: Tensor, halo: Halo) -> Tensor:
-    """Keys or values ``(B, T_r, S, G, D)`` of this rank's frames with those that it sees of others.
+def key_frames(halo: Halo, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values, each ``(B, T_r, S, G, D)`` of this rank's frames, with those that it sees of others.
+
+    Args:
+        tensors: of one dtype, in one message.
 
     Returns:
-        ``(B, length, S, G, D)``; x itself where nobody sees another's frames. Differentiable: gradients of frames go
-        back to the rank that holds them and are summed there in float32, in the order of ranks.
+        ``(B, length, S, G, D)`` each; as they are where nobody sees another's frames. Differentiable: gradients of
+        frames go back to the rank that holds them and are summed there in float32, in the order of ranks.
     """
     if halo.in_place:
-        return x
-    refuse_transforms("video_attention", x)
-    return _Exchange.apply(x, halo)
+        return tensors
+    refuse_transforms("video_attention", *tensors)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return _exchanged(halo, tensors)
+    return _Exchange.apply(halo, *tensors)

@@ -54,13 +54,15 @@ def starts_of(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(sizes, initial=0))[:-1]
 
 
-def peers_of(op: str, mesh: DeviceMesh) -> Peers:
-    """The processes of a mesh.
+def peers_of(op: str, mesh: DeviceMesh | Peers) -> Peers:
+    """The processes of a mesh; those that are known already as they are.
 
     Raises:
         TypeError: if it is no ``DeviceMesh``.
         ValueError: if it has several dimensions, or this process is not in it.
     """
+    if isinstance(mesh, Peers):
+        return mesh
     if not hasattr(mesh, "get_group") or not hasattr(mesh, "mesh_dim_names"):
         raise TypeError(f"{op}: mesh must be a torch.distributed DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:

@@ -12,7 +12,7 @@ import vdcore
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.swap import is_plain
 from vdcore.norm import QKNorm
-from vdcore.parallel.attention import attention_of
+from vdcore.parallel import video_attention as shared_attention
 from vdcore.rope import Rope, Style
 
 _RMS = (nn.RMSNorm, normalization.RMSNorm, normalization.MochiRMSNorm)
@@ -148,7 +148,7 @@ def over_clip(clip: Clip, q: Tensor, k: Tensor, v: Tensor, *, text_first: bool =
     if split is None or clip.ranks is None:
         return vdcore.video_attention(q, k, v, text_first=text_first, **clip.masking(tokens), **rest)
     shares: dict[str, Any] = {"frames": split.sizes[0], "mask": clip.frame_mask, "plan": clip.ranks.plan}
-    return attention_of(split.peers, q, k, v, **shares, **rest)
+    return shared_attention(q, k, v, mesh=split.peers, **shares, **rest)
 
 
 def cross(

@@ -77,7 +77,7 @@ class Clip:
         self.switch: Switch = Switch() if of is None else of.switch
         self.ranks: Ranks | None = ranks if of is None else of.ranks
         self._grids: list[Grid] = []  # of clips so far
-        self._wholes: list[tuple[int, int]] = []  # frames of this rank's parts of clips so far, and of the wholes
+        self._wholes: dict[int, int] = {}  # by frames of this rank's part, those of the clip that was last called with
 
     @property
     def mask(self) -> Mask | None:
@@ -155,14 +155,14 @@ class Clip:
     # ---- the grid, from the model's forward ----
 
     def announce(self, grid: Grid, whole: int | None = None) -> None:
-        part = (grid[0], grid[0] if whole is None else whole)
+        part, whole = grid[0], grid[0] if whole is None else whole
         if torch.compiler.is_compiling():
-            self._grids, self._wholes = [grid], [part]  # what is traced is this call
+            self._grids, self._wholes = [grid], {part: whole}  # what is traced is this call
             return
         if grid not in self._grids:
             self._grids = [*self._grids, grid]
-        if part not in self._wholes:
-            self._wholes = [*self._wholes, part]
+        if self._wholes.get(part) != whole:  # graphs of blocks are guarded by it
+            self._wholes = {**self._wholes, part: whole}
 
     def shared(self, frames: int, tokens: int) -> Split | None:
         """How ranks share the clip of which this one has ``frames`` frames of ``tokens``; None: they do not."""
@@ -170,10 +170,9 @@ class Clip:
             return None
         scope = self._scope()
         if scope is not None:
-            found = {scope.whole}
+            whole = scope.whole
         else:
-            found = {whole for part, whole in self.root._wholes if frames == part and torch.compiler.is_compiling()}
-        whole = found.pop() if len(found) == 1 else None
+            whole = self.root._wholes.get(frames) if torch.compiler.is_compiling() else None
         if whole is None or self.ranks.peers.size(whole) != frames:
             raise RuntimeError(
                 f"swap_in: {frames} frames under {self.under}, outside of a call of the model that tells how many the "
@@ -356,6 +355,8 @@ class InScope:
 
 
 def _run_in(scope: Scope | None, block: Callable[..., Any], *args: Any) -> Any:
+    if scope is not None and scope.whole is not None and scope.grid is not None:
+        scope.clip.announce(scope.grid, scope.whole)  # the block may be compiled
     token = _scope.set(scope)
     try:
         return block(*args)

@@ -97,7 +97,7 @@ def _convolved(conv: Any, x: Tensor, split: Split) -> Tensor:
     (start, size), T = split.own, split.sizes[0]
     before, after = int(start > 0), int(start + size < T)
     halo = halo_of(FrameMask.symmetric(1), T, split.peers)
-    frames = key_frames(x.transpose(1, 2), halo)
+    (frames,) = key_frames(halo, x.transpose(1, 2))
     frames = frames[:, halo.at(start) - before :].transpose(1, 2)
     if type(conv) is nn.Conv3d and is_plain(conv):
         frames = F.pad(frames, (0, 0, 0, 0, 1 - before, 1 - after))
