@@ -135,6 +135,22 @@ def the_same_bits_again(mesh):
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def sizes_of_nothing(mesh):
+    """No samples, no positions, no text: everything has its shape, forward and backward."""
+    for sizes, plan in some(itertools.product(({"B": 0}, {"S": 0}, {"B": 0, "L": 2}, {"L": 0}), PLANS), 5):
+        T, L = 5, sizes.get("L")
+        qkv, text = draw(T, **{**sizes, "L": L or 1})
+        given = {} if L is None else {"text": tuple(x[:, :L] for x in text)}
+        parts = [part_of(x, mesh, 1).clone().requires_grad_() for x in qkv]
+        found = video_attention(*parts, mesh=mesh, frames=T, mask=MASKS["sink"], plan=plan, **given)
+        outs = found if given else (found,)
+        expected = vdcore.video_attention(*qkv, mask=MASKS["sink"], **given)
+        for out, one in zip(outs, expected if given else (expected,)):
+            torch.testing.assert_close(out, one if out is not outs[0] else part_of(one, mesh, 1))
+        sum(out.sum() for out in outs).backward()
+        assert all(x.grad.shape == x.shape for x in parts)
+
+
 def counted_bytes_are_the_plan_s(mesh):
     rank, N = mesh.get_local_rank(), mesh.size()
     for (H, T), mask in some(itertools.product(((6, 7), (3, 2)), MASKS.values()), 5):
@@ -199,6 +215,7 @@ CASES = {
         lengths_of_samples,
         norm_and_rope_by_global_frames,
         the_same_bits_again,
+        sizes_of_nothing,
         counted_bytes_are_the_plan_s,
         nan_in_frames_that_nobody_sees_stays_there,
         masks_whose_frames_cannot_be_counted_from_another,

@@ -1,4 +1,4 @@
-"""Graphs that the compiler makes for each rank: their exchanges meet, forward and backward, whatever a rank needs of them.
+"""Graphs that the compiler makes for each rank: their exchanges meet, whatever a rank needs of them.
 
 An exchange that brings a rank nothing, or takes nothing from it, is no dead code: another rank waits for it. The graphs
 are made one after another in this process, on a process group that sends nothing.
@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from judging import part_of
 from functorch.compile import make_boxed_func
+from judging import part_of
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +22,7 @@ from vdcore import FrameMask
 from vdcore.models import VDiT
 from vdcore.parallel import gather, switch, video_attention
 
+ALL = FrameMask()
 PARTITIONS = {"least memory": min_cut_rematerialization_partition, "all saved": default_partition}
 
 
@@ -35,15 +36,17 @@ def process(rank, ranks):
         dist.destroy_process_group()
 
 
-def exchanges(graph, rank):
+def exchanges(graph):
     """In order: what kind, and the elements to and from every rank."""
     found = []
     for node in graph.nodes:
-        name = getattr(node.target, "_opname", "") if getattr(node.target, "namespace", "") == "_c10d_functional" else ""
+        if getattr(node.target, "namespace", "") != "_c10d_functional":
+            continue
+        name = node.target._opname
         if name == "all_to_all_single":
             _, received, sent, _ = node.args
             found.append((name, tuple(sent), tuple(received)))
-        elif name and name != "wait_tensor":
+        elif name != "wait_tensor":
             n = node.args[0].meta["val"].numel()
             found.append((name, (n,) * dist.get_world_size(), (n,) * dist.get_world_size()))
     return found
@@ -64,9 +67,9 @@ def graphs_of(function, ranks, partition=min_cut_rematerialization_partition):
     for rank in range(ranks):
         graphs = []
 
-        def cut(*args, graphs=graphs, rank=rank, **kwargs):
+        def cut(*args, graphs=graphs, **kwargs):
             pair = partition(*args, **kwargs)
-            graphs.append(tuple(exchanges(module.graph, rank) for module in pair))
+            graphs.append(tuple(exchanges(module.graph) for module in pair))
             return pair
 
         torch._dynamo.reset()
@@ -90,7 +93,7 @@ def assert_they_meet(found):
                     ], each
 
 
-def attend(mesh, backend, plan="halo", mask=FrameMask(), T=7, S=3, text=0, wanted="qkv"):
+def attend(mesh, backend, plan="halo", mask=ALL, T=7, S=3, text=0, wanted="qkv"):
     q, k, v = (part_of(torch.randn(1, T, S, 6, 8), mesh, 1).requires_grad_(name in wanted) for name in "qkv")
     words = tuple(torch.randn(1, text, 6, 8, requires_grad=True) for _ in range(3)) if text else None
 
@@ -110,7 +113,8 @@ def there_and_back(mesh, backend, T=7, S=5):
     torch.compile(function, backend=backend, fullgraph=True)(x)
 
 
-def blocks(mesh, backend, attention, plan=None, mask=FrameMask(past=1, future=0, chunk=2)):
+def blocks(mesh, backend, attention, plan=None):
+    mask = FrameMask(past=1, future=0, chunk=2)
     given = config(attention=attention, mask=mask, text_width=None, classes=None, checkpoint=False)
     model = VDiT(given, mesh=mesh, plan=plan)
     for block in model.blocks:
@@ -122,7 +126,7 @@ MASKS = {
     "window": FrameMask.window(1),
     "future": FrameMask(past=0, future=1),
     "far sink": FrameMask(past=0, future=0, chunk=3, sink=2),
-    "all": FrameMask(),
+    "all": ALL,
 }
 
 
@@ -131,7 +135,8 @@ def test_a_window():
     found = graphs_of(partial(attend, mask=FrameMask.window(1)), 2)
     assert_they_meet(found)
     ((forward, backward),) = found[0]
-    assert forward == [("all_to_all_single", (0, 288), (0, 0))] and backward == [("all_to_all_single", (0, 0), (0, 288))]
+    assert forward == [("all_to_all_single", (0, 288), (0, 0))]
+    assert backward == [("all_to_all_single", (0, 0), (0, 288))]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor
 from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
-from vdcore.ops.call import QKV
+from vdcore.ops.call import QKV, Triple
 from vdcore.rope import Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -255,6 +255,31 @@ def check_lengths(
     if lengths.device != main.device:
         wrong(op, name, f"on q's device {main.device}", lengths.device)
     return lengths
+
+
+def check_text(
+    op: str, text: Any, text_lengths: Any, text_norm: Any, text_sees: Any, q: Tensor, G: int
+) -> tuple[Triple | None, Tensor | None, QKNorm | None]:
+    """The text beside a video with queries q, its valid tokens and its norm."""
+    if text_sees not in ("all", "text"):
+        wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
+    if text is None:
+        if text_lengths is not None or text_norm is not None:
+            wrong(op, "text_lengths" if text_lengths is not None else "text_norm", "None without text", "a value")
+        return None, None, None
+    if not isinstance(text, (tuple, list)) or len(text) != 3:
+        got = f"{len(text)} of them" if isinstance(text, (tuple, list)) else type(text).__name__
+        raise TypeError(f"{op}: text must be a tuple (q, k, v) or None, got {got}")
+    B, _, _, H, D = q.shape
+    found = autocast(*(check_tensor(op, f"text[{i}]", x) for i, x in enumerate(text)))
+    for i, (x, heads, letter) in enumerate(zip(found, (H, G, G), "HGG")):
+        check_like(op, f"text[{i}]", x, q, "q")
+        if x.ndim != 4:
+            wrong(op, f"text[{i}]", f"(B, L, {letter}, D)", shape_of(x))
+        check_shape(op, f"text[{i}]", x, (B, found[0].shape[1], heads, D), f"(B, L, {letter}, D)")
+    text_lengths = check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", q)
+    text_norm = check_norm(op, text_norm, q, H, G, D, name="text_norm")
+    return (unit_stride(found[0]), unit_stride(found[1]), unit_stride(found[2])), text_lengths, text_norm
 
 
 def check_scale(op: str, scale: Any, D: int) -> float:

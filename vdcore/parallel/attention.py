@@ -76,17 +76,18 @@ def video_attention(
     """
     peers = peers_of(OP, mesh)
     q, k, v = check.check_qkv(OP, *check.autocast(check.check_tensor(OP, "q", q), k, v)).views
-    if frames < 0 or q.shape[1] != peers.size(frames) or k.shape[1] != q.shape[1]:
-        expected = f"the {peers.size(max(frames, 0))} frames of rank {peers.rank} of {peers.ranks}, of {frames} in all"
+    check.check_start(OP, "frames", frames)
+    if q.shape[1] != peers.size(frames) or k.shape[1] != q.shape[1]:
+        expected = f"the {peers.size(frames)} frames of rank {peers.rank} of {peers.ranks}, of {frames} in all"
         check.wrong(OP, "q and k", expected, f"{q.shape[1]} and {k.shape[1]}")
-    if not isinstance(mask, FrameMask):
-        raise TypeError(f"{OP}: mask must be a FrameMask, got {type(mask).__name__}")
+    check.check_mask_type(OP, mask)
     lengths = check.check_lengths(OP, "lengths", lengths, [(q.shape[0],)], "(B,)", q)
     if return_lse and text is not None:
         check.wrong(OP, "return_lse", "False with text", True)
-    if text_sees not in ("all", "text"):
-        check.wrong(OP, "text_sees", "'all' or 'text'", repr(text_sees))
+    text, text_lengths, text_norm = check.check_text(OP, text, text_lengths, text_norm, text_sees, q, k.shape[3])
     shared = Shared(peers, frames, mask, check.check_scale(OP, scale, q.shape[-1]), lengths, plan, backend)
+    if isinstance(rope, Rope) and rope.cos.shape[0] not in (1, q.shape[1]):
+        check.wrong(OP, "rope.cos", f"of 1 or of this rank's {q.shape[1]} frames", check.shape_of(rope.cos))
     if norm is not None or rope is not None:
         q, k = qk_norm_rope(q, k, norm=norm, rope=rope)
     if text is None:

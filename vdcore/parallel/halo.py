@@ -162,9 +162,7 @@ class _Exchange(torch.autograd.Function):
         halo: Halo = ctx.halo
         start, end = halo.own
         at = halo.at(start) if end > start else 0
-        own = [
-            dy[:, at : at + end - start].to(torch.promote_types(dy.dtype, torch.float32), copy=True) for dy in grads
-        ]
+        own = [dy[:, at : at + end - start].to(torch.promote_types(dy.dtype, torch.float32), copy=True) for dy in grads]
         if not halo.silent:
             received, sent = _counts(halo, grads)
             flat = flattened(_pieces(grads, halo, _received), grads[0])

@@ -173,7 +173,7 @@ def _passing(ring: Ring, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor | N
         yield step, *here
         if on_the_way is not None:
             flat = wait(on_the_way, peers)
-            here = views(flat, step + 1) if flat.numel() else (None, None)
+            here = views(flat, step + 1) if ring.passes(step + 1, rank) else (None, None)
 
 
 class _RingAttention(torch.autograd.Function):

@@ -206,16 +206,9 @@ def video_attention(
     frames = mask if isinstance(mask, FrameMask) else FrameMask()
     arguments = check.check_attention(op, q, k, v, frames, q_start, lengths, scale, norm, rope)
     qkv = arguments[0]
-    if text_sees not in ("all", "text"):
-        check.wrong(op, "text_sees", "'all' or 'text'", repr(text_sees))
-    if text is not None:
-        (B, _, _, H, D, _, G), video = qkv.sizes, qkv.views[0]
-        text = _check_text(text, video, G)
-        text_lengths = check.check_lengths(op, "text_lengths", text_lengths, [(B,)], "(B,)", video)
-        text_norm = check.check_norm(op, text_norm, video, H, G, D, name="text_norm")
-    elif text_lengths is not None or text_norm is not None:
-        name = "text_lengths" if text_lengths is not None else "text_norm"
-        check.wrong(op, name, "None without text", "a value")
+    text, text_lengths, text_norm = check.check_text(
+        op, text, text_lengths, text_norm, text_sees, qkv.views[0], qkv.sizes[-1]
+    )
     call = VideoCall(
         qkv,
         _check_mask(mask, grid, qkv, arguments[2]),
@@ -247,20 +240,6 @@ def _check_mask(mask: Any, grid: Any, qkv: QKV, q_start: int) -> FrameMask | Hea
     for one in (masks,) if isinstance(masks, FrameMask) else (part.frames for _, part in masks.groups):
         check.check_teacher_forcing(VideoCall.op, one, T, T_k, q_start)
     return masks
-
-
-def _check_text(text: Any, q: Tensor, G: int) -> Triple:
-    op = VideoCall.op
-    if not isinstance(text, (tuple, list)) or len(text) != 3:
-        raise TypeError(f"{op}: text must be a tuple (q, k, v) or None, got {type(text).__name__}")
-    B, _, _, H, D = q.shape
-    text = check.autocast(*(check.check_tensor(op, f"text[{i}]", x) for i, x in enumerate(text)))
-    for i, (x, heads, letter) in enumerate(zip(text, (H, G, G), "HGG")):
-        check.check_like(op, f"text[{i}]", x, q, "q")
-        if x.ndim != 4:
-            check.wrong(op, f"text[{i}]", f"(B, L, {letter}, D)", check.shape_of(x))
-        check.check_shape(op, f"text[{i}]", x, (B, text[0].shape[1], heads, D), f"(B, L, {letter}, D)")
-    return tuple(check.unit_stride(x) for x in text)  # type: ignore[return-value]
 
 
 _BACKENDS = {
