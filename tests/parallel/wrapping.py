@@ -26,14 +26,14 @@ def compiled_exchanges_are_one_graph(mesh):
 
 def compiled_attention_is_one_graph(mesh):
     q, k, v = torch.randn(3, 1, 6, 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    for plan in ("heads", "halo"):
+    for plan, backend in (("heads", "aot_eager"), ("halo", "aot_eager"), ("halo", "inductor")):
 
         def attend(q, k, v, plan=plan):
             return video_attention(q, k, v, mesh=mesh, frames=6, mask=FrameMask.window(1), plan=plan)
 
         torch._dynamo.reset()
         found = []
-        for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        for function in (attend, torch.compile(attend, fullgraph=True, backend=backend)):
             parts = [part_of(x, mesh, 1).clone().requires_grad_() for x in (q, k, v)]
             function(*parts).square().sum().backward()
             found.append([x.grad for x in parts])
@@ -42,17 +42,22 @@ def compiled_attention_is_one_graph(mesh):
 
 
 def compiled_blocks(mesh):
-    for attention in ("factorized", "gated"):
+    for attention, plan in (("factorized", None), ("factorized", "halo"), ("gated", None)):
         torch._dynamo.reset()
         given = config(attention=attention, text_width=None, classes=None, mask=MIXED)
         torch.manual_seed(0)
-        model = on_mesh(model_of(given), mesh)
-        video, timestep = torch.randn(1, 3, 6, 6, 8), torch.rand(1)
-        part = part_of(video, mesh, 2)
-        expected = model(part, timestep, frames=6)
-        for block in model.blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(model(part, timestep, frames=6), expected)
+        model = on_mesh(model_of(given), mesh, plan)
+        part, timestep = part_of(torch.randn(1, 3, 6, 6, 8), mesh, 2), torch.rand(1)
+        found = []
+        for compiled in (False, True):
+            for block in model.blocks if compiled else ():
+                block.compile(backend="aot_eager", fullgraph=True)
+            model.zero_grad()
+            out = model(part, timestep, frames=6)
+            out.square().sum().backward()
+            found.append([out, *(p.grad for p in model.parameters())])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b)
 
 
 def two_dimensional(mesh, wrap):
