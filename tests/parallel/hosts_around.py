@@ -12,7 +12,7 @@ import torch.distributed as dist
 from judging import part_of
 from torch.distributed.device_mesh import init_device_mesh
 
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.parallel import ExchangeError, Traffic, average_gradients, explain
 
 
@@ -203,6 +203,8 @@ def what_is_not_served_is_left_or_refused(mesh):
         ({"parts": True}, "parts must be left out without a mesh"),
         ({"plan": "ring"}, "plan must be left out without a mesh"),
         ({"mesh": mesh, "plan": "switch"}, "plan must be one of heads, halo, ring, or None, got 'switch'"),
+        ({"mesh": mesh, "mask": GridMask(columns=1)}, "mask must be a FrameMask, or a dict of these, on a mesh, got"),
+        ({"mesh": mesh, "mask": ((2, FrameMask()),)}, "mask must be a FrameMask, or a dict of these, on a mesh, got"),
     ):
         with pytest.raises(ValueError, match=words):
             swap_in(model, **wrong)

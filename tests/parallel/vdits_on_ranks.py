@@ -9,7 +9,7 @@ import torch
 from judging import check_all, gradients_of, part_of, some
 from vdits import config, doubled, in_plain_torch, model_of, to_double
 
-from vdcore import FrameMask
+from vdcore import FrameMask, GridMask
 from vdcore.models import DepthControl, VDiT
 from vdcore.ops import spatial_attention
 from vdcore.parallel import ExchangeError, Traffic, average_gradients, explain, part_sizes
@@ -235,6 +235,9 @@ def wrong_arguments_say_what_is_wrong(mesh):
             model(part, timestep, **arguments)
     with pytest.raises(ValueError, match="VDiT: plan must be switch, halo or None, got 'ring'"):
         VDiT(given, mesh=mesh, plan="ring")
+    for mask in (GridMask(columns=1), ((2, FrameMask()),)):
+        with pytest.raises(ValueError, match=r"VDiT: mesh must be None or of one rank .* one FrameMask, got \d ranks"):
+            VDiT(config(attention="full", mask=mask), mesh=mesh)
     with pytest.raises(ValueError, match=r"VDiT: video must be with .* frames by rank"):
         model(video[:, :, : 1 + 2 * mesh.get_local_rank()], timestep)
     other = 1 + (mesh.get_local_rank() != 1)  # rank 1 has one sample, the others have two

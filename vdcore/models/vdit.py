@@ -64,6 +64,8 @@ class VDiT(nn.Module):
         if plan is not None and (mesh is None or plan not in ways(config)):
             expected = "None without a mesh" if mesh is None else f"{', '.join(ways(config))} or None"
             _wrong("plan", expected, repr(plan))
+        if self.ranks > 1 and not isinstance(config.mask, FrameMask):
+            _wrong("mesh", "None or of one rank where the mask is not one FrameMask", f"{self.ranks} ranks")
         self.patch = PatchEmbedding(config.in_channels, config.width, config.patch)
         self.time = TimestepEmbedding(config.width)
         self.label = None if config.classes is None else nn.Embedding(config.classes + 1, config.width)
