@@ -48,10 +48,20 @@ def check(case, backend, dtype=torch.float32, **kwargs):
     return check_all_draws(case, backend, dtype, every=1 if backend in FAST else 4, **kwargs)
 
 
+def tier_of(case, backend):
+    """Marks of a case on a backend: windows and tiles take seconds where they are interpreted, and one of each does."""
+    few = case.name in ("causal neighborhood against a cache", "ragged tiles, some see nothing")
+    return [pytest.mark.slow] if backend == "triton" and "windows" in case.tags and not few else []
+
+
 def on_backends(cases=None, names=None):
     """Decorator: parametrises over (case, backend) for every backend that has the case's operator."""
-    pairs = [(case, name) for case in (CASES if cases is None else cases) for name in backends_of(case.op, names)]
-    return pytest.mark.parametrize("case,backend", pairs, ids=[f"{case}-{name}" for case, name in pairs])
+    pairs = [
+        pytest.param(case, name, id=f"{case}-{name}", marks=tier_of(case, name))
+        for case in (CASES if cases is None else cases)
+        for name in backends_of(case.op, names)
+    ]
+    return pytest.mark.parametrize("case,backend", pairs)
 
 
 def skip_unless_runs(case, backend, dtype, **kwargs):

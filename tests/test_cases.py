@@ -5,7 +5,7 @@ Interpreted and emulated kernels are slow: every case in one dtype, every dtype 
 
 import pytest
 import torch
-from support import DTYPES, FAST, backends_of, check, dtypes_of, run_python, skip_unless_runs
+from support import DTYPES, FAST, backends_of, check, dtypes_of, run_python, skip_unless_runs, tier_of
 
 from vdcore.testing import CASES
 
@@ -20,7 +20,7 @@ def dtypes_for(case, backend, number):
 
 
 TRIALS = [
-    (case, backend, dtype)
+    pytest.param(case, backend, dtype, marks=tier_of(case, backend))
     for number, case in enumerate(CASES)
     for backend in backends_of(case.op)
     for dtype in dtypes_for(case, backend, number)

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 import vdcore
+from vdcore.grid_mask import GridMask
 from vdcore.mask import FrameMask
 from vdcore.norm import QKNorm
 from vdcore.ops.call import Call
 from vdcore.ops.choose import BACKENDS
 from vdcore.ops.operator import capture
+from vdcore.ops.tile_attention.boxes import tiles_of
 from vdcore.rope import Rope
+from vdcore.tile_lists import TileLists
 from vdcore_bench.jobs.base import Job
 from vdcore_kernels.core.launch import Launch, recording
 
@@ -96,6 +99,10 @@ def _temporal(
     return build
 
 
+def _int(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
 def _text(L: int, H: int, D: int, dtype: Any = torch.bfloat16) -> tuple[Tensor, ...]:
     return tuple(_t(1, L, H, D, dtype=dtype) for _ in range(3))
 
@@ -103,6 +110,19 @@ def _text(L: int, H: int, D: int, dtype: Any = torch.bfloat16) -> tuple[Tensor, 
 def _gated(T: int, S: int, H: int, D: int) -> dict[str, Any]:
     triples = [tuple(_qkv(T, S, H, D).values()) for _ in range(2)]
     return {"spatial": triples[0], "temporal": triples[1], "gate": _t(H, 1)}
+
+
+_WINDOWS: dict[str, Any] = {"mask": GridMask.neighborhood((3, 7, 11)), "grid": (20, 22)}
+
+
+def _tiles(H: int, D: int, tile: tuple[int, int, int]) -> Callable[[], dict[str, Any]]:
+    def build() -> dict[str, Any]:
+        T, grid = 8, (16, 24)
+        n = tiles_of(T, grid, tile)
+        lists = TileLists(_int(1, H, n, 4).to(torch.int32), _int(1, H, n).to(torch.int32))
+        return {**_qkv(T, grid[0] * grid[1], H, D), "tiles": lists, "tile": tile, "grid": grid}
+
+    return build
 
 
 def _norm_over(H: int, D: int) -> Callable[[], dict[str, Any]]:
@@ -119,10 +139,6 @@ def _modulate(C: int) -> Callable[[], dict[str, Any]]:
         return {"x": _t(2, 4, 256, C), **tables, "weight": _t(C), "bias": _t(C)}
 
     return build
-
-
-def _int(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 _CAUSAL = FrameMask.causal()
@@ -205,6 +221,23 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
         lambda: {**_qkv(13, 1350, 30, 64), "text": _text(226, 30, 64), "mask": _CAUSAL, "text_sees": "text"},
         False,
     ),
+    "windows, 4 x 128, text": (
+        "video_attention",
+        lambda: {
+            **_qkv(8, 440, 4, 128),
+            **_WINDOWS,
+            "text": _text(226, 4, 128),
+            "text_lengths": _int(1),
+            "lengths": _int(1),
+        },
+        False,
+    ),
+    "windows, 4 x 128": ("video_attention", lambda: {**_qkv(8, 440, 4, 128), **_WINDOWS}, False),
+    "windows, 4 x 72": ("video_attention", lambda: {**_qkv(8, 440, 4, 72), **_WINDOWS}, False),
+    "windows, 4 x 64": ("video_attention", lambda: {**_qkv(8, 440, 4, 64), **_WINDOWS}, False),
+    "windows, 4 x 64, float32": ("video_attention", lambda: {**_qkv(8, 440, 4, 64, dtype=_F32), **_WINDOWS}, False),
+    "tiles, 4 x 128": ("tile_attention", _tiles(4, 128, (1, 8, 8)), True),
+    "tiles, ragged, 4 x 64": ("tile_attention", _tiles(4, 64, (3, 5, 7)), False),
     "cross, 12 x 128": (
         "cross_attention",
         lambda: {"q": _t(1, 21, 1560, 12, 128), "k": _t(1, 512, 12, 128), "v": _t(1, 512, 12, 128), "lengths": _int(1)},

@@ -20,7 +20,7 @@ from vdcore.testing import CASES, run
 from vdcore_bench import stub
 
 BF16 = torch.bfloat16
-TAGS = {"plain", "norm_rope", "masked", "long", "lengths", "text", "layout"}
+TAGS = {"plain", "norm_rope", "masked", "long", "lengths", "text", "layout", "windows"}
 
 
 def kernels():

@@ -97,8 +97,16 @@ def windows_run_on(backend):
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
-@pytest.mark.parametrize("backend", [b for b in backends_of("video_attention") if windows_run_on(b)])
-@pytest.mark.parametrize("mask", WINDOWS, ids=str)
+@pytest.mark.parametrize(
+    "backend,mask",
+    [
+        pytest.param(b, mask, marks=[pytest.mark.slow] if b == "triton" else [])
+        for b in backends_of("video_attention")
+        if windows_run_on(b)
+        for mask in WINDOWS
+    ],
+    ids=str,
+)
 def test_hidden_tokens(backend, name, mask):
     """NaN and infinity in one key token reach exactly the queries that see it, and their gradients: bit for bit."""
     T, bad = 5, 2 * 20

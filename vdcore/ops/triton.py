@@ -18,6 +18,7 @@ from vdcore.ops.call import AttentionCall, Triple, empty_like
 from vdcore.ops.check import unit_stride
 
 MAX_HEAD_DIM = 256
+MAX_BOX_DIM = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Versions of Triton whose results are wrong, with the kernel and the configuration that shows it.
@@ -65,6 +66,12 @@ def why_not(x: Tensor) -> str | None:
 
 def why_not_head(q: Tensor) -> str | None:
     return None if q.shape[-1] <= MAX_HEAD_DIM else f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+
+
+def why_not_boxes(q: Tensor) -> str | None:
+    """Of windows and listed tiles: where a box lies takes registers that more channels would need."""
+    D = q.shape[-1]
+    return None if D <= MAX_BOX_DIM else f"head_dim of windows and tiles must be at most {MAX_BOX_DIM}, got {D}"
 
 
 def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:

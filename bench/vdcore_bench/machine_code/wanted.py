@@ -45,7 +45,7 @@ def jobs() -> Iterator[Job]:
 def described(job: Job, mode: str, backend: str, kernel: str, *, arch: str, programs: int, size: float) -> Row:
     """What is known of a row before its code is read; ``size``: bytes of its tensors."""
     flops = 0.0  # what is bound by bytes is, whatever it multiplies
-    if kernel.startswith("frame_attention"):
+    if kernel.startswith(("frame_attention", "tile_attention")):
         flops = job.forward_flops() if mode == "fwd" else job.backward_flops()
     row: Row = {"op": job.op, "mode": mode, "backend": backend, "dtype": "bfloat16", "variant": variant_of(job)}
     # The backend that `auto` tries first of the two can run all of these.

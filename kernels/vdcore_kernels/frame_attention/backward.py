@@ -135,7 +135,7 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TILE: tl.constexpr):
+def load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TILE: tl.constexpr):
     """BM queries; where m [BM] is false, 0, and NO_LSE for lse."""
     ROW: tl.constexpr = TILE.ROW
     A: tl.constexpr = TILE.A
@@ -150,7 +150,7 @@ def _load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TI
 
 
 @triton.jit
-def _mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
+def mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
     """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
     low, low_end, begin, end, n_text = runs
     n_low = low_end - low
@@ -217,7 +217,7 @@ def frame_attention_bwd_q_kernel(
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    queries = _load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, TILE=TILE)
+    queries = load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, TILE=TILE)
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
@@ -237,7 +237,7 @@ def frame_attention_bwd_q_kernel(
     row, N = result_token(at, sizes, frames, TILE)
     p_delta = p_pairs + ((at.b * H + at.h) * N + row + o_n) * 2 + 1
     tl.store(p_delta, queries.delta + b_sum, mask=m_live)
-    b_mean = _mean_key(k, At(False, at.b, i_g, 0), runs, S_k, 16, TILE)  # [1, W]
+    b_mean = mean_key(k, At(False, at.b, i_g, 0), runs, S_k, 16, TILE)  # [1, W]
     b_dq = add(b_dq, scale(b_mean, -b_sum[:, None]))
     b_dq = keep(scale(b_dq, sm_scale), m_live[:, None])
     store_tokens(dq, at, o_n < n_rows, S_q, b_dq, BM, TILE)
@@ -360,14 +360,14 @@ def frame_attention_bwd_kv_kernel(
         is_text, first = whole_tile(i - i_r * n_whole, n_low, n_run, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
-        queries = _load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     for i in tl.range(i_split, n_left * R, splits, num_stages=1):
         i_r = i // n_left if R > 1 else 0
         is_text, first, stop = left_tile(i - i_r * n_left, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = first + tl.arange(0, BM) < stop  # beyond: probability 0, by an infinite lse
-        queries = _load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])
@@ -376,12 +376,14 @@ def frame_attention_bwd_kv_kernel(
     store_tokens(dv, part, o_n < n_rows, S_k, b_dv, BN, TILE)
 
 
-def _row(D: int) -> Row:
+def gradient_row(D: int) -> Row:
     """One tile above 128 channels: a second one's operands leave no registers for two gradients."""
     return split_row(D) if D <= 128 else Row(D, D, power_of_2(D))
 
 
-def _pairs(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, row: Row, A: int, exponent: float) -> Tensor:
+def row_pairs(
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *, row: Row, A: int, exponent: float
+) -> Tensor:
     """Of dout ``(B, N, H, D)``: lse in units of the scores, and delta, ``(B, H, N, 2)``, float32."""
     B, N, H, D = dout.shape
     pairs = torch.empty(B, H, N, 2, dtype=torch.float32, device=out.device)
@@ -458,9 +460,9 @@ def frame_backward(
     dq_text, dk_text, dv_text = text_gradients or NO_TEXT
     sides: dict[str, Any] = {name: token_pair(x, of_text, A) for name, x, of_text in zip("qkv", (q, k, v), words)}
     of_q, of_k, of_v = token_pair(dq, dq_text, A), token_pair(dk, dk_text, A), token_pair(dv, dv_text, A)
-    row = _row(q.shape[4])
+    row = gradient_row(q.shape[4])
     exponent = base_2(sm_scale)
-    pairs = _pairs(out, lse, dout, dlse, row=row, A=A, exponent=exponent)
+    pairs = row_pairs(out, lse, dout, dlse, row=row, A=A, exponent=exponent)
     tile = Tile(
         ROW=row,
         A=A,

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vdcore.grid_mask import HeadMasks
+from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
-from vdcore.ops.triton import output_gradients, qkv_gradients, why_not, why_not_head, why_not_norm, why_not_tokens
+from vdcore.ops.triton import (
+    output_gradients,
+    qkv_gradients,
+    why_not,
+    why_not_boxes,
+    why_not_head,
+    why_not_norm,
+    why_not_tokens,
+)
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
 
 
+MAX_GRID = 2**22  # places divided by a tile's size in float32
+
+
 def _frame_why_not(c: VideoCall) -> str | None:
     if isinstance(c.mask, HeadMasks):
-        return "it has no GridMask yet"
+        if torch.version.hip:
+            return "its windows do not compile for AMD GPUs"
+        if max(c.mask.grid) >= MAX_GRID:
+            return f"it has less than {MAX_GRID} rows and columns of tokens"
+        if (reason := why_not_boxes(c.q)) is not None:
+            return reason
     norms = why_not_norm(c.q, c.k, c.norm) or (c.text and why_not_norm(c.text[0], c.text[1], c.text_norm)) or None
     return why_not(c.q) or why_not_head(c.q) or why_not_tokens(c.q, c.k) or norms
 
@@ -52,20 +69,100 @@ def _visibility(c: VideoCall) -> dict[str, Any]:
     }
 
 
+def _windows(c: VideoCall, masks: HeadMasks) -> Any:
+    """The call under masks of a grid, as its kernels take it."""
+    from vdcore_kernels.tile_attention.forward import Problem
+
+    q, k, v, text = _seen(c)
+    return Problem(q, k, v, masks.grid, text=text, **{**_visibility(c), "mask": masks})
+
+
 def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
     from vdcore_kernels.frame_attention.forward import frame_forward
+    from vdcore_kernels.tile_attention.forward import tile_forward
 
     out, lse = c.empty_outputs()
+    if isinstance(c.mask, HeadMasks):
+        tile_forward(_windows(c, c.mask), out, lse)
+        return out, lse
     q, k, v, text = _seen(c)
     frame_forward(q, k, v, text, out, lse, **_visibility(c))
     return out, lse
+
+
+def _live_frames(c: VideoCall) -> tuple[Tensor | None, Tensor | None]:
+    """Which frames of q and of k take part ``(B, T)``; None: all."""
+    from vdcore_kernels.qk_norm_rope.backward import live_frames
+
+    L = 0 if c.text is None else c.text[0].shape[1]
+    return live_frames(
+        c.q,
+        c.k,
+        mask=c.frame_mask,
+        q_start=c.q_start,
+        lengths=c.lengths,
+        text=L,
+        text_lengths=c.text_lengths,
+        text_sees=L > 0 and c.text_sees == "all",
+    )
+
+
+@lru_cache(maxsize=64)
+def _first_seen(mask: GridMask, T: int, T_k: int, q_start: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every query frame the first key frame that it sees, T_k: none; of every key frame the first that sees it."""
+    seen, seeing = torch.full((T,), T_k), torch.full((T_k,), T)
+    for t, runs in reversed(list(enumerate(mask.frame_runs(T, T_k, q_start)))):
+        for begin, end in reversed(runs):
+            seen[t] = begin
+            seeing[begin:end] = t
+    return seen.to(device), seeing.to(device)
+
+
+def _live_under(mask: GridMask, c: VideoCall) -> tuple[Tensor, Tensor]:
+    """The same, bool, under the windows of some heads: whatever its row and column, a token sees its own place."""
+    (B, T), T_k = c.q.shape[:2], c.k.shape[1]
+    seen, seeing = _first_seen(mask, T, T_k, c.q_start, c.q.device)
+    zero = torch.zeros(B, 1, dtype=torch.int64, device=c.q.device)
+    most = max(T_k, c.q_start + T)
+    lengths = zero + most if c.lengths is None else c.lengths[:, None].clamp(0, most)
+    alive = (lengths - c.q_start).clamp(0, T)
+    shown = lengths.clamp(max=T_k)
+    valid = torch.where(alive > 0, shown, 0)
+    text = zero if c.text is None else zero + c.text[0].shape[1]
+    if c.text_lengths is not None:
+        text = torch.minimum(c.text_lengths[:, None], text)
+    t, g = (torch.arange(n, device=c.q.device) for n in (T, T_k))
+    of_q = (t < alive) & ((seen < valid) | (text > 0))
+    of_k = (g < valid) & (seeing < alive)
+    return of_q, of_k | ((g < shown) & (text > 0)) if c.text_sees == "all" else of_k
+
+
+def _live_windows(c: VideoCall, masks: HeadMasks) -> tuple[Tensor, Tensor]:
+    """Of q and of k ``(B, T, heads)``, or ``(B, T)`` where all heads are alike, or a norm makes them so."""
+    found = [(end - first, _live_under(mask, c)) for first, end, mask in masks.heads()]
+    sides = []
+    for i, of in enumerate((c.q.shape[3], c.k.shape[3])):
+        heads = [(n * of // c.q.shape[3], live[i]) for n, live in found]
+        if len(heads) == 1:
+            sides.append(heads[0][1])
+            continue
+        each = torch.cat([x[..., None].expand(-1, -1, n) for n, x in heads], 2)
+        sides.append(each.any(2) if c.norm is not None and c.norm.over == "all" else each)
+    return sides[0], sides[1]
+
+
+def _taking_part(x: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and which of its frames take part, as a norm's gradient takes them: with 0 in heads that do not."""
+    if live is None or live.ndim == 2:
+        return x, None if live is None else live.to(torch.int8)
+    return torch.where(live[:, :, None, :, None], x, 0), None
 
 
 def _frame_backward(
     c: VideoCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     from vdcore_kernels.frame_attention.backward import frame_backward
-    from vdcore_kernels.qk_norm_rope.backward import live_frames
+    from vdcore_kernels.tile_attention.backward import tile_backward
 
     out, lse = outputs
     dout, dlse = output_gradients(out, grads)
@@ -79,24 +176,19 @@ def _frame_backward(
     filled_text: Any = text_gradients
     if c.text_norm is not None:
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
-    q, k, v, text = _seen(c)
-    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, **_visibility(c)}
-    frame_backward(q, k, v, text, gradients=(dq, dk, gradients[2]), text_gradients=filled_text, **given)
+    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    given |= {"gradients": (dq, dk, gradients[2]), "text_gradients": filled_text}
+    if isinstance(c.mask, HeadMasks):
+        tile_backward(_windows(c, c.mask), **given)
+    else:
+        q, k, v, text = _seen(c)
+        frame_backward(q, k, v, text, **given, **_visibility(c))
     if c.norm or c.rope:
-        L = 0 if c.text is None else c.text[0].shape[1]
-        live = live_frames(
-            c.q,
-            c.k,
-            mask=c.frame_mask,
-            q_start=c.q_start,
-            lengths=c.lengths,
-            text=L,
-            text_lengths=c.text_lengths,
-            text_sees=L > 0 and c.text_sees == "all",
-        )
+        live = _live_windows(c, c.mask) if isinstance(c.mask, HeadMasks) else _live_frames(c)
         rows = (("q", c.q, dq, c.q_start), ("k", c.k, dk, 0))
         for (role, x, dy, start), dx, alive in zip(rows, gradients, live):
             keep = c.packed is None
+            x, alive = _taking_part(x, alive)
             norm_rope_gradients(found, x, dy, c.norm, role, c.rope, start, wanted, keep=keep, dx=dx, live=alive)
     if c.text is not None and c.text_norm is not None:
         live_text = None

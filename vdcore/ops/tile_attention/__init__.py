@@ -13,7 +13,7 @@ from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.choose import Implementation
 from vdcore.ops.frame_attention import video_attention
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.tile_attention import cpu, reference
+from vdcore.ops.tile_attention import cpu, reference, triton
 from vdcore.ops.tile_attention.boxes import check_tiles, tiles_of
 from vdcore.ops.tile_attention.lists import checked, select_tiles
 from vdcore.tile_lists import TileLists
@@ -168,4 +168,5 @@ register(
     TileCall,
     reference=_with_checks(by_formula(reference.tile_attention)),
     cpu=_with_checks(cpu.TILES),
+    triton=_with_checks(triton.TILES),
 )

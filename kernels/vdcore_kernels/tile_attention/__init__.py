@@ -1,0 +1,1 @@
+"""Attention of boxes of tokens, windows in frames, rows and columns and listed tiles: one engine."""

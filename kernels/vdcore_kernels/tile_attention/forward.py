@@ -1,0 +1,400 @@
+"""Attention of boxes of tokens to boxes of tokens, forward: windows in frames, rows and columns, and listed tiles.
+
+Bound by arithmetic, as frame attention, whose loop this is: what differs is where the rows of a tile are. Boxes that
+all of the queries see come first and need no test; in the others coordinates are compared. Text is walked through last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdcore.grid_mask import GridMask, HeadMasks
+from vdcore_kernels.core.boxes import (
+    BoxTile,
+    Lists,
+    Windows,
+    box_places,
+    finite_rows,
+    held_box,
+    held_result,
+    in_frame,
+    is_in,
+    list_walk,
+    listed_box,
+    load_box,
+    load_held,
+    places,
+    query_sight,
+    row_flags,
+    run_tile,
+    steps_apart,
+    window_box,
+    window_sees,
+    window_sight,
+    window_walk,
+)
+from vdcore_kernels.core.launch import cdiv, launch, step
+from vdcore_kernels.core.tile import LN_2, Row, filled, keep, scale, split_row, store_rows
+from vdcore_kernels.core.tokens import (
+    At,
+    Lengths,
+    Pair,
+    is_flat,
+    load_keys,
+    power,
+    rows_times,
+    times_rows,
+    token_pair,
+    walk,
+)
+from vdcore_kernels.frame_attention.forward import (
+    FLOAT32,
+    FrameConfig,
+    Triple,
+    base_2,
+    pick_for,
+    with_positive_scale,
+)
+from vdcore_kernels.tile_attention import plan
+
+FORWARD = (
+    FrameConfig("interpreter", 4, 1, "several boxes in a small case", 32, 32, 128, 4),
+    FrameConfig("sm_9", 8, 3, "frame attention's: two warpgroups of 64 rows share the keys", 128, 64, 128),
+    FrameConfig("sm_10", 8, 3, "64 keys spill where there is text", 128, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 8, 2, "four warps spill where boxes are tested", 64, 32, 128),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
+)
+
+# Numbers of a call that kernels take by name; none is compiled in.
+NUMBERS = (
+    *("S", "L", "H", "first_head", "heads", "T", "T_k", "q_start", "boxes", "tiles"),
+    *("held_rows", "held_columns", "walked_rows", "walked_columns"),
+    *Windows._fields,
+    *("list_b", "list_h", "n", "K"),
+)
+
+
+@triton.jit
+def _attend(state, b_q, b_k, b_v, seen, flag, exponent, WHOLE: tl.constexpr):
+    """Maximal score [BM], sum [BM] and result [BM, W] after a tile of keys: all of it with WHOLE, else what is seen [BM
+    or 1, BN], with a flag [BN or 1] that is added to its scores."""
+    b_m, b_l, b_o = state
+    b_s = times_rows(b_q, b_k)  # [BM, BN]
+    if not WHOLE:
+        b_s = tl.where(seen, b_s + flag[None, :], -float("inf"))
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_most = b_new
+    if not WHOLE:  # a row may have seen nothing yet
+        b_most = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_p = power(b_s, b_most[:, None], exponent)
+    b_c = power(b_m, b_most, exponent)
+    b_l = b_l * b_c + tl.sum(b_p, 1)
+    b_o = rows_times(b_p.to(b_v[0].dtype), b_v, scale(b_o, b_c[:, None]))
+    return b_new, b_l, b_o
+
+
+class Walked(NamedTuple):
+    """What a program walks through: the table of boxes, their Places, and these as steps of k and of v [BN]."""
+
+    p: Any
+    at: Any
+    o_k: Any
+    o_v: Any
+
+
+@triton.jit
+def walked_keys(k, v, p_walked, at, columns, TILE: tl.constexpr):
+    o_k = steps_apart(k.video, at, columns, TILE.CLOSE)
+    o_v = o_k
+    if not TILE.SAME:
+        o_v = steps_apart(v.video, at, columns, TILE.CLOSE)
+    return Walked(p_walked, at, o_k, o_v)
+
+
+@triton.jit
+def load_box_keys(k, v, i_b, i_g, box, walked, m, TILE: tl.constexpr):
+    """Keys and values [BN, W] of a box, of which there are m [BN]."""
+    return load_box(k.video, i_b, i_g, box, walked.o_k, m, TILE), load_box(v.video, i_b, i_g, box, walked.o_v, m, TILE)
+
+
+@triton.jit
+def _over_lists(state, b_q, k, v, held, i_g, lists, walked, exponent, TILE: tl.constexpr):
+    """State after the tiles that are listed for a held box, and how many boxes they are."""
+    p_list, n_seen = list_walk(lists, held.b, held.h, held.i // TILE.HELD_PARTS, TILE)
+    nothing = tl.zeros([1], tl.float32)
+    for i in range(n_seen):
+        box = listed_box(p_list, walked.p, i, TILE)
+        m = tl.full([TILE.BN], 1, tl.int1) if TILE.EVEN else is_in(box, walked.at)
+        b_k, b_v = load_box_keys(k, v, held.b, i_g, box, walked, m, TILE)
+        state = _attend(state, b_q, b_k, b_v, m[None, :], nothing, exponent, WHOLE=TILE.EVEN)
+    return state, n_seen
+
+
+@triton.jit
+def _over_windows(state, b_q, k, v, held, i_g, walked, windows, until, exponent, TILE: tl.constexpr):
+    """State after the boxes that a held one sees of frames before ``until``, and how many they are."""
+    begin, n_whole, tested, n_tested = window_walk(held, walked.p, until, TILE)
+    m, place = tl.full([TILE.BN], 1, tl.int1), box_places(walked.at)
+    for i in range(n_whole):
+        box, _, _ = window_box(walked.p, begin + i)
+        b_k, b_v = load_box_keys(k, v, held.b, i_g, box, walked, m, TILE)
+        state = _attend(state, b_q, b_k, b_v, None, None, exponent, WHOLE=True)
+    for i in range(n_tested):
+        box, row_radius, column_radius = window_box(walked.p, tested + i)
+        m = in_frame(box, place, windows)
+        b_k, b_v = load_box_keys(k, v, held.b, i_g, box, walked, m, TILE)
+        first, last = window_sight(held.box, held.at, box, row_radius, column_radius, windows, OF_KEYS=False)
+        seen = window_sees(first[:, None], last[:, None], place[None, :])
+        state = _attend(state, b_q, b_k, finite_rows(b_v), seen, row_flags(b_v), exponent, WHOLE=False)
+    return state, n_whole + n_tested
+
+
+@triton.jit
+def _over_runs(state, b_q, k, v, i_b, i_g, runs, S, exponent, TILE: tl.constexpr):
+    """State after runs of the video and of the text, and how many tiles they are."""
+    BN: tl.constexpr = TILE.BN
+    nothing = tl.zeros([1], tl.float32)
+    n_low, n_run, n_txt, n_left = walk(runs, BN)
+    n_tiles = n_low + n_run + n_txt + n_left
+    for i in tl.range(n_tiles, num_stages=1):  # few: stages would take registers of the other loops
+        is_text, first, stop = run_tile(i, n_low, n_run, n_txt, runs, BN)
+        b_k, b_v, m = load_keys(k, v, At(is_text, i_b, i_g, first), stop, S, False, TILE)
+        state = _attend(state, b_q, b_k, b_v, m[None, :], nothing, exponent, WHOLE=False)
+    return state, n_tiles
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def tile_attention_fwd_kernel(
+    q,
+    k,
+    v,
+    p_o,
+    p_lse,
+    lengths,
+    p_held,
+    p_walked,
+    p_tiles,
+    p_counts,
+    S,
+    L,
+    H,
+    first_head,
+    heads,
+    T,
+    T_k,
+    q_start,
+    boxes,
+    tiles,
+    held_rows,
+    held_columns,
+    walked_rows,
+    walked_columns,
+    rows,
+    columns,
+    tile_rows,
+    tile_columns,
+    by_rows,
+    by_columns,
+    n_rows,
+    n_columns,
+    shift,
+    list_b,
+    list_h,
+    n,
+    K,
+    exponent,
+    TILE: tl.constexpr,
+):
+    """One program: a box of BM queries, or a tile of text, of one sample and head, and all keys that they see.
+
+    q, k, v: Pair (B, T, S, heads, D), (B, L, heads, D). p_o: (B, N, H, D), contiguous, its rows where held_result says.
+    p_lse: (B, N, H), or None. p_held, p_walked: of plan.Boxes. p_tiles, p_counts: with LISTS, int32 (lists, n, K) and
+    (lists, n); list_b, list_h: lists from one sample and head to the next. first_head, heads: query heads that the
+    boxes are for. boxes: of queries; tiles: with those of text. exponent: size of the scale of the scores, times log2
+    e, above 0. The others are those of core.boxes.Windows and core.frames.Frames.
+    """
+    BM: tl.constexpr = TILE.BM
+    ROW: tl.constexpr = TILE.ROW
+    windows = Windows(rows, columns, tile_rows, tile_columns, by_rows, by_columns, n_rows, n_columns, shift)
+    held = held_box(p_held, tiles, boxes, first_head, heads, held_rows, held_columns, L, BM, TILE)
+    i_g = held.h // TILE.R
+    at_k = places(walked_rows, walked_columns, TILE.BN)
+    walked = walked_keys(k, v, p_walked, at_k, columns, TILE)
+    m_live, until, runs = query_sight(held, lengths, S, L, T, T_k, q_start, TILE)
+    b_q = load_held(q, held, m_live, columns, BM, TILE)  # [BM, W]
+    state = (tl.full([BM], -float("inf"), tl.float32), tl.full([BM], 0.0, tl.float32), filled(BM, 0.0, ROW))
+    if TILE.LISTS:
+        lists = Lists(p_tiles, p_counts, None, list_b, list_h, n, K)
+        state, n_seen = _over_lists(state, b_q, k, v, held, i_g, lists, walked, exponent, TILE)
+    else:
+        state, n_seen = _over_windows(state, b_q, k, v, held, i_g, walked, windows, until, exponent, TILE)
+    if TILE.TEXT:
+        state, n_read = _over_runs(state, b_q, k, v, held.b, i_g, runs, S, exponent, TILE)
+        n_seen += n_read
+    b_m, b_l, b_o = state
+    m_seeing = m_live & (n_seen > 0)
+    b_o = keep(scale(b_o, (1 / b_l)[:, None]), m_seeing[:, None])
+    first, o, N = held_result(held, S, T, L, columns, BM, TILE)
+    row = (held.b * N + first) * H + held.h
+    store_rows(p_o + row * ROW.D, o * (H * ROW.D), held.m, b_o, ROW)
+    if p_lse is not None:
+        b_lse = tl.where(m_seeing, b_m * (exponent * LN_2) + tl.log(b_l), -float("inf"))
+        tl.store(p_lse + row + o * H, b_lse, mask=held.m)
+
+
+# ---- Launches ----
+
+
+NO_LENGTHS = Lengths(None, None, None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all launches of a call share.
+
+    Args:
+        q, k, v: ``(B, T, S, heads, D)``, normalized and rotated.
+        text: ``(B, L, heads, D)`` of each, normalized, or None.
+        text_first: it comes before the video in the result.
+        text_sees: it sees the video.
+        grid: rows and columns of a frame.
+        mask: windows; None: tiles are listed.
+        q_start: the key frame of the first query frame.
+        lengths: of the video and of the text.
+        tile: frames, rows and columns of a listed tile.
+        tiles: int32 ``(B or 1, H or 1, n, K)`` and counts without K.
+        sm_scale: of the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, int]
+    sm_scale: float
+    text: Triple | None = None
+    text_first: bool = False
+    text_sees: bool = True
+    mask: HeadMasks | None = None
+    q_start: int = 0
+    lengths: Lengths = NO_LENGTHS
+    tile: plan.Box = (1, 1, 1)
+    tiles: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def L(self) -> int:
+        return 0 if self.text is None else self.text[0].shape[1]
+
+    def parts(self) -> list[tuple[int, int, GridMask | None]]:
+        """Heads [first, end) whose boxes are the same, and their mask: what a launch is for."""
+        return [(0, self.q.shape[3], None)] if self.mask is None else list(self.mask.heads())
+
+    def boxes(self, mask: GridMask | None, *, of_keys: bool, held: int, walked: int) -> plan.Boxes:
+        T, T_k, device = self.q.shape[1], self.k.shape[1], self.q.device
+        if mask is None:
+            return plan.tiles(T, self.grid, self.tile, held=held, walked=walked, device=device)
+        sizes = {"of_keys": of_keys, "held": held, "walked": walked, "device": device}
+        return plan.windows(mask, self.grid, T, T_k, self.q_start, **sizes)
+
+    def numbers(self, mask: GridMask | None, boxes: plan.Boxes) -> dict[str, Any]:
+        """Of the kernels' NUMBERS those that are the same for all heads of a launch, but for its programs."""
+        (_, T, S, H, _), (rows, columns) = self.q.shape, self.grid
+        found = {"S": S, "L": self.L, "H": H, "T": T, "T_k": self.k.shape[1], "q_start": self.q_start}
+        for name, box in (("held", boxes.held_box), ("walked", boxes.walked_box)):
+            found |= {f"{name}_rows": box[1], f"{name}_columns": box[2]}
+        _, tile_rows, tile_columns = mask.tile if mask is not None else self.tile
+        shift = int(mask is not None and mask.border == "shift")
+        n_rows, n_columns = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
+        by = 1 / tile_rows, 1 / tile_columns
+        windows = Windows(rows, columns, tile_rows, tile_columns, *by, n_rows, n_columns, shift)
+        return found | windows._asdict() | self.list_numbers()
+
+    def list_numbers(self) -> dict[str, int]:
+        if self.tiles is None:
+            return {"list_b": 0, "list_h": 0, "n": 0, "K": 0}
+        batch, heads, n, K = self.tiles[0].shape
+        return {"list_b": heads if batch > 1 else 0, "list_h": 1 if heads > 1 else 0, "n": n, "K": K}
+
+    def programs(self, boxes: plan.Boxes, first: int, end: int, rows: int) -> dict[str, Any]:
+        """What a launch is for: heads [first, end) of the held side, its boxes, and text in tiles of so many rows."""
+        tiles = len(boxes.held) + cdiv(self.L, rows)
+        found = {"first_head": first, "heads": end - first, "boxes": len(boxes.held), "tiles": tiles}
+        return {
+            **found,
+            "programs": self.q.shape[0] * (end - first) * tiles,
+            "like": self.q,
+            "p_held": boxes.held,
+            "p_walked": boxes.walked,
+        }
+
+    def constants(
+        self,
+        boxes: plan.Boxes,
+        sides: list[Pair],
+        *,
+        row: Row,
+        A: int,
+        m: int,
+        n: int,
+        dout: Tensor | None = None,
+    ) -> BoxTile:
+        """sides: of all tensors that a kernel reads or writes, q, k and v first, but for dout, ``(B, N, H, D)``."""
+        (_, _, S, H, D), parts = self.q.shape, boxes.parts
+        token = max(H * D, 0 if dout is None else dout.stride(1))
+        apart = [(S * token, token), *((x.video.t * A, x.video.s * A) for x in sides)]
+        return BoxTile(
+            ROW=row,
+            A=A,
+            R=self.q.shape[3] // self.k.shape[3],
+            BM=m,
+            BN=n,
+            FLAT=all(is_flat(x, A) for x in sides),
+            TEXT=self.text is not None,
+            TEXT_FIRST=self.text_first,
+            TEXT_SEES=self.text_sees,
+            LISTS=self.mask is None,
+            EVEN=boxes.even,
+            HELD_PARTS=parts[0],
+            WALKED_PARTS=parts[1],
+            CUT=self.lengths.frames is not None,
+            SAME=sides[1].video[1:] == sides[2].video[1:],
+            CLOSE=all(self._is_close(box, *far) for box in (boxes.held_box, boxes.walked_box) for far in apart),
+        )
+
+    def _is_close(self, box: plan.Box, frame: int, token: int) -> bool:
+        """Whether 32 bits count elements between the places of a box, its frames and tokens so far from one another."""
+        # Places beyond a box's tokens are counted, too: at most 128 in all.
+        return (box[0] + 128) * frame * (box[0] > 1) + (box[1] * self.grid[1] + box[2]) * token < 2**31
+
+
+def tile_forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
+    """Fills out ``(B, T*S + L, H, D)`` and lse ``(B, T*S + L, H)``."""
+    p = problem
+    q, words = with_positive_scale(p.q, p.text, p.sm_scale)
+    config = pick_for(FORWARD, q)
+    A = step(q, p.k, p.v, *(x for x in words if x is not None))
+    sides = [token_pair(x, of_text, A) for x, of_text in zip((q, p.k, p.v), words)]
+    indices, counts = p.tiles or (None, None)
+    for first, end, mask in p.parts():
+        boxes = p.boxes(mask, of_keys=False, held=config.m, walked=config.n)
+        launch(
+            tile_attention_fwd_kernel,
+            config=config,
+            q=sides[0],
+            k=sides[1],
+            v=sides[2],
+            p_o=out,
+            p_lse=lse,
+            lengths=p.lengths,
+            p_tiles=indices,
+            p_counts=counts,
+            exponent=base_2(p.sm_scale),
+            TILE=p.constants(boxes, sides, row=split_row(q.shape[4]), A=A, m=config.m, n=config.n),
+            **p.programs(boxes, first, end, config.m),
+            **p.numbers(mask, boxes),
+        )
