@@ -17,7 +17,7 @@ MASKS = [
     GridMask.neighborhood((3, 3, 5)),
     GridMask.neighborhood((5, 1, 3), causal=True),
     GridMask.tiles((3, 1, 3), (2, 2, 3)),
-    GridMask.radial(5, 7),
+    GridMask.radial(5, 7, frames=8),
     GridMask(FrameMask(past=1, future=1, chunk=2, sink=1), (2, 0), None, (2, 2, 3), "shift", sink=1),
     GridMask(FrameMask(past=1, future=1, chunk=3), 1, 1, (3, 1, 2), "clip", "shift", 2),
     GridMask(FrameMask.teacher_forcing(9, chunk=2), (2, 1, 0), (1, 0)),
