@@ -117,6 +117,13 @@ cannot(
 cannot({"Kandinsky5"}, "in float64", "in bfloat16", "in float16")
 cannot({"SVD"}, "channels last")
 cannot({"AnimateDiff"}, "one frame", "seven frames")
+cannot({"Latte", "AnimateDiff", "SVD", "LTX"}, "one timestep for all")
+cannot({"Latte", "AnimateDiff", "SVD", "LTX", "CogVideoX", "Mochi"}, "one text for all")
+cannot(
+    {"Kandinsky5"},
+    *(f"PEFT's {kind} around" for kind in ("LoRA", "DoRA", "IA3", "LoKr")),
+    *("PEFT's LoRA around, merged", "PEFT's LoRA around, merged and unloaded"),
+)
 
 
 # ---- Where the result is right and no attention is served ----
@@ -147,6 +154,9 @@ NOT_SERVED["a function mode", "before"] = only()
 NOT_SERVED["processors made anew", "after"] = set(FAMILIES)
 NOT_SERVED["processors of another kind", "after"] = {"AnimateDiff", "SVD"}
 NOT_SERVED["processors of another kind", "before"] = {"AnimateDiff", "SVD"}
+NOT_SERVED["processors inside of others", "before"] = set(FAMILIES) - {"Mochi"}
+NOT_SERVED["classes of processors changed", "after"] = set(FAMILIES) - {"Mochi"}
+NOT_SERVED["classes of processors changed", "before"] = set(FAMILIES) - {"Mochi"}
 
 # ---- Where results differ by more than 1e-4 ----
 
@@ -157,6 +167,7 @@ TOLERANCES = dict.fromkeys(
         for what in (
             *("gradients", "compiled gradients", "gradient checkpointing", "gradient checkpointing, turned off"),
             *("DistributedDataParallel", "FSDP2", "backward hooks", "saved tensors elsewhere", "torch.func.grad"),
+            *("DistributedDataParallel, static graph", "torch's checkpoint wrappers", "several gradients at once"),
         )
     ),
     2e-3,

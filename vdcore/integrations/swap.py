@@ -55,19 +55,27 @@ class _MakesHosts(type):
         served = _served_base(cls)
         return super().__call__(*args, **kwargs) if served is None else _without(cls, served)(*args, **kwargs)
 
+    def __setattr__(cls, name: str, value: Any) -> None:
+        """What others put on the class of a swapped model, they mean for the host's."""
+        super().__setattr__(name, value)
+        ours = cls.__dict__.get("OURS")
+        if name == "forward" and ours is not None:
+            setattr(cls.host, name, cls.ORIGINAL if value is ours else value)  # type: ignore[attr-defined]
+
 
 class ServedModule(MadeAtRunTime, metaclass=_MakesHosts):
     """Base of the classes that replace a host's."""
 
     host: ClassVar[type[nn.Module]]
     SERVES: ClassVar[str]
-    # What runs is ours: nobody has derived the class from ours with a forward of its own.
-    RUNS_OURS: ClassVar[bool] = False
+    # The forward that serves, and the host's that it was written for.
+    OURS: ClassVar[Callable[..., Any]]
+    ORIGINAL: ClassVar[Callable[..., Any]]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        served: Any = _served_base(cls)
-        cls.RUNS_OURS = served is not None and getattr(cls, "forward") is served.forward  # noqa: B009
+
+def runs_ours(cls: Any) -> bool:
+    """A served class runs our forward: nobody has derived another from it, or has changed it or the host's since."""
+    return cls.forward is cls.OURS and cls.host.forward is cls.ORIGINAL
 
 
 class ServedProcessor:
@@ -84,6 +92,12 @@ class ServingHook:
         raise NotImplementedError
 
     handle: Any = None
+
+    def begin(self) -> None:
+        """The module is swapped in."""
+
+    def end(self) -> None:
+        """The module is swapped out."""
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """
@@ -111,6 +125,7 @@ OUR_HOOKS = (ServingHook, _After)
 MADE: list[Callable[[type, type], None]] = []
 
 
+CHANGED_CLASS = "the host's class was changed since"
 IN_MODE = "called under a torch function mode, which may stand for functions that vdcore does not call"
 
 
@@ -134,22 +149,28 @@ def served_class(host: Any, forward: Any, serves: str) -> type[nn.Module]:
             host's own forward has to run; or :class:`Renamed`.
     """
     run = forward.of(host) if isinstance(forward, Renamed) else forward
+    original = host.forward
 
-    @wraps(host.forward)
+    @wraps(original)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Swapped out since, a hook may have kept its forward.
         if TURN.is_hosts or not isinstance(self, ServedModule):
+            return original(self, *args, **kwargs)
+        if host.forward is not original and type(self).forward is replaced:
+            note_left(self, CHANGED_CLASS)
             return host.forward(self, *args, **kwargs)
         out = run(self, *args, **kwargs)
         if isinstance(out, str):
             note_left(self, out)
-            return host.forward(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         return out
 
     names = {
         "forward": replaced,
         "host": host,
         "SERVES": serves,
+        "OURS": replaced,
+        "ORIGINAL": original,
         "MADE_BY": (served_class, (host, forward, serves)),
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
@@ -181,7 +202,7 @@ def known_as(cls: type, known: Iterable[type], method: str = "forward") -> type 
 
 def is_of(module: Any, *known: type, method: str = "forward") -> bool:
     """What runs in a module, served or not, is the method of one of these classes."""
-    return isinstance(known_as(host_type(module), known, method), type)
+    return type(module) in known or isinstance(known_as(host_type(module), known, method), type)
 
 
 # ---- A host's function in which names mean something else ----
@@ -302,6 +323,7 @@ def _serve_with(module: Any, forward: Any, serves: str, shared: Any) -> None:
 
 def _watch_with(module: nn.Module, hook: ServingHook) -> None:
     # With their handles, that a pickle's hooks keep their numbers for themselves in another process.
+    hook.begin()
     after = _After(hook)
     hook.handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     after.handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
@@ -388,6 +410,7 @@ def restore(module: Any) -> None:
         module.processor = processor.host
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, ServingHook):
+            hook.end()
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     for key, hook in list(module._forward_hooks.items()):

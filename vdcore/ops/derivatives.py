@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from vdcore.modes import is_differentiated
 from vdcore.ops.call import Call
@@ -312,6 +313,17 @@ class Jvp(Step):
         return tensors[:n], tensors[n:end], dict(zip(names, tensors[end:]))
 
 
+def _in_batches(grads: tuple[Tensor | None, ...]) -> bool:
+    """Autograd was asked for several gradients at once, by ``is_grads_batched`` or a vectorized Jacobian.
+
+    Their tensors have no memory that a kernel could read, and know no transform but torch's operators.
+    """
+    for dy in grads:  # noqa: SIM110  half the time of any()
+        if dy is not None and is_legacy_batchedtensor(dy):
+            return True
+    return False
+
+
 def gradients(
     call: Call,
     backend: str,
@@ -330,6 +342,8 @@ def gradients(
             each = iter(op(*grads, *kept, *tensors, *call.numbers(), wanted, backend))
             found = [None if x is None else next(each) for x in tensors]
             given = [dx if yes else None for dx, yes in zip(found, wanted)]
+        elif _in_batches(grads):
+            given = run_backward(call, "reference", kept, grads, tensors, wanted)
         elif is_differentiated() or not unobserved(tensors):
             step = Backward(type(call), call.numbers(), backend, tuple(wanted), _DoubleBackward.count > 0)
             each = iter(apply(step, (*tensors, *kept, *grads)))

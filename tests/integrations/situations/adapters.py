@@ -156,6 +156,38 @@ situation("LoRA, fused and unloaded", "peft")(lora(lambda model: (model.fuse_lor
 situation("LoRA, unloaded", "peft")(lora(lambda model: model.unload_lora()))
 
 
+def around(kind: str, then: Callable[[Any], Any]) -> Arrange:
+    """PEFT's own model around a model."""
+
+    def arrange(model: Any, name: str) -> Call:
+        import peft
+
+        torch.manual_seed(5)
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = {
+            "LoRA": lambda: peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False),
+            "DoRA": lambda: peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False, use_dora=True),
+            "IA3": lambda: peft.IA3Config(target_modules=layers, feedforward_modules=[], init_ia3_weights=False),
+            "LoKr": lambda: peft.LoKrConfig(r=2, target_modules=layers, init_weights=False),
+        }[kind]()
+        return plainly(then(peft.get_peft_model(model, config)), name)
+
+    return arrange
+
+
+def merged(model: Any) -> Any:
+    model.merge_adapter()
+    return model
+
+
+for _kind in ("LoRA", "DoRA", "IA3", "LoKr"):
+    situation(f"PEFT's {_kind} around", "peft", out=False, costly=True)(around(_kind, lambda model: model))
+situation("PEFT's LoRA around, merged", "peft", out=False, costly=True)(around("LoRA", merged))
+situation("PEFT's LoRA around, merged and unloaded", "peft", out=False, costly=True)(
+    around("LoRA", lambda model: model.merge_and_unload())
+)
+
+
 @situation("two LoRAs", "peft", costly=True)
 def two_loras(model: Any, name: str) -> Call:
     _add_lora(model, "one", "other")

@@ -60,6 +60,56 @@ def new_processors(model: Any, name: str) -> Call:
     return plainly(model, name)
 
 
+def one_for_all(which: int) -> Arrange:
+    """To the host the processors of a class are all the same."""
+
+    def arrange(model: Any, name: str) -> Call:
+        of_class: dict[Any, list[Any]] = {}
+        for module in model.modules():
+            processor = getattr(module, "processor", None)
+            if processor is not None:
+                of_class.setdefault(getattr(type(processor), "HOST", type(processor)), []).append(module)
+        for modules in of_class.values():
+            processor = modules[which].processor
+            for module in modules:
+                module.processor = processor
+        return plainly(model, name)
+
+    return arrange
+
+
+situation("the first processor for all", costly=True)(one_for_all(0))
+situation("the last processor for all", costly=True)(one_for_all(-1))
+
+
+class Around:
+    """A processor that calls another, as a patch of others has it."""
+
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self.inside(attn, *args, **kwargs)
+        return tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
+
+
+@situation("processors inside of others", costly=True)
+def processors_inside(model: Any, name: str) -> Call:
+    for module in model.modules():
+        if getattr(module, "processor", None) is not None:
+            module.processor = Around(module.processor)
+    return plainly(model, name)
+
+
+@situation("norms taken out", costly=True)
+def no_norms(model: Any, name: str) -> Call:
+    for module in model.modules():
+        for key, child in module.named_children():
+            if type(child).__name__ in ("LayerNorm", "FP32LayerNorm", "GroupNorm"):
+                setattr(module, key, nn.Identity())
+    return plainly(model, name)
+
+
 @situation("processors of another kind", costly=True)
 def other_processors(model: Any, name: str) -> Call:
     model.set_attn_processor(AttnProcessor())

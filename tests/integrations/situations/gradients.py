@@ -86,6 +86,18 @@ def func_grad(model: Any, name: str) -> Call:
     return lambda: [torch.func.grad(lambda x: function(x).square().sum())(x)]
 
 
+@situation("several gradients at once", costly=True)
+def batched_gradients(model: Any, name: str) -> Call:
+    function, x = of_input(model, name)
+
+    def call() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        return list(torch.autograd.grad(y, leaf, torch.stack([y.detach(), y.detach() - 1]), is_grads_batched=True))
+
+    return call
+
+
 @situation("vmap over inputs", costly=True)
 def vmapped_inputs(model: Any, name: str) -> Call:
     function, x = of_input(model, name)

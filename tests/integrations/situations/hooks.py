@@ -65,6 +65,51 @@ def derived_blocks(model: Any, name: str) -> Call:
     return plainly(model, name)
 
 
+@situation("derived layers", costly=True)
+def derived_layers(model: Any, name: str) -> Call:
+    """All that blocks are made of: norms, products, attention, convolutions."""
+    kinds = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv2d, nn.Conv3d, nn.Dropout)
+    for module in list(model.modules()):
+        if isinstance(module, kinds) or hasattr(module, "processor"):
+            module.__class__ = derived(module)
+    return plainly(model, name)
+
+
+def host_class(x: Any, mark: str) -> Any:
+    return getattr(type(x), mark, type(x))
+
+
+@situation("classes of blocks changed", costly=True)
+def changed_blocks(model: Any, name: str) -> Call:
+    """By their names in the host, and as the classes of the model's blocks."""
+    blocks = blocks_with_attention(model)
+    named = [(host_class(block, "host"), "forward") for block in blocks]
+    of_blocks = [(type(block), "forward") for block in blocks]
+    return lambda: [*changed(named, model, name), *changed(of_blocks, model, name)]
+
+
+@situation("classes of processors changed", costly=True)
+def changed_processors(model: Any, name: str) -> Call:
+    processors = [m.processor for m in model.modules() if getattr(m, "processor", None) is not None]
+    return lambda: changed([(host_class(x, "HOST"), "__call__") for x in processors], model, name)
+
+
+def changed(of: list[tuple[Any, str]], model: Any, name: str) -> list[Tensor]:
+    """A call while functions of classes are others."""
+    before = {(cls, key): cls.__dict__[key] for cls, key in of if key in cls.__dict__}
+
+    def around(function: Any) -> Any:
+        return lambda *args, **kwargs: scaled(function(*args, **kwargs))
+
+    try:
+        for (cls, key), function in before.items():
+            setattr(cls, key, around(function))
+        return plainly(model, name)()
+    finally:
+        for (cls, key), function in before.items():
+            setattr(cls, key, function)
+
+
 @situation("a hook on every module")
 def scaling_hooks(model: Any, name: str) -> Call:
     """It adds what depends on the place in the host's layout."""

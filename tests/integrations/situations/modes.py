@@ -142,6 +142,24 @@ situation("inputs without memory of their own", costly=True)(with_inputs(lambda 
 situation("inputs that are parameters", costly=True)(with_inputs(lambda x: nn.Parameter(x)))
 
 
+def of_one(*starts: str) -> Arrange:
+    """Inputs whose names start so are of one sample, for a batch of others."""
+
+    def arrange(model: Any, name: str) -> Call:
+        def call() -> list[Tensor]:
+            given = MODELS[name].arguments()
+            with torch.no_grad():
+                return [output(model(**{key: x[:1] if key.startswith(starts) else x for key, x in given.items()}))]
+
+        return call
+
+    return arrange
+
+
+situation("one timestep for all", costly=True)(of_one("timestep"))
+situation("one text for all", costly=True)(of_one("encoder_", "pooled_"))
+
+
 @situation("two resolutions")
 def two_resolutions(model: Any, name: str) -> Call:
     def call() -> list[Tensor]:

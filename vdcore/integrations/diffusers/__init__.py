@@ -192,7 +192,7 @@ def _finder(model: nn.Module, path: str, clip: Clip) -> Find:
     embeddings = patches.find(model)
     has_grid = isinstance(known_as(host_type(model), registry.GRIDS), type)
     # Attention of a factorized model outside of its temporal parts is within a frame, whoever else has frames.
-    around = clip if has_grid or clip.ranks is None else Clip(clip.given)
+    around = clip if has_grid or clip.ranks is None else Clip(clip.given, beside=clip)
     bound = " and ".join(name for name, x in (("mask", clip.given), ("mesh", clip.ranks)) if x is not None)
 
     def find(name: str, module: nn.Module) -> list[Change] | str | None:

@@ -127,6 +127,15 @@ def as_rope(cos: Tensor, sin: Tensor, like: Tensor, split: tuple[int, int], styl
 # ---- Attention ----
 
 
+def same_batch(*given: Tensor) -> tuple[Tensor, ...]:
+    """Tensors ``(B, ...)``, those of one sample repeated for all, as torch's own operations take them."""
+    batch = given[0].shape[0]
+    if all(x.shape[0] == batch for x in given):
+        return given
+    batch = max(x.shape[0] for x in given)
+    return tuple(x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in given)
+
+
 def video(clip: Clip, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
     """Attention over all tokens of a clip: ``(B, N, H, D)`` in and out."""
     return over_clip(clip, q, k, v, norm=norm, rope=rope).flatten(1, 2)
@@ -154,6 +163,8 @@ def over_clip(clip: Clip, q: Tensor, k: Tensor, v: Tensor, *, text_first: bool =
 def cross(
     q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, norm: QKNorm | None = None, scale: Any = None
 ) -> Tensor:
-    """Attention of tokens ``(B, N, H, D)`` to others ``(B, L, G, D)``."""
+    """Attention of tokens ``(B, N, H, D)`` to others ``(B, L, G, D)``; either for all samples if it is of one."""
+    if lengths is None:
+        q, k, v = same_batch(q, k, v)
     out = vdcore.cross_attention(q.unsqueeze(1), k, v, lengths=lengths, norm=norm, scale=scale)
     return out.squeeze(1)

@@ -62,6 +62,7 @@ class Clip:
         given: what a token sees; None: all.
         frames: of the one clip that it is for; None: of the call of the model.
         of: the model's clip, whose calls are this one's; None: this is the model's.
+        beside: the model's clip, of whose swap this one is, for other tokens.
         ranks: the processes that share the model's clips; None: this one has them.
     """
 
@@ -69,15 +70,27 @@ class Clip:
     probe: Callable[..., None] | None = None
 
     def __init__(
-        self, given: Masks | None, frames: int | None = None, of: Clip | None = None, ranks: Ranks | None = None
+        self,
+        given: Masks | None,
+        frames: int | None = None,
+        of: Clip | None = None,
+        beside: Clip | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.given = given
         self.frames = frames
         self.root: Clip = self if of is None else of
+        self.swapped: Clip = beside or self.root
+        self.is_over = False
         self.switch: Switch = Switch() if of is None else of.switch
         self.ranks: Ranks | None = ranks if of is None else of.ranks
         self._grids: list[Grid] = []  # of clips so far
         self._wholes: dict[int, int] = {}  # by frames of this rank's part, those of the clip that was last called with
+
+    @property
+    def is_swapped_out(self) -> bool:
+        """The model was, and whoever has kept a processor of the swap has the host's."""
+        return self.swapped.is_over
 
     @property
     def mask(self) -> Mask | None:
@@ -262,10 +275,16 @@ class Watch(ServingHook):
         self.settings = settings
         self.attending = 0  # modules whose attention the mask restricts
 
+    def begin(self) -> None:
+        self.clip.is_over = False
+
+    def end(self) -> None:
+        self.clip.is_over = True
+
     def count(self, model: nn.Module) -> int:
-        """Attention modules under a mask or a mesh: those with the clip, or one beside it with a mask of its own."""
-        processors = (getattr(module, "processor", None) for module in model.modules())
-        clips = (getattr(processor, "clip", None) for processor in processors)
+        """Processors under a mask or a mesh, each made for its place: those with the clip, or one beside it."""
+        processors = {id(x): x for module in model.modules() if (x := getattr(module, "processor", None)) is not None}
+        clips = (getattr(processor, "clip", None) for processor in processors.values())
         found = (clip for clip in clips if clip is not None and clip.root is self.clip)
         return sum(clip.given is not None or clip.ranks is not None for clip in found)
 

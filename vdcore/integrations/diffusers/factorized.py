@@ -28,7 +28,7 @@ from vdcore.integrations.diffusers.masks import mask_text
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
 from vdcore.integrations.diffusers.processor import Processor, why_not_processor
 from vdcore.integrations.report import note_left
-from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as
+from vdcore.integrations.swap import SHARED, Change, ServedModule, changed_forward, is_of, is_plain, known_as, runs_ours
 from vdcore.modes import is_differentiated
 
 BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
@@ -223,7 +223,7 @@ def attend(block: Any, attn: Any, x: Tensor, context: Tensor | None = None, *, t
     If someone gave it a processor of another kind since the swap, or put another module there, it gets rows, as the
     host would give it.
     """
-    if takes_clips(attn):
+    if takes_clips(attn, temporal):
         return attn(x, encoder_hidden_states=context)
     _note_replaced(block, "an attention module or its processor", temporal and context is None)
     return in_rows(lambda rows, text: attn(rows, encoder_hidden_states=text), x, temporal, context)
@@ -233,7 +233,7 @@ def run_block(
     module: Any, block: Any, served: Callable[[], Tensor], host: Callable[[], Tensor], *, temporal: bool
 ) -> Tensor:
     """Calls a block of a module with ``(B, T, S, C)``, or as the host does if someone put another there since."""
-    if not takes_clips(block):
+    if not takes_clips(block, temporal):
         _note_replaced(module, "a block", temporal)
     elif is_observed([block]):
         note_left(module, OBSERVED)
@@ -242,18 +242,21 @@ def run_block(
     return host()
 
 
-def takes_clips(module: Any) -> bool:
-    """A block or an attention module takes ``(B, T, S, C)``, as those of the swap do, also inside of wrappers."""
+def takes_clips(module: Any, temporal: bool) -> bool:
+    """A block or an attention module takes ``(B, T, S, C)``, as those of the swap do, also inside of wrappers.
+
+    Sequences ``(N, n, C)`` any processor of the swap takes, a clip only one that was made for its axis.
+    """
     processor = getattr(module, "processor", None)
     if isinstance(module, ServedModule):
-        return module.RUNS_OURS
+        return runs_ours(type(module))
     if isinstance(processor, SpatialAttention):
-        return True
+        return processor.TEMPORAL is temporal and (type(module) is Attention or is_of(module, Attention))
     if processor is not None or is_of(module, *BLOCKS, Attention):
         return False
     inside = (child for child in module.modules() if is_of(child, *BLOCKS, Attention))
     found = next(inside, None)
-    return found is not None and takes_clips(found)
+    return found is not None and takes_clips(found, temporal)
 
 
 def _note_replaced(parent: Any, what: str, is_masked: bool) -> None:

@@ -105,7 +105,7 @@ class Fused(Rebound):
 
     def cross_attention(self, attn: Any, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor | None:
         """Attention to a text under a padding mask ``(B, 1, L)``; None if the mask is of another kind."""
-        if mask is not None and (mask.shape[0] != x.shape[0] or mask.shape[-1] != text.shape[1]):
+        if mask is not None and (not mask.shape[0] == x.shape[0] == text.shape[0] or mask.shape[-1] != text.shape[1]):
             return None
         keys = None if mask is None else self.clip.valid_keys(mask)
         if isinstance(keys, str):

@@ -8,7 +8,7 @@ Backward needs all these rows, and a GPU all tokens at once: there blocks run as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 
 import vdcore
 from vdcore.integrations.diffusers.factorized import TemporalAttention
 from vdcore.integrations.diffusers.fingerprints import unknown_source
-from vdcore.integrations.swap import is_plain
+from vdcore.integrations.swap import is_of, is_plain
 from vdcore.modes import is_differentiated
 
 # Hidden rows of a feed-forward that stay in a last level of cache; with fewer tokens than these the matrix products
@@ -54,6 +56,7 @@ def tokens_at_once(block: nn.Module, x: Tensor, context: Tensor | None = None) -
     width = max((m.out_features for m in block.modules() if isinstance(m, nn.Linear)), default=1)
     count = max(LEAST_TOKENS, CACHE_BYTES // (width * x.element_size()))
     known = count < x.shape[1] * x.shape[2] and all(_is_known(m, x.dtype) for m in block.modules())
+    known = known and all(is_of(module, kind) for module, kind in _not_called(block))
     return count if known else None
 
 
@@ -137,6 +140,20 @@ def pieces(x: Tensor, count: int) -> tuple[list[Piece], list[int]]:
             places += [Piece(b, t, last)] * parts
             sizes += [stop - start for start, stop in pairwise(cuts)]
     return places, sizes
+
+
+def _not_called(block: Any) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The modules of a block whose forward does not run here, each with the class whose forward that is."""
+    for attn in (block.attn1, block.attn2):
+        if attn is not None:
+            yield attn, Attention
+            yield from ((layer, nn.Dropout) for layer in attn.to_out[1:])
+    for name in ("ff_in", "ff"):
+        ff = getattr(block, name, None)
+        if type(ff) is FeedForward:
+            yield from ((layer, nn.Dropout) for i, layer in enumerate(ff.net) if i not in (0, 2))
+    if getattr(block, "pos_embed", None) is not None:
+        yield block.pos_embed, SinusoidalPositionalEmbedding
 
 
 def _is_known(module: nn.Module, dtype: torch.dtype) -> bool:

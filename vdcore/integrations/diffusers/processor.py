@@ -11,7 +11,15 @@ from torch import nn
 
 from vdcore.integrations.diffusers.clip import Clip
 from vdcore.integrations.report import TURN, note_left
-from vdcore.integrations.swap import IN_MODE, Change, MadeAtRunTime, ServedProcessor, changed_forward, in_function_mode
+from vdcore.integrations.swap import (
+    CHANGED_CLASS,
+    IN_MODE,
+    Change,
+    MadeAtRunTime,
+    ServedProcessor,
+    changed_forward,
+    in_function_mode,
+)
 
 
 class _AsHost(type):
@@ -38,6 +46,7 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
     """
 
     HOST: ClassVar[type]
+    CALL: ClassVar[tuple[Any]]  # the host's function that it was made for
     # The host's attention backends and context parallelism are set here when someone asks for them after the swap.
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -72,6 +81,10 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
         """Why this processor may not serve calls at present."""
         if TURN.is_hosts:
             return "the host's turn in a check"
+        if self.clip.is_swapped_out:
+            return "swapped out since"
+        if self.HOST.__call__ is not self.CALL[0]:
+            return CHANGED_CLASS
         if in_function_mode():
             return IN_MODE
         if self._parallel_config is not None:
@@ -83,7 +96,7 @@ class Processor(MadeAtRunTime, ServedProcessor, metaclass=_AsHost):
     def leave_unmasked(self, reason: str, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`leave`, for attention across frames: under a mask leaving it would be a wrong result, not a slow
         one, and so it is where other ranks have frames."""
-        if self.clip.is_bound and not TURN.is_hosts:
+        if self.clip.is_bound and not (TURN.is_hosts or self.clip.is_swapped_out):
             raise RuntimeError(f"swap_in: a call cannot run under {self.clip.under}: {reason}")
         return self.leave(reason, attn, *args, **kwargs)
 
@@ -104,12 +117,17 @@ def _take_place(base: type[Processor], host: Any, clip: Clip) -> Processor:
     return processor
 
 
-@lru_cache(maxsize=256)
 def processor_class(base: Any, host: Any) -> type[Processor]:
     """A processor of vdcore for one class of the host's, which it is derived from."""
+    return _processor_class(base, host, host.__call__)
+
+
+@lru_cache(maxsize=256)
+def _processor_class(base: Any, host: Any, call: Any) -> type[Processor]:
     names = {
         **base.names(host),
         "HOST": host,
+        "CALL": (call,),
         "MADE_BY": (processor_class, (base, host)),
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,

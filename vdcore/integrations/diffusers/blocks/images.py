@@ -17,7 +17,7 @@ from vdcore.modes import is_differentiated
 from vdcore.norm import compute_dtype
 
 
-def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor, split: Split | None = None) -> Tensor:
+def normed_rows_of(linear: Any, norm: Any, x: Tensor, split: Split | None = None) -> Tensor:
     """Group norm over a clip ``(B, T, C, S)``, frames included, then a linear layer: ``(B, T, S, E)``.
 
     With a ``split`` x is of this rank's frames, and the norm over those of all ranks.
@@ -26,7 +26,7 @@ def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor, split: Split | No
     written. Weights of half precision would round them, and those of several samples would be copied for every frame.
     """
     wide = x.dtype in (torch.float32, torch.float64)
-    if x.shape[0] != 1 or not (wide and is_plain(norm) and _is_product(linear, x)):
+    if x.shape[0] != 1 or not (wide and _is_group_norm(norm) and _is_product(linear, x)):
         return rows_of(linear, clip_group_norm(norm, x, split))
     scale, shift = (y[0] for y in _scale_and_shift(norm, x, split))  # (C,)
     weight = linear.weight.t()
@@ -35,14 +35,20 @@ def normed_rows_of(linear: Any, norm: nn.GroupNorm, x: Tensor, split: Split | No
     return torch.baddbmm(bias, x[0].transpose(1, 2), per_frame).unsqueeze(0)
 
 
-def clip_group_norm(norm: nn.GroupNorm, x: Tensor, split: Split | None = None) -> Tensor:
+def clip_group_norm(norm: Any, x: Tensor, split: Split | None = None) -> Tensor:
     """Group norm over the frames of a clip as well: ``(B, T, C, S)`` in and out, no frame moved."""
-    if not is_plain(norm):
+    if not _is_group_norm(norm):
         if split is not None:
-            raise RuntimeError("swap_in: a group norm over frames of several ranks must be a plain module, got hooks")
+            kind = type(norm).__name__
+            raise RuntimeError(f"swap_in: a group norm over frames of several ranks must be a plain one, got {kind}")
         return norm(x.transpose(1, 2)).transpose(1, 2)
     scale, shift = _scale_and_shift(norm, x, split)
     return torch.addcmul(shift[:, None, :, None], x.to(shift.dtype), scale[:, None, :, None]).to(x.dtype)
+
+
+def _is_group_norm(norm: Any) -> bool:
+    """A group norm and nothing else, whatever it was when the model was swapped."""
+    return type(norm) is nn.GroupNorm and is_plain(norm)
 
 
 def _scale_and_shift(norm: nn.GroupNorm, x: Tensor, split: Split | None) -> tuple[Tensor, Tensor]:

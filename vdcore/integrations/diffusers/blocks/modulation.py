@@ -13,6 +13,7 @@ from diffusers.models import normalization
 from torch import Tensor, nn
 
 import vdcore
+from vdcore.integrations.diffusers.attention import same_batch
 from vdcore.integrations.swap import is_plain
 
 _LAYER = (nn.LayerNorm, normalization.FP32LayerNorm)
@@ -29,7 +30,8 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``norm(x) * (1 + scale) + shift``; shift and scale ``(B, C)`` or ``(B, T, S, C)``."""
+    """``norm(x) * (1 + scale) + shift``; shift and scale ``(B, C)`` or ``(B, T, S, C)``, or one for all samples."""
+    x, shift, scale = same_batch(x, shift, scale)
     kind = "layer" if type(norm) in _LAYER else "rms" if type(norm) in _RMS else None
     known = kind is not None and is_plain(norm) and (kind == "layer" or norm.bias is None)
     if not known or not all(_fits(y, x) for y in (shift, scale, norm.weight, norm.bias)):
@@ -38,7 +40,8 @@ def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """``residual + gate * x``; gate ``(B, C)`` or ``(B, T, S, C)``."""
+    """``residual + gate * x``; gate ``(B, C)`` or ``(B, T, S, C)``; each for all samples if it is of one."""
+    residual, x, gate = same_batch(residual, x, gate)
     if x.dtype != residual.dtype or not _fits(gate, residual):  # under autocast
         return residual + _spread(gate) * x
     return vdcore.gate_residual(residual, x, gate)

@@ -50,7 +50,7 @@ def change_of_attention(attn: Any, name: str, clip: Clip) -> Change | str:
     if isinstance(known, type):
         fused = PROCESSORS[known]
         if not fused.is_video(name):
-            clip = Clip(None)
+            clip = Clip(None, beside=clip)
         # From a newer diffusers with other code: its own code runs, with the attention alone served.
         if unknown_source(host.__call__, *fused.RELIES) is None:
             base = fused

@@ -19,7 +19,7 @@ from vdcore.integrations.diffusers.blocks.modulation import modulated_rows
 from vdcore.integrations.diffusers.clip import Keys, keys_unseen, look_at_keys, may_look
 from vdcore.integrations.diffusers.fused import Call, Fused
 from vdcore.integrations.diffusers.observers import OBSERVED, is_observed
-from vdcore.integrations.swap import IN_MODE, in_function_mode, is_plain
+from vdcore.integrations.swap import IN_MODE, in_function_mode, is_of, is_plain
 
 registry.grid(mochi.MochiTransformer3DModel, axes=(2, 3, 4))
 
@@ -72,7 +72,7 @@ def norm_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> Any:
 
 @registry.forward(mochi.MochiLayerNormContinuous, serves="modulate")
 def norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor | str:
-    if not is_plain(self.norm):
-        return "its norm has hooks"
+    if not (is_of(self.norm, mochi.MochiModulatedRMSNorm) and is_plain(self.norm)):
+        return "its norm is another, or has hooks"
     scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
     return modulated_rows(self.norm.norm, x, torch.zeros_like(scale), scale)

@@ -126,7 +126,8 @@ def _embedded_norm(norm: Any, embedding: Any, x: Tensor) -> Tensor:
     """``norm(x)`` plus the embedding of the frame."""
     if embedding is None:
         return norm(x)
-    if type(norm) is not nn.LayerNorm or not (is_plain(norm) and is_plain(embedding)):
+    known = type(norm) is nn.LayerNorm and is_of(embedding, SinusoidalPositionalEmbedding)
+    if not (known and is_plain(norm) and is_plain(embedding)):
         return factorized.in_rows(embedding, norm(x), True)
     frames = embedding.pe[0, : x.shape[1]].to(x.dtype)  # (T, C)
     shift = frames.expand(x.shape[0], -1, -1)

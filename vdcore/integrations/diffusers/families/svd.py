@@ -94,7 +94,7 @@ def run_temporal_block(module: Any, block: Any, x: Tensor, text: Tensor) -> Tens
 
 def blend(mixer: Any, spatial: Tensor, temporal: Tensor, image_only: Tensor) -> Tensor:
     """``alpha * spatial + (1 - alpha) * temporal`` in one pass over ``(B*T, S, C)``."""
-    if not is_plain(mixer) or spatial.dtype != temporal.dtype:
+    if not (is_of(mixer, AlphaBlender) and is_plain(mixer)) or spatial.dtype != temporal.dtype:
         return mixer(x_spatial=spatial, x_temporal=temporal, image_only_indicator=image_only)
     alpha = mixer.get_alpha(image_only, spatial.ndim).to(spatial.dtype)
     first, second = (temporal, spatial) if mixer.switch_spatial_to_temporal_mix else (spatial, temporal)
