@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import vdcore
 from vdcore import FrameMask
 from vdcore.integrations import open_sora, wan
 from vdcore.integrations.diffusers import swap_in, swap_out
+from vdcore.integrations.diffusers.clip import Clip
 
 CAUSAL = FrameMask.causal()
 
@@ -71,6 +73,80 @@ def test_a_block_that_was_copied_is_named_and_then_swapped():
     other.blocks[1] = copy.deepcopy(other.blocks[0])
     swap_in(other, mask=CAUSAL)
     assert torch.equal(run(model, "Wan"), run(other, "Wan"))
+
+
+@pytest.mark.parametrize("name", ["Latte", "Wan"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_mask_is_not_lost_to_one_processor_for_all(name, which):
+    """Each processor was made for its place: one of temporal attention would restrict tokens of a frame."""
+    model, _ = swapped(name, mask=CAUSAL)
+    want = run(model, name)
+    attentions = [module for module in model.modules() if hasattr(module, "processor")]
+    for attn in attentions:
+        attn.processor = attentions[which].processor
+    with pytest.raises(RuntimeError, match=r"replaced since the swap, .*swap in again"):
+        run(model, name)
+    swap_in(model, mask=CAUSAL)
+    assert torch.equal(run(model, name), want)
+
+
+@pytest.mark.parametrize("name", ["Latte", "Mochi"])
+def test_a_processor_that_someone_kept_is_the_hosts_after_the_swap(name):
+    """Under a mask as well, and again ours once the model is swapped in again."""
+    host, model = MODELS[name].model(), swapped(name, mask=CAUSAL)[0]
+    module = next(m for m in model.modules() if hasattr(m, "processor"))
+    kept, of_host = module.processor, next(m for m in host.modules() if hasattr(m, "processor")).processor
+    swap_out(model)
+    module.processor = kept
+    calls = vdcore.calls().total()
+    assert torch.equal(run(model, name), run(host, name))
+    assert vdcore.calls().total() == calls and isinstance(kept.host, type(of_host))
+
+
+def test_a_class_that_was_changed_stays_changed():
+    """What someone puts on the class of a swapped model is the host's, also when it is swapped out and put back."""
+    model, _ = swapped("Latte")
+    served, ours, original = type(model), type(model).forward, type(model).host.forward
+    want, of_host = run(model, "Latte"), as_host("Latte")
+    try:
+        served.forward = lambda self, **given: (2 * ours(self, **given).sample,)
+        assert torch.equal(run(model, "Latte"), 2 * want)
+        swap_out(model)
+        assert torch.equal(run(model, "Latte"), 2 * of_host)
+        swap_in(model)
+        torch.testing.assert_close(run(model, "Latte"), 2 * want, rtol=1e-4, atol=1e-4)
+    finally:
+        served.forward = ours
+    assert served.host.forward is original
+    swap_out(model)
+    swap_in(model)
+    assert torch.equal(run(model, "Latte"), want)
+
+
+def test_a_mask_of_keys_is_looked_at_by_threads_at_once():
+    """Masks of as many keys, of calls that end while others look: each thread has the lengths of its own."""
+    clip, wrong = Clip(None), []
+    interval = sys.getswitchinterval()
+
+    def request(valid):
+        for _ in range(100):
+            for mask in [torch.arange(8)[None] < valid for _ in range(20)]:
+                try:
+                    if clip.valid_keys(mask).lengths.tolist() != [valid]:
+                        wrong.append(f"other lengths than {valid}")
+                except Exception as error:
+                    wrong.append(str(error))
+
+    threads = [threading.Thread(target=request, args=(valid,)) for valid in (1, 2, 3, 4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong, wrong[:3]
 
 
 def test_a_mask_is_not_lost_to_fused_projections():

@@ -8,6 +8,7 @@ pytest.importorskip("diffusers")
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
 from host_runs import MODELS, as_host, exact, run
+from situations import SITUATIONS
 
 from vdcore.integrations.diffusers import inference, swap_in
 from vdcore.testing import error_ratio
@@ -87,6 +88,22 @@ def test_hooks_see_what_the_host_gives(few_tokens):
     few_tokens.clear()
     assert shapes(model) == shapes(MODELS["Latte"].model())
     assert not few_tokens
+
+
+@pytest.mark.parametrize("what", ["derived layers", "weights of another class"])
+@pytest.mark.parametrize("name", ["Latte", "AnimateDiff", "SVD"])
+def test_layers_of_others_are_called(name, what, few_tokens):
+    """Whatever they are by now: nothing of a block is taken for what it was when the model was swapped."""
+    want = SITUATIONS[what].arrange(MODELS[name].model(), name)()
+    model = MODELS[name].model()
+    swap_in(model)
+    run(model, name)
+    assert few_tokens
+    few_tokens.clear()
+    got = SITUATIONS[what].arrange(model, name)()
+    assert not few_tokens
+    for ours, host in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, host, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_take_the_other_way(few_tokens):

@@ -356,19 +356,21 @@ def is_plain(module: nn.Module) -> bool:
 
     They are tensors of torch itself: those of quantization, offloading and sharding are for their module alone.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if "forward" in module.__dict__ or any(hooks) or has_global_hooks():
+    # Asked several times a block: one chain of looks takes half the time of a tuple and any().
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return has_plain_parameters(module)
+    return not ("forward" in module.__dict__ or has_global_hooks()) and has_plain_parameters(module)
+
+
+_GLOBAL_HOOKS = (
+    *(torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks),
+    *(torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks),
+)
 
 
 def has_global_hooks() -> bool:
     """Others hook every module there is. Torch's own count and track modules, and look at no tokens."""
-    tables = (
-        *(torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks),
-        *(torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks),
-    )
-    return any(tables) and not all(is_from(hook, "torch.") for hooks in tables for hook in hooks.values())
+    return any(_GLOBAL_HOOKS) and not all(is_from(x, "torch.") for hooks in _GLOBAL_HOOKS for x in hooks.values())
 
 
 def is_from(hook: Any, *packages: str) -> bool:
@@ -377,8 +379,14 @@ def is_from(hook: Any, *packages: str) -> bool:
     return str(named.__module__).startswith(packages)
 
 
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
+
+
 def has_plain_parameters(module: nn.Module) -> bool:
-    return all(type(x) in (Tensor, nn.Parameter, FakeTensor) for x in module._parameters.values() if x is not None)
+    for x in module._parameters.values():  # noqa: SIM110  half the time of all()
+        if x is not None and type(x) not in _PLAIN:
+            return False
+    return True
 
 
 def host_type(module: nn.Module) -> type[nn.Module]:

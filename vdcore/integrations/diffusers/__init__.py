@@ -94,7 +94,7 @@ def swap_in(
     for _, model in found:
         _check_frames(model, mask)
     swapped = {m: w for _, m in found if (w := watch_of(m)) is not None}
-    before = {m: w for m, w in swapped.items() if w.settings != settings or not w.has_all(m)}
+    before = {m: w for m, w in swapped.items() if w.settings != settings or not (w.has_all(m) and w.in_places(m))}
     steps = count_steps(model_or_pipeline, dense_steps) if dense_steps else None
     fresh = [model for _, model in found if model in before or model not in swapped]
     for model in fresh:

@@ -112,8 +112,9 @@ def _as_qk_norm(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, default_eps: flo
     if kind == "rms" and biases != (None, None):
         return None
     weights = norm_q.weight, norm_k.weight
-    if not all(_weight(x, q) for x in (*weights, *biases)):
-        return None
+    for x in (*weights, *biases):
+        if not _weight(x, q):
+            return None
     return QKNorm(*weights, kind, over, eps, *biases)
 
 
@@ -130,7 +131,10 @@ def as_rope(cos: Tensor, sin: Tensor, like: Tensor, split: tuple[int, int], styl
 def same_batch(*given: Tensor) -> tuple[Tensor, ...]:
     """Tensors ``(B, ...)``, those of one sample repeated for all, as torch's own operations take them."""
     batch = given[0].shape[0]
-    if all(x.shape[0] == batch for x in given):
+    for x in given:
+        if x.shape[0] != batch:
+            break
+    else:
         return given
     batch = max(x.shape[0] for x in given)
     return tuple(x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x for x in given)

@@ -281,16 +281,25 @@ class Watch(ServingHook):
     def end(self) -> None:
         self.clip.is_over = True
 
+    def of_clip(self, model: nn.Module) -> list[Any]:
+        """Processors with the clip, or one beside it with a mask of its own; of every attention module."""
+        processors = (getattr(module, "processor", None) for module in model.modules())
+        clips = ((processor, getattr(processor, "clip", None)) for processor in processors)
+        return [processor for processor, clip in clips if clip is not None and clip.root is self.clip]
+
     def count(self, model: nn.Module) -> int:
-        """Processors under a mask or a mesh, each made for its place: those with the clip, or one beside it."""
-        processors = {id(x): x for module in model.modules() if (x := getattr(module, "processor", None)) is not None}
-        clips = (getattr(processor, "clip", None) for processor in processors.values())
-        found = (clip for clip in clips if clip is not None and clip.root is self.clip)
-        return sum(clip.given is not None or clip.ranks is not None for clip in found)
+        """Attention modules under a mask or a mesh."""
+        clips = (processor.clip for processor in self.of_clip(model))
+        return sum(clip.given is not None or clip.ranks is not None for clip in clips)
 
     def has_all(self, model: nn.Module) -> bool:
         """Nothing that the mask or the mesh is for was replaced since the swap, or comes from another one."""
         return self.count(model) >= self.attending
+
+    def in_places(self, model: nn.Module) -> bool:
+        """No processor serves two modules: made for one, it would take tokens of a frame for frames in the other."""
+        found = self.of_clip(model)
+        return len({id(processor) for processor in found}) == len(found)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = None if self.grid is None else self.grid(module, *args, **kwargs)
@@ -299,7 +308,8 @@ class Watch(ServingHook):
         if torch.compiler.is_compiling():
             return
         bound = grid is not None or self.clip.ranks is not None
-        if bound and not self.has_all(module):
+        moved = self.clip.given is not None and not self.in_places(module)
+        if moved or (bound and not self.has_all(module)):
             raise RuntimeError(
                 f"swap_in: attention or its processor was replaced since the swap, and cannot run under "
                 f"{self.clip.under}: swap in again"

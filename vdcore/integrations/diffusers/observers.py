@@ -24,20 +24,26 @@ _OF_WEIGHTS = (
 
 def is_observed(modules: Iterable[nn.Module | None]) -> bool:
     """A hook on one of these modules, or on one inside of them, sees its tokens."""
-    left = list(modules)
+    left = [module for module in modules if module is not None]
+    if not left:
+        return False
     if has_global_hooks():
-        return any(module is not None for module in left)
+        return True
     if torch.compiler.is_compiling():  # which knows no other walk
-        return any(_sees_tokens(inside) for module in left if module is not None for inside in module.modules())
+        return any(_sees_tokens(inside) for module in left for inside in module.modules())
     # Every call asks: a walk without names and a memo takes a sixth of the time of modules().
     while left:
         module = left.pop()
-        if module is None:
+        if module is None:  # a child that is not there
             continue
         state = module.__dict__
-        asked = state["_forward_pre_hooks"] or state["_forward_hooks"] or "forward" in state
-        asked = asked or state["_backward_hooks"] or state["_backward_pre_hooks"]
-        if asked and _sees_tokens(module):
+        if (
+            state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or "forward" in state
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ) and _sees_tokens(module):
             return True
         if inside := state["_modules"]:
             left += inside.values()

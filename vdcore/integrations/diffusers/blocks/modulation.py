@@ -32,8 +32,12 @@ Layer = Callable[[Tensor], Tensor]
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``norm(x) * (1 + scale) + shift``; shift and scale ``(B, C)`` or ``(B, T, S, C)``, or one for all samples."""
     x, shift, scale = same_batch(x, shift, scale)
+    return _modulated(norm, x, shift, scale, is_plain(norm))
+
+
+def _modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, plain: bool) -> Tensor:
     kind = "layer" if type(norm) in _LAYER else "rms" if type(norm) in _RMS else None
-    known = kind is not None and is_plain(norm) and (kind == "layer" or norm.bias is None)
+    known = kind is not None and plain and (kind == "layer" or norm.bias is None)
     if not known or not all(_fits(y, x) for y in (shift, scale, norm.weight, norm.bias)):
         return norm(x) * (1 + _spread(scale)) + _spread(shift)
     return vdcore.modulate(x, shift, scale, kind=str(kind), weight=norm.weight, bias=norm.bias, eps=norm.eps)
@@ -51,7 +55,7 @@ def modulated_rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     """As :func:`modulated`, of rows ``(B, N, C)``, which a norm that is called gets."""
     if not is_plain(norm):
         return (norm(x).unsqueeze(1) * (1 + _spread(scale)) + _spread(shift)).squeeze(1)
-    return modulated(norm, x.unsqueeze(1), shift, scale).squeeze(1)
+    return _modulated(norm, *same_batch(x.unsqueeze(1), shift, scale), True).squeeze(1)
 
 
 def gated_rows(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
