@@ -96,3 +96,22 @@ def test_use_backend_is_guarded():
         with vdcore.use_backend(name):
             compiled(q, k, v)
         assert vdcore.calls()["temporal_attention", name, "fwd"] == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mask", [{}, {"mask": vdcore.GridMask.window(1, 0, 1, 1), "grid": (1, 2)}], ids=["frames", "grid"]
+)
+def test_a_package_of_aotinductor_holds_the_operator(mask, tmp_path):
+    """It hands operators what they are called with as it wrote it down: an empty list arrives as nothing at all."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return vdcore.video_attention(q, k, v, **mask)
+
+    given = tuple(torch.randn(1, 2, 2, 2, 8) for _ in range(3))
+    with torch.no_grad():
+        exported = torch.export.export(Attention(), given)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "attention.pt2"))
+        package = torch._inductor.package.load_package(path, run_single_threaded=True)
+        torch.testing.assert_close(package(*given), Attention()(*given))

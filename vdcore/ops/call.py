@@ -127,17 +127,21 @@ def _flat(steps: Steps) -> list[int]:
     return [min(x, _UNBOUNDED) for step in steps for x in step]
 
 
+# A list that stands for nothing. AOTInductor hands an operator None for one that is empty.
+_NONE = [0]
+
+
 def _head_masks_numbers(mask: FrameMask | HeadMasks) -> tuple[list[int], list[int]]:
     if isinstance(mask, FrameMask):
-        return mask_numbers(mask), []
+        return mask_numbers(mask), _NONE
     found = list(mask.grid)
     for heads, one in mask.groups:
         found += grid_numbers(heads, one)
-    return [], found
+    return _NONE, found
 
 
 def _build_head_masks(frames: list[int], grids: list[int]) -> FrameMask | HeadMasks:
-    return _read_head_masks(tuple(grids)) if grids else _build_mask(frames)
+    return _build_mask(frames) if grids == _NONE else _read_head_masks(tuple(grids))
 
 
 @lru_cache(maxsize=256)
