@@ -55,7 +55,8 @@ def modulated_rows(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     """As :func:`modulated`, of rows ``(B, N, C)``, which a norm that is called gets."""
     if not is_plain(norm):
         return (norm(x).unsqueeze(1) * (1 + _spread(scale)) + _spread(shift)).squeeze(1)
-    return _modulated(norm, *same_batch(x.unsqueeze(1), shift, scale), True).squeeze(1)
+    x, shift, scale = same_batch(x.unsqueeze(1), shift, scale)
+    return _modulated(norm, x, shift, scale, True).squeeze(1)
 
 
 def gated_rows(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
