@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.compile(
-    *("kernels/**/*.py", "bench/vdcore_bench/aot.py", "vdcore/ops/**/*.py", "tests/build/compiled.py"),
-    tools=["triton"],
-)
+pytestmark = [
+    pytest.mark.compile(
+        *("kernels/**/*.py", "bench/vdcore_bench/aot.py", "vdcore/ops/**/*.py", "tests/build/compiled.py"),
+        tools=["triton"],
+    ),
+    pytest.mark.timeout(1500),
+]
 
 SCRIPT = Path(__file__).with_name("compiled.py")
 
