@@ -195,14 +195,23 @@ def masks_whose_frames_cannot_be_counted_from_another(mesh):
 
 def wrong_calls_say_what_is_wrong(mesh):
     q, k, v = (part_of(x, mesh, 1) for x in draw(7)[0])
+    text, whole = torch.zeros(len(q), 3, *q.shape[3:]), axial_rope((7, q.shape[2], 1), (q.shape[-1], 0, 0))
     for given, words in (
         ({"frames": 70}, r"parallel.video_attention: q and k must be the \d+ frames of rank \d of \d, of 70 in all"),
         ({"frames": 7, "plan": "star"}, "plan must be one of heads, halo, ring, or None, got 'star'"),
+        ({"frames": 7, "text_lengths": torch.tensor([1])}, "text_lengths must be None without text"),
+        ({"frames": 7, "text": (text, text[..., :1, :], text)}, r"text\[1\] must be \(B, L, G, D\)"),
+        *([({"frames": 7, "rope": whole}, "rope.cos must be of 1 or of this rank's")] if mesh.size() > 1 else []),
     ):
         with pytest.raises(ValueError, match=words):
             video_attention(q, k, v, mesh=mesh, **given)
-    with pytest.raises(TypeError, match="mask must be a FrameMask"):
-        video_attention(q, k, v, mesh=mesh, frames=7, mask="causal")
+    for given, words in (
+        ({"frames": 7, "mask": "causal"}, "mask must be a FrameMask"),
+        ({"frames": 7, "text": text}, r"text must be a tuple \(q, k, v\) or None, got Tensor"),
+        ({"frames": 7.0}, "frames must be an int"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            video_attention(q, k, v, mesh=mesh, **given)
 
 
 CASES = {
