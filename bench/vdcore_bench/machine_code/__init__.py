@@ -8,8 +8,9 @@ products, ``trips`` to memory that wait for one another, and ``instructions``.
 The estimate is a model of a program (block) on an H200, whose multiprocessors copy 32.6 KB/us each: the program's
 bytes at that rate, against its latency shared by the programs beside it (0.8 us a dependent trip to memory, 0.04 us a
 barrier, 0.6 us to begin and end) and its issue slots (4 a cycle at 1.75 GHz, 70 % of them used); a grid's partial last
-wave counts half. It is a share of what a copy reaches. Attention over frames is also held to 800 TFLOP/s, which says
-little of it: its loops count once. Nothing of it is measured. Products that torch runs are not in it.
+wave counts half. It is a share of what a copy reaches. Beside it stands ``flops_estimate``, with the FLOPs of attention
+over frames held to 800 TFLOP/s too: where ``flops_bound_by`` is compute, a share of that peak, which says little of
+kernels whose loops count once. Nothing of it is measured. Products that torch runs are not in it.
 """
 
 from __future__ import annotations

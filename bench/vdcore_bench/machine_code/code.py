@@ -123,8 +123,11 @@ def ctas_per_sm(arch: str, regs: int, warps: int, shared: int) -> int:
     return min(REGISTERS // (a_warp * warps), chip.shared // (shared + RESERVED), chip.programs, chip.warps // warps)
 
 
-def estimate(row: Mapping[str, Any]) -> tuple[float, str]:
-    """The model's share of a row of raw fields, and what the kernel is bound by."""
+def estimate(row: Mapping[str, Any], *, flops: bool = False) -> tuple[float, str]:
+    """The model's share of a row of raw fields, and what the kernel is bound by.
+
+    ``flops``: its products are held to the peak too; without them it is bytes, latency and issue slots alone.
+    """
     programs, ctas = row["programs"], row["ctas_per_sm"]
     if not ctas:
         return 0.0, "shared memory"
@@ -133,13 +136,20 @@ def estimate(row: Mapping[str, Any]) -> tuple[float, str]:
         "latency": (row["trips"] * TRIP + row["barriers"] * BARRIER + BEGIN) / ctas,
         "issue": row["instructions"] * row["warps"] / SLOTS_A_US,
     }
-    if row["mma"] and row["flops"]:
+    if flops and row["mma"] and row["flops"]:
         times["compute"] = row["flops"] / programs / PEAK_A_US
     slowest = max(times, key=lambda name: times[name])
     waves = programs / (PROCESSORS * ctas)
     full = (waves / -(-waves // 1) + 1) / 2 if waves < 6 else 1.0
     needed = max(times["bandwidth"], times.get("compute", 0.0))
-    return round(min(COPY * needed / times[slowest] * full, 1.0), 3), slowest
+    return round(COPY * needed / times[slowest] * full, 3), slowest
+
+
+def derived(row: Row) -> Row:
+    """The row with what the model makes of its raw fields."""
+    share, bound = estimate(row)
+    held, held_by = estimate(row, flops=True)
+    return row | {"estimate": share, "bound_by": bound, "flops_estimate": held, "flops_bound_by": held_by}
 
 
 def filled(row: Row, code: Code, *, regs: int, spills: int, shared: int, warps: int) -> Row:
@@ -161,13 +171,11 @@ def filled(row: Row, code: Code, *, regs: int, spills: int, shared: int, warps: 
         "trips": code.trips(row["bytes"] / row["programs"] / (32 * warps)),
         "instructions": code.instructions,
     }
-    share, bound = estimate(row)
-    return row | {"estimate": share, "bound_by": bound}
+    return derived(row)
 
 
 def failed(row: Row, warps: int, reason: str) -> Row:
     """A row of a kernel that no compiler took."""
-    return filled(row, code_of(""), regs=0, spills=0, shared=0, warps=warps) | {
-        "estimate": 0,
-        "bound_by": f"it fails: {reason}",
-    }
+    found = filled(row, code_of(""), regs=0, spills=0, shared=0, warps=warps)
+    bound = f"it fails: {reason}"
+    return found | {"estimate": 0, "bound_by": bound, "flops_estimate": 0, "flops_bound_by": bound}
