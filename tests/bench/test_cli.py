@@ -12,8 +12,8 @@ import torch
 
 from vdcore.cli.options import parse_bytes
 from vdcore_bench.jobs import JOBS
-from vdcore_bench.measure.journal import load
-from vdcore_bench.suites import everything, operators, runner
+from vdcore_bench.measure.journal import FILE, Journal, Watch, load
+from vdcore_bench.suites import Options, everything, operators, runner
 from vdcore_bench.workloads import Budget
 
 VDCORE = [sys.executable, "-m", "vdcore.cli"]
@@ -83,6 +83,27 @@ def test_without_a_gpu_every_job_and_point_for_one_is_a_row(tmp_path, invoke):
     for folder in ("bench", "profile"):
         rows = load(str(tmp_path / folder))
         assert {(row.status, row.reason) for row in rows} == {("skipped", "no GPU is visible to torch")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+@pytest.mark.parametrize("suite", ["masks", "overhead", "tangents", "gradients"])
+def test_without_a_gpu_suites_that_have_no_rows_for_it_say_so_and_touch_nothing(suite, tmp_path, invoke, capfd):
+    said = invoke("bench", suite, "--device", "cuda", "--out", tmp_path / "out", code=1) + capfd.readouterr().err
+    assert f"vdcore bench {suite}: cuda: no GPU is visible to torch" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_without_a_gpu_the_default_set_is_rows_that_say_so(tmp_path):
+    journal = Journal(tmp_path / FILE)
+    everything.run(Options(device="cuda"), journal, Watch())
+    assert {(row.status, row.reason) for row in journal.rows} == {("skipped", "no GPU is visible to torch")}
+
+
+def test_a_further_run_adds_to_the_rows_of_a_folder(tmp_path, invoke):
+    for op in ("modulate", "gate_residual"):
+        invoke("bench", "--device", "cuda", "--op", op, "--out", tmp_path)
+    assert {row.op for row in load(str(tmp_path))} == {"modulate", "gate_residual"}
 
 
 def test_a_profile_leaves_rows_plots_and_a_report(tmp_path, invoke):

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from small import row
 
-from vdcore_bench.measure.journal import FILE, Journal, Row, load, parse
+from vdcore_bench.measure.journal import FILE, Journal, Row, load, newest, parse
 
 
 def test_a_row_survives_its_file():
@@ -39,13 +39,28 @@ def test_rows_are_in_the_file_as_soon_as_they_are_added(tmp_path):
     journal.close()
 
 
-def test_the_run_before_is_kept(tmp_path):
-    for p50 in (1.0, 2.0):
-        journal = Journal(tmp_path / FILE)
-        journal.add([row(p50=p50)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_rows_of_all_runs_before_stay_and_the_newest_counts(keep, tmp_path):
+    for p50, provider in ((1.0, "a"), (2.0, "b"), (3.0, "a")):
+        journal = Journal(tmp_path / FILE, keep=keep)
+        assert len(journal.rows) == (int(p50) - 1 if keep else 0)
+        journal.add([row(p50=p50, provider=provider)])
         journal.close()
-    assert load(str(tmp_path))[0].p50 == 2.0
-    assert parse((tmp_path / "results.previous.jsonl").read_text())[0].p50 == 1.0
+    rows = load(str(tmp_path))
+    assert [r.p50 for r in rows] == [1.0, 2.0, 3.0]
+    assert [(r.provider, r.p50) for r in newest(rows)] == [("a", 3.0), ("b", 2.0)]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(("cut", "rest"), [(1, 2), (40, 1)])
+def test_a_run_behind_a_kill_begins_a_line(cut, rest, tmp_path):
+    """Of two rows the last has lost its end: the line's alone, or half of the row."""
+    text = 2 * (row(p50=1.0).to_json() + "\n")
+    (tmp_path / FILE).write_text(text[:-cut])
+    journal = Journal(tmp_path / FILE)
+    journal.add([row(p50=2.0)])
+    journal.close()
+    assert [r.p50 for r in load(str(tmp_path))] == [1.0] * rest + [2.0]
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out_and_no_other():

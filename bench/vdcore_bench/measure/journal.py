@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -134,23 +135,19 @@ def text_of(*parts: str) -> str:
 
 
 class Journal:
-    """Appends every row to a file the moment it exists, and remembers it.
+    """Appends every row to a file the moment it exists, and remembers it; rows of earlier runs stay in the file.
 
     Args:
-        keep: what the file holds stays, and its rows are remembered too.
+        keep: rows that the file holds are remembered too, as of this run.
     """
 
     def __init__(self, path: Path, *, keep: bool = False) -> None:
         self.path, self.rows = path, list[Row]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if keep and path.exists():
-            self.rows = parse(path.read_text())
-            whole = path.with_suffix(".new")  # without a line that was cut off; a kill loses nothing
-            whole.write_text("".join(row.to_json() + "\n" for row in self.rows))
-            whole.replace(path)
-        elif path.exists():  # the run before this one stays, for --compare
-            path.replace(path.with_name("results.previous.jsonl"))
         self._file = path.open("a", buffering=1)
+        _end_line(path)
+        if keep:
+            self.rows = parse(path.read_text())
 
     def add(self, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -164,6 +161,21 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _end_line(path: Path) -> None:
+    """A kill may have cut the last line off: what is not a whole row goes, so that the next one has its own line."""
+    text = path.read_bytes()
+    end = text.rfind(b"\n") + 1
+    if end == len(text):
+        return
+    try:
+        json.loads(text[end:])
+    except ValueError:
+        os.truncate(path, end)
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 class Watch:

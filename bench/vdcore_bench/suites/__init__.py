@@ -81,6 +81,12 @@ class Options:
         return Budget.of(self.device, torch.get_num_threads(), machine.memory_limit(self.device))
 
 
+def no_gpu(options: Options) -> str | None:
+    """Why a suite that runs on a GPU, if that is what is wanted, cannot."""
+    wanted = options.device.startswith("cuda") and not torch.cuda.is_available()
+    return f"{options.device}: no GPU is visible to torch" if wanted else None
+
+
 def find(name: str) -> Any:
     """The module of one of :data:`SUITES`."""
     return import_module(f"{__name__}.{name}")

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 from vdcore_bench.measure.journal import Journal, Watch
-from vdcore_bench.suites import Options, masks, memory, operators, overhead
+from vdcore_bench.suites import Options, masks, memory, no_gpu, operators, overhead
 
 # Nothing new begins after so many seconds, and after so many of the profile. Beside busy processes on 2 cores the last
 # job, plots and the report took 20 s more: the whole ends within eight minutes.
@@ -20,8 +20,9 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
     options = replace(options, until=time.monotonic() + SECONDS)
     for step in operators.FIRST:
         operators.run_step(step, options, journal, watch)
-    masks.sweep(journal, watch, options.device, rounds=masks.FEW_ROUNDS, until=options.until)
-    overhead.run(options, journal, watch)
+    if no_gpu(options) is None:
+        masks.sweep(journal, watch, options.device, rounds=masks.FEW_ROUNDS, until=options.until)
+        overhead.run(options, journal, watch)
     until = min(options.until, time.monotonic() + PROFILE_SECONDS)
     memory.profile((memory.WORKLOAD,), options, journal, watch, time_limit=memory.SHORT, until=until)
     for step in operators.THEN:

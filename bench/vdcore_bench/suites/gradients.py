@@ -20,11 +20,12 @@ import vdcore
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import DTYPE_NAMES, DTYPES, Job
 from vdcore_bench.measure.journal import Journal, Row, Watch
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, no_gpu
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 TAKES = frozenset({"dtypes", "until"})
+why_not = no_gpu
 METRIC = "gradient_error"
 WORKLOAD = "latte-1-512"
 TOKENS = (256, 1024, 4096, 16384)

@@ -26,13 +26,14 @@ from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
-from vdcore_bench.suites import Options, grid_masks
+from vdcore_bench.suites import Options, grid_masks, no_gpu
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 TAKES = frozenset({"dtypes", "until"})
+why_not = no_gpu
 WORKLOAD = "latte-1-512"
 TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
 FRAMES = (16, 32, 64, 128)

@@ -20,11 +20,12 @@ from vdcore_bench.measure.journal import Journal, Row, Watch
 from vdcore_bench.measure.judge import flat
 from vdcore_bench.measure.timing import Contender, CpuClock, Spread, race
 from vdcore_bench.peers import PEERS
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, no_gpu
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 TAKES = frozenset({"ops", "modes", "until"})
+why_not = no_gpu
 TINY = Shape(B=1, T=4, rows=1, columns=4, H=2, G=2, D=16, L=0)
 OPS = ("temporal_attention", "spatial_attention", "qk_norm_rope", "modulate", "gate_residual")
 ROUNDS = 31

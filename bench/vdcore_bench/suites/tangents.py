@@ -21,11 +21,12 @@ from vdcore_bench.jobs.base import DTYPES, Job
 from vdcore_bench.measure.journal import Journal, Row, Watch
 from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, Spread, clock_for, race
-from vdcore_bench.suites import Options
+from vdcore_bench.suites import Options, no_gpu
 from vdcore_bench.suites.runner import LATE, blank
 from vdcore_bench.workloads import Shape, load
 
 TAKES = frozenset({"ops", "dtypes", "until"})
+why_not = no_gpu
 METRIC = "tangents"
 WORKLOAD = "latte-1-512"
 SHAPE = Shape(B=1, T=16, rows=8, columns=16, H=8, G=8, D=72, L=77)
