@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import pickle
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -216,6 +217,18 @@ def what_is_not_served_is_left_or_refused(mesh):
     other = {**arguments, "timestep": arguments["timestep"][: 1 if dist.get_rank() == 2 else 2]}
     with pytest.raises(ExchangeError, match=r"timestep must be the same .* got int64 \(2,\) on rank 0 .* on rank 2"):
         wan(**other)
+    first = dist.get_rank() == 0
+    for name, given in (
+        ("mask", {"mask": FrameMask.causal() if first else None}),
+        ("plan", {"plan": "heads" if first else "ring"}),
+        ("dense_layers", {"mask": FrameMask.causal(), "dense_layers": [0] if first else []}),
+        (r"report.dense\(\)", {"mask": FrameMask.causal()}),
+    ):
+        report = swap_in(wan, mesh=mesh, **given)
+        within = report.dense() if first and "dense" in name and "layers" not in name else nullcontext()
+        with within, pytest.raises(ExchangeError, match=rf"{name} must be the same on all ranks, got another one on"):
+            wan(**arguments)
+    swap_in(wan, mesh=mesh)
     with pytest.raises(RuntimeError, match="attention over 42 tokens under a mesh of 4 ranks, outside of a call"):
         wan.blocks[0].attn1(torch.randn(2, 42, 24), None, None, None)
     wan.train()

@@ -254,6 +254,13 @@ def wrong_arguments_say_what_is_wrong(mesh):
     with recorded, pytest.raises(ExchangeError, match=r"VDiT: gradients are recorded by all ranks but \[1\]"):
         model(part, timestep)
     copy.deepcopy(model)
+    first = mesh.get_local_rank() == 0
+    masked = VDiT(config(attention="full", mask=FrameMask.causal() if first else FrameMask()), mesh=mesh)
+    with pytest.raises(ExchangeError, match=r"VDiT: config must be the same on all ranks, got another one on \[1"):
+        masked(part, timestep)
+    model.requires_grad_(False)
+    with pytest.raises(ExchangeError, match=r"VDiT: gradients are recorded by all ranks but \[1"):
+        model(part.requires_grad_(first), timestep)
 
 
 CASES = {

@@ -332,7 +332,13 @@ class VDiT(nn.Module):
         per_frame = {"timestep": 2, "text": 4, "text_lengths": 2}  # of so many dimensions
         free = {name: 1 for name, ndim in per_frame.items() if (x := tensors[name]) is not None and x.ndim == ndim}
         sizes = agreed(
-            "VDiT", {"video": video, **tensors}, {"video": 2, "positions": 0, **free}, self.peers, video.device
+            "VDiT",
+            {"video": video, **tensors},
+            {"video": 2, "positions": 0, **free},
+            self.peers,
+            video.device,
+            self,
+            {"config": self.config, "plan": self.plan},
         )
         counted = sizes["video"]
         expected = [n * pt for n in part_sizes(sum(counted) // pt, self.ranks)]

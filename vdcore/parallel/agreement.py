@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdcore.parallel.messages import ExchangeError, all_gather
 from vdcore.parallel.peers import Peers
@@ -27,14 +29,27 @@ def _said(told: Told) -> str:
     return f"{str(DTYPES[dtype]).removeprefix('torch.')} {tuple(sizes[:ndim])}" if here else "None"
 
 
+def _digest(setting: Any) -> int:
+    """Of what it is written as, which is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(setting).encode()).digest()[:7], "big")
+
+
 def agreed(
-    op: str, tensors: Mapping[str, Tensor | None], free: Mapping[str, int], peers: Peers, device: torch.device
+    op: str,
+    tensors: Mapping[str, Tensor | None],
+    free: Mapping[str, int],
+    peers: Peers,
+    device: torch.device,
+    model: nn.Module,
+    settings: Mapping[str, Any],
 ) -> dict[str, tuple[int, ...]]:
     """Ranks tell one another the dtypes and shapes of their tensors, for which the host waits.
 
     Args:
         tensors: by name, the same names on every rank, of up to six dimensions.
         free: by name, the dimension in which ranks may differ.
+        model: whose parameters may learn.
+        settings: by name, what else must be the same on every rank; equal ones have equal representations.
 
     Returns:
         By these names, the size of that dimension on every rank.
@@ -43,14 +58,23 @@ def agreed(
         ExchangeError: on every rank, if any two differ; it says in what. Also as all exchanges.
     """
     # Backward is an exchange as well: every rank runs it, or none.
-    mine = [n for x in tensors.values() for n in _told(x)] + [int(torch.is_grad_enabled())]
+    learned = (x for x in (*tensors.values(), *model.parameters()) if x is not None)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+    mine = [int(recorded), *map(_digest, settings.values()), *(n for x in tensors.values() for n in _told(x))]
     table = all_gather(torch.tensor(mine, device=device), peers).view(peers.ranks, -1).tolist()
-    if len({row[-1] for row in table}) > 1:
-        without = [rank for rank, row in enumerate(table) if not row[-1]]
+    without = [rank for rank, row in enumerate(table) if not row[0]]
+    if 0 < len(without) < peers.ranks:
         raise ExchangeError(f"{op}: gradients are recorded by all ranks but {without}")
+    for i, (name, setting) in enumerate(settings.items(), start=1):
+        others = [rank for rank, row in enumerate(table) if row[i] != table[0][i]]
+        if others:
+            raise ExchangeError(
+                f"{op}: {name} must be the same on all ranks, got another one on {others} than on rank 0; on rank "
+                f"{peers.rank} it is {setting!r}"
+            )
     sizes = {}
     for i, name in enumerate(tensors):
-        begin = i * (3 + DIMS)
+        begin = 1 + len(settings) + i * (3 + DIMS)
         column = [tuple(row[begin : begin + 3 + DIMS]) for row in table]
         axis = free.get(name)
         if axis is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vdcore.integrations.diffusers.clip import Clip, in_scope
+from vdcore.integrations.diffusers.clip import Clip, in_scope, watch_of
 from vdcore.integrations.diffusers.ranks.mesh import Ranks
 from vdcore.integrations.swap import SHARED, host_type
 from vdcore.parallel.agreement import agreed
@@ -102,7 +102,8 @@ class OnRanks:
             tensors = {n: y if isinstance(y, Tensor) else None for n in _names(model) for y in (given.get(n),)}
             free = {n: dim for n, dim in self.frames.along if (y := tensors[n]) is not None and y.ndim > dim}
             free = {name: self.frames.axis, **free} if ranks.parts else {}
-            counted = agreed("swap_in", tensors, free, peers, x.device).get(name, counted)
+            settings = _settings(model, clip)
+            counted = agreed("swap_in", tensors, free, peers, x.device, model, settings).get(name, counted)
         whole = sum(counted) // each if ranks.parts else here // each
         if ranks.parts and counted != tuple(n * each for n in part_sizes(whole, peers.ranks)):
             expected = [n * each for n in part_sizes(whole, peers.ranks)]
@@ -158,6 +159,19 @@ def _wrong(name: str, expected: str, got: Any) -> NoReturn:
 def _ranks(clip: Clip) -> Ranks:
     assert clip.ranks is not None
     return clip.ranks
+
+
+def _settings(model: Any, clip: Clip) -> dict[str, Any]:
+    """What decides which exchanges a call makes: with another mask ranks would wait for one another, or mix results."""
+    watch = watch_of(model)
+    assert watch is not None
+    given = watch.settings
+    return {
+        "mask": given.mask,
+        "dense_layers": given.dense_layers,
+        "plan": _ranks(clip).plan,
+        "report.dense()": clip.switch.is_dense,
+    }
 
 
 def _rows_and_columns(model: Any, shape: torch.Size) -> tuple[int, int]:
