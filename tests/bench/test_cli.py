@@ -106,6 +106,16 @@ def test_a_further_run_adds_to_the_rows_of_a_folder(tmp_path, invoke):
     assert {row.op for row in load(str(tmp_path))} == {"modulate", "gate_residual"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_a_run_into_the_folder_of_another_ends_with_2(tmp_path, invoke):
+    journal = Journal(tmp_path / FILE)
+    for command in (("bench", "--op", "modulate"), ("profile", "--frames", "8,16")):
+        said = invoke(*command, "--device", "cuda", "--out", tmp_path, code=2)
+        assert "--out" in said and "another run writes into it" in " ".join(said.replace("│", "").split())
+    journal.close()
+    assert not (tmp_path / FILE).read_text()
+
+
 def test_a_profile_leaves_rows_plots_and_a_report(tmp_path, invoke):
     arguments = ("--frames", "2,128", "--attention", "naive", "--memory-limit", "64MiB", "--time-limit", "0.2")
     text = invoke("profile", *arguments, "--out", tmp_path)

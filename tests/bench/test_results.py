@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import subprocess
+import sys
 
 import pytest
 from small import row
@@ -50,6 +51,20 @@ def test_rows_of_all_runs_before_stay_and_the_newest_counts(keep, tmp_path):
     assert [r.p50 for r in rows] == [1.0, 2.0, 3.0]
     assert [(r.provider, r.p50) for r in newest(rows)] == [("a", 3.0), ("b", 2.0)]
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_a_second_run_into_a_folder_is_refused_until_the_first_ends(tmp_path):
+    first = Journal(tmp_path / FILE)
+    first.add([row(p50=1.0)])
+    for keep in (False, True):
+        with pytest.raises(BlockingIOError, match=rf"{FILE}: another run writes into it"):
+            Journal(tmp_path / FILE, keep=keep)
+    Journal(tmp_path / "part.jsonl").close()  # other files of the folder are free
+    first.add([row(p50=2.0)])
+    first.close()
+    Journal(tmp_path / FILE).close()
+    assert [r.p50 for r in load(str(tmp_path))] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(("cut", "rest"), [(1, 2), (40, 1)])

@@ -108,6 +108,16 @@ def test_a_folder_that_cannot_be_written_ends_with_2_and_its_name(tmp_path, caps
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_that_another_run_writes_into_ends_with_2(tmp_path, capsys, monkeypatch):
+    journal = Journal(tmp_path / FILE)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--only", "selfcheck", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    journal.close()
+    assert f"--out: {tmp_path / FILE}: another run writes into it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
 # ---- Processes ----
 
 PLAYED = """

@@ -114,7 +114,11 @@ def record(out: Path, measure: Callable[[Journal, Watch], None]) -> None:
     from vdcore_bench.measure.journal import FILE, Journal
     from vdcore_bench.report import console, results, summary, terminal
 
-    journal, load, interrupted = Journal(out / FILE), machine.Load(), False
+    try:
+        journal = Journal(out / FILE)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+    load, interrupted = machine.Load(), False
     screen = terminal.make_console()
     try:
         measure(journal, console.Screen(screen))

@@ -6,17 +6,22 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.timing import Spread
+
+fcntl: Any = None
+if sys.platform != "win32":
+    import fcntl
 
 FILE = "results.jsonl"
 # How the case of a row against frames begins, of one of the masks over frames, of one on a grid, and of a config row
@@ -139,12 +144,20 @@ class Journal:
 
     Args:
         keep: rows that the file holds are remembered too, as of this run.
+
+    Raises:
+        BlockingIOError: another run writes into it.
     """
 
     def __init__(self, path: Path, *, keep: bool = False) -> None:
         self.path, self.rows = path, list[Row]()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
+        try:
+            _lock(self._file)
+        except BlockingIOError:
+            self._file.close()
+            raise
         _end_line(path)
         if keep:
             self.rows = parse(path.read_text())
@@ -160,7 +173,23 @@ class Journal:
         return [other for other in self.rows if other.job() == row.job()]
 
     def close(self) -> None:
+        if fcntl is not None and not self._file.closed:  # a process that was forked meanwhile has it open too
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    """Until it is closed, or its process ends, nobody else has it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = f"{file.name}: another run writes into it: name another folder, or wait for its end"
+        raise BlockingIOError(text) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _end_line(path: Path) -> None:
