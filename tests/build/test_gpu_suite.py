@@ -162,6 +162,34 @@ def test_the_suite_goes_on_behind_what_hangs_or_dies(played):
     assert not list(played.out.glob("frames-*.jsonl"))
 
 
+FOLLOWS = """
+import sys, time
+from vdcore_bench.suites.gpu.child import die_with_parent
+die_with_parent(int(sys.argv[1]))
+time.sleep(1)
+print("alive")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="parents")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_part_whose_suite_was_killed_during_its_imports_ends(killed):
+    """It has another parent then, which lives on."""
+    parent = os.getppid() if killed else os.getpid()
+    done = subprocess.run([sys.executable, "-c", FOLLOWS, str(parent)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == ((1, "") if killed else (0, "alive\n")), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="parents")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_part_is_told_who_started_it(killed, tmp_path, monkeypatch):
+    if killed:
+        monkeypatch.setattr(os, "getpid", os.getppid)
+    started = conducting.Child.start(Given("ceilings", tmp_path, until=0.0, dry=True))
+    assert started.process.wait(120) == int(killed)
+    assert bool(started.rows()) != killed
+
+
 @pytest.mark.slow
 def test_a_part_whose_time_is_over_is_a_row_beside_its_rows(played, monkeypatch):
     monkeypatch.setattr(child.Given, "patience", 99.0)

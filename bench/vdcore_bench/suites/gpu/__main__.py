@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     inside.add_argument("--until", type=float, default=math.inf)
     inside.add_argument("--patience", type=float, default=90.0)
     inside.add_argument("--arch", default="sm_90")
+    inside.add_argument("--parent", type=int, default=os.getppid(), help="process that it ends with")
     return parser
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         names = ("part", "out", "shard", "shards", "first", "until", "patience", "arch", "dry")
-        _child(Given(**{name: getattr(args, name) for name in names}))
+        _child(Given(**{name: getattr(args, name) for name in names}), args.parent)
     wanted = tuple(name for name in args.only.split(",") if name)
     if unknown := [name for name in wanted if name not in gpu.PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(gpu.PARTS)}")
@@ -95,8 +97,8 @@ def _suite(journal: Journal, options: Options, dry: bool) -> int:
     return 1 if troubles or wrong else 0
 
 
-def _child(given: Given) -> NoReturn:
-    die_with_parent()
+def _child(given: Given, parent: int) -> NoReturn:
+    die_with_parent(parent)
     if given.dry:
         from vdcore_bench import stub
 

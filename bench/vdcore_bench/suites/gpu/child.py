@@ -115,15 +115,20 @@ def lost(given: Given) -> bool:
     return False
 
 
-def die_with_parent() -> None:
-    """Nobody reads what the child of a killed process measures, and it would hold the GPU."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Nobody reads what the child of a killed process measures, and it would hold the GPU.
+
+    Args:
+        parent: who started the process; a kill during its imports has left it another one.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 

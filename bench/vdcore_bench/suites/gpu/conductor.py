@@ -46,7 +46,7 @@ class Child:
     def start(given: Given) -> Child:
         values = {f.name: getattr(given, f.name) for f in fields(given)}
         options = [f"--{name}={value}" for name, value in values.items() if not isinstance(value, bool)]
-        options += ["--dry"] if given.dry else []
+        options += [f"--parent={os.getpid()}", *(["--dry"] if given.dry else [])]
         # What shards do on the processor is the float64 oracle: 8 of them with all threads each would only wait.
         env = {**os.environ, "TRITON_INTERPRET": "0"}
         if given.shards > 1 or given.dry:
