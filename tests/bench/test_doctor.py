@@ -184,6 +184,29 @@ def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch,
     assert "--arch: sm_1: not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize("value", ["", ",", " , "])
+def test_an_arch_that_names_nothing_is_refused(value, more, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--compile", *more, "--arch", "sm_90", "--arch", value])
+    assert f"--arch: expected architectures such as sm_90 or sm_80,gfx942, got {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["gfx000", "gfx9", "gfx12345", "gfx"])
+def test_amd_s_names_that_llvm_does_not_know_are_refused_by_name(arch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--compile", "--arch", f"sm_90,{arch}"])
+    assert f"--arch: expected an AMD GPU that LLVM knows, such as gfx942, got '{arch}'" in capsys.readouterr().err
+    assert doctor.AMD.fullmatch("gfx942") and doctor.AMD.fullmatch("gfx90a") and doctor.AMD.fullmatch("gfx1201")
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_an_arch_without_compile_is_refused(more, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--arch", "sm_90", *more])
+    assert "--arch is of --compile, got --arch sm_90 without it" in capsys.readouterr().err
+
+
 def test_machine_code_is_one_json_array(monkeypatch, capsys):
     def report(archs):
         print("1 of 1", file=sys.stderr)

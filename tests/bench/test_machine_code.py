@@ -49,6 +49,13 @@ def test_the_order_and_widths_of_loads_are_read():
         ("sm_90", 32, 4, 110_000, 2),  # shared memory
         ("sm_90", 24, 4, 0, 16),  # warps
         ("sm_89", 24, 4, 0, 12),
+        ("sm_89", 24, 1, 0, 24),
+        ("sm_86", 24, 1, 0, 16),
+        ("sm_87", 24, 1, 0, 16),
+        ("sm_87", 24, 4, 0, 12),
+        ("sm_87", 24, 4, 80_000, 2),
+        ("sm_101", 24, 1, 0, 24),
+        ("sm_103", 24, 1, 0, 32),
         ("sm_120", 24, 8, 101_376, 1),
         ("sm_90", 24, 1, 0, 32),
         ("sm_80", 255, 8, 0, 1),
@@ -92,7 +99,7 @@ def test_the_benchmarks_and_masks_are_all_there():
     assert {"plain", "norm+rope", "causal", "window", "chunks"} <= {variant for _, _, variant in found}
 
 
-@pytest.mark.parametrize("arch", ["sm_9000", "sm_42", "sm_75", "sm_9", "gfx942", "hopper"])
+@pytest.mark.parametrize("arch", ["sm_9000", "sm_42", "sm_75", "sm_9", "sm_99", "gfx942", "hopper"])
 def test_unknown_architectures_are_errors(arch):
     with pytest.raises(ValueError, match=f"from sm_80 on, such as sm_80, .* got '{arch}'"):
         machine_code.report([arch])

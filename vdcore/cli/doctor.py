@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ ALLOCATOR_ADVICE = (
     "glibc gives every tensor over 32 MB fresh pages, and page faults then take longer than a memory-bound kernel: "
     f"start Python with {machine.ADVICE}, or preload tcmalloc or jemalloc"
 )
+# Names that LLVM knows, from gfx900 on.
+AMD = re.compile(r"gfx(90[024689ac]|942|950|101[0-3]|103[0-6]|110[0-3]|115[0-3]|120[01]|125[01])")
 
 
 def chosen() -> dict[str, dict[str, str]]:
@@ -194,12 +197,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--arch", action="append", default=[], help="of --compile, such as sm_90 or sm_80,gfx942")
     given = parser.parse_args(arguments)
+    if given.arch and not given.compile:
+        parser.error(f"--arch is of --compile, got --arch {given.arch[0]} without it")
     if not given.compile:
         found = facts()
         print(json.dumps(found, indent=1) if given.json else text(found))
         return 0
     try:
-        archs = [arch.strip() for value in given.arch for arch in value.split(",") if arch.strip()]
+        archs = [arch for value in given.arch for arch in _archs(value)]
         records = _machine_code(archs) if given.json else _compiled(archs)
     except ValueError as error:
         parser.error(f"--arch: {error}")
@@ -214,6 +219,16 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if any(record["bound_by"].startswith("it fails") for record in records) else 0
     print(_records(records))
     return 1 if any(record["problem"] for record in records) else 0
+
+
+def _archs(value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"expected architectures such as sm_90 or sm_80,gfx942, got {value!r}")
+    for name in names:
+        if name.startswith("gfx") and not AMD.fullmatch(name):
+            raise ValueError(f"expected an AMD GPU that LLVM knows, such as gfx942, got {name!r}")
+    return names
 
 
 def _compiled(archs: Sequence[str]) -> list[dict[str, Any]]:

@@ -25,9 +25,11 @@ class Chip:
     most: int
 
 
+# By how names begin, the first that fits; from CUDA's cuda_occupancy.h and its table of compute capabilities.
 _LARGE, _SMALL = Chip(233_472, 64, 32, 232_448), Chip(102_400, 48, 24, 101_376)
-CHIPS = {"sm_80": Chip(167_936, 64, 32, 166_912), "sm_86": _SMALL, "sm_89": _SMALL, "sm_9": _LARGE, "sm_10": _LARGE}
-CHIPS |= {"sm_87": CHIPS["sm_80"], "sm_12": _SMALL}
+CHIPS = {"sm_80": Chip(167_936, 64, 32, 166_912), "sm_86": Chip(102_400, 48, 16, 101_376), "sm_89": _SMALL}
+CHIPS |= {"sm_87": Chip(167_936, 48, 16, 166_912), "sm_101": Chip(233_472, 48, 24, 232_448)}
+CHIPS |= {"sm_9": _LARGE, "sm_10": _LARGE, "sm_12": _SMALL}
 REGISTERS = 65_536  # of a multiprocessor; a warp takes them in steps of 256
 RESERVED = 1024  # bytes of shared memory of each program
 
@@ -40,7 +42,7 @@ COPY = 0.92  # of the bandwidth: what a copy of this kind reaches
 
 def known(arch: str) -> bool:
     """Whether it is one of :data:`CHIPS`."""
-    return re.fullmatch(r"sm_(8[0679]|9\d|10\d|12\d)", arch) is not None
+    return re.fullmatch(r"sm_(8[0679]|90|10[013]|12[01])", arch) is not None
 
 
 def chip_of(arch: str) -> Chip:
