@@ -91,6 +91,9 @@ def test_without_a_gpu_suites_that_have_no_rows_for_it_say_so_and_touch_nothing(
     said = invoke("bench", suite, "--device", "cuda", "--out", tmp_path / "out", code=1) + capfd.readouterr().err
     assert f"vdcore bench {suite}: cuda: no GPU is visible to torch" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+    said = invoke("masks", "--model", "vdit-full", "--device", "cuda", "--out", tmp_path / "out", code=1)
+    assert "vdcore masks: cuda: no GPU is visible to torch" in said + capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")

@@ -48,7 +48,7 @@ def masks(
     The model runs once, dense. Every head is recommended the cheapest mask that keeps enough of its softmax.
     """
     from vdcore.integrations.mask_names import FORMS, parse_mask
-    from vdcore_bench.suites import kept
+    from vdcore_bench.suites import Options, kept, no_gpu
 
     names = options.split(mask)
     for name in names:
@@ -62,6 +62,9 @@ def masks(
     numbers = options.split(call)
     if not all(n.isdecimal() for n in numbers):
         raise typer.BadParameter(f"{', '.join(numbers)}: not numbers such as 0,3", param_hint="--call")
+    if reason := no_gpu(Options(device=device)):
+        print(f"vdcore masks: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
     options.prepare(device, threads)
     with plain_errors():
         title, subject, run, count = _subject(model, levels, clips, device)
