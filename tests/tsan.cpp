@@ -207,7 +207,7 @@ std::vector<char> tile_attention(DType dtype, bool lists, int threads) {
   x.reserve(18);
   for (int part = 0; part < (owned.plan.text ? 2 : 1); ++part) {
     const std::vector<int64_t> tokens = {B, part ? 1 : T, part ? owned.plan.text : S, H, D};
-    FrameSegment& s = a.segment[part];
+    cpu::FrameSegment& s = a.segment[part];
     for (TensorView* view : {&s.q, &s.k, &s.v, &s.dout}) *view = x.emplace_back(dtype, tokens, x.size() + 1).view;
     for (TensorView* view : {&s.out, &s.dq, &s.dk, &s.dv}) *view = x.emplace_back(dtype, tokens).view;
     s.lse = x.emplace_back(DType::f32, std::vector<int64_t>{B, tokens[1], tokens[2], H}).view;
