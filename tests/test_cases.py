@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import DTYPES, FAST, backends_of, check, dtypes_of, run_python, skip_unless_runs, tier_of
 
-from vdcore.testing import CASES
+from vdcore.testing import CASES, of_leaves
 
 
 def dtypes_for(case, backend, number):
@@ -56,3 +56,15 @@ print("ran on", native().cpu_isa())
     if said.startswith("skip"):
         pytest.skip(said)
     assert said == f"ran on {isa}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leaves_of_every_case_can_be_others(case):
+    """What tangents and the sanitizers' run do, whatever values the arguments are of."""
+    inputs = case.inputs(torch.float32)
+    taken = []
+    call = of_leaves(inputs, lambda **args: taken.append(args) or torch.zeros(1))
+    call(*inputs.leaves.values())
+    assert taken[0].keys() == inputs.args.keys()
+    masks = ("mask", "tiles")
+    assert all(str(taken[0][name]) == str(inputs.args[name]) for name in masks if name in inputs.args)
