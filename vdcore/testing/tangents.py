@@ -34,8 +34,7 @@ def _replaced(x: Any, instead: dict[int, Tensor]) -> Any:
     if isinstance(x, dict):
         return {key: _replaced(value, instead) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        found = [_replaced(y, instead) for y in x]
-        return type(x)(*found) if hasattr(x, "_fields") else type(x)(found)
+        return type(x)(_replaced(y, instead) for y in x)
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         given = (field.name for field in dataclasses.fields(x) if field.init)
         return dataclasses.replace(x, **{name: _replaced(getattr(x, name), instead) for name in given})
