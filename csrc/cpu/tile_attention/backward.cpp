@@ -6,9 +6,11 @@ namespace {
 
 class VectorProducts {
  public:
+  static constexpr int64_t kTile = kOtherTile / 2;
+
   VectorProducts(BackwardState& state, Arena& arena) : s(state) {
     for (float** x : {&own[0], &own[1]}) *x = arena.floats(kBoxTokens * s.row);
-    for (Tile* x : {&other[0], &other[1]}) *x = {arena.floats(kOtherTile * s.row), s.row};
+    for (Tile* x : {&other[0], &other[1]}) *x = {arena.floats(kTile * s.row), s.row};
   }
 
   static VDCORE_INLINE float factor() { return 1; }
@@ -79,7 +81,7 @@ class VectorProducts {
  private:
   BackwardState& s;
   float* own[2];  // per unit (row, lanes): q and dout, or k and v, transposed
-  Tile other[2];  // (kOtherTile, row): k and v, or q and dout
+  Tile other[2];  // (kTile, row): k and v, or q and dout
   StrangeRows strange[2];
 };
 

@@ -140,7 +140,7 @@ class Backward {
   void start(int64_t gradients) {
     products.start(gradients);
     memset(row_sum, 0, slots->units * slots->lanes * sizeof(float));
-    tile->count = tile->tokens = 0;
+    tile->start(Products::kTile);
   }
 
   void load_queries(const FrameSegment& segment, const Box& box) {

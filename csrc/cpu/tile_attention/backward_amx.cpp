@@ -15,12 +15,14 @@ namespace {
 
 class MatrixProducts {
  public:
+  static constexpr int64_t kTile = kOtherTile;
+
   MatrixProducts(BackwardState& state, Arena& arena) : s(state), terms(whole_terms(state.D)) {
     for (uint16_t** x : {&own[0], &own[1]}) *x = halves(arena, kBoxTokens * terms);
     lanes_of = {halves(arena, kMostLanes * terms), terms};
-    for (Rows* x : {&other[0], &other[1], &stage}) *x = {halves(arena, kOtherTile * terms), terms};
-    for (Rows* x : {&transposed[0], &transposed[1]}) *x = {halves(arena, s.row * kOtherTile), kOtherTile};
-    pairs = halves(arena, kOtherTile * kMostLanes);
+    for (Rows* x : {&other[0], &other[1], &stage}) *x = {halves(arena, kTile * terms), terms};
+    for (Rows* x : {&transposed[0], &transposed[1]}) *x = {halves(arena, s.row * kTile), kTile};
+    pairs = halves(arena, kTile * kMostLanes);
     for (float** x : {&results[0], &results[1]}) *x = arena.floats(kBoxTokens * s.row);
   }
 
@@ -105,9 +107,9 @@ class MatrixProducts {
   TileScope registers;
   uint16_t* own[2];      // per unit pairs (terms, lanes): q and dout, or k and v
   Rows lanes_of;         // (kMostLanes, terms)
-  Rows other[2], stage;  // (kOtherTile, terms): k and v, or q and dout
-  Rows transposed[2];    // (row, kOtherTile)
-  uint16_t* pairs;       // (kOtherTile, lanes), of weights
+  Rows other[2], stage;  // (kTile, terms): k and v, or q and dout
+  Rows transposed[2];    // (row, kTile)
+  uint16_t* pairs;       // (kTile, lanes), of weights
   float* results[2];     // per unit (row, lanes)
   StrangeRows strange[2];
   Steps steps;

@@ -6,12 +6,13 @@ namespace {
 
 class VectorProducts {
  public:
+  static constexpr int64_t kTile = kOtherTile / 2;
   static constexpr bool kCenters = true;
 
   VectorProducts(ForwardState& state, Arena& arena) : s(state) {
     queries = arena.floats(kBoxTokens * s.row);
-    for (Tile* x : {&k, &v}) *x = {arena.floats(kOtherTile * s.row), s.row};
-    scores = arena.floats(kOtherTile * kMostLanes);
+    for (Tile* x : {&k, &v}) *x = {arena.floats(kTile * s.row), s.row};
+    scores = arena.floats(kTile * kMostLanes);
   }
 
   void load_queries() const {
@@ -69,8 +70,8 @@ class VectorProducts {
  private:
   ForwardState& s;
   float* queries;  // per unit (row, lanes): transposed, times scale and log2(e)
-  Tile k, v;       // (kOtherTile, row)
-  float* scores;   // (kOtherTile, lanes)
+  Tile k, v;       // (kTile, row)
+  float* scores;   // (kTile, lanes)
   StrangeRows strange;
 
   // Scores of one vector of a unit become exp2(score - maximum), in place; hidden ones exactly 0.

@@ -44,7 +44,7 @@ struct ForwardState {
 
 // A Products has
 //   Products(ForwardState&, arena)
-//   kCenters: whether gather() subtracts the center from values
+//   kTile: tokens of the other side that it takes at once; kCenters: whether gather() subtracts the center from values
 //   load_queries(), gather(): what the tile holds, attend(unit), whose view has been found; finish(): out is complete
 template <typename Products>
 class Forward {
@@ -67,7 +67,7 @@ class Forward {
       store(s.sum + i, vf{});
     }
     memset(s.out.data, 0, s.all_slots() * s.row * sizeof(float));
-    s.tile->count = s.tile->tokens = 0;
+    s.tile->start(Products::kTile);
     const auto flush = [&] {
       products.gather();
       for (int64_t u = 0; u < s.slots->units; ++u) {

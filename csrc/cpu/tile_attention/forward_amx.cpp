@@ -15,15 +15,16 @@ namespace {
 
 class MatrixProducts {
  public:
+  static constexpr int64_t kTile = kOtherTile;
   static constexpr bool kCenters = false;
 
   MatrixProducts(ForwardState& state, Arena& arena) : s(state), terms(whole_terms(state.D)) {
     queries = halves(arena, kBoxTokens * terms);
     lanes_of = {halves(arena, kMostLanes * terms), terms};
-    for (Rows* x : {&k, &stage}) *x = {halves(arena, kOtherTile * terms), terms};
-    v = {halves(arena, s.row * kOtherTile), kOtherTile};
-    scores = arena.floats(kOtherTile * kMostLanes);
-    weights = halves(arena, kOtherTile * kMostLanes);
+    for (Rows* x : {&k, &stage}) *x = {halves(arena, kTile * terms), terms};
+    v = {halves(arena, s.row * kTile), kTile};
+    scores = arena.floats(kTile * kMostLanes);
+    weights = halves(arena, kTile * kMostLanes);
     results = arena.floats(kBoxTokens * s.row);
   }
 
@@ -85,10 +86,10 @@ class MatrixProducts {
   TileScope registers;
   uint16_t* queries;  // per unit pairs (terms, lanes)
   Rows lanes_of;      // (kMostLanes, terms)
-  Rows k, stage;      // (kOtherTile, terms)
-  Rows v;             // (row, kOtherTile)
-  float* scores;      // (kOtherTile, lanes)
-  uint16_t* weights;  // pairs (kOtherTile, lanes)
+  Rows k, stage;      // (kTile, terms)
+  Rows v;             // (row, kTile)
+  float* scores;      // (kTile, lanes)
+  uint16_t* weights;  // pairs (kTile, lanes)
   float* results;     // per unit (row, lanes)
   StrangeRows strange;
   Steps steps;
