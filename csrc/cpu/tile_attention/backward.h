@@ -6,13 +6,12 @@
 // with its own side in the lanes and the other one streaming by. So memory does not grow with tokens, and the bits do
 // not depend on threads. The first pass knows what a row of dS adds up to, dlse but for rounding, and so how much delta
 // errs (see frame_attention/backward.h): it takes that out of dQ, and leaves a better delta to the second.
-#include "common/threads.h"
 //
 // `Products` is how a unit meets a tile: in vectors, or in pairs of bfloat16.
 #pragma once
 
 #include "common/threads.h"
-#include "cpu/tile_attention/boxes.h"
+#include "cpu/tile_attention/strange.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

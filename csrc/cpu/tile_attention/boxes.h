@@ -1,28 +1,18 @@
 // Boxes of tokens of one side, and what they see of the other: the walk that forward and backward share.
 //
-// A box is what one gathering of the other side serves; its units are what that is computed for: up to three vectors of
-// tokens, a few rows of a few columns of a few frames, so that the windows of a unit's tokens overlap well: those of
-// the same place in frames that follow one another overlap best. The other side comes in segments, tokens that follow
-// one another in memory, which fill tiles one after another.
+// The other side comes in segments, tokens that follow one another in memory, which fill tiles one after another.
 #pragma once
 
 #include "cpu/core/arena.h"
-#include "cpu/core/softmax.h"
 #include "cpu/frame_attention/tiles.h"
-#include "cpu/tile_attention/tile_attention.h"
+#include "cpu/tile_attention/shapes.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 
-enum Side : int { kQueries = 0, kKeys = 1 };
-
-constexpr int64_t kMostLanes = 3 * W;                          // of a unit
-constexpr int64_t kBoxTokens = 384 / kMostLanes * kMostLanes;  // shares one gathering of the other side
-constexpr int64_t kMostUnits = kBoxTokens / W;
 // The most. A unit's sums are loaded, scaled and stored once a tile, and it sees less than half of one that its box
-// gathers: 256 tokens against 128, windows of 6 to 77 %, took 0.89 to 1.01 of the time forward and 0.91 to 1.01 backward
-// in pairs of bfloat16, but 0.96 to 1.01 in float32, where sums of 128 err by less.
+// gathers: 256 tokens against 128, windows of 6 to 77 %, took 0.89 to 1.01 of the time forward and 0.91 to 1.01
+// backward in pairs of bfloat16, but 0.96 to 1.01 in float32, where sums of 128 err by less.
 constexpr int64_t kOtherTile = 256;
-constexpr int64_t kMostFrames = 8;  // of a box
 
 // Tokens that all see each other's tile, or a rectangle of frames [f0, f1), or a piece of the text.
 struct Box {
@@ -33,14 +23,6 @@ struct Box {
   int64_t f0, f1;
   int32_t y0, y1, x0, x1;
   int64_t begin, end;  // text: tokens; of lists: tokens of the tile
-};
-
-// How frames of a box see one frame of the other side: steps of the tables of rows and columns, -1 for one that does
-// not.
-struct Seen {
-  int16_t row[kMostFrames], column[kMostFrames];
-
-  VDCORE_INLINE bool operator==(const Seen& other) const { return !memcmp(this, &other, sizeof other); }
 };
 
 // A segment of the other side: `row`: one row's columns from `first` on; kBand: whole rows, `first` counts tokens of
@@ -83,11 +65,6 @@ struct Slots {
   }
 };
 
-// Sizes of boxes and units of one side of a group.
-struct Shape {
-  int32_t frames, unit_rows, unit_columns, box_rows, box_columns;
-};
-
 // What a unit sees of a tile: runs of the tile's tokens that somebody sees, and of these the parts that not all see.
 struct UnitView {
   struct Edge {
@@ -110,148 +87,6 @@ struct UnitView {
       parts[part_count++] = {static_cast<int32_t>(begin), static_cast<int32_t>(end), edge};
   }
 };
-
-// ---- What frames see ---------------------------------------------------------------------------------------------
-
-// Calls body(other frame, seen) for the frames of the other side below `limit` that some of frames [first, end) see, in
-// order; end - first is at most kMostFrames.
-template <typename Body>
-VDCORE_INLINE void for_seen_frames(const GridWindows& w, int64_t first, int64_t end, int64_t limit, const Body& body) {
-  const int64_t frames = end - first;
-  int64_t next[kMostFrames];
-  for (int64_t i = 0; i < frames; ++i) next[i] = w.first[first + i];
-  for (;;) {
-    int64_t frame = limit;
-    for (int64_t i = 0; i < frames; ++i)
-      if (next[i] < w.first[first + i + 1]) frame = smaller(frame, w.windows[next[i]].frame);
-    if (frame >= limit) return;
-    Seen seen;
-    memset(&seen, -1, sizeof seen);
-    for (int64_t i = 0; i < frames; ++i) {
-      if (next[i] == w.first[first + i + 1] || w.windows[next[i]].frame != frame) continue;
-      seen.row[i] = w.windows[next[i]].row_step;
-      seen.column[i] = w.windows[next[i]++].column_step;
-    }
-    body(frame, seen);
-  }
-}
-
-// Of an axis's places, which tokens from one place to another, of so many frames, see: somebody, and everybody.
-VDCORE_INLINE void seen_places(const int32_t* begin, const int32_t* end, int64_t size, const int16_t* steps,
-                               int64_t frames, int64_t from, int64_t last, Run& some, Run& all) {
-  some = {size, 0};
-  all = {0, size};
-  for (int64_t i = 0; i < frames; ++i) {
-    if (steps[i] < 0) {
-      all.end = 0;
-      continue;
-    }
-    const int64_t at = steps[i] * size;
-    some = {smaller(some.begin, begin[at + from]), larger(some.end, end[at + last])};
-    all = {larger(all.begin, begin[at + last]), smaller(all.end, end[at + from])};
-  }
-}
-
-VDCORE_INLINE void seen_rows(const TilePlan& plan, const GridWindows& w, const Seen& seen, int64_t frames, int64_t from,
-                             int64_t last, Run& some, Run& all) {
-  seen_places(w.row_begin, w.row_end, plan.rows, seen.row, frames, from, last, some, all);
-}
-
-VDCORE_INLINE void seen_columns(const TilePlan& plan, const GridWindows& w, const Seen& seen, int64_t frames,
-                                int64_t from, int64_t last, Run& some, Run& all) {
-  seen_places(w.column_begin, w.column_end, plan.columns, seen.column, frames, from, last, some, all);
-}
-
-// ---- Shapes ------------------------------------------------------------------------------------------------------
-
-// What so many frames about the middle see: a few of the other side's frames stand for all of them.
-class SeenSamples {
- public:
-  SeenSamples(const TilePlan& plan, const GridWindows& windows, int64_t of, int64_t frames)
-      : plan_(plan), windows_(windows) {
-    const int64_t first = of / 2 / frames * frames, end = smaller(first + frames, of);
-    frames_ = end - first;
-    int64_t all = 0, index = 0;
-    for_seen_frames(windows, first, end, INT64_MAX, [&](int64_t, const Seen&) { ++all; });
-    const int64_t step = (all + kMost - 1) / kMost;
-    for_seen_frames(windows, first, end, INT64_MAX, [&](int64_t, const Seen& seen) {
-      if (index++ % step) return;
-      if (!count_ || !(seen_[count_ - 1] == seen)) {
-        weights_[count_] = 0;
-        seen_[count_++] = seen;
-      }
-      weights_[count_ - 1] += static_cast<double>(step);
-    });
-  }
-
-  // Tokens of the other side that blocks of so many rows and columns see, all together, for each frame of a block.
-  double tokens(int64_t height, int64_t width) const {
-    double total = 0;
-    Run some, all;
-    for (int64_t i = 0; i < count_; ++i) {
-      int64_t rows = 0, columns = 0;
-      for (int64_t y = 0; y < plan_.rows; y += height) {
-        seen_rows(plan_, windows_, seen_[i], frames_, y, smaller(y + height, plan_.rows) - 1, some, all);
-        rows += some.size();
-      }
-      for (int64_t x = 0; x < plan_.columns; x += width) {
-        seen_columns(plan_, windows_, seen_[i], frames_, x, smaller(x + width, plan_.columns) - 1, some, all);
-        columns += some.size();
-      }
-      total += weights_[i] * static_cast<double>(rows) * static_cast<double>(columns);
-    }
-    return total / static_cast<double>(frames_);
-  }
-
- private:
-  static constexpr int64_t kMost = 16;
-  const TilePlan& plan_;
-  const GridWindows& windows_;
-  int64_t frames_ = 0, count_ = 0;
-  Seen seen_[kMost];
-  double weights_[kMost];
-};
-
-// The least work: tokens of the other side that units of this shape see, times the vectors they are computed in. A
-// product of units of one or two vectors loads more operands, 17 for 16 multiplications of vectors and 14 for 24, where
-// one of three loads 11 for 24. Measured with AVX-512 at 64 channels, float32 and bfloat16, ten shapes on two masks:
-// time a pair of a unit's own, over that of units of three vectors, 1.20 to 1.26 and 1.04 to 1.08.
-inline Shape best_shape(const TilePlan& plan, const GridWindows& windows, int64_t of) {
-  constexpr double kVectorCost[4] = {0, 1.23, 1.06, 1};
-  const int64_t rows = plan.rows, columns = plan.columns;
-  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
-  Shape best = {};
-  double least = -1;
-  for (int64_t frames = 1; frames <= kMostFrames && frames < 2 * of; frames *= 2) {
-    const SeenSamples seen(plan, windows, of, frames);
-    for (int64_t n = 1; n <= 3; ++n) {
-      const int64_t places = n * W / frames;  // of a frame
-      for (int64_t height = 1; height <= smaller(rows, places); ++height) {
-        const int64_t width = smaller(places / height, columns), vectors = (frames * height * width + W - 1) / W;
-        if (height > 4 && places % height && height != rows) continue;
-        const double here = seen.tokens(height, width) * static_cast<double>(vectors) * kVectorCost[vectors];
-        if (least >= 0 && here >= least * 0.999) continue;
-        least = here;
-        best = {narrow(frames), narrow(height), narrow(width), 0, 0};
-      }
-    }
-  }
-  const SeenSamples seen(plan, windows, of, best.frames);
-  const int64_t units = kBoxTokens / round_up(int64_t{best.frames} * best.unit_rows * best.unit_columns);
-  least = -1;
-  for (int64_t down = 1; down <= units; ++down) {
-    const int64_t height = smaller(down * best.unit_rows, rows),
-                  width = smaller(units / down * best.unit_columns, columns);
-    const double here = seen.tokens(height, width);
-    if (least < 0 || here < least * 0.999) {
-      least = here;
-      best.box_rows = narrow(height);
-      best.box_columns = narrow(width);
-    }
-    if (height == rows) break;
-  }
-  return best;
-}
 
 // ---- Boxes of a call ---------------------------------------------------------------------------------------------
 
@@ -611,101 +446,5 @@ struct LaneMask {
     return (begin <= j) & (end > j);
   }
 };
-
-// ---- Values that are no numbers ----------------------------------------------------------------------------------
-
-// Rows that hold infinity or NaN are taken out of products, where 0 times them would reach tokens that do not see them,
-// and are added one by one to those that do.
-struct StrangeRows {
-  int32_t rows[kOtherTile];
-  int64_t count = 0;
-
-  void find(Tile tile, int64_t tokens) {
-    count = 0;
-    vf total = {};
-    for (int64_t j = 0; j < tokens; ++j) {
-      const float* at = tile.at(j, 0).data;
-      for (int64_t c = 0; c < tile.row; c += W) total += load(at + c) * 0.f;
-    }
-    float lanes[W];
-    store(lanes, total);
-    float sum = 0;
-    for (float x : lanes) sum += x;
-    if (sum == 0) return;
-    for (int64_t j = 0; j < tokens; ++j) {
-      const float* at = tile.at(j, 0).data;
-      bool strange = false;
-      for (int64_t c = 0; c < tile.row; ++c) strange |= !(at[c] * 0.f == 0.f);
-      if (strange) rows[count++] = static_cast<int32_t>(j);
-    }
-  }
-  void take_out(Tile tile) const {
-    for (int64_t i = 0; i < count; ++i) memset(tile.at(rows[i], 0).data, 0, tile.row * sizeof(float));
-  }
-};
-
-VDCORE_INLINE int32_t token_of(const OtherTile& tile, int64_t j, const Piece*& piece) {
-  int64_t i = 0;
-  while (i + 1 < tile.count && tile.pieces[i + 1].at <= j) ++i;
-  piece = &tile.pieces[i];
-  return static_cast<int32_t>(j - piece->at);
-}
-
-// Calls add(token of the tile, lane, channel, value) for the strange rows and those of a unit that see them.
-template <typename Add>
-inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& slots, int64_t u, const OtherTile& tile,
-                        const UnitView& view, const StrangeRows& strange, const FrameSegment* segments,
-                        TensorView FrameSegment::* of, int64_t head, Tile stage, const Add& add) {
-  for (int64_t s = 0; s < strange.count; ++s) {
-    const int64_t j = strange.rows[s];
-    bool seen = false, edge = false;
-    for (int64_t i = 0; i < view.part_count; ++i)
-      if (j >= view.parts[i].begin && j < view.parts[i].end) seen = true, edge = view.parts[i].piece;
-    if (!seen) continue;
-    const Piece* p;
-    const int64_t offset = token_of(tile, j, p);
-    gather_run(segments[p->of.tokens.text].*of, box.sample, head, piece(p->of.tokens, offset, 1), stage);
-    for (int64_t lane = 0; lane < slots.filled[u]; ++lane) {
-      if (edge) {
-        float sees[W];
-        const LaneMask mask(plan, box, side, slots, u, lane / W * W, *p);
-        store(sees, select(mask.sees(j), splat(1.f), vf{}));
-        if (sees[lane % W] == 0) continue;
-      }
-      for (int64_t c = 0; c < stage.row; ++c) add(j, lane, c, stage.data[c]);
-    }
-  }
-}
-
-// ---- Means -------------------------------------------------------------------------------------------------------
-
-// mean = of some of the rows that the whole box sees, evenly spread: what not everybody sees may be NaN. 0 where there
-// are none. square: the mean of their squares, optional.
-inline void mean_of_common(const TilePlan& plan, const Box& box, Side side, int64_t list, const FrameSegment* segments,
-                           TensorView FrameSegment::* of, int64_t head, int64_t most, Tile stage, float* mean,
-                           float* square) {
-  const int64_t row = stage.row;
-  memset(mean, 0, row * sizeof(float));
-  if (square) memset(square, 0, row * sizeof(float));
-  int64_t seen = 0, count = 0, next = 0, before = 0;
-  for_segments(plan, box, side, list, true, [&](const Segment& s) { seen += s.tokens.size(); });
-  if (!seen) return;
-  const int64_t step = (seen + most - 1) / most;
-  for_segments(plan, box, side, list, true, [&](const Segment& s) {
-    for (; next < before + s.tokens.size(); next += step, ++count) {
-      gather_run(segments[s.tokens.text].*of, box.sample, head, piece(s.tokens, next - before, 1), stage);
-      for (int64_t c = 0; c < row; c += W) {
-        const vf x = load(stage.data + c);
-        store(mean + c, load(mean + c) + x);
-        if (square) store(square + c, load(square + c) + x * x);
-      }
-    }
-    before += s.tokens.size();
-  });
-  for (int64_t c = 0; c < row; c += W) {
-    store(mean + c, load(mean + c) / static_cast<float>(count));
-    if (square) store(square + c, load(square + c) / static_cast<float>(count));
-  }
-}
 
 }  // namespace vdcore::cpu::VDCORE_ISA

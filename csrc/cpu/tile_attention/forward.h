@@ -9,7 +9,7 @@
 #pragma once
 
 #include "common/threads.h"
-#include "cpu/tile_attention/boxes.h"
+#include "cpu/tile_attention/strange.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/frame_attention/amx_rows.h"
-#include "cpu/tile_attention/boxes.h"
+#include "cpu/tile_attention/strange.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 
