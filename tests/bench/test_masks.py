@@ -1,5 +1,7 @@
 """The sweep over masks: all masks at every length, judged, and per visible pair in the table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from vdcore_bench.suites import masks
 @pytest.fixture
 def rows(tmp_path):
     journal = Journal(tmp_path / FILE)
-    masks.sweep(journal, Watch(), frames=(4, 6), tokens=(2, 2), rounds=3, flex=False)
+    small = replace(masks.EVERY, frames=(4, 6), tokens={"cpu": (2, 2)}, rounds=3)
+    masks.sweep(journal, Watch(), of=small, flex=False)
     journal.close()
     return parse((tmp_path / FILE).read_text())
 
@@ -27,7 +30,7 @@ def test_every_mask_at_every_length_by_both(rows):
 def test_flex_attention_beside_teacher_forcing(tmp_path):
     """On padded sequences: 28 tokens of 128."""
     journal = Journal(tmp_path / FILE)
-    masks.sweep(journal, Watch(), frames=(4,), tokens=(1, 7), rounds=3)
+    masks.sweep(journal, Watch(), of=replace(masks.EVERY, frames=(4,), tokens={"cpu": (1, 7)}, rounds=3))
     journal.close()
     (row,) = [row for row in parse((tmp_path / FILE).read_text()) if row.provider == "flex"]
     assert row.variant == "padded" and row.case.endswith(masks.FORCED) and row.error_ratio <= 1
@@ -53,7 +56,7 @@ def test_a_wrong_mask_is_noticed():
         past = None if mask is None or mask.past is None else mask.past + 1
         return ours(*args, mask=masks.FrameMask(past, 0), **kwargs)
 
-    workload = masks.load()[masks.WORKLOAD]
+    workload = masks.load()[masks.EVERY.workload]
     shape = masks.Shape(B=1, T=6, rows=2, columns=2, H=2, G=2, D=16)
     job = masks.make("video_attention", workload, mask=masks.SWEEP["window"], shape=shape)
     tensors = job.tensors()
@@ -61,3 +64,17 @@ def test_a_wrong_mask_is_noticed():
         right, other = (f(**job.arguments(tensors)) for f in (ours, wrong))
     good, bad = masks._judge(job, tensors, [right, other])
     assert good <= 1 < bad
+
+
+def test_lengths_are_drawn_where_radial_attention_has_four(tmp_path):
+    journal = Journal(tmp_path / FILE)
+    small = replace(masks.LONG, tokens={"cpu": (3, 5)}, rounds=3)
+    masks.sweep(journal, Watch(), of=small)
+    journal.close()
+    rows = parse((tmp_path / FILE).read_text())
+    ours = [row for row in rows if row.provider == "vdcore"]
+    assert {(row.case.removeprefix(MASKS), row.x) for row in ours} == {
+        (n, T) for n in small.names for T in small.frames
+    }
+    assert masks.picture(rows).startswith(b"\x89PNG")
+    assert masks.picture([row for row in rows if row.x < 64]) is None

@@ -8,7 +8,7 @@ from typing import Any
 from vdcore_bench.measure.journal import Row
 from vdcore_bench.report import curves, summary
 from vdcore_bench.report.plot import BEST, COPY, NAIVE, OURS, new_plot, png
-from vdcore_bench.suites import grid_masks, kept
+from vdcore_bench.suites import grid_masks, kept, masks
 
 COLORS = {"vdcore": OURS, "sdpa": BEST, "naive": NAIVE}
 Pictures = dict[str, tuple[str, bytes]]  # file stem -> title, PNG
@@ -29,6 +29,8 @@ def draw(rows: Sequence[Row]) -> Pictures:
             pictures[name] = (title, _bars(title, drawable))
     if races := grid_masks.races(rows):
         pictures["masks"] = ("Speed-up against density", grid_masks.picture(races))
+    if lengths := masks.picture(rows):
+        pictures["lengths"] = ("Time against frames under masks", lengths)
     for i, model in enumerate(kept.models(rows)):
         pictures["kept" + (f"_{i + 1}" if i else "")] = (f"What masks keep: {model.title}", kept.picture(model))
     points = [row for row in rows if row.p50 is not None]

@@ -21,7 +21,8 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
     for step in operators.FIRST:
         operators.run_step(step, options, journal, watch)
     if no_gpu(options) is None:
-        masks.sweep(journal, watch, options.device, rounds=masks.FEW_ROUNDS, until=options.until)
+        short = replace(masks.EVERY, rounds=masks.FEW_ROUNDS)
+        masks.sweep(journal, watch, options.device, of=short, until=options.until)
         overhead.run(options, journal, watch)
     until = min(options.until, time.monotonic() + PROFILE_SECONDS)
     memory.profile((memory.WORKLOAD,), options, journal, watch, time_limit=memory.SHORT, until=until)

@@ -26,6 +26,7 @@ from vdcore_bench.measure.machine import seconds_text
 from vdcore_bench.measure.timing import Contender, clock_for, race
 from vdcore_bench.peers import PEERS
 from vdcore_bench.peers.adapter import Function, masked
+from vdcore_bench.report.plot import BEST, COPY, NAIVE, OURS, new_plot, png
 from vdcore_bench.suites import Options, grid_masks, no_gpu
 from vdcore_bench.suites.memory import function_of
 from vdcore_bench.suites.operators import BOTH
@@ -34,10 +35,7 @@ from vdcore_bench.workloads import Shape, load
 
 TAKES = frozenset({"dtypes", "until"})
 why_not = no_gpu
-WORKLOAD = "latte-1-512"
-TOKENS = {"cpu": (16, 16), "cuda": (32, 32)}  # rows and columns of a frame
-FRAMES = (16, 32, 64, 128)
-ROUNDS, FEW_ROUNDS = 7, 3  # alone 50 s per dtype on 2 cores, in the default set 25
+FEW_ROUNDS = 3
 FORCED = "teacher forcing"
 SWEEP: dict[str, FrameMask | Callable[[int], FrameMask]] = {  # some by the number of frames
     "dense": FrameMask.full(),
@@ -49,9 +47,46 @@ SWEEP: dict[str, FrameMask | Callable[[int], FrameMask]] = {  # some by the numb
     FORCED: lambda T: FrameMask.teacher_forcing(T // 2, 4),
 }
 RADIAL = "radial"  # of the grid at hand, whose visible pairs grow as N log N in frames
-# Of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
-FLOPS = {"cpu": 4.5e10, "cuda": 2e14}
 SDPA_FLOPS = {"cpu": 3e10, "cuda": 2e14}  # of all pairs, hidden ones too: SDPA computes them
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Masks over numbers of frames, all in one race.
+
+    Args:
+        tokens: rows and columns of a frame, by the kind of device.
+        heads: on a CPU; on a GPU the workload's.
+        flops: of one call, on a CPU per thread; a mask that has more visible pairs is left out at that length.
+    """
+
+    workload: str
+    frames: tuple[int, ...]
+    tokens: dict[str, tuple[int, int]]
+    heads: int
+    names: tuple[str, ...]
+    flops: dict[str, float]
+    rounds: int
+
+
+EVERY = Sweep(  # alone 50 s per dtype on 2 cores, in the default set 25
+    workload="latte-1-512",
+    frames=(16, 32, 64, 128),
+    tokens={"cpu": (16, 16), "cuda": (32, 32)},
+    heads=2,
+    names=(*SWEEP, RADIAL),
+    flops={"cpu": 4.5e10, "cuda": 2e14},
+    rounds=7,
+)
+LONG = Sweep(  # the grid of a Wan-like clip, as long as radial attention is made for: 100 s per dtype on 2 cores
+    workload="ltx-2b-704p",
+    frames=(8, 16, 32, 64, 128),
+    tokens={"cpu": (22, 40), "cuda": (45, 80)},
+    heads=1,
+    names=("dense", "window", RADIAL),
+    flops={"cpu": 3e11, "cuda": 2e14},
+    rounds=5,
+)
 
 
 @dataclass
@@ -67,7 +102,8 @@ class _Entry:
 
 def run(options: Options, journal: Journal, watch: Watch) -> None:
     dtypes = [DTYPES[name] for name in options.dtypes or BOTH]
-    sweep(journal, watch, options.device, dtypes, until=options.until)
+    for one in (EVERY, LONG):
+        sweep(journal, watch, options.device, dtypes, one, until=options.until)
     grid_masks.sweep(journal, watch, options.device, dtypes, until=options.until)
 
 
@@ -76,10 +112,8 @@ def sweep(
     watch: Watch,
     device: str = "cpu",
     dtypes: Sequence[torch.dtype] = (torch.float32,),
+    of: Sweep = EVERY,
     *,
-    frames: Sequence[int] = FRAMES,
-    tokens: tuple[int, int] | None = None,
-    rounds: int = ROUNDS,
     until: float = math.inf,
     flex: bool = True,
 ) -> None:
@@ -89,59 +123,53 @@ def sweep(
         flex: teacher forcing by FlexAttention too, as models are trained with it: compiled, on padded sequences.
         until: of time.monotonic(); nothing begins after it, but the fewest rounds of a race.
     """
-    kind = torch.device(device).type
-    whole = load()[WORKLOAD].shape()
-    rows, columns = tokens or TOKENS[kind]
-    heads = 2 if kind == "cpu" else whole.H
-    shapes = [Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D) for T in frames]
     for dtype in dtypes:
         with watch.part("What a mask costs"):
             begin = len(journal.rows)
             try:
-                _sweep_one(journal, watch, device, dtype, shapes, rounds=rounds, until=until, flex=flex)
+                _sweep_one(journal, watch, device, dtype, of, until=until, flex=flex)
             finally:
                 watch.done(journal.rows[begin:])
 
 
+def _shapes(device: str, of: Sweep) -> list[Shape]:
+    kind, whole = torch.device(device).type, load()[of.workload].shape()
+    rows, columns = of.tokens[kind]
+    heads = of.heads if kind == "cpu" else whole.H
+    return [Shape(B=1, T=T, rows=rows, columns=columns, H=heads, G=heads, D=whole.D) for T in of.frames]
+
+
 def _sweep_one(
-    journal: Journal,
-    watch: Watch,
-    device: str,
-    dtype: torch.dtype,
-    shapes: Sequence[Shape],
-    *,
-    rounds: int,
-    until: float,
-    flex: bool,
+    journal: Journal, watch: Watch, device: str, dtype: torch.dtype, of: Sweep, *, until: float, flex: bool
 ) -> None:
     what, entries = f"masks, {DTYPE_NAMES[dtype]}", list[_Entry]()
-    for shape in shapes:
+    for shape in _shapes(device, of):
         if time.monotonic() > until:
-            row = blank(make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape))
+            row = blank(make("video_attention", load()[of.workload], dtype=dtype, device=device, shape=shape))
             row = replace(row, case=f"{MASKS}all", provider="all", status="skipped")
             journal.add([replace(row, reason=f"{LATE}: measure it with `vdcore bench masks`")])
             continue
         watch.doing(f"{what}: warming up {shape.T} frames")
-        entries += _entries(device, dtype, shape, flex)
-    watch.doing(f"{what}: {rounds} rounds of {len(entries)} calls")
+        entries += _entries(device, dtype, shape, of, flex)
+    watch.doing(f"{what}: {of.rounds} rounds of {len(entries)} calls")
     contenders = {f"{e.provider} {e.name} {e.job.shape.T}": e.contender for e in entries}
     try:
-        race(contenders, dict.fromkeys(contenders, rounds), clock_for(device), until)
+        race(contenders, dict.fromkeys(contenders, of.rounds), clock_for(device), until)
     finally:
         journal.add(_row(entry) for entry in entries if entry.contender.samples)
 
 
-def _entries(device: str, dtype: torch.dtype, shape: Shape, flex: bool) -> list[_Entry]:
+def _entries(device: str, dtype: torch.dtype, shape: Shape, of: Sweep, flex: bool) -> list[_Entry]:
     """Every mask on every provider that supports it, after warm-up, checked against the reference."""
     kind, entries, tensors = torch.device(device).type, list[_Entry](), Tensors()
     threads = torch.get_num_threads() if kind == "cpu" else 1
     windows = {RADIAL: GridMask.radial(shape.rows, shape.columns)}
-    for name in (*SWEEP, *windows):
+    for name in of.names:
         given = SWEEP.get(name, FrameMask.full())
         chosen: dict[str, Any] = {"mask": given if isinstance(given, FrameMask) else given(shape.T)}
         chosen["grid_mask"] = windows.get(name)
-        job = make("video_attention", load()[WORKLOAD], dtype=dtype, device=device, shape=shape, **chosen)
-        if job.forward_flops() > FLOPS[kind] * threads:
+        job = make("video_attention", load()[of.workload], dtype=dtype, device=device, shape=shape, **chosen)
+        if job.forward_flops() > of.flops[kind] * threads:
             continue
         tensors = tensors or job.tensors()
         calls = {"vdcore": _call(job, tensors, vdcore.video_attention)}
@@ -214,20 +242,24 @@ def _pair(row: Row) -> float:
     return row.p50 / (row.flops / (4 * row.shape["D"]))
 
 
-def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
-    """Cells as :data:`HEADER` names them, by a title: one table per dtype and device."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def _races(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in rows:
         if row.case.startswith(MASKS) and row.status == "ok" and row.p50:
-            groups.setdefault((row.dtype, row.device), []).append(row)
+            s = row.shape
+            title = f"{row.dtype}, {row.device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
+            found.setdefault(title, []).append(row)
+    return found
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[tuple[str, ...]]]:
+    """Cells as :data:`HEADER` names them, by a title: one table per race."""
     made = {}
-    for (dtype, device), group in groups.items():
+    for title, group in _races(rows).items():
         ours = [row for row in group if row.provider == "vdcore"]
         theirs = {(row.case, row.x): row for row in group if row.provider == "sdpa"}
         flex = [row for row in group if row.provider == "flex"]
         dense = max((row for row in ours if row.case == f"{MASKS}dense"), key=lambda row: row.x or 0, default=None)
-        s = ours[0].shape if ours else group[0].shape
-        title = f"{dtype}, {device}: {s['S']} tokens per frame, {s['H']} x {s['D']} channels"
         made[title] = [_cells(row, dense, theirs.get((row.case, row.x))) for row in ours]
         made[title] += [_cells(row, dense, None) for row in flex]
     return made
@@ -249,3 +281,54 @@ def _cells(row: Row, dense: Row | None, sdpa: Row | None) -> tuple[str, ...]:
         "-" if sdpa is None or not sdpa.p50 else f"{sdpa.p50 / row.p50:.1f}x",
         "-" if row.error_ratio is None else f"{row.error_ratio:.2f}",
     )
+
+
+# ---- The picture ----
+
+
+def picture(rows: Sequence[Row]) -> bytes | None:
+    """Time against frames of the races that have radial attention at four lengths or more; None: there is none."""
+    found = {title: _curves(race) for title, race in _races(rows).items()}
+    found = {title: curves for title, curves in found.items() if len(curves.get(RADIAL, ())) >= 4}
+    if not found:
+        return None
+    figure, axes = new_plot(5.2 * len(found), 4.6, columns=len(found))
+    for axis, (title, curves) in zip(axes[0], found.items()):
+        for name, color, marker in (("dense", NAIVE, "s"), ("window", BEST, "^"), (RADIAL, OURS, "o")):
+            points = curves.get(name, {})
+            if points:
+                axis.plot([*points], [row.p50 for row in points.values()], color=color, marker=marker, label=name)
+        _guides(axis, curves)
+        frames = [*curves[RADIAL]]
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(frames, [f"{x:g}" for x in frames])
+        axis.set_xlabel("frames")
+        axis.set_ylabel("seconds per call")
+        axis.set_title(title, fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7.5)
+    return png(figure)
+
+
+def _curves(race: Sequence[Row]) -> dict[str, dict[float, Row]]:
+    """Own rows by mask and number of frames."""
+    found: dict[str, dict[float, Row]] = {}
+    for row in sorted(race, key=lambda row: row.x or 0):
+        if row.provider == "vdcore" and row.x:
+            found.setdefault(row.case.removeprefix(MASKS), {})[row.x] = row
+    return found
+
+
+def _guides(axis: Any, curves: dict[str, dict[float, Row]]) -> None:
+    """From radial's first time on: in proportion to its visible pairs, and to T log T.
+
+    Windows end at whole tokens, 3 x 3 of them, so that pairs of small grids outgrow T log T.
+    """
+    points = curves[RADIAL]
+    frames, first = [*points], points[min(points)]
+    assert first.p50 and first.flops
+    pairs = [first.p50 * (row.flops or 0.0) / first.flops for row in points.values()]
+    logs = [first.p50 * T * math.log2(T) / (frames[0] * math.log2(frames[0])) for T in frames]
+    axis.plot(frames, pairs, color=OURS, linestyle=":", linewidth=1, label="radial's visible pairs")
+    axis.plot(frames, logs, color=COPY, linestyle="--", linewidth=1, label="T log T")
