@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,8 @@ class AsModule(nn.Module):
 @situation("torch.jit.trace", orders=("after",), out=False, costly=True)
 def jit_traced(model: Any, name: str) -> Call:
     model.requires_grad_(False)
+    # Sizes are constants of such a trace, which it warns of wherever host or swap compare them.
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
     return traced(lambda function, given: torch.jit.trace(AsModule(model, function), given, check_trace=False))(
         model, name
     )

@@ -460,10 +460,10 @@ def look_at_keys(mask: Tensor) -> Keys | str | None:
         if not bool((rows == rows[:, :1]).all()):
             return "the attention mask differs between heads"
         rows = rows[:, 0]
-    valid = rows if rows.dtype == torch.bool else rows == 0
+    valid, hides = _visible(rows)
     if bool(valid.all()):
         return None
-    if rows.dtype != torch.bool and not bool(_hides(rows, valid).all()):
+    if not bool(hides.all()):
         return "the attention mask weighs keys instead of hiding them"
     in_order = not bool((valid[:, 1:] & ~valid[:, :-1]).any())
     return Keys(valid.sum(-1), None if in_order else _order(valid))
@@ -476,19 +476,25 @@ def keys_unseen(mask: Tensor) -> Keys | str:
         return rows
     if rows.ndim == 3:
         return "the attention mask may differ between heads, which its values would tell"
-    if rows.dtype == torch.bool:
-        return Keys(rows.sum(-1), _order(rows))
-    valid = rows == 0
-    torch._assert_async(
-        _hides(rows, valid).all(),
-        "swap_in: an attention mask must be 0 or hide keys, some of them, where values are not known when it is traced",
-    )
+    valid, hides = _visible(rows)
+    if rows.dtype != torch.bool:
+        torch._assert_async(
+            hides.all(),
+            "swap_in: an attention mask must be 0 or hide keys, where values are not known when it is traced",
+        )
     return Keys(valid.sum(-1), _order(valid))
 
 
-def _hides(rows: Tensor, valid: Tensor) -> Tensor:
-    """Biases ``(B, n)`` hide what is not valid; all keys of a sample only if infinite: softmax drops a common bias."""
-    return (valid | (rows <= _HIDDEN)) & (valid.any(-1, keepdim=True) | torch.isinf(rows))
+def _visible(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What a mask ``(B, n)`` leaves visible, and where it does no more than to hide the others.
+
+    A sample's keys that all have one finite bias are all visible: softmax drops it.
+    """
+    if rows.dtype == torch.bool:
+        return rows, torch.ones_like(rows)
+    first = rows[:, :1]
+    valid = (rows == 0) | ((rows == first).all(-1, keepdim=True) & torch.isfinite(first))
+    return valid, (valid | (rows <= _HIDDEN)) & (valid.any(-1, keepdim=True) | torch.isinf(rows))
 
 
 def _order(valid: Tensor) -> Tensor:
