@@ -1,5 +1,5 @@
-// Runs the Hopper kernel of frame attention under the emulator in several orders, in blocks and clusters of two, on
-// tiles small enough for a test, and compares with plain sums. Exits with 0 where all is right, 1 for wrong numbers, 2
+// Runs the Hopper kernel of frame attention under the emulator in several orders, in blocks and clusters of two, with
+// and without a gate, on tiles small enough for a test, and compares with plain sums. Exits with 0 where all is right, 1 for wrong numbers, 2
 // for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as it is and with one
 // line of it wrong.
 #include <cmath>
@@ -79,6 +79,7 @@ int main() {
   p.channels = kChannels;
   p.exponent = 0.125f;
   using emulator::Order;
+  const uint16_t half = static_cast<uint16_t>(pack<bf16>(0.5f, 0)), one = static_cast<uint16_t>(pack<bf16>(1, 0));
   const Order orders[] = {Order::forward, Order::backward, Order::random, Order::random, Order::random, Order::random};
   uint64_t seed = 0;
   for (int i = 0; i < 12; ++i) {
@@ -86,13 +87,17 @@ int main() {
     p.cluster = p.tiles.side = 1 + i % 2;
     p.items = p.tiles.count() / p.cluster;
     p.blocks = p.cluster;  // which take one tile after the other, or one pair of tiles
-    alignas(16) static char out[2 * kAll * kRow];
-    std::fill(std::begin(out), std::end(out), 0);
-    p.out = out;
+    const bool gated = i % 4 == 1 || i % 4 == 2;  // a half of the result, and one of what was there: ones
+    alignas(16) static uint16_t out[kAll * kRow];
+    std::fill(std::begin(out), std::end(out), one);
+    p.out = reinterpret_cast<char*>(out);
+    p.gate = {};
+    if (gated) p.gate.data = reinterpret_cast<const char*>(&half);
     emulator::set_order(order, ++seed);
     emulator::expose_nothing();
     for (const auto* x : {&q, &k, &v}) emulator::expose(x->data() + kGap, x->data() + x->size());
-    emulator::expose(out, out + sizeof out);
+    emulator::expose(std::begin(out), std::end(out));
+    emulator::expose(&half, &half + 1);
     try {
       launch(where, frame_attention_sm90_fwd_kernel<Plan, bf16>, {p.blocks, Plan::kThreads, Plan::kShared, p.cluster},
              p);
@@ -102,7 +107,7 @@ int main() {
     }
     double worst = 0;
     for (int64_t i = 0; i < kAll * kRow; ++i) {
-      const double error = std::fabs(unpack<bf16>(reinterpret_cast<const uint16_t*>(out)[i]).lo - right[i]);
+      const double error = std::fabs(unpack<bf16>(out[i]).lo - (gated ? (right[i] + 1) / 2 : right[i]));
       worst = error <= worst ? worst : error;  // NaN too
     }
     if (!(worst < 0.03)) {

@@ -10,7 +10,8 @@ pytestmark = pytest.mark.compile(
 )
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("tests/emulator/emulator.cpp", "tests/emulator/emulator_sm90.cpp", "csrc/cuda/core/tensor_map.cu")
+SOURCES = [*sorted((ROOT / "tests" / "emulator").glob("*.cpp")), ROOT / "csrc/cuda/core/tensor_map.cu"]
+KERNEL = ("cuda/frame_attention/forward_sm90.cuh", "cuda/frame_attention/plan_sm90.cuh")
 FLAGS = ("-std=c++17", "-O1", "-DVDCORE_EMULATE", "-Wno-psabi")
 INCLUDE = ("-I", ROOT / "csrc", "-I", ROOT / "tests")
 
@@ -49,6 +50,16 @@ MISTAKES = {
     "both blocks of a cluster load the same half": ("half = cluster.rank; half", "half = 0; half"),
     "a descriptor that skips rows": ("(v + step * 16 * kRow", "(v + step * 8 * kRow"),
     "a window that begins a token late": ("c2(tile.start)", "c2(tile.start + 1)"),
+    "what the kernel writes is loaded as if nobody did": ("load_written<Vec4>(other)", "load_global<Vec4>(other)"),
+    "a stage is released before all lanes have read of it": (
+        "    sync_warp();\n    if (lane < cluster.size)",
+        "    if (lane < cluster.size)",
+    ),
+    "what runs on its own does not know of the mbarriers": ("    mbarrier_init_fence();\n", ""),
+    "the blocks of a cluster do not wait for one another's mbarriers": (
+        "  if (cluster.size > 1)\n    sync_cluster();\n  else\n    sync_block();\n",
+        "  sync_block();\n",
+    ),
     "the last columns are hidden, not the first": ("< Plan::kKeys - rows) s[i]", ">= rows) s[i]"),
 }
 
@@ -62,23 +73,23 @@ def run(*command):
 def emulator(tmp_path_factory):
     """The emulator's object files."""
     folder = tmp_path_factory.mktemp("emulator")
-    objects = [folder / f"{Path(name).stem}.o" for name in SOURCES]
+    objects = [folder / f"{name.stem}.o" for name in SOURCES]
     for name, target in zip(SOURCES, objects):
-        status, said = run("c++", *FLAGS, *INCLUDE, "-x", "c++", "-c", ROOT / name, "-o", target)
+        status, said = run("c++", *FLAGS, *INCLUDE, "-x", "c++", "-c", name, "-o", target)
         assert status == 0, said
     return objects
 
 
 def run_kernel(folder, emulator, replace=None):
-    """Exit status and output of hopper_kernel.cpp, with the first such line of the kernel replaced."""
-    kernel = "cuda/frame_attention/forward_sm90.cuh"
-    copy = folder / kernel
-    copy.parent.mkdir(parents=True)
-    text = (ROOT / "csrc" / kernel).read_text()
+    """Exit status and output of hopper_kernel.cpp, with the first such line of the kernel's headers replaced."""
+    texts = {name: (ROOT / "csrc" / name).read_text() for name in KERNEL}
     if replace is not None:
-        assert replace[0] in text
-        text = text.replace(*replace, 1)
-    copy.write_text(text)
+        changed = next(name for name, text in texts.items() if replace[0] in text)
+        texts[changed] = texts[changed].replace(*replace, 1)
+    for name, text in texts.items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
     source, program = ROOT / "tests" / "build" / "hopper_kernel.cpp", folder / "kernel"
     status, said = run("c++", *FLAGS, "-I", folder, *INCLUDE, source, *emulator, "-o", program)
     assert status == 0, said

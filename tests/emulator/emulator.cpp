@@ -5,35 +5,12 @@
 #include <deque>
 #include <memory>
 #include <stdexcept>
-#include <unordered_map>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "emulator/fibers.h"
+#include "emulator/memory.h"
 
 #if defined(__x86_64__)
-extern "C" void vdcore_switch_fiber(void** save, void* load);
-#endif
-
-namespace vdcore::cuda::emulator {
-namespace {
-
-constexpr int kLanes = 32;
-constexpr int kPatience = 8;          // passes without progress until a block is stuck
-constexpr size_t kStack = 256 << 10;  // of a fiber; pages that are never touched cost nothing
-
-// What a launch may ask for: sm_90's, the largest of any architecture. E7.
-constexpr int64_t kMostBlocks = 2147483647;
-constexpr int kMostThreads = 1024;
-constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096, kMostCluster = 8;
-
-// ---- Switching between fibers. ucontext makes a system call each time; a kernel switches a million times. ----
-
-#if defined(__x86_64__)
-struct Context {
-  void* stack_pointer = nullptr;
-};
 asm(R"(
 .text
 .type vdcore_switch_fiber, @function
@@ -55,25 +32,18 @@ vdcore_switch_fiber:
   ret
 .size vdcore_switch_fiber, . - vdcore_switch_fiber
 )");
-void switch_to(Context& from, Context& to) { vdcore_switch_fiber(&from.stack_pointer, to.stack_pointer); }
-void prepare(Context& context, char* stack, void (*entry)()) {
-  auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStack) & ~uintptr_t{15});
-  top[-1] = nullptr;  // entry() never returns
-  top[-2] = reinterpret_cast<void*>(entry);
-  for (int i = 3; i <= 8; ++i) top[-i] = nullptr;  // the six registers
-  context.stack_pointer = top - 8;
-}
-#else
-using Context = ucontext_t;
-void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
-void prepare(Context& context, char* stack, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStack;
-  context.uc_link = nullptr;
-  makecontext(&context, entry, 0);
-}
 #endif
+
+namespace vdcore::cuda::emulator {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kPatience = 8;  // passes without progress until a block is stuck
+
+// What a launch may ask for: sm_90's, the largest of any architecture. E7.
+constexpr int64_t kMostBlocks = 2147483647;
+constexpr int kMostThreads = 1024;
+constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096, kMostCluster = 8;
 
 struct AsyncCopy {
   void* shared;
@@ -95,27 +65,28 @@ struct Fiber {
 
 struct Warp {
   int arrived = 0;
-  uint32_t met = 0;  // collectives so far
   Complete complete = nullptr;
+  Site site;
   void* lanes[kLanes] = {};
 };
 
 struct Barrier {
   uint32_t arrived = 0, count = 0;
   std::vector<Fiber*> waiting;
-  uint8_t lanes[kMostThreads / kLanes] = {};  // of each warp
+  uint32_t lanes[kMostThreads / kLanes] = {};  // of each warp, those that have arrived
+  Site sites[kMostThreads / kLanes];           // and where
+  Gathered known;
 };
 
 struct Block {
   Barrier barriers[16];
-  uint32_t met = 0;  // barriers of several warps so far
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
-  std::vector<uint16_t> writers;  // of each byte of shared memory: thread + 1, until its fence
+  size_t bytes = 0;  // of shared memory
   std::unique_ptr<Extension> extension;
   uint32_t ended = 0;  // threads
 
-  bool holds(const void* p) const { return p >= shared && p < shared + writers.size(); }
+  bool holds(const void* p) const { return p >= shared && p < shared + bytes; }
 };
 
 struct Failure {};  // of what runs on its own, found while a thread waits for it
@@ -125,7 +96,10 @@ struct Cluster {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
+  Touched shared;  // memory of all blocks
+  Clocks clocks;
   std::vector<Fiber*> met;  // those that wait for all others
+  Gathered known;           // by them
   Context scheduler;
   Fiber* running = nullptr;
   bool polls = false;  // on behalf of a thread that waits: no fiber runs
@@ -138,20 +112,13 @@ struct Range {
   const char *begin, *end;
 };
 
-// Who wrote two bytes of global memory last in this launch; block + 1, 0: nobody. What has met since is ordered.
-struct Writer {
-  uint32_t block, thread, block_met, warp_met;
-};
-constexpr uintptr_t kPage = 4096;
-using Page = std::unique_ptr<Writer[]>;
-
 thread_local Cluster* cluster = nullptr;
 thread_local std::vector<std::unique_ptr<char[]>> stacks;
 thread_local std::vector<Range> exposed;
 thread_local Order order = Order::forward;
 thread_local uint64_t random_state = 1;
 thread_local int64_t edges = 0;
-thread_local std::unordered_map<uintptr_t, Page> written;
+thread_local Touched global;  // in this launch
 
 uint32_t random_below(size_t n) {
   random_state ^= random_state << 13;
@@ -229,8 +196,7 @@ bool run_some_warp() {
 }
 
 void begin(Block& block) {
-  std::memset(block.shared, 0xff, block.writers.size());  // NaN in every format
-  std::fill(block.writers.begin(), block.writers.end(), uint16_t{0});
+  std::memset(block.shared, 0xff, block.bytes);  // NaN in every format
   for (Barrier& barrier : block.barriers) barrier = Barrier{};
   block.extension.reset();
   block.ended = 0;
@@ -240,9 +206,12 @@ void begin(Block& block) {
 void run_cluster(uint32_t first) {
   cluster->position.block = first;
   cluster->position.rank = 0;
+  cluster->clocks.begin(first / static_cast<uint32_t>(cluster->blocks.size()),
+                        static_cast<uint32_t>(cluster->fibers.size()));
+  cluster->shared.clear();
   for (Block& block : cluster->blocks) begin(block);
   for (Warp& warp : cluster->warps) warp.arrived = 0;
-  cluster->met.clear();
+  cluster->met.clear(), cluster->known = {};
   for (Fiber& fiber : cluster->fibers) {
     fiber.state = Fiber::ready;
     fiber.open.clear();
@@ -290,7 +259,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
   most("bytes of parameters", parameter_bytes, kMostParameters);
   most("blocks a cluster", static_cast<size_t>(cluster_blocks), kMostCluster);
   if (blocks % cluster_blocks) throw std::runtime_error("a launch of blocks that are no whole clusters");
-  written.clear();
+  global.clear();
   Cluster running;
   running.fibers.resize(cluster_blocks * threads);
   running.warps.resize((running.fibers.size() + kLanes - 1) / kLanes);
@@ -299,7 +268,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const std::function<v
     block.memory.reset(new char[shared_bytes + 1024]);
     const auto start = (reinterpret_cast<uintptr_t>(block.memory.get()) + 1023) & ~uintptr_t{1023};
     block.shared = reinterpret_cast<char*>(start);
-    block.writers.resize(shared_bytes);
+    block.bytes = shared_bytes;
   }
   running.kernel = &kernel;
   running.position.threads = static_cast<uint32_t>(threads);
@@ -335,9 +304,10 @@ void fail(const std::string& what) {
   __builtin_unreachable();
 }
 
-void check_access(const void* p, size_t bytes) {
+void check_access(const void* p, size_t bytes, size_t alignment) {
   const char* begin = static_cast<const char*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+  if (reinterpret_cast<uintptr_t>(p) % alignment)
+    fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
   if (here().holds(begin) && here().holds(begin + bytes - 1)) return;
   if (exposed.empty()) return;
   for (const Range& range : exposed)
@@ -345,112 +315,90 @@ void check_access(const void* p, size_t bytes) {
   fail("an access of " + std::to_string(bytes) + " bytes lies outside of every tensor of the call");
 }
 
+Clocks& clocks() { return cluster->clocks; }
+uint32_t agent() { return cluster->position.rank * cluster->position.threads + cluster->position.thread; }
+const char* stack_end() { return stacks[cluster->running->index].get() + kStack; }
+
 namespace {
 
-bool is_shared(const void* p) { return here().holds(p); }
-
-Writer* writer_of(uintptr_t address, bool make) {
-  auto found = written.find(address / kPage);
-  if (found == written.end()) {
-    if (!make) return nullptr;
-    found = written.emplace(address / kPage, Page(new Writer[kPage / 2]())).first;
-  }
-  return &found->second[address % kPage / 2];
+void touch(const void* p, size_t bytes, Touch::Kind kind) {
+  const bool shared = here().holds(p);
+  if (shared && kind == Touch::reads_constant) fail("a load by ld.global.nc of shared memory");
+  (shared ? cluster->shared : global)
+      .touch(p, bytes, {kind, clocks().now(agent()), {&clocks(), agent(), 1, nullptr}, false});
 }
 
 }  // namespace
 
-void stored(const void* p, size_t bytes) {
-  const Position& at_now = cluster->position;
-  Block& block = here();
-  if (is_shared(p)) {
-    const size_t first = static_cast<const char*>(p) - block.shared;
-    std::fill_n(block.writers.begin() + first, bytes, static_cast<uint16_t>(at_now.thread + 1));
-    return;
-  }
-  const Writer mine{at_now.block + 1, at_now.thread, block.met, cluster->warps[cluster->running->index / kLanes].met};
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  for (uintptr_t at = address; at < address + bytes; at += 2) {
-    Writer& last = *writer_of(at, true);
-    if (last.block && last.block != mine.block) fail("two blocks write one address");
-    const bool same_warp = last.thread / kLanes == mine.thread / kLanes;
-    const bool ordered = last.block_met != mine.block_met || (same_warp && last.warp_met != mine.warp_met);
-    if (last.block && last.thread != mine.thread && !ordered)
-      fail("two threads write one address, and nothing orders them");
-    last = mine;
-  }
-}
-
+void stored(const void* p, size_t bytes) { touch(p, bytes, Touch::writes); }
 void loaded(const void* p, size_t bytes, bool constant) {
-  if (written.empty() || is_shared(p)) return;
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  for (uintptr_t at = address; at < address + bytes; at += 2) {
-    const Writer* last = writer_of(at, false);
-    if (!last || !last->block) continue;
-    if (constant) fail("a load by ld.global.nc of what the kernel writes");
-    if (last->block != cluster->position.block + 1) fail("a load of what another block writes");
-  }
+  touch(p, bytes, constant ? Touch::reads_constant : Touch::reads);
+}
+void loaded_by_unit(const void* p, size_t bytes) { global.touch(p, bytes, {Touch::reads_constant, {}, {}, true}); }
+void touched_by_unit(const void* p, size_t bytes, bool writes, const Event& by, const Knowing& knowing) {
+  cluster->shared.touch(p, bytes, {writes ? Touch::writes : Touch::reads, by, knowing, true});
 }
 
-void fence_proxy_async() {
-  std::replace(here().writers.begin(), here().writers.end(), static_cast<uint16_t>(cluster->position.thread + 1),
-               uint16_t{0});
-}
-
-void read_async(const void* p, size_t bytes) {
-  const auto first = here().writers.begin() + (static_cast<const char*>(p) - here().shared);
-  for (size_t i = 0; i < bytes; ++i)
-    if (first[i])
-      fail("shared memory that thread " + std::to_string(first[i] - 1) +
-           " wrote is read by wgmma without its fence.proxy.async");
-}
-
-void written_async(const void* p, size_t bytes) {
-  for (Block& block : cluster->blocks)
-    if (block.holds(p)) std::fill_n(block.writers.begin() + (static_cast<const char*>(p) - block.shared), bytes, 0);
-}
-
-void meet_warp(Complete complete, void* mine, const char* what) {
+void meet_warp(Complete complete, void* mine, const char* what, const Site& site) {
   Fiber& self = *cluster->running;
   Warp& warp = cluster->warps[self.index / kLanes];
   self.where = what;
   if (warp.arrived && warp.complete != complete)
     fail(std::string("lanes of a warp are at different instructions, one at ") + what);
+  if (warp.arrived && !(warp.site == site))
+    fail("lanes of a warp are at different places, lines " + std::to_string(warp.site.line) + " and " +
+         std::to_string(site.line) + ", both at " + what);
   warp.complete = complete;
+  warp.site = site;
   warp.lanes[self.index % kLanes] = mine;
   if (++warp.arrived < kLanes) return give_way(Fiber::waiting);
   warp.arrived = 0;
-  ++warp.met;
   complete(warp.lanes);
   const uint32_t first = self.index / kLanes * kLanes;
   for (uint32_t i = first; i < first + kLanes; ++i) cluster->fibers[i].state = Fiber::ready;
 }
 
+void sync_warp() {
+  const auto sync = [](void* const*) { clocks().meet(cluster->running->index / kLanes * kLanes, kLanes); };
+  meet_warp(sync, nullptr, "bar.warp.sync");
+}
+
 namespace {
 
-// Counts the thread; true for the last one, which frees those that wait.
-bool arrives(int id, uint32_t count) {
+// Counts the thread; true for the last one, which frees those that wait and tells all what each has known.
+bool arrives(int id, uint32_t count, bool waits, const Site& site) {
   if (id < 0 || id > 15) fail("barrier " + std::to_string(id) + ": there are 0 to 15");
   if (!count || count % kLanes) fail("a barrier of " + std::to_string(count) + " threads: warps are whole");
   Barrier& barrier = here().barriers[id];
   if (barrier.arrived && barrier.count != count) fail("threads expect different numbers at one barrier");
   barrier.count = count;
-  ++barrier.lanes[cluster->position.thread / kLanes];
+  const uint32_t warp = cluster->position.thread / kLanes, lane = 1u << cluster->position.thread % kLanes;
+  if (barrier.lanes[warp] & lane) fail("a warp arrives twice at a barrier in one phase");
+  if (barrier.lanes[warp] && !(barrier.sites[warp] == site))
+    fail("lanes of a warp arrive at a barrier from different places, lines " +
+         std::to_string(barrier.sites[warp].line) + " and " + std::to_string(site.line));
+  barrier.lanes[warp] |= lane;
+  barrier.sites[warp] = site;
+  clocks().release(agent(), barrier.known);
   if (++barrier.arrived < count) return false;
-  for (const uint8_t lanes : barrier.lanes)
-    if (lanes % kLanes) fail("a barrier that only some lanes of a warp reach");
-  for (Fiber* fiber : barrier.waiting) fiber->state = Fiber::ready;
+  for (const uint32_t lanes : barrier.lanes)
+    if (lanes && ~lanes) fail("a barrier that only some lanes of a warp reach");
+  const Past past = barrier.known.take();
+  for (Fiber* fiber : barrier.waiting) {
+    fiber->state = Fiber::ready;
+    clocks().acquire(fiber->index, past);
+  }
+  if (waits) clocks().acquire(agent(), past);
   barrier = Barrier{};
-  ++here().met;
   return true;
 }
 
 }  // namespace
 
-void meet_block(int id, uint32_t count) {
+void meet_block(int id, uint32_t count, const Site& site) {
   Fiber& self = *cluster->running;
   self.where = "a barrier";
-  if (arrives(id, count)) return;
+  if (arrives(id, count, true, site)) return;
   here().barriers[id].waiting.push_back(&self);
   give_way(Fiber::waiting);
 }
@@ -459,13 +407,17 @@ void meet_cluster() {
   Fiber& self = *cluster->running;
   self.where = "a barrier of the cluster";
   cluster->met.push_back(&self);
+  clocks().release(agent(), cluster->known);
   if (cluster->met.size() < cluster->fibers.size()) return give_way(Fiber::waiting);
-  for (Fiber* fiber : cluster->met) fiber->state = Fiber::ready;
-  for (Block& block : cluster->blocks) ++block.met;
+  const Past past = cluster->known.take();
+  for (Fiber* fiber : cluster->met) {
+    fiber->state = Fiber::ready;
+    clocks().acquire(fiber->index, past);
+  }
   cluster->met.clear();
 }
 
-void arrive_block(int id, uint32_t count) { arrives(id, count); }
+void arrive_block(int id, uint32_t count, const Site& site) { arrives(id, count, false, site); }
 
 bool lands_at_once() { return order == Order::forward || (order == Order::random && random_below(2)); }
 
@@ -485,6 +437,7 @@ void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
   check_access(shared, bytes);
   if (valid) check_access(global, bytes), loaded(global, bytes, true);
   std::memset(shared, 0xff, bytes);
+  stored(shared, bytes);
   cluster->running->open.push_back({shared, global, bytes, valid});
 }
 

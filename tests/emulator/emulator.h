@@ -9,20 +9,27 @@
 // Rules that hardware has and right numbers do not show, each an error:
 //   E1  a tensor map's base is memory of the call
 //   E2  registers of a wgmma in flight are not written
-//   E3  registers written since the last wgmma.fence are no operands
-//   E4  the four warps of a warpgroup issue the same products
-//   E5  setmaxnreg: whole warpgroups, sizes, and registers that somebody has given back
-//   E6  barriers: whole warps, ids 0 to 15, multiples of 32 threads
+//   E3  registers written since the last wgmma.fence are no operands, those of the first product included
+//   E4  the four warps of a warpgroup, and all lanes of each, issue the same products
+//   E5  setmaxnreg: whole warpgroups, the same number in each, sizes, and registers that somebody has given back
+//   E6  barriers: whole warps, all lanes at one place and once a phase, ids 0 to 15, multiples of 32 threads
 //   E7  a launch: 1,024 threads, 227 KB of shared memory, 4 KB of parameters, 2^31 - 1 blocks
-//   E8  what threads write to shared memory reaches wgmma only behind their fence.proxy.async
-//   E9  no two blocks, nor two unordered threads, write one address; .nc loads read nothing that the kernel writes
+//   E8  what threads write to shared memory reaches wgmma and TMA only behind their fence.proxy.async, and an mbarrier
+//       others only behind the fence.mbarrier_init of who has initialised it
+//   E9  ld.global.nc, cp.async and TMA load nothing that the kernel writes, before or later
+//   E10 two touches of an address, of which one writes, are ordered: never between two blocks of no common cluster;
+//       else by a barrier that both have joined, by an mbarrier, or in a warp by bar.warp.sync. Shuffles, votes and
+//       products of a warp order no memory
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
+
+#include "emulator/order.h"
 
 namespace vdcore::cuda::emulator {
 
@@ -55,26 +62,43 @@ char* shared_memory();
 // What is at p here, in another block of the cluster; fails where that block has ended.
 void* in_block(void* p, uint32_t rank);
 
-// Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned to its size.
-void check_access(const void* p, size_t bytes);
+// Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned: to its size.
+void check_access(const void* p, size_t bytes, size_t alignment);
+inline void check_access(const void* p, size_t bytes) { check_access(p, bytes, bytes); }
 
 // A store, and a load that does (ld.global.nc) or does not assume that the kernel writes none of it, after
 // check_access.
 void stored(const void* p, size_t bytes);
 void loaded(const void* p, size_t bytes, bool constant);
 
-// fence.proxy.async of one thread; and a read of shared memory by what runs on its own.
-void fence_proxy_async();
-void read_async(const void* p, size_t bytes);
-// What runs on its own has written shared memory.
-void written_async(const void* p, size_t bytes);
+// What runs on its own loads global memory; reads or writes shared memory of a block of the cluster.
+void loaded_by_unit(const void* p, size_t bytes);
+void touched_by_unit(const void* p, size_t bytes, bool writes, const Event& by, const Knowing& knowing);
 
-// All 32 lanes of the warp meet here; the last one calls complete(arguments of lane 0 to 31).
+// Of the running cluster; and the number there of the thread.
+Clocks& clocks();
+uint32_t agent();
+
+// Where the stack of the thread ends, of which addresses below are older calls' variables the higher they are.
+const char* stack_end();
+
+// Where in a kernel's source an instruction stands.
+struct Site {
+  const char* file = "";
+  int line = 0;
+  bool operator==(const Site& x) const { return line == x.line && (file == x.file || std::strcmp(file, x.file) == 0); }
+};
+
+// All 32 lanes of the warp meet here; the last one calls complete(arguments of lane 0 to 31). With a site, at one
+// place.
 using Complete = void (*)(void* const* lanes);
-void meet_warp(Complete complete, void* mine, const char* what);
+void meet_warp(Complete complete, void* mine, const char* what, const Site& site = {});
+
+// bar.warp.sync.
+void sync_warp();
 
 // `count` threads of the block meet at barrier `id`.
-void meet_block(int id, uint32_t count);
+void meet_block(int id, uint32_t count, const Site& site);
 
 // Gives way to other threads until ready(argument) holds.
 void wait_until(bool (*ready)(void*), void* argument, const char* what);
@@ -87,7 +111,7 @@ void async_wait(int groups_left);
 void meet_cluster();
 
 // Counts the thread at barrier `id` without waiting there.
-void arrive_block(int id, uint32_t count);
+void arrive_block(int id, uint32_t count, const Site& site);
 
 // Whether work that runs on its own is to be done at once, or only when it is waited for: as the order says.
 bool lands_at_once();

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/tensor_view.h"
+#include "emulator/emulator.h"
 
 namespace vdcore::cuda {
 
@@ -23,13 +24,16 @@ namespace emulator {
 uint32_t shared_address(const void* p);
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals);
+// fence.mbarrier_init and fence.proxy.async; the latter alone.
+void mbarrier_init_fence();
+void fence_proxy_async();
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank);
 // `for_both`: to the same place of every block of the cluster.
 void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[5], bool for_both);
 
-void wgmma_fence();
+void wgmma_fence(const Site& site);
 // d (64 x n) = A B, or with `add` d += A B: A in shared memory, or in registers where `a` is not null; the rows of B in
 // shared memory are the columns of the product or, with `columns`, its K.
 struct Operands {
@@ -40,13 +44,13 @@ struct Operands {
   uint64_t a_descriptor, b_descriptor;
   bool columns, add;
 };
-void wgmma(const Operands& mine);
-void wgmma_commit();
-void wgmma_wait(int groups_left);
+void wgmma(const Operands& mine, const Site& site);
+void wgmma_commit(const Site& site);
+void wgmma_wait(int groups_left, const Site& site);
 
 // setmaxnreg.inc and .dec: registers of each thread from now on.
-void take_registers(int registers);
-void give_registers(int registers);
+void take_registers(int registers, const Site& site);
+void give_registers(int registers, const Site& site);
 
 }  // namespace emulator
 }  // namespace vdcore::cuda

@@ -7,6 +7,9 @@
 
 #include "emulator/emulator.h"
 
+// Last parameters of an instruction that whole warps execute at one place: where it stands.
+#define VDCORE_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
 namespace vdcore::cuda {
 
 VDCORE_DEVICE uint32_t thread_index() { return emulator::position().thread; }
@@ -16,9 +19,12 @@ VDCORE_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 // ---- Memory ----
 
 namespace emulated {
+// Of one instruction, or of several where the value is no number of bytes that one can have.
+template <typename V>
+constexpr size_t alignment = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0 ? sizeof(V) : alignof(V);
 template <typename V>
 inline V load(const void* p, bool constant) {
-  emulator::check_access(p, sizeof(V));
+  emulator::check_access(p, sizeof(V), alignment<V>);
   emulator::loaded(p, sizeof(V), constant);
   return *static_cast<const V*>(p);
 }
@@ -37,7 +43,7 @@ VDCORE_DEVICE V load_written(const void* p) {
 }
 template <typename V>
 VDCORE_DEVICE void store_global(void* p, const V& v) {
-  emulator::check_access(p, sizeof(V));
+  emulator::check_access(p, sizeof(V), emulated::alignment<V>);
   emulator::stored(p, sizeof(V));
   *static_cast<V*>(p) = v;
 }
@@ -104,11 +110,11 @@ inline void vote(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) set |= (exchange(lanes, lane).in ? 1u : 0u) << lane;
   for (int lane = 0; lane < 32; ++lane) exchange(lanes, lane).out = set;
 }
-inline void nothing(void* const*) {}
 
-inline uint32_t meet(emulator::Complete complete, uint32_t in, int lanes, const char* what) {
+inline uint32_t meet(emulator::Complete complete, uint32_t in, int lanes, const char* what,
+                     const emulator::Site& site = {}) {
   Exchange mine{in, 0, lanes};
-  emulator::meet_warp(complete, &mine, what);
+  emulator::meet_warp(complete, &mine, what, site);
   return mine.out;
 }
 
@@ -209,35 +215,39 @@ inline void mma(void* const* lanes) {
 
 }  // namespace emulated
 
-VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
   emulator::check_access(row, 16);
+  emulator::loaded(row, 16, false);
   emulated::Ldmatrix mine{row, r};
-  emulator::meet_warp(emulated::ldmatrix<false>, &mine, "ldmatrix");
+  emulator::meet_warp(emulated::ldmatrix<false>, &mine, "ldmatrix", {file, line});
 }
-VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
   emulator::check_access(row, 16);
+  emulator::loaded(row, 16, false);
   emulated::Ldmatrix mine{row, r};
-  emulator::meet_warp(emulated::ldmatrix<true>, &mine, "ldmatrix.trans");
+  emulator::meet_warp(emulated::ldmatrix<true>, &mine, "ldmatrix.trans", {file, line});
 }
 
 // ---- Among lanes and warps ----
 
-VDCORE_DEVICE uint32_t transpose8x8(uint32_t x) { return emulated::meet(emulated::movmatrix, x, 0, "movmatrix"); }
+VDCORE_DEVICE uint32_t transpose8x8(uint32_t x, VDCORE_SITE) {
+  return emulated::meet(emulated::movmatrix, x, 0, "movmatrix", {file, line});
+}
 VDCORE_DEVICE float shuffle_xor(float x, int lanes) {
   const uint32_t in = emulated::bits_of<uint32_t>(x);
   return emulated::bits_of<float>(emulated::meet(emulated::shfl_xor, in, lanes, "shfl"));
 }
 VDCORE_DEVICE uint32_t ballot(bool x) { return emulated::meet(emulated::vote, x, 0, "vote"); }
 VDCORE_DEVICE bool warp_any(bool x) { return ballot(x) != 0; }
-VDCORE_DEVICE void sync_warp() { emulator::meet_warp(emulated::nothing, nullptr, "bar.warp.sync"); }
-VDCORE_DEVICE void sync_block() { emulator::meet_block(0, emulator::position().threads); }
+VDCORE_DEVICE void sync_warp() { emulator::sync_warp(); }
+VDCORE_DEVICE void sync_block(VDCORE_SITE) { emulator::meet_block(0, emulator::position().threads, {file, line}); }
 
 // ---- Arithmetic ----
 
 template <typename E>
-VDCORE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+VDCORE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, VDCORE_SITE) {
   emulated::Mma mine{c, a, {b0, b1}};
-  emulator::meet_warp(emulated::mma<E>, &mine, "mma");
+  emulator::meet_warp(emulated::mma<E>, &mine, "mma", {file, line});
 }
 template <typename E>
 VDCORE_DEVICE uint32_t pack(float lo, float hi) {

@@ -8,7 +8,7 @@ namespace vdcore::cuda {
 VDCORE_DEVICE uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 
 VDCORE_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
-VDCORE_DEVICE void mbarrier_init_fence() {}
+VDCORE_DEVICE void mbarrier_init_fence() { emulator::mbarrier_init_fence(); }
 VDCORE_DEVICE void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
 VDCORE_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   emulator::mbarrier_arrive(barrier, bytes);
@@ -29,32 +29,36 @@ VDCORE_DEVICE void sync_cluster() { emulator::meet_cluster(); }
 VDCORE_DEVICE void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) { emulator::mbarrier_arrive_at(barrier, rank); }
 
 template <int kRegisters>
-VDCORE_DEVICE void take_registers() {
-  emulator::take_registers(kRegisters);
+VDCORE_DEVICE void take_registers(VDCORE_SITE) {
+  emulator::take_registers(kRegisters, {file, line});
 }
 template <int kRegisters>
-VDCORE_DEVICE void give_registers() {
-  emulator::give_registers(kRegisters);
+VDCORE_DEVICE void give_registers(VDCORE_SITE) {
+  emulator::give_registers(kRegisters, {file, line});
 }
 
-VDCORE_DEVICE void named_barrier_wait(int id, int threads) { emulator::meet_block(id, threads); }
-VDCORE_DEVICE void named_barrier_arrive(int id, int threads) { emulator::arrive_block(id, threads); }
+VDCORE_DEVICE void named_barrier_wait(int id, int threads, VDCORE_SITE) {
+  emulator::meet_block(id, threads, {file, line});
+}
+VDCORE_DEVICE void named_barrier_arrive(int id, int threads, VDCORE_SITE) {
+  emulator::arrive_block(id, threads, {file, line});
+}
 
-VDCORE_DEVICE void wgmma_fence() { emulator::wgmma_fence(); }
-VDCORE_DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
+VDCORE_DEVICE void wgmma_fence(VDCORE_SITE) { emulator::wgmma_fence({file, line}); }
+VDCORE_DEVICE void wgmma_commit(VDCORE_SITE) { emulator::wgmma_commit({file, line}); }
 template <int kGroups>
-VDCORE_DEVICE void wgmma_wait() {
-  emulator::wgmma_wait(kGroups);
+VDCORE_DEVICE void wgmma_wait(VDCORE_SITE) {
+  emulator::wgmma_wait(kGroups, {file, line});
 }
 
 template <typename E, int N>
 struct Wgmma {
   template <bool kAdd>
-  static void rows_times_rows(float (&d)[N / 2], uint64_t a, uint64_t b) {
-    emulator::wgmma({E::dtype, N, d, nullptr, a, b, false, kAdd});
+  static void rows_times_rows(float (&d)[N / 2], uint64_t a, uint64_t b, VDCORE_SITE) {
+    emulator::wgmma({E::dtype, N, d, nullptr, a, b, false, kAdd}, {file, line});
   }
-  static void registers_times_columns(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-    emulator::wgmma({E::dtype, N, d, a, 0, b, true, true});
+  static void registers_times_columns(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, VDCORE_SITE) {
+    emulator::wgmma({E::dtype, N, d, a, 0, b, true, true}, {file, line});
   }
 };
 

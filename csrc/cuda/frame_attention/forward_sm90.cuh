@@ -108,7 +108,8 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
       const FrameSource& own = tile.of_text ? p.text : p.video;
       queries.claim();
       const int64_t row = sample * p.rows + (tile.of_text ? p.text_row : p.video_row) + tile.start;
-      shared.items[slot] = {row * p.heads + head, tile.rows, tile.live, walk.count, sample, head, tile.start};
+      const FrameItem item{row * p.heads + head, tile.rows, tile.live, walk.count, sample, head, tile.start};
+      store_shared(shared.items + slot, item);
       slot ^= 1;
       queries.expect(walk.count ? Plan::kQueryBytes : 0);
       queries.next();
@@ -130,7 +131,7 @@ VDCORE_DEVICE void produce(const FrameParameters& p, const FrameShared<Plan>& sh
                                                                  &box.source->v, full, cluster, box, head / p.ratio,
                                                                  sample);
       } else {
-        shared.key_rows[pipeline.stage] = box.rows;
+        store_shared(shared.key_rows + pipeline.stage, box.rows);
         pipeline.expect(Plan::kKeyBytes);
         load_keys<Plan, Plan::kColumns, 64>(shared.keys + pipeline.stage * Plan::kKeyBytes, &box.source->k, full,
                                             cluster, box, head / p.ratio, sample);
@@ -265,13 +266,13 @@ struct FrameConsumer {
     FrameSoftmax<Plan> softmax;
     VDCORE_UNROLL
     for (int i = 0; i < kResult / 2; ++i) o[i] = 0;
-    const int32_t key_tiles = shared.items[slot].key_tiles;
+    const auto key_tiles = load_shared<int32_t>(&shared.items[slot].key_tiles);
     if (key_tiles) {
       float shrink[2];
       {
         float s[kKeys / 2];
         keys.await();
-        const int32_t rows = shared.key_rows[keys.stage];
+        const auto rows = load_shared<int32_t>(shared.key_rows + keys.stage);
         issue_scores(s);
         await_scores<true>(s);
         keys.release(cluster, lane);
@@ -281,7 +282,7 @@ struct FrameConsumer {
       for (int32_t j = 1; j < key_tiles; ++j) {
         float s[kKeys / 2];
         keys.await();
-        const int32_t rows = shared.key_rows[keys.stage];
+        const auto rows = load_shared<int32_t>(shared.key_rows + keys.stage);
         await_turn();
         issue_scores(s);
         values.await();
@@ -304,7 +305,7 @@ struct FrameConsumer {
       await_result();
       values.release(cluster, lane);
     }
-    store(shared.items[slot], softmax);
+    store(load_shared<FrameItem>(shared.items + slot), softmax);
     slot ^= 1;
   }
 

@@ -84,8 +84,9 @@ struct Pipeline {
   VDCORE_DEVICE void expect(uint32_t bytes) const { mbarrier_arrive_expect(full + stage, bytes); }
 
   VDCORE_DEVICE void await() const { mbarrier_wait(full + stage, parity); }
-  // Lane i of a warp tells the block that is i away.
+  // Lane i of a warp tells the block that is i away, for all lanes: their reads of what is released come before.
   VDCORE_DEVICE void release(const Cluster& cluster, uint32_t lane) {
+    sync_warp();
     if (lane < cluster.size) mbarrier_arrive_at(empty + stage, cluster.rank ^ lane);
     next();
   }

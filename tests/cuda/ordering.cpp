@@ -1,0 +1,231 @@
+// Kernels that keep the rules E6 and E8 to E10 of tests/emulator/emulator.h, of who meets and whose memory is whose,
+// and for each rule kernels that break it and still give right numbers. Prints what rules.cpp does.
+#include "rules.h"
+
+enum Fault {
+  kNone,
+  kHalfWarps,  // E6
+  kTwoPlaces,
+  kTwoProducts,
+  kTwice,
+  kBarrier16,
+  kBarrierOfForty,
+  kNoProxyFence,  // E8
+  kNoProxyFenceOfBox,
+  kNoInitFence,
+  kTwoBlocks,  // E9
+  kTwoThreads,
+  kConstantLoad,
+  kConstantLoadBefore,
+  kCopyBefore,
+  kBoxBefore,
+  kOtherBarrier,  // E10
+  kNoBarrier,
+  kBlockReadsLater,
+  kBlockReadsBefore,
+  kVote,
+  kOneLaneWaits,
+  kOneLaneArrives
+};
+
+VDCORE_DEVICE uint32_t* cells() { return reinterpret_cast<uint32_t*>(shared_memory()); }
+
+// ---- E6: barriers ----
+
+template <Fault kFault>
+void met(const Arguments a) {
+  const uint32_t i = thread_index();
+  store_shared(cells() + i, load_global<uint32_t>(a.in + i));
+  sync_block();
+  if (kFault == kHalfWarps && i % 32 < 16) named_barrier_wait(1, 64);
+  if (kFault == kTwoPlaces) {
+    if (i % 32 < 16)
+      named_barrier_wait(1, kThreads);
+    else
+      named_barrier_wait(1, kThreads);
+  }
+  if (kFault == kTwoProducts) {
+    float c[4] = {};
+    const uint32_t zeros[4] = {};
+    if (i % 32 < 16)
+      mma<bf16>(c, zeros, 0, 0);
+    else
+      mma<bf16>(c, zeros, 0, 0);
+  }
+  if (kFault == kTwice && i < 32) {
+    named_barrier_arrive(1, 64);
+    named_barrier_wait(1, 64);
+  }
+  if (kFault == kBarrier16) named_barrier_wait(16, kThreads);
+  if (kFault == kBarrierOfForty && i < 40) named_barrier_wait(1, 40);
+  if (kFault == kNone) named_barrier_wait(15, kThreads);
+  store_global(a.out + i, load_shared<uint32_t>(cells() + i));
+}
+
+// ---- E8: what threads write, and what then reads or writes it on its own; mbarriers ----
+
+template <Fault kFault>
+void multiplied(const Arguments a) {
+  const uint32_t i = thread_index();
+  for (uint32_t x = i; x < 2048; x += kThreads) store_shared(cells() + x, kOnes);
+  if (kFault != kNoProxyFence) emulator::fence_proxy_async();
+  sync_block();
+  float d[4] = {};
+  uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+  wgmma_fence();
+  Wgmma<bf16, 8>::registers_times_columns(d, ones, columns_descriptor<64>(0, 2048));
+  wgmma_commit();
+  wgmma_wait<0>();
+  store_global(a.out + i, load_global<uint32_t>(a.in + i) + (d[0] == 16 ? 0 : 1));
+}
+
+// A box of 8 rows of 64 elements over what threads have written; E9: of what they write behind it, or with its first
+// row read by all lanes where only one has waited, or one has told that all are done: E10.
+template <Fault kFault>
+void boxed(const Arguments a) {
+  char* const tile = shared_memory();
+  auto* const full = reinterpret_cast<uint64_t*>(shared_memory() + 2048);
+  uint64_t* const empty = full + 1;
+  const uint32_t i = thread_index();
+  store_shared(cells() + i, i);
+  if (kFault != kNoProxyFenceOfBox) emulator::fence_proxy_async();
+  if (i == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, kThreads / 32);
+    if (kFault != kNoInitFence) mbarrier_init_fence();
+  }
+  sync_block();
+  uint32_t sum = 0;
+  for (uint32_t parity = 0; parity < 2; ++parity) {
+    if (i == 0) {
+      if (parity) mbarrier_wait(empty, 0);
+      mbarrier_arrive_expect(full, 1024);
+      load_box(tile, &a.map, full, kReadOnce, 0, a.first, 0, 0, 0);
+    }
+    if (kFault != kOneLaneWaits || i % 32 == 0) mbarrier_wait(full, parity);
+    if (kFault == kOneLaneWaits) ballot(true);
+    sum += load_shared<uint32_t>(tile + 144 * (i % 8));  // the first piece of a row, swizzled
+    if (kFault == kOneLaneArrives)
+      ballot(true);
+    else
+      sync_warp();
+    if (i % 32 == 0) mbarrier_arrive(empty);
+  }
+  sync_block();
+  if (kFault == kBoxBefore && i == 0) store_global(const_cast<uint32_t*>(a.in), uint32_t{1000});
+  store_global(a.out + i, sum / 2);
+}
+
+// ---- E9: who writes, and who reads it ----
+
+template <Fault kFault>
+void stored(const Arguments a) {
+  const uint32_t i = thread_index();
+  const uint32_t x = load_global<uint32_t>(a.in + i);
+  if (kFault == kConstantLoadBefore && load_global<uint32_t>(a.out + 127 - i) != 0xdead) return;
+  if (kFault == kCopyBefore && i == 0) {
+    cp_async16(shared_memory(), reinterpret_cast<char*>(a.out), true);
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
+  if (kFault == kConstantLoadBefore || kFault == kCopyBefore) sync_block();
+  if (kFault == kTwoBlocks || block_index() == 0) store_global(a.out + i, x);
+  if (block_index() != 0) return;
+  if (kFault == kTwoThreads && i == 40) store_global(a.out, load_global<uint32_t>(a.in));
+  sync_block();
+  const uint32_t back =
+      kFault == kConstantLoad ? load_global<uint32_t>(a.out + 127 - i) : load_written<uint32_t>(a.out + 127 - i);
+  sync_block();
+  store_global(a.out + 127 - i, back);
+}
+
+// ---- E10: what is in no order ----
+
+// Two pairs of warps write the same words; each meets at a barrier of its own, which is none of the other's.
+template <Fault kFault>
+void paired(const Arguments a) {
+  const uint32_t i = thread_index(), pair = i / 64;
+  store_shared(cells() + 64 * (kFault == kOtherBarrier ? 0 : pair) + i % 64, 7 + i % 64);
+  named_barrier_wait(1 + static_cast<int>(pair), 64);
+  const uint32_t x = load_shared<uint32_t>(cells() + 64 * (kFault == kOtherBarrier ? 0 : pair) + 63 - i % 64);
+  store_global(a.out + i, load_global<uint32_t>(a.in + i) + x - (70 - i % 64));
+}
+
+// Thread 64 and then 96 write one word of the result. Their warps meet others in between, not one another.
+template <Fault kFault>
+void in_turn(const Arguments a) {
+  const uint32_t i = thread_index(), warp = i / 32, x = load_global<uint32_t>(a.in + i);
+  if (i != 0) store_global(a.out + i, x);
+  if (i == 64) store_global(a.out, uint32_t{1000});
+  if (kFault == kNone)
+    sync_block();
+  else
+    named_barrier_wait(warp == 0 || warp == 3 ? 1 : 2, 64);
+  if (i == 96) store_global(a.out, uint32_t{1000});
+}
+
+// Words of shared memory that a thread writes and one of another warp looks at, too late for it to matter.
+template <Fault kFault>
+void looked_at(const Arguments a) {
+  const uint32_t i = thread_index(), x = load_global<uint32_t>(a.in + i);
+  if (i == 0) store_shared(cells(), x);
+  if (kFault != kNoBarrier) sync_block();
+  if (i == 127 && load_shared<uint32_t>(cells()) == 5) return;
+  store_global(a.out + i, x);
+}
+
+// Block 1 writes the result, and block 0 looks at it, or the other way round.
+template <Fault kFault>
+void watched(const Arguments a) {
+  const uint32_t i = thread_index(), writer = kFault == kBlockReadsLater ? 0 : 1;
+  if (block_index() == writer)
+    store_global(a.out + i, load_global<uint32_t>(a.in + i));
+  else if (kFault != kNone && load_written<uint32_t>(a.out + i) == 5)
+    store_shared(cells(), 5);
+}
+
+// Lanes hand words to one another; a vote is no barrier.
+template <Fault kFault>
+void through_a_warp(const Arguments a) {
+  const uint32_t i = thread_index();
+  store_shared(cells() + i, load_global<uint32_t>(a.in + (i ^ 31)));
+  if (kFault == kVote)
+    ballot(true);
+  else
+    sync_warp();
+  store_global(a.out + i, load_shared<uint32_t>(cells() + (i ^ 31)));
+}
+
+int main() {
+  run("E6-right", met<kNone>);
+  run("E6-half-warps", met<kHalfWarps>);
+  run("E6-two-places", met<kTwoPlaces>);
+  run("E6-two-places-of-a-product", met<kTwoProducts>);
+  run("E6-twice-in-a-phase", met<kTwice>);
+  run("E6-barrier-16", met<kBarrier16>);
+  run("E6-forty-threads", met<kBarrierOfForty>);
+  run("E8-right", boxed<kNone>, {1, kThreads, 4096});
+  run("E8-no-fence-of-the-proxy", multiplied<kNoProxyFence>);
+  run("E8-no-fence-of-the-proxy-before-a-box", boxed<kNoProxyFenceOfBox>, {1, kThreads, 4096});
+  run("E8-no-fence-of-mbarriers", boxed<kNoInitFence>, {1, kThreads, 4096});
+  run("E9-right", stored<kNone>, {2});
+  run("E9-two-blocks-write", stored<kTwoBlocks>, {2});
+  run("E9-two-threads-write", stored<kTwoThreads>);
+  run("E9-constant-load-of-what-is-written", stored<kConstantLoad>);
+  run("E9-constant-load-before-the-store", stored<kConstantLoadBefore>);
+  run("E9-copy-before-the-store", stored<kCopyBefore>);
+  run("E9-box-before-the-store", boxed<kBoxBefore>, {1, kThreads, 4096});
+  run("E10-right", paired<kNone>);
+  run("E10-turns-right", in_turn<kNone>);
+  run("E10-looks-right", looked_at<kNone>);
+  run("E10-blocks-right", watched<kNone>, {2});
+  run("E10-warps-right", through_a_warp<kNone>);
+  run("E10-barriers-of-others", paired<kOtherBarrier>);
+  run("E10-barriers-of-others-between-stores", in_turn<kOtherBarrier>);
+  run("E10-no-barrier", looked_at<kNoBarrier>);
+  run("E10-block-reads-what-another-writes-later", watched<kBlockReadsBefore>, {2});
+  run("E10-block-reads-what-another-wrote", watched<kBlockReadsLater>, {2});
+  run("E10-vote-for-a-barrier", through_a_warp<kVote>);
+  run("E10-one-lane-waits", boxed<kOneLaneWaits>, {1, kThreads, 4096});
+  run("E10-one-lane-arrives", boxed<kOneLaneArrives>, {1, kThreads, 4096});
+}
