@@ -1,7 +1,7 @@
 // Runs the Hopper kernel of frame attention under the emulator in several orders, in blocks and clusters of two, with
-// and without a gate, on tiles small enough for a test, and compares with plain sums. Exits with 0 where all is right, 1 for wrong numbers, 2
-// for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as it is and with one
-// line of it wrong.
+// and without a gate, on tiles small enough for a test, and compares with plain sums. Exits with 0 where all is right,
+// 1 for wrong numbers, 2 for what the emulator objects to. tests/build/test_hopper.py compiles it against the kernel as
+// it is and with one line of it wrong.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -86,7 +86,7 @@ int main() {
     const Order order = orders[i / 2];
     p.cluster = p.tiles.side = 1 + i % 2;
     p.items = p.tiles.count() / p.cluster;
-    p.blocks = p.cluster;  // which take one tile after the other, or one pair of tiles
+    p.blocks = p.cluster;                         // which take one tile after the other, or one pair of tiles
     const bool gated = i % 4 == 1 || i % 4 == 2;  // a half of the result, and one of what was there: ones
     alignas(16) static uint16_t out[kAll * kRow];
     std::fill(std::begin(out), std::end(out), one);

@@ -85,7 +85,7 @@ def run_kernel(folder, emulator, replace=None):
     texts = {name: (ROOT / "csrc" / name).read_text() for name in KERNEL}
     if replace is not None:
         changed = next(name for name, text in texts.items() if replace[0] in text)
-        texts[changed] = texts[changed].replace(*replace, 1)
+        texts[changed] = texts[changed].replace(replace[0], replace[1], 1)
     for name, text in texts.items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 // What it is strict about: shared memory is poisoned with NaN when a block starts; global memory may be touched only
 // inside the tensors of the call; cp.async lands when it is waited for, and until then its destination holds NaN; a
 // collective that not all lanes reach, or that lanes reach differently, is an error; what reaches for a block of the
-// cluster that has ended is one, too; warps, and lanes between two
-// collectives, run in an order that the test chooses, each as far as it can, so that a missing barrier shows.
+// cluster that has ended is one, too; warps, and lanes between two collectives, run in an order that the test chooses,
+// each as far as it can, so that a missing barrier shows.
 //
 // Rules that hardware has and right numbers do not show, each an error:
 //   E1  a tensor map's base is memory of the call
@@ -16,10 +16,14 @@
 //   E7  a launch: 1,024 threads, 227 KB of shared memory, 4 KB of parameters, 2^31 - 1 blocks
 //   E8  what threads write to shared memory reaches wgmma and TMA only behind their fence.proxy.async, and an mbarrier
 //       others only behind the fence.mbarrier_init of who has initialised it
-//   E9  ld.global.nc, cp.async and TMA load nothing that the kernel writes, before or later
-//   E10 two touches of an address, of which one writes, are ordered: never between two blocks of no common cluster;
-//       else by a barrier that both have joined, by an mbarrier, or in a warp by bar.warp.sync. Shuffles, votes and
-//       products of a warp order no memory
+//   E9  no two blocks, nor two unordered threads, write one address; ld.global.nc, cp.async and TMA load nothing that
+//       the kernel writes, before or later
+//   E10 a read and a write of one address are ordered. Blocks are not, but by a barrier of their cluster; threads of a
+//       block are by barriers that both have joined and by mbarriers, lanes of a warp by bar.warp.sync, too: shuffles,
+//       votes and products order no memory
+//
+// fibers.h: threads. clocks.h: what happens before what. memory.h: who has touched what. emulator.cpp: launches, warps,
+// barriers. emulator_sm90.h: the units of sm_90a.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +33,7 @@
 #include <memory>
 #include <string>
 
-#include "emulator/order.h"
+#include "emulator/clocks.h"
 
 namespace vdcore::cuda::emulator {
 
@@ -79,7 +83,7 @@ void touched_by_unit(const void* p, size_t bytes, bool writes, const Event& by, 
 Clocks& clocks();
 uint32_t agent();
 
-// Where the stack of the thread ends, of which addresses below are older calls' variables the higher they are.
+// Where the stack of the thread ends: its variables lie before that.
 const char* stack_end();
 
 // Where in a kernel's source an instruction stands.

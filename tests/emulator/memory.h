@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "emulator/order.h"
+#include "emulator/clocks.h"
 
 namespace vdcore::cuda::emulator {
 

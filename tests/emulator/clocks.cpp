@@ -1,4 +1,4 @@
-#include "emulator/order.h"
+#include "emulator/clocks.h"
 
 #include <utility>
 
