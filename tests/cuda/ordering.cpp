@@ -196,6 +196,24 @@ void through_a_warp(const Arguments a) {
   store_global(a.out + i, load_shared<uint32_t>(cells() + (i ^ 31)));
 }
 
+// Two blocks of a cluster tell one another to go on; then block 1 writes the result, and block 0 looks at it.
+template <Fault kFault>
+void clustered(const Arguments a) {
+  auto* const turn = reinterpret_cast<uint64_t*>(shared_memory());
+  const uint32_t i = thread_index(), rank = cluster_rank();
+  if (i == 0) {
+    mbarrier_init(turn, 1);
+    if (kFault != kNoInitFence) mbarrier_init_fence();
+  }
+  sync_cluster();
+  if (i == 0) mbarrier_arrive_at(turn, rank ^ 1);
+  mbarrier_wait(turn, 0);
+  if (rank == 1) store_global(a.out + i, load_global<uint32_t>(a.in + i));
+  if (kFault != kNoBarrier) sync_cluster();
+  if (rank == 0 && load_written<uint32_t>(a.out + i) == 5) store_shared(cells() + 64 + i, 5);
+  sync_cluster();
+}
+
 int main() {
   run("E6-right", met<kNone>);
   run("E6-half-warps", met<kHalfWarps>);
@@ -208,6 +226,7 @@ int main() {
   run("E8-no-fence-of-the-proxy", multiplied<kNoProxyFence>);
   run("E8-no-fence-of-the-proxy-before-a-box", boxed<kNoProxyFenceOfBox>, {1, kThreads, 4096});
   run("E8-no-fence-of-mbarriers", boxed<kNoInitFence>, {1, kThreads, 4096});
+  run("E8-no-fence-of-mbarriers-of-a-cluster", clustered<kNoInitFence>, {2, kThreads, 8192, 0, 2});
   run("E9-right", stored<kNone>, {2});
   run("E9-two-blocks-write", stored<kTwoBlocks>, {2});
   run("E9-two-threads-write", stored<kTwoThreads>);
@@ -219,12 +238,14 @@ int main() {
   run("E10-turns-right", in_turn<kNone>);
   run("E10-looks-right", looked_at<kNone>);
   run("E10-blocks-right", watched<kNone>, {2});
+  run("E10-cluster-right", clustered<kNone>, {2, kThreads, 8192, 0, 2});
   run("E10-warps-right", through_a_warp<kNone>);
   run("E10-barriers-of-others", paired<kOtherBarrier>);
   run("E10-barriers-of-others-between-stores", in_turn<kOtherBarrier>);
   run("E10-no-barrier", looked_at<kNoBarrier>);
   run("E10-block-reads-what-another-writes-later", watched<kBlockReadsBefore>, {2});
   run("E10-block-reads-what-another-wrote", watched<kBlockReadsLater>, {2});
+  run("E10-no-barrier-of-the-cluster", clustered<kNoBarrier>, {2, kThreads, 8192, 0, 2});
   run("E10-vote-for-a-barrier", through_a_warp<kVote>);
   run("E10-one-lane-waits", boxed<kOneLaneWaits>, {1, kThreads, 4096});
   run("E10-one-lane-arrives", boxed<kOneLaneArrives>, {1, kThreads, 4096});

@@ -39,6 +39,7 @@ struct Launch {
   int threads = kThreads;
   size_t shared = 8192;
   int shift = 0;  // rows that the map's base lies before its tensor
+  int cluster = 1;
 };
 
 template <typename Parameters>
@@ -63,7 +64,7 @@ void run(const char* name, void (*kernel)(Parameters), Launch how = {}) {
     std::memcpy(static_cast<void*>(&parameters), &arguments, sizeof arguments);
     const bool boxes = how.shared == 4096;  // whose result is the first word of row i % 8
     try {
-      launch({name}, kernel, {how.blocks, how.threads, how.shared}, parameters);
+      launch({name}, kernel, {how.blocks, how.threads, how.shared, how.cluster}, parameters);
       bool right = true;
       for (uint32_t i = 0; i < kThreads; ++i) right = right && out[i] == 1000 + (boxes ? i % 8 * 32 : i);
       std::printf("%s %s %s\n", name, order.name, right ? "right" : "wrong");
