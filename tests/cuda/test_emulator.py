@@ -159,11 +159,12 @@ def test_a_kernel_that_breaks_a_rule_is_an_error_in_every_order(ruled, rule):
         assert all(objection in what for what in ruled[f"{rule}-{name}"].values()), ruled[f"{rule}-{name}"]
 
 
-BACKWARD = HERE / "backward_bits.cpp"
+BITS = HERE / "kernel_bits.cpp"
 SHORT, LONG = "temporal_attention/backward.cuh", "temporal_attention/backward_long.cuh"
+FORWARD, ALONE = "temporal_attention/forward.cuh", "qk_norm_rope/qk_norm_rope.cu"
 NORM, ROWS = "qk_norm_rope/norm_rope_backward.cuh", "core/rows.cuh"
 
-# Kernel of backward_bits.cpp, header, what stands there, what to put in its place, how many such lines stand before.
+# Kernel of kernel_bits.cpp, header, what stands there, what to put in its place, how many such lines stand before.
 MUTANTS = [
     (0, SHORT, "  sync_block();", "", 1),
     (
@@ -180,13 +181,16 @@ MUTANTS = [
     (1, NORM, "half(2, four[e], four[e + 2])", "half(2, four[e + 2], four[e])", 0),
     (2, LONG, "  sync_block();", "", 0),
     (2, LONG, "  sync_block();", "", 1),
+    (3, FORWARD, "    sync_block();", "", 0),
+    (4, ALONE, "  sync_warp();", "", 0),
+    (4, ALONE, "  sync_warp();", "", 1),
 ]
 
 
-@pytest.mark.parametrize("kernel", [0, 1, 2])
+@pytest.mark.parametrize("kernel", range(5))
 def test_a_real_kernel_and_its_mutants(tmp_path, emulator, kernel):
     """Right: the same bits in every order of warps. Without a barrier or with terms exchanged: not these."""
-    right = run(tmp_path, emulator, BACKWARD, defined=f"KERNEL={kernel}")
+    right = run(tmp_path, emulator, BITS, defined=f"KERNEL={kernel}")
     assert len(right) == 4 and len(set(right)) == 1
     for i, (_, header, before, after, skipped) in enumerate(m for m in MUTANTS if m[0] == kernel):
         parts = (CSRC / "cuda" / header).read_text().split(before)
@@ -196,4 +200,4 @@ def test_a_real_kernel_and_its_mutants(tmp_path, emulator, kernel):
         changed.parent.mkdir(parents=True)
         changed.write_text(before.join(parts[: skipped + 1]) + after + before.join(parts[skipped + 1 :]))
         # Headers beside the changed one are found by the path they are included by, under csrc.
-        assert set(run(folder, emulator, BACKWARD, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)
+        assert set(run(folder, emulator, BITS, folder, defined=f"KERNEL={kernel}")) != set(right), (header, before)

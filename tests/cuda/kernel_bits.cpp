@@ -1,12 +1,19 @@
-// Runs a backward kernel of temporal attention, as it is or as a test has changed it, in every order of warps, and
-// prints for each a hash of its results, or what the emulator objects to. KERNEL: 0 short, 1 short with norm and rope,
-// 2 long with them and shared keys.
+// Runs a kernel of temporal attention or of norm and rope, as it is or as a test has changed it, in every order of
+// warps, and prints for each a hash of its results, or what the emulator objects to. KERNEL: temporal backward, 0
+// short, 1 short with norm and rope, 2 long with them and shared keys; 3 temporal forward with norm and rope; 4 norm
+// and rope of rows, backward, pairs in halves.
 #define VDCORE_EMULATE
 #include <cstdio>
 #include <vector>
 
+#if KERNEL == 4
+#include "cuda/qk_norm_rope/qk_norm_rope.cu"
+#else
 #include "cuda/temporal_attention/backward.cuh"
 #include "cuda/temporal_attention/backward_long.cuh"
+#include "cuda/temporal_attention/forward.cuh"
+#endif
+#include "cuda/temporal_attention/temporal_attention.h"
 
 using namespace vdcore;
 using namespace vdcore::cuda;
@@ -43,8 +50,8 @@ int main() {
   if (KERNEL > 0) {
     a.norm_rope.kind = NormKind::layer, a.norm_rope.eps = 1e-5f;
     a.norm_rope.q = {floats(1), floats(2)}, a.norm_rope.k = {floats(2), floats(1)};
-    a.norm_rope.style = RopeStyle::interleaved, a.norm_rope.pairs = 16, a.norm_rope.cos = floats(2),
-    a.norm_rope.sin = floats(3);
+    a.norm_rope.style = KERNEL == 4 ? RopeStyle::half : RopeStyle::interleaved, a.norm_rope.pairs = 16,
+    a.norm_rope.cos = floats(2), a.norm_rope.sin = floats(3);
     a.norm_rope.table_t = 16;
     args.sums = sums.data();
   }
@@ -56,6 +63,13 @@ int main() {
       const size_t bytes = long_backward_shared_bytes(T, T, D, H / G);
       launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, {S, 32 * 3, bytes},
              TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3, Sequences(G, S)});
+#elif KERNEL == 3
+      launch_temporal<temporal_forward_kernel<bf16, 4, 2, true>>({"temporal_attention"},
+                                                                 TemporalForward({"temporal_attention"}, a),
+                                                                 kTemporalThreads / 32 * staged_bytes(4, 2));
+#elif KERNEL == 4
+      const RowsNormRope rows{a.q, args.dout, T * S * H, 0, T, S, H, D, a.norm_rope.q, a.norm_rope};
+      rows_norm_rope_backward({"qk_norm_rope"}, DType::bf16, {rows, args.dq, false, args.sums});
 #else
       temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, TemporalBackward(args));
 #endif
@@ -67,7 +81,7 @@ int main() {
     const auto add = [&](const void* data, size_t bytes) {
       for (size_t j = 0; j < bytes; ++j) hash = (hash ^ static_cast<const uint8_t*>(data)[j]) * 1099511628211u;
     };
-    add(args.dq.data, 2 * kCount);
+    add(args.dq.data, 2 * kCount), add(a.out.data, 2 * kCount);
     add(args.dk.data, 2 * T * S * G * D), add(args.dv.data, 2 * T * S * G * D);
     add(sums.data(), sums.size() * sizeof(float));
     std::printf("%016llx\n", static_cast<unsigned long long>(hash));
