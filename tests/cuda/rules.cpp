@@ -117,6 +117,24 @@ void multiplied_once(const Arguments a) {
   store_global(a.out + i, load_global<uint32_t>(a.in + i) + (same ? 0 : 1));
 }
 
+// Without a fence between, a product adds to the result of one of half its columns, which is in flight.
+void widened(const Arguments a) {
+  auto* const cells = reinterpret_cast<uint32_t*>(shared_memory());
+  const uint32_t i = thread_index();
+  for (uint32_t x = i; x < 2048; x += kThreads) store_shared(cells + x, kOnes);
+  emulator::fence_proxy_async();
+  sync_block();
+  float d[8] = {};
+  const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+  wgmma_fence();
+  Wgmma<bf16, 8>::registers_times_columns(reinterpret_cast<float (&)[4]>(d), ones, columns_descriptor<64>(0, 2048));
+  Wgmma<bf16, 16>::registers_times_columns(d, ones, columns_descriptor<64>(0, 2048));
+  wgmma_commit();
+  wgmma_wait<0>();
+  const bool same = d[0] == 32 && d[7] == 16;
+  store_global(a.out + i, load_global<uint32_t>(a.in + i) + (same ? 0 : 1));
+}
+
 // ---- E5: one warpgroup gives registers to three ----
 
 template <Fault kFault>
@@ -153,6 +171,7 @@ int main() {
   run("E3-registers-written-after-the-fence", multiplied<kLateRegisters>);
   run("E3-first-result-written-after-the-fence", multiplied_once<kLateResult>);
   run("E3-first-operand-written-after-the-fence", multiplied_once<kLateOperand>);
+  run("E3-another-shape-in-flight", widened);
   run("E4-one-warp-with-another-descriptor", multiplied<kOtherDescriptor>);
   run("E4-a-warp-without-its-product", multiplied<kLostWarp>);
   run("E4-one-lane-with-another-scale", multiplied_once<kOtherScale>);

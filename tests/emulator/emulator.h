@@ -9,7 +9,8 @@
 // Rules that hardware has and right numbers do not show, each an error:
 //   E1  a tensor map's base is memory of the call
 //   E2  registers of a wgmma in flight are not written
-//   E3  registers written since the last wgmma.fence are no operands, those of the first product included
+//   E3  registers written since the last wgmma.fence are no operands, those of the first product included; what is in
+//       flight is added to by products of its own shape alone
 //   E4  the four warps of a warpgroup, and all lanes of each, issue the same products
 //   E5  setmaxnreg: whole warpgroups, the same number in each, sizes, and registers that somebody has given back
 //   E6  barriers: whole warps, all lanes at one place and once a phase, ids 0 to 15, multiples of 32 threads

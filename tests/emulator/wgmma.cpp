@@ -162,7 +162,7 @@ void check_fence(const Products& warp, const Registers& mine) {
 
 void tell(const Operands& o) {
   Warpgroup& group = engines().warpgroups[own_index() / kWarpsOfGroup];
-  const int flags = o.columns | o.add << 1 | (o.a != nullptr) << 2;
+  const int flags = o.columns | o.add << 1 | (o.a != nullptr) << 2 | static_cast<int>(o.type) << 3;
   group.open[own_index() % kWarpsOfGroup].push_back({o.a_descriptor, o.b_descriptor, o.n, flags});
 }
 
@@ -186,7 +186,10 @@ void meet_product(void* const* lanes) {
     check_fence(warp, p.values);
   }
   for (const Product& earlier : warp.list)
-    if (earlier.operands.d == p.operands.d) p.sum = earlier.sum;
+    if (earlier.operands.d == p.operands.d) {
+      if (earlier.operands.n != p.operands.n) fail("wgmma of another shape adds to a result in flight");
+      p.sum = earlier.sum;
+    }
   if (!p.sum) {  // else it adds to what is in flight, which needs no fence
     check_fence(warp, registers_of(lanes, true, p.operands.n / 2));
     p.sum = begin_sum(lanes, p.operands.n);
