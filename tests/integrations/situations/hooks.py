@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -99,7 +100,11 @@ def changed(of: list[tuple[Any, str]], model: Any, name: str) -> list[Tensor]:
     before = {(cls, key): cls.__dict__[key] for cls, key in of if key in cls.__dict__}
 
     def around(function: Any) -> Any:
-        return lambda *args, **kwargs: scaled(function(*args, **kwargs))
+        @wraps(function)  # hosts pass what the signature names, and drop the rest
+        def other(*args: Any, **kwargs: Any) -> Any:
+            return scaled(function(*args, **kwargs))
+
+        return other
 
     try:
         for (cls, key), function in before.items():
