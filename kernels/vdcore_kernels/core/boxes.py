@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vdcore_kernels.core.frames import Frames, valid_frames
 from vdcore_kernels.core.tile import load_rows, store_rows
-from vdcore_kernels.core.tokens import Runs, left_tile, text_length, valid_key_frames, whole_tile
+from vdcore_kernels.core.tokens import Runs, either_pointer, left_tile, text_length, valid_key_frames, whole_tile
 
 # Words of a held and of a walked box.
 HELD = tl.constexpr(8)
@@ -42,6 +42,7 @@ class BoxTile(NamedTuple):
     TEXT: bool
     TEXT_FIRST: bool
     TEXT_SEES: bool
+    AMD: int
     LISTS: bool
     EVEN: bool
     HELD_PARTS: int
@@ -201,7 +202,7 @@ def _held_rows(x, held, columns, N: tl.constexpr, TILE: tl.constexpr):
     o = steps_apart(x.video, held.at, columns, TILE.CLOSE)
     if TILE.TEXT:
         p_text = x.text.p + (held.b * x.text.b + held.h * x.text.h + held.start.to(tl.int64) * x.text.s) * A
-        p = tl.where(held.is_text, p_text, p)
+        p = either_pointer(held.is_text, p_text, p, TILE.AMD)
         o = tl.where(held.is_text, tl.arange(0, N) * x.text.s, o)
     return p, o * A
 

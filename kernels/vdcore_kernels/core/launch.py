@@ -106,6 +106,11 @@ def arch_of(x: Tensor) -> str:
     return _device_arch(x.device.index) if x.is_cuda else "interpreter"
 
 
+def is_amd(x: Tensor) -> bool:
+    """Whether kernels on a tensor are compiled for AMD's GPUs."""
+    return arch_of(x).startswith("gfx")
+
+
 Row = TypeVar("Row", bound=Config)
 
 

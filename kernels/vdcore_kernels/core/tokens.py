@@ -7,6 +7,7 @@ mask, then what is left of each run. What no row sees is never loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore_kernels.core.frames import load_length, valid_frames, visible_runs
+from vdcore_kernels.core.launch import is_amd
 from vdcore_kernels.core.tile import Rows, load_rows, store_rows
 
 
@@ -52,6 +54,7 @@ class Tile(NamedTuple):
         TEXT: there is text.
         TEXT_FIRST: it comes before the video in the result, else after it.
         TEXT_SEES: it sees the video.
+        AMD: 0, or for AMD's GPUs what amd_alignment says.
     """
 
     ROW: Any
@@ -63,6 +66,7 @@ class Tile(NamedTuple):
     TEXT: bool
     TEXT_FIRST: bool
     TEXT_SEES: bool
+    AMD: int
 
 
 class At(NamedTuple):
@@ -115,6 +119,17 @@ def is_flat(x: Pair, A: int) -> bool:
     return (T == 1 or x.video.t == S * x.video.s) and x.video.s * A < NEAR
 
 
+def amd_alignment(sides: Iterable[Pair], A: int) -> int:
+    """For AMD's GPUs how many bytes, up to A elements, divide the addresses of all rows; 0 for others."""
+    tensors = [x for side in sides for x in (side.video.p, side.text.p) if x is not None]
+    if not is_amd(tensors[0]):
+        return 0
+    size = A * min(x.element_size() for x in tensors)
+    while any(x.data_ptr() % size for x in tensors):
+        size //= 2
+    return size
+
+
 @triton.jit
 def times_rows(a, b):
     """Rows [M, D] times rows [N, D]: [M, N]."""
@@ -141,6 +156,20 @@ def power(s, less, exponent):
 
 
 @triton.jit
+def either_pointer(is_first, p_first, p, AMD: tl.constexpr):
+    """p_first where is_first, else p.
+
+    AMD: by their addresses, of which so many bytes are a divisor. Triton 3.6 keeps a pointer of AMD's as a base and an
+    offset, and where two of them are chosen between it crashes, or takes the offset of one for both.
+    """
+    if AMD > 0:
+        address = tl.where(is_first, p_first.to(tl.int64), p.to(tl.int64))
+        return tl.multiple_of(address.to(p.dtype), AMD)
+    else:
+        return tl.where(is_first, p_first, p)
+
+
+@triton.jit
 def _place(x, at, S, N: tl.constexpr, TILE: tl.constexpr):
     """Pointer and offsets [N] of tokens from at.start on: of the text, or of all frames with S tokens each."""
     A: tl.constexpr = TILE.A
@@ -153,7 +182,7 @@ def _place(x, at, S, N: tl.constexpr, TILE: tl.constexpr):
         o = ((at.start + o_n) // S).to(tl.int64) * x.video.t + ((at.start + o_n) % S).to(tl.int64) * x.video.s
     if TILE.TEXT:
         p_text = x.text.p + (at.b * x.text.b + at.h * x.text.h + at.start.to(tl.int64) * x.text.s) * A
-        p = tl.where(at.is_text, p_text, p)
+        p = either_pointer(at.is_text, p_text, p, TILE.AMD)
         o = tl.where(at.is_text, o_n * x.text.s, o)
     return p, o * A
 

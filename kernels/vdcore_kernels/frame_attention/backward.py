@@ -38,6 +38,7 @@ from vdcore_kernels.core.tokens import (
     Runs,
     Sizes,
     Tile,
+    amd_alignment,
     is_flat,
     left_tile,
     load_keys,
@@ -473,6 +474,7 @@ def frame_backward(
         TEXT=text is not None,
         TEXT_FIRST=text_first,
         TEXT_SEES=text_sees,
+        AMD=amd_alignment((*sides.values(), of_q, of_k, of_v), A),
     )
     numbers: dict[str, Any] = {**sizes._asdict(), **frames._asdict(), "exponent": exponent}
     sides |= {"do": sequence_rows(dout, A)}

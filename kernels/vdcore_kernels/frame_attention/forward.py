@@ -22,6 +22,7 @@ from vdcore_kernels.core.tokens import (
     Lengths,
     Sizes,
     Tile,
+    amd_alignment,
     is_flat,
     left_tile,
     load_keys,
@@ -223,6 +224,7 @@ def frame_forward(
         TEXT=text is not None,
         TEXT_FIRST=text_first,
         TEXT_SEES=text_sees,
+        AMD=amd_alignment(sides, A),
     )
     launch(
         frame_attention_fwd_kernel,
