@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -321,11 +321,16 @@ def _launches_of(
     return launches[:n], launches[n:]
 
 
-def collect(arch: str, *, few: bool = False) -> list[tuple[str, Launch]]:
-    """Every different (call, launch) on an architecture; ``few``: of the calls that every architecture is tried on."""
+def collect(arch: str, *, few: bool = False, ops: Collection[str] = ()) -> list[tuple[str, Launch]]:
+    """Every different (call, launch) on an architecture.
+
+    Args:
+        few: of the calls that every architecture is tried on.
+        ops: of these operators alone; empty: of all.
+    """
     found: dict[Any, tuple[str, Launch]] = {}
     for name, (op, build, everywhere) in CALLS.items():
-        if few and not everywhere:
+        if (few and not everywhere) or (ops and op not in ops):
             continue
         for launch in itertools.chain(*_launches_of(op, build(), arch)):
             found.setdefault(_identity(arch, launch), (f"{op}: {name}", launch))
@@ -448,13 +453,16 @@ def _record(i: int) -> Record:
     )
 
 
-def compile_report(archs: Iterable[str] | None = None, *, few: bool = False, workers: int = 0) -> list[Record]:
+def compile_report(
+    archs: Iterable[str] | None = None, *, few: bool = False, workers: int = 0, ops: Collection[str] = ()
+) -> list[Record]:
     """Compiles every kernel with every config row, for the calls in :data:`CALLS`.
 
     Args:
         archs: such as ``"sm_90"`` or ``"gfx942"``; None: :data:`ARCHS`.
         few: only the calls that every architecture is tried on.
         workers: processes; 0: one for each core.
+        ops: of these operators alone; empty: of all.
 
     Raises:
         ValueError: an unknown architecture.
@@ -467,7 +475,7 @@ def compile_report(archs: Iterable[str] | None = None, *, few: bool = False, wor
     archs = tuple(archs or ARCHS)
     for arch in archs:
         _target(arch)
-    return compile_launches([(arch, *job) for arch in archs for job in collect(arch, few=few)], workers)
+    return compile_launches([(arch, *job) for arch in archs for job in collect(arch, few=few, ops=ops)], workers)
 
 
 def compile_launches(wanted: Sequence[tuple[str, str, Launch]], workers: int = 0) -> list[Record]:

@@ -16,6 +16,7 @@ import torch
 
 import vdcore
 from vdcore import extras
+from vdcore.ops.choose import BACKENDS
 from vdcore.testing import cases_of
 from vdcore_bench.jobs import JOBS, operator_table
 from vdcore_bench.measure import machine
@@ -196,16 +197,22 @@ def main(arguments: Sequence[str]) -> int:
         "--compile", action="store_true", help="compile every Triton kernel ahead of time; needs no GPU"
     )
     parser.add_argument("--arch", action="append", default=[], help="of --compile, such as sm_90 or sm_80,gfx942")
+    parser.add_argument("--op", action="append", default=[], help="of --compile: kernels of these operators alone")
     given = parser.parse_args(arguments)
-    if given.arch and not given.compile:
-        parser.error(f"--arch is of --compile, got --arch {given.arch[0]} without it")
+    for name, values in (("--arch", given.arch), ("--op", given.op)):
+        if values and not given.compile:
+            parser.error(f"{name} is of --compile, got {name} {values[0]} without it")
     if not given.compile:
         found = facts()
         print(json.dumps(found, indent=1) if given.json else text(found))
         return 0
     try:
+        ops = [op for value in given.op for op in _ops(value)]
+    except ValueError as error:
+        parser.error(f"--op: {error}")
+    try:
         archs = [arch for value in given.arch for arch in _archs(value)]
-        records = _machine_code(archs) if given.json else _compiled(archs)
+        records = _machine_code(archs, ops) if given.json else _compiled(archs, ops)
     except ValueError as error:
         parser.error(f"--arch: {error}")
     except (ModuleNotFoundError, OSError, RuntimeError) as error:
@@ -231,15 +238,23 @@ def _archs(value: str) -> list[str]:
     return names
 
 
-def _compiled(archs: Sequence[str]) -> list[dict[str, Any]]:
-    """A record for every kernel, config and architecture."""
+def _ops(value: str) -> list[str]:
+    names, there = [name.strip() for name in value.split(",") if name.strip()], BACKENDS["triton"].operators
+    if not names or not there.keys() >= set(names):
+        raise ValueError(f"expected operators of {', '.join(there)}, got {value!r}")
+    return names
+
+
+def _compiled(archs: Sequence[str], ops: Sequence[str]) -> list[dict[str, Any]]:
+    """A record for every kernel, config and architecture; of these operators, where any are named."""
     aot = importlib.import_module("vdcore_bench.aot")  # needs triton
-    return [dataclasses.asdict(record) for record in aot.compile_report(tuple(archs) or None)]
+    return [dataclasses.asdict(record) for record in aot.compile_report(tuple(archs) or None, ops=ops)]
 
 
-def _machine_code(archs: Sequence[str]) -> list[dict[str, Any]]:
-    """What the machine code of the benchmarks' kernels says."""
-    found: list[dict[str, Any]] = importlib.import_module("vdcore_bench.machine_code").report(tuple(archs) or None)
+def _machine_code(archs: Sequence[str], ops: Sequence[str]) -> list[dict[str, Any]]:
+    """What the machine code of the benchmarks' kernels says, or of these operators'."""
+    machine_code = importlib.import_module("vdcore_bench.machine_code")
+    found: list[dict[str, Any]] = machine_code.report(tuple(archs) or None, ops=ops)
     return found
 
 

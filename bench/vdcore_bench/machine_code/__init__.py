@@ -11,13 +11,18 @@ barrier, 0.6 us to begin and end) and its issue slots (4 a cycle at 1.75 GHz, 70
 wave counts half. It is a share of what a copy reaches. Beside it stands ``flops_estimate``, with the FLOPs of attention
 over frames held to 800 TFLOP/s too: where ``flops_bound_by`` is compute, a share of that peak, which says little of
 kernels whose loops count once. Nothing of it is measured. Products that torch runs are not in it.
+
+Rows of dense attention over a video, of windows and of lists say also what a visible pair takes, ``pair_ps``, so that
+they can be compared: tiles of pairs that all queries see, and tiles that are tested or cut off, are counted in the
+tables that the kernel walks through, and each takes as long as its products at their peak or, if that is more, as its
+loop's instructions.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,13 @@ __all__ = ["ARCHS", "Code", "code_of", "ctas_per_sm", "estimate", "filled", "job
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def report(archs: Sequence[str] | None = None, workers: int = 0) -> list[dict[str, Any]]:
+def report(archs: Sequence[str] | None = None, workers: int = 0, ops: Collection[str] = ()) -> list[dict[str, Any]]:
     """The rows of ``vdcore doctor --compile --json``; progress goes to stderr.
 
     Args:
         archs: such as ``"sm_90"``; None: :data:`ARCHS`.
         workers: processes; 0: one for each core.
+        ops: rows of these operators alone; empty: of all.
 
     Raises:
         ValueError: an unknown architecture, or one that is not NVIDIA's.
@@ -49,9 +55,12 @@ def report(archs: Sequence[str] | None = None, workers: int = 0) -> list[dict[st
             raise ValueError(f"arch must be NVIDIA's from sm_80 on, such as {', '.join(ARCHS)}, got {arch!r}")
     if knobs.runtime.interpret:
         raise RuntimeError("kernels are interpreted with TRITON_INTERPRET=1, not compiled: unset it")
-    rows = triton.rows(archs, workers)
+    known_ops = {job.op for job in jobs()}
+    if not known_ops.issuperset(ops):
+        raise ValueError(f"op must be of {', '.join(sorted(known_ops))}, got {', '.join(sorted(ops))}")
+    rows = triton.rows(archs, workers, ops)
     spec = importlib.util.find_spec("vdcore._cuda")
     if spec is None or spec.origin is None:
         print("vdcore._cuda is not built: its kernels are left out (make cuda)", file=sys.stderr)
         return rows
-    return rows + cuda.rows(Path(spec.origin), archs, workers)
+    return rows + cuda.rows(Path(spec.origin), archs, workers, ops)

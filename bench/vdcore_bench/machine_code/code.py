@@ -56,11 +56,13 @@ class Code:
     Args:
         order: loads from memory L, asynchronous ones A, barriers B, matrix instructions M, in their order.
         sizes: bytes a thread of each of the loads.
+        loops: of the innermost loops that multiply, in their order: instructions, and those of them on matrices.
     """
 
     order: str
     sizes: tuple[int, ...]
     instructions: int
+    loops: tuple[tuple[int, int], ...] = ()
 
     @property
     def first(self) -> tuple[int, ...]:
@@ -115,7 +117,26 @@ def code_of(sass: str) -> Code:
             order += "B"
         elif name in _MATRIX:
             order += "M"
-    return Code(order, tuple(sizes), len(opcodes))
+    return Code(order, tuple(sizes), len(opcodes), _loops(sass))
+
+
+_PLACE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+def _loops(sass: str) -> tuple[tuple[int, int], ...]:
+    code = [(int(at, 16), name.partition(".")[0], rest) for at, name, rest in _PLACE.findall(sass)]
+    found = []
+    for end, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name == "BRA" and target and int(target.group(1), 16) <= end:
+            begin = int(target.group(1), 16)
+            body = [name for at, name, _ in code if begin <= at <= end]
+            if products := sum(name in _MATRIX for name in body):
+                found.append((begin, end, len(body), products))
+    # A loop has several ways back to its beginning: the last one is its end.
+    whole = {begin: max(x for x in found if x[0] == begin) for begin, *_ in found}.values()
+    inner = [x for x in whole if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in whole)]
+    return tuple((n, products) for _, _, n, products in sorted(inner))
 
 
 def ctas_per_sm(arch: str, regs: int, warps: int, shared: int) -> int:
@@ -151,7 +172,31 @@ def derived(row: Row) -> Row:
     """The row with what the model makes of its raw fields."""
     share, bound = estimate(row)
     held, held_by = estimate(row, flops=True)
-    return row | {"estimate": share, "bound_by": bound, "flops_estimate": held, "flops_bound_by": held_by}
+    row = row | {"estimate": share, "bound_by": bound, "flops_estimate": held, "flops_bound_by": held_by}
+    return row | {"pair_ps": pair_time(row)} if "pairs" in row else row
+
+
+def pair_time(row: Mapping[str, Any]) -> float:
+    """Of a row of tiles: picoseconds of the whole chip for a visible pair of one head, as products at their peak or as
+    instructions, tile after tile."""
+    product = row["tile_flops"] / PEAK_A_US
+    issue = {kind: row[f"{kind}_instructions"] * row["warps"] / SLOTS_A_US for kind in ("whole", "tested")}
+    us = sum(row[f"{kind}_tiles"] * max(product, issue[kind]) for kind in issue)
+    return round(us / PROCESSORS / row["pairs"] * 1e6, 4)
+
+
+def by_pairs(row: Row, code: Code, walk: Any, job: Any) -> Row:
+    """The row of a job's kernel that walks through tiles, with the time of a visible pair; walk: sparse.Walk."""
+    pairs = round(job.forward_flops() / (4 * job.shape.D))  # of all heads
+    loops = code.loops
+    if len(loops) < 1 + (walk.tested > 0):
+        raise ValueError(f"{row['kernel']} on {row['arch']}: {len(loops)} loops of products were found in its code")
+    a_tile = min(products for _, products in loops)  # a compiler may unroll
+    of_a_tile = [round(n * a_tile / products) for n, products in loops]
+    row = row | {"pairs": pairs, "tile_flops": walk.flops, "whole_tiles": walk.whole, "tested_tiles": walk.tested}
+    return derived(
+        row | {"whole_instructions": of_a_tile[0], "tested_instructions": of_a_tile[1] if walk.tested else 0}
+    )
 
 
 def filled(row: Row, code: Code, *, regs: int, spills: int, shared: int, warps: int) -> Row:

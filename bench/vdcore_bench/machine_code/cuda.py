@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -96,10 +96,10 @@ def phases_of(job: Job, arch: str) -> dict[str, list[Launch]]:
     return {"fwd": forward, "bwd": backward}
 
 
-def wanted_kernels(arch: str) -> list[Wanted]:
-    """Every kernel, workload and variant, each once."""
+def wanted_kernels(arch: str, ops: Collection[str] = ()) -> list[Wanted]:
+    """Every kernel, workload and variant, each once; ``ops``: of these operators alone."""
     found: dict[Any, Wanted] = {}
-    for job in jobs():
+    for job in jobs(ops):
         for mode, launches in phases_of(job, arch).items():
             for launch in launches:
                 name = short_name(launch.kernel)
@@ -204,11 +204,11 @@ def _row(wanted: Wanted, code: dict[str, Compiled], problem: str) -> Row:
     return filled(row, code_of(compiled.sass), regs=usage["REG"], spills=spills, shared=shared, warps=warps)
 
 
-def rows(module: Path, archs: Sequence[str], workers: int = 0) -> list[Row]:
+def rows(module: Path, archs: Sequence[str], workers: int = 0, ops: Collection[str] = ()) -> list[Row]:
     """Of every kernel that the benchmarks' jobs launch."""
     found = []
     for arch in archs:
-        wanted = wanted_kernels(arch)
+        wanted = wanted_kernels(arch, ops)
         print(f"{arch}: {len(wanted)} kernels of {module.name}", file=sys.stderr, flush=True)
         code, problem = {}, ""
         try:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vdcore_bench import aot
 from vdcore_bench.jobs.base import Job
-from vdcore_bench.machine_code.code import Row, code_of, failed, filled
+from vdcore_bench.machine_code.code import Row, by_pairs, code_of, failed, filled
+from vdcore_bench.machine_code.sparse import walk_of
 from vdcore_bench.machine_code.wanted import described, jobs, variant_of
 from vdcore_kernels.core.launch import Launch
 
@@ -37,11 +38,11 @@ class Wanted:
         return float(sum(x.numel() * x.element_size() for x in tensors.values()))
 
 
-def wanted_kernels(archs: Sequence[str]) -> list[Wanted]:
-    """Every kernel, workload and variant on every architecture, each once."""
+def wanted_kernels(archs: Sequence[str], ops: Collection[str] = ()) -> list[Wanted]:
+    """Every kernel, workload and variant on every architecture, each once; ``ops``: of these operators alone."""
     found: dict[Any, Wanted] = {}
     for arch in archs:
-        for job in jobs():
+        for job in jobs(ops):
             what = (arch, job.op, job.workload.name, variant_of(job))
             for mode, launches in aot.phases_of(job, arch).items():
                 for launch in launches:
@@ -64,7 +65,9 @@ def _row(i: int) -> Row:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return failed(row, warps, f"{type(error).__name__}: {lines[-1][:200]}")
-    return filled(row, code, regs=regs, spills=spills, shared=shared, warps=warps)
+    row = filled(row, code, regs=regs, spills=spills, shared=shared, warps=warps)
+    walk = walk_of(w.job, w.launch)
+    return row if walk is None else by_pairs(row, code, walk, w.job)
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -75,10 +78,10 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def rows(archs: Sequence[str], workers: int = 0) -> list[Row]:
+def rows(archs: Sequence[str], workers: int = 0, ops: Collection[str] = ()) -> list[Row]:
     """Compiles in processes side by side; 0: one for each core."""
     global _wanted
-    _wanted = wanted_kernels(archs)
+    _wanted = wanted_kernels(archs, ops)
     found = []
     with ProcessPoolExecutor(workers or os.cpu_count() or 1, multiprocessing.get_context("fork")) as pool:
         for number, row in enumerate(pool.map(_row, range(len(_wanted)))):

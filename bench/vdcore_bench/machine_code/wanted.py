@@ -1,8 +1,8 @@
-"""The kernels that are looked at: those of the benchmarks' jobs, and of masks of temporal attention."""
+"""The kernels that are looked at: those of the benchmarks' jobs, masks of temporal attention, windows and lists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from vdcore import FrameMask
 from vdcore.ops.choose import ORDER
 from vdcore_bench.jobs import make
 from vdcore_bench.jobs.base import Job
+from vdcore_bench.machine_code import sparse
 from vdcore_bench.machine_code.code import Row
 from vdcore_bench.suites.gpu.plan import ITEMS
 from vdcore_bench.workloads import load
@@ -22,7 +23,9 @@ MASKED = (("mochi-1-480p", FrameMask.causal()), ("mochi-1-480p", FrameMask.windo
 
 
 def variant_of(job: Job) -> str:
-    """plain, norm+rope, causal, window, chunks, or several of them."""
+    """plain, norm+rope, causal, window, chunks, or several of them; tokens, tiles, radial or lists of a grid's."""
+    if (found := sparse.variant_of(job)) is not None:
+        return found
     mask, parts = job.mask, []
     if mask != FrameMask.full():
         bounded = mask.past is not None and mask.past >= 0
@@ -30,8 +33,15 @@ def variant_of(job: Job) -> str:
     return "+".join([*parts, *(["norm+rope"] if job.norm_rope else [])]) or "plain"
 
 
-def jobs() -> Iterator[Job]:
-    """The benchmarks' jobs on their models' own shapes, and masks of temporal attention; with a backward."""
+def jobs(ops: Collection[str] = ()) -> Iterator[Job]:
+    """The benchmarks' jobs on their models' own shapes, masks of temporal attention, windows, lists; with a backward.
+
+    ``ops``: of these operators alone; empty: of all.
+    """
+    return (job for job in _jobs() if not ops or job.op in ops)
+
+
+def _jobs() -> Iterator[Job]:
     wanted = {(item.op, item.workload, item.norm_rope): None for item in ITEMS}
     options: dict[str, Any] = {"mode": "fwd+bwd", "dtype": torch.bfloat16, "device": "meta"}
     for op, workload, norm_rope in wanted:
@@ -40,6 +50,7 @@ def jobs() -> Iterator[Job]:
         yield make(op, load()[workload], **options)
     for workload, mask in MASKED:
         yield make("temporal_attention", load()[workload], mask=mask, **options)
+    yield from sparse.jobs(options)
 
 
 def described(job: Job, mode: str, backend: str, kernel: str, *, arch: str, programs: int, size: float) -> Row:
