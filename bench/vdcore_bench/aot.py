@@ -214,7 +214,7 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "3D, 24 x 128, text": (
         "video_attention",
         lambda: {**_qkv(16, 1560, 24, 128), "text": _text(256, 24, 128), "text_lengths": _int(1), "lengths": _int(1)},
-        False,
+        True,
     ),
     "3D, 30 x 64, text, causal": (
         "video_attention",
@@ -230,11 +230,22 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
             "text_lengths": _int(1),
             "lengths": _int(1),
         },
+        True,
+    ),
+    "windows, 4 x 72, text": (
+        "video_attention",
+        lambda: {**_qkv(8, 440, 4, 72), **_WINDOWS, "text": _text(226, 4, 72)},
+        False,
+    ),
+    "windows, 4 x 64, text": (
+        "video_attention",
+        lambda: {**_qkv(8, 440, 4, 64), **_WINDOWS, "text": _text(226, 4, 64)},
         False,
     ),
     "windows, 4 x 128": ("video_attention", lambda: {**_qkv(8, 440, 4, 128), **_WINDOWS}, False),
     "windows, 4 x 72": ("video_attention", lambda: {**_qkv(8, 440, 4, 72), **_WINDOWS}, False),
     "windows, 4 x 64": ("video_attention", lambda: {**_qkv(8, 440, 4, 64), **_WINDOWS}, False),
+    "windows, 4 x 128, float32": ("video_attention", lambda: {**_qkv(8, 440, 4, 128, dtype=_F32), **_WINDOWS}, False),
     "windows, 4 x 64, float32": ("video_attention", lambda: {**_qkv(8, 440, 4, 64, dtype=_F32), **_WINDOWS}, False),
     "tiles, 4 x 128": ("tile_attention", _tiles(4, 128, (1, 8, 8)), True),
     "tiles, ragged, 4 x 64": ("tile_attention", _tiles(4, 64, (3, 5, 7)), False),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import backends_of
 
 import vdcore
 from vdcore import FrameMask, GridMask
@@ -46,12 +47,12 @@ def compare(seen, call, n, dtype, H=1, D=40, gradients=True):
         assert error_ratio(x, y, [theirs], gradient=i > 0).worst <= 1, i
 
 
-def windows(mask, sizes, dtype, **kwargs):
+def windows(mask, sizes, dtype, backend="cpu", **kwargs):
     T, R, C = sizes
 
     def call(*qkv):
         q, k, v = (x.unflatten(0, (1, T, R * C)) for x in qkv)
-        return vdcore.video_attention(q, k, v, mask=mask, grid=(R, C), backend="cpu").flatten(0, 2)
+        return vdcore.video_attention(q, k, v, mask=mask, grid=(R, C), backend=backend).flatten(0, 2)
 
     compare(mask.visible(*sizes), call, T * R * C, dtype, **kwargs)
 
@@ -70,9 +71,8 @@ def test_large_windows(sizes, name, dtype):
     windows(MASKS[name](*sizes), sizes, dtype, gradients=sizes == LARGE[0])
 
 
-@pytest.mark.parametrize("tile", [(2, 4, 6), (3, 8, 8), (1, 1, 5)], ids=str)
-def test_tiles(tile):
-    T, R, C = 4, 13, 22
+def tiles(tile, sizes, dtype, backend="cpu", **kwargs):
+    T, R, C = sizes
     n = T * R * C
     tokens = tokens_of(T, (R, C), tile)
     q, k = torch.randn(2, 1, T, R * C, 1, 40)
@@ -84,6 +84,34 @@ def test_tiles(tile):
 
     def call(*qkv):
         q, k, v = (x.unflatten(0, (1, T, R * C)) for x in qkv)
-        return vdcore.tile_attention(q, k, v, lists, tile=tile, grid=(R, C), backend="cpu").flatten(0, 2)
+        return vdcore.tile_attention(q, k, v, lists, tile=tile, grid=(R, C), backend=backend).flatten(0, 2)
 
-    compare(seen, call, n, torch.float32)
+    compare(seen, call, n, dtype, **kwargs)
+
+
+@pytest.mark.parametrize("tile", [(2, 4, 6), (3, 8, 8), (1, 1, 5)], ids=str)
+def test_tiles(tile):
+    tiles(tile, (4, 13, 22), torch.float32)
+
+
+# ---- The same by Triton's interpreter: minutes each ----
+
+INTERPRETED = pytest.mark.skipif("triton" not in backends_of("tile_attention"), reason="needs triton")
+HALF = {"tiles", "radial"}  # are tried in float16, the others in float32
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_large_windows_on_triton(sizes, name):
+    dtype = torch.float16 if name in HALF else torch.float32
+    windows(MASKS[name](*sizes), sizes, dtype, "triton", D=16)
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_large_tiles_on_triton(sizes, dtype):
+    tiles((2, 4, 6), sizes, dtype, "triton", D=16)

@@ -98,7 +98,7 @@ class Places(NamedTuple):
 
 
 # Coordinates are compared side by side in one number: where the difference of two parts is not negative, its high bit
-# stays. Parts are bytes, below 128, or halves, below 32,768.
+# stays. Parts are bytes, below 128, or halves, which a grid of less than 2**13 rows and columns never leaves.
 BYTES = tl.constexpr(0x808080)
 HALVES = tl.constexpr(-0x7FFF8000)  # 0x80008000
 
@@ -304,24 +304,21 @@ def _tile_of(place, by):
 
 
 @triton.jit
-def _inside(x):
-    return tl.minimum(tl.maximum(x, 0), 255)
-
-
-@triton.jit
 def _bounds(place, first, radius, by, tile, n, size, shift, OF_KEYS: tl.constexpr):
     """[begin, end) of what places of queries see along an axis, within a radius in tiles, or of what sees those of
-    keys: counted from ``first``, and cut off below 0 and above 255."""
+    keys: counted from ``first``."""
     middle = _tile_of(place, by)
     # A radius of n tiles reaches everything, moved or not.
     if OF_KEYS:
         # Windows of the first tiles are moved to the first 2 r + 1, and so is it at the end.
-        begin = tl.where(middle <= 2 * radius * shift - (1 - shift), 0, middle - radius)
-        end = tl.where(middle >= n - 2 * radius * shift - shift, n, middle + radius + 1)
+        begin = tl.where(middle <= 2 * radius * shift - (1 - shift), -first, middle * tile - (radius * tile + first))
+        last = middle * tile + ((radius + 1) * tile - first)
+        end = tl.where(middle >= n - 2 * radius * shift - shift, size - first, last)
     else:
         middle = tl.minimum(tl.maximum(middle, radius * shift), n - 1 - radius * shift)
-        begin, end = middle - radius, middle + radius + 1
-    return _inside(begin * tile - first), _inside(tl.minimum(end * tile, size) - first)
+        begin = middle * tile - (radius * tile + first)
+        end = middle * tile + ((radius + 1) * tile - first)
+    return begin, tl.minimum(end, size - first)
 
 
 @triton.jit

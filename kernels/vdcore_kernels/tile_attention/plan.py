@@ -20,7 +20,7 @@ from vdcore.grid_mask import GridMask
 Array = Any  # of numpy
 Box = tuple[int, int, int]  # frames, rows, columns
 # How much longer a box takes whose pairs are tested, by a count of instructions and not by a measurement.
-_TESTED = 1.3
+_TESTED = 1.8
 HELD, WALKED = 8, 4  # numbers of a held and of a walked box
 
 

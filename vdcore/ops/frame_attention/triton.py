@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
 
 
-MAX_GRID = 2**22  # places divided by a tile's size in float32
+MAX_GRID = 2**13  # a place less a window's begin or end in a half of a number
 
 
 def _frame_why_not(c: VideoCall) -> str | None:
