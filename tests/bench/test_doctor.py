@@ -169,16 +169,19 @@ def test_compiled_kernels_are_a_table_and_a_problem_is_an_exit_code(monkeypatch,
         registers: int
         problem: str | None
 
-    def compile_report(archs):
+    def compile_report(archs, ops):
+        asked.append(ops)
         if archs and "sm_1" in archs:
             raise ValueError("sm_1: not known")
         return [Kernel("fwd", arch, 96, "it spills" if arch == "sm_80" else None) for arch in archs or ("sm_90",)]
 
+    asked = []
     monkeypatch.setitem(sys.modules, "vdcore_bench.aot", types.SimpleNamespace(compile_report=compile_report))
-    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80"], 1)):
+    for arguments, code in (([], 0), (["--arch", "sm_90,sm_80", "--op", "patchify,modulate"], 1)):
         assert doctor.main(["--compile", *arguments]) == code
         text = capsys.readouterr().out
         assert "fwd" in text and ("it spills" in text) == bool(code)
+    assert asked == [[], ["patchify", "modulate"]]
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["--compile", "--arch", "sm_1"])
     assert "--arch: sm_1: not known" in capsys.readouterr().err
@@ -201,14 +204,24 @@ def test_amd_s_names_that_llvm_does_not_know_are_refused_by_name(arch, capsys):
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_an_arch_without_compile_is_refused(more, capsys):
+@pytest.mark.parametrize(("name", "value"), [("--arch", "sm_90"), ("--op", "patchify")])
+def test_options_of_compile_are_refused_without_it(name, value, more, capsys):
     with pytest.raises(SystemExit, match="2"):
-        doctor.main(["--arch", "sm_90", *more])
-    assert "--arch is of --compile, got --arch sm_90 without it" in capsys.readouterr().err
+        doctor.main([name, value, *more])
+    assert f"{name} is of --compile, got {name} {value} without it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", ",", "attention", "patchify,attention"])
+def test_operators_that_are_none_are_refused_by_name(value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--compile", "--op", value])
+    said = capsys.readouterr().err
+    assert "--op: expected operators of " in said and "tile_attention" in said and f"got {value!r}" in said
 
 
 def test_machine_code_is_one_json_array(monkeypatch, capsys):
-    def report(archs):
+    def report(archs, ops):
+        assert ops == ["tile_attention"] * (archs[0] == "sm_80")
         print("1 of 1", file=sys.stderr)
         if "sm_1" in archs:
             raise ValueError("not known")
@@ -220,7 +233,7 @@ def test_machine_code_is_one_json_array(monkeypatch, capsys):
         return [{"kernel": "fwd", "arch": arch, "regs": 96, "bound_by": bound.get(arch, "issue")} for arch in archs]
 
     monkeypatch.setitem(sys.modules, "vdcore_bench.machine_code", types.SimpleNamespace(report=report))
-    assert doctor.main(["--compile", "--json", "--arch", "sm_80,sm_90"]) == 0
+    assert doctor.main(["--compile", "--json", "--arch", "sm_80,sm_90", "--op", "tile_attention"]) == 0
     said = capsys.readouterr()
     assert [row["arch"] for row in json.loads(said.out)] == ["sm_80", "sm_90"] and "1 of 1" in said.err
     assert len(said.out.splitlines()) == 4  # a row a line

@@ -1,6 +1,7 @@
 """What is read from machine code, and the model that makes an estimate of it."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from vdcore_bench import machine_code
-from vdcore_bench.machine_code import Code, code_of, ctas_per_sm, estimate, filled, variant_of
+from vdcore_bench.machine_code import Code, code_of, ctas_per_sm, estimate, filled, sparse, variant_of
 
 TABLES = sorted((Path(__file__).parents[2] / "bench" / "results" / "machine_code").glob("*.json"))
 
@@ -93,8 +94,63 @@ def test_what_is_multiplied_stands_beside_the_estimate():
     assert (copied["flops_estimate"], copied["flops_bound_by"]) == (copied["estimate"], copied["bound_by"])
 
 
+LOOPS = """
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0030*/                   FADD R1, R2, R3 ;
+        /*0040*/              @!P0 BRA 0x20 ;
+        /*0050*/                   FADD R1, R2, R3 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0080*/               @P1 BRA 0x50 ;
+        /*0090*/               @P2 BRA 0x10 ;
+        /*00a0*/                   FADD R1, R2, R3 ;
+        /*00b0*/               @P2 BRA 0xa0 ;
+        /*00c0*/                   BRA 0xc0 ;
+"""
+
+
+def test_innermost_loops_that_multiply_are_found_in_their_order():
+    assert code_of(LOOPS).loops == ((3, 1), (4, 2)) and code_of(SASS).loops == ()
+
+
+def test_the_time_of_a_visible_pair():
+    """By hand: 128 x 64 pairs of 128 channels take 0.692 us by their products, 0.98 by 600 instructions of 8 warps."""
+    what = {"arch": "sm_90", "kernel": "f", "programs": 100, "bytes": 10**9, "flops": 10**9}
+    job = types.SimpleNamespace(forward_flops=lambda: 4.0 * 128 * 8192 * 1000, shape=types.SimpleNamespace(D=128))
+    row = filled(what, code_of(SASS), regs=70, spills=0, shared=0, warps=8)
+    code = Code("M", (), 1000, ((400, 12), (1200, 24)))  # the second one is unrolled
+    found = machine_code.code.by_pairs(row, code, sparse.Walk(900, 200, 4 * 128 * 64 * 128), job)
+    assert (found["whole_instructions"], found["tested_instructions"]) == (400, 600)
+    us = (900 * 0.692 + 200 * 600 * 8 / 4900) / 132
+    assert found["pair_ps"] == pytest.approx(us / (8192 * 1000) * 1e6, rel=1e-3)
+    assert found["pairs"] == 8192 * 1000 and machine_code.code.derived(found) == found
+    with pytest.raises(ValueError, match="1 loops of products"):
+        machine_code.code.by_pairs(row, Code("M", (), 9, ((4, 1),)), sparse.Walk(1, 1, 1), job)
+
+
+def test_tiles_are_those_that_kernels_walk_through():
+    """Of dense attention all; of windows those of the tables; of lists those that are listed, in boxes."""
+    from vdcore_bench.aot import phases_of
+
+    found = {}
+    for job in machine_code.jobs(("video_attention", "tile_attention")):
+        if job.workload.name == "wan2.2-5b-704p":
+            for launch in phases_of(job, "sm_90")["fwd"]:
+                found[variant_of(job)] = sparse.walk_of(job, launch), job
+                assert launch.arguments["TILE"].BM == 128 and launch.arguments["TILE"].BN == 64
+    tokens, heads = 31 * 22 * 40, 24
+    assert found["plain"][0].whole == heads * -(-tokens // 128) * (tokens // 64)
+    for walk, job in found.values():
+        assert (walk.whole + walk.tested) * 128 * 64 >= heads * job.pairs()
+    tiles = 8 * 3 * 5
+    assert found["lists"][0] == sparse.Walk(heads * tiles * (tiles // 4) * 2 * 4, 0, 4 * 128 * 64 * 128)
+
+
 def test_the_benchmarks_and_masks_are_all_there():
     found = [(job.op, job.workload.name, variant_of(job)) for job in machine_code.jobs()]
+    windows = {(op, name, kind) for name in sparse.WORKLOADS for op, kind in SPARSE}
+    assert windows <= set(found)
     assert len(found) == len(set(found)) > 20
     assert {"plain", "norm+rope", "causal", "window", "chunks"} <= {variant for _, _, variant in found}
 
@@ -118,6 +174,10 @@ FIELDS = (
     *("mma", "estimate", "bound_by", "programs", "bytes", "flops", "trips", "instructions"),
     *("flops_estimate", "flops_bound_by"),
 )
+BY_PAIRS = {
+    *("pairs", "tile_flops", "whole_tiles", "tested_tiles", "whole_instructions", "tested_instructions", "pair_ps")
+}
+SPARSE = [(f"{kind}_attention", v) for kind, v in zip(["video"] * 3 + ["tile"], ("tokens", "tiles", "radial", "lists"))]
 
 
 def model(row):
@@ -142,9 +202,10 @@ def test_there_is_a_table_of_every_architecture():
 
 def test_rows_say_everything_in_whole_numbers(table):
     for row in table:
-        assert set(row) == set(FIELDS)
+        assert set(row) - BY_PAIRS == set(FIELDS) and (set(row) >= BY_PAIRS or not BY_PAIRS & set(row))
         numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
-        assert all(isinstance(x, int) for name, x in numbers.items() if name not in ("estimate", "flops_estimate"))
+        shares = ("estimate", "flops_estimate", "pair_ps")
+        assert all(isinstance(x, int) for name, x in numbers.items() if name not in shares)
         flight = row["ctas_per_sm"] * row["warps"] * 32 * row["loads_before_barrier"] * row["load_bytes"]
         assert row["bytes_in_flight"] == flight and 0 <= row["estimate"] <= 1
         assert 0 <= row["flops_estimate"] <= 1
@@ -166,3 +227,16 @@ def test_nothing_of_a_table_fails_and_every_job_is_in_it(table):
     }
     assert jobs <= of["triton"]
     assert {job for job in jobs if job[0] == "temporal_attention"} <= of["cuda"] <= of["triton"]
+
+
+def test_windows_and_lists_stand_beside_dense_attention_by_pairs(table):
+    by_pairs = {
+        (r["workload"], r["variant"], r["kernel"].partition("_attention_")[2]): r for r in table if "pairs" in r
+    }
+    for workload in sparse.WORKLOADS:
+        for kernel in ("fwd_kernel", "bwd_q_kernel", "bwd_kv_kernel"):
+            dense = by_pairs[workload, "plain", kernel]
+            assert dense["pair_ps"] > 0
+            for _, variant in SPARSE:
+                row = by_pairs[workload, variant, kernel]
+                assert not row["spills"] and row["pairs"] < dense["pairs"] and row["pair_ps"] > dense["pair_ps"]

@@ -1,6 +1,6 @@
 """Every launcher through Triton's real runtime and launchers, on a stub of the driver: prints what it finds as JSON.
 
-usage: stub_runs.py (launchers | ones | rollout | sweeps | host | packing | cache)
+usage: stub_runs.py (launchers | ones | rollout | sweeps | windows | host | packing | cache)
 
 A process of its own: nothing may be interpreted here, and the stub stays once it is installed.
 """
@@ -15,7 +15,8 @@ from collections import Counter
 import torch
 
 import vdcore
-from vdcore import FrameMask, QKNorm, Rope
+from vdcore import FrameMask, GridMask, QKNorm, Rope, TileLists
+from vdcore.ops.tile_attention.boxes import tiles_of
 from vdcore.testing import CASES, run
 from vdcore_bench import stub
 
@@ -138,12 +139,59 @@ def sweeps(here):
     return found
 
 
+def _listed(T, grid, tile, K):
+    n = tiles_of(T, grid, tile)
+    listed = torch.arange(min(K, n), dtype=torch.int32).expand(1, 1, n, -1).contiguous()
+    return TileLists(listed, torch.full((1, 1, n), listed.shape[3], dtype=torch.int32))
+
+
+def windows(here):
+    """Kernels of windows and of lists, forward and backward, over frames, grids, masks, tiles and lists."""
+    mask = GridMask.neighborhood((3, 3, 3))
+    sizes = [(T, grid) for T in (1, 2, 5, 16) for grid in ((3, 5), (1, 1), (8, 16), (17, 1))]
+    every = [
+        *(
+            GridMask.neighborhood((3, r, c), causal=causal)
+            for r in (1, 3, 5)
+            for c in (1, 7)
+            for causal in (False, True)
+        ),
+        *(GridMask.tiles((3, 3, 3), tile) for tile in ((1, 1, 1), (2, 3, 4), (1, 16, 1), (1, 99, 99))),
+        *(GridMask.radial(8, 16, sink=sink) for sink in (0, 1, 2)),
+        GridMask.window(1, 0, 1, None),
+    ]
+    calls = {
+        "windows: frames and grids": [(T, grid, {"mask": mask}) for T, grid in sizes],
+        "windows: masks": [(4, (8, 16), {"mask": one}) for one in every],
+        "windows: caches": [(2, (3, 5), {"mask": mask, "q_start": start, "T_k": 9}) for start in (0, 1, 7)],
+        "lists: frames and grids": [(T, grid, {"tile": (2, 3, 4), "K": 3}) for T, grid in sizes],
+        "lists: tiles": [(4, (8, 16), {"tile": tile, "K": 2}) for tile in ((1, 1, 1), (1, 3, 5), (4, 8, 9), (9, 9, 9))],
+        "lists: their lengths": [(4, (3, 5), {"tile": (1, 3, 1), "K": K}) for K in (1, 2, 4, 16)],
+    }
+    found = {}
+    for name, some in calls.items():
+        before = len(here.compiled)
+        for T, grid, more in some:
+            args = {**_qkv(T, grid[0] * grid[1], 2, 64, more.pop("T_k", 0)), "grid": grid, **more}
+            if "tile" in args:
+                args["tiles"] = _listed(T, grid, args["tile"], args.pop("K"))
+            _train("tile_attention" if "tile" in args else "video_attention", args)
+        found[name] = _compiled_since(here, before)
+    return found
+
+
+_WINDOW = {"mask": GridMask.neighborhood((3, 3, 3)), "grid": (4, 5)}
+_TILES = {"tiles": _listed(16, (4, 5), (2, 2, 2), 4), "tile": (2, 2, 2), "grid": (4, 5)}
+
+
 def host(here):
     """Microseconds of Python per call, everything compiled: of the operator, and of the launches alone."""
     found = {}
     for name, op, args in (
         ("temporal_attention", "temporal_attention", _qkv(16, 20, 2, 72)),
         ("video_attention", "video_attention", _qkv(16, 20, 2, 64)),
+        ("windows", "video_attention", {**_qkv(16, 20, 2, 64), **_WINDOW}),
+        ("tile_attention", "tile_attention", {**_qkv(16, 20, 2, 64), **_TILES}),
     ):
         with torch.no_grad():
             call = getattr(vdcore, op)

@@ -38,8 +38,7 @@ def test_every_call_on_hopper():
     assert not problems(records)
 
 
-# Bytes a thread of what spills on sm_80, by kernel and call: more than 128 frames, float32, more than 128 channels, and
-# windows of 72 channels, which are two tiles.
+# Bytes a thread of what spills on sm_80, by kernel and call: more than 128 frames, float32, more than 128 channels.
 SPILLS = {
     ("temporal_long_bwd_kv_kernel", "temporal_attention: T 120, 24 x 128"): 512,
     ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64"): 312,
@@ -49,8 +48,6 @@ SPILLS = {
     ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, causal"): 8,
     ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, teacher forcing"): 8,
     ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, shots"): 16,
-    ("tile_attention_fwd_kernel", "video_attention: windows, 4 x 72"): 200,
-    ("tile_attention_bwd_kv_kernel", "video_attention: windows, 4 x 72"): 80,
     ("frame_attention_fwd_kernel", "spatial_attention: S 1024, 8 x 160"): 8,
     ("frame_attention_bwd_q_kernel", "spatial_attention: S 256, 8 x 64, float32"): 8,
     ("frame_attention_fwd_kernel", "spatial_attention: S 256, 8 x 256, float32"): 8,

@@ -55,6 +55,13 @@ def test_sizes_compile_three_kernels_at_most():
     assert all(kernels(counts) <= 3 for counts in on_the_stub("sweeps").values())
 
 
+def test_windows_and_lists_compile_a_kernel_for_each_configuration():
+    """Not for each size, mask, grid, tile or list: lists have a second one where a tile's boxes are whole."""
+    found = on_the_stub("windows")
+    assert all(kernels(counts) <= 1 for counts in found.values()), found
+    assert len(found["windows: frames and grids"]) == 4 and len(found["lists: frames and grids"]) >= 3
+
+
 def test_what_is_compiled_ahead_is_what_runs(tmp_path):
     """Kernels of a call are in the cache that compiling ahead has filled; one of temporal attention's is not yet."""
     for op, (fresh, loaded) in on_the_stub("cache", TRITON_CACHE_DIR=str(tmp_path)).items():

@@ -31,8 +31,6 @@ MAX_GRID = 2**13  # a place less a window's begin or end in a half of a number
 
 def _frame_why_not(c: VideoCall) -> str | None:
     if isinstance(c.mask, HeadMasks):
-        if torch.version.hip:
-            return "its windows do not compile for AMD GPUs"
         if max(c.mask.grid) >= MAX_GRID:
             return f"it has less than {MAX_GRID} rows and columns of tokens"
         if (reason := why_not_boxes(c.q)) is not None:
