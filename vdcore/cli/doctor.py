@@ -16,9 +16,8 @@ import torch
 
 import vdcore
 from vdcore import extras
-from vdcore.ops.choose import BACKENDS
 from vdcore.testing import cases_of
-from vdcore_bench.jobs import JOBS, operator_table
+from vdcore_bench.jobs import JOBS, operator_table, operators_of
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.products import products
 from vdcore_bench.peers import PEERS
@@ -239,8 +238,8 @@ def _archs(value: str) -> list[str]:
 
 
 def _ops(value: str) -> list[str]:
-    names, there = [name.strip() for name in value.split(",") if name.strip()], BACKENDS["triton"].operators
-    if not names or not there.keys() >= set(names):
+    names, there = [name.strip() for name in value.split(",") if name.strip()], operators_of("triton")
+    if not names or not set(there) >= set(names):
         raise ValueError(f"expected operators of {', '.join(there)}, got {value!r}")
     return names
 

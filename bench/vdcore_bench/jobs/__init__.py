@@ -349,6 +349,11 @@ JOBS: dict[str, type[Job]] = {
 TAKES_NORM_ROPE = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
 
 
+def operators_of(backend: str) -> tuple[str, ...]:
+    """All that a backend has, those without a job too."""
+    return tuple(BACKENDS[backend].operators)
+
+
 def operator_table() -> dict[str, dict[str, str]]:
     """Operator -> backend -> ``"fwd + bwd"``, ``"fwd"`` or ``""``: what each backend has, on any machine."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from vdcore import FrameMask, GridMask, TileLists
 from vdcore.ops.tile_attention.boxes import tiles_of
 from vdcore_bench.jobs import VideoJob, make
 from vdcore_bench.jobs.base import Job, Tensors
+from vdcore_bench.machine_code.code import Row
 from vdcore_bench.workloads import load
 from vdcore_kernels.core.launch import Launch, cdiv
 from vdcore_kernels.tile_attention import plan
@@ -112,3 +113,31 @@ def _of_a_head(job: Job, *, held: int, walked: int, of_keys: bool) -> tuple[int,
         return tested - begin, end - tested
     tiles, tokens = cdiv(s.T * s.S, held), s.T * s.S
     return tiles * (tokens // walked), tiles * (tokens % walked > 0)
+
+
+KERNELS = {"fwd_kernel": "forward", "bwd_q_kernel": "queries' gradient", "bwd_kv_kernel": "keys' and values'"}
+WHAT = {
+    "tokens": "neighborhood of 7 x 11 x 19",
+    "tiles": "3 x 3 x 3 tiles of 4 x 8 x 8",
+    "radial": "radial",
+    "lists": "lists of a quarter of the tiles of 4 x 8 x 8",
+}
+
+
+def over_dense(rows: Sequence[Row]) -> list[str]:
+    """Lines of a Markdown table: the time of a visible pair over dense attention's, by workload."""
+    times = {
+        (r["workload"], r["variant"], r["kernel"].partition("_attention_")[2]): r["pair_ps"]
+        for r in rows
+        if "pairs" in r
+    }
+    header = [f"{name.partition('-')[0]}: {what}" for name in WORKLOADS for what in KERNELS.values()]
+    lines = [f"| visible | {' | '.join(header)} |", "| --- |" + " ---: |" * len(header)]
+    for variant, what in WHAT.items():
+        cells = [
+            f"{times[name, variant, kernel] / times[name, 'plain', kernel]:.1f}"
+            for name in WORKLOADS
+            for kernel in KERNELS
+        ]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
