@@ -114,6 +114,7 @@ def hopper_boxes():
 
 @INTERPRETED
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sizes", LARGE, ids=str)
 def test_large_windows_on_triton(sizes, name):
@@ -125,6 +126,7 @@ def test_large_windows_on_triton(sizes, name):
 
 @INTERPRETED
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", LARGE, ids=str)
 def test_large_tiles_on_triton(sizes, dtype):
