@@ -33,6 +33,7 @@
 #define VDCORE_AMX_OPERATORS(X)               \
   X(frame_attention_forward, FrameAttention)  \
   X(frame_attention_backward, FrameAttention) \
+  X(frame_attention_tangents, FrameTangents)  \
   X(tile_attention_forward, TileAttention)    \
   X(tile_attention_backward, TileAttention)   \
   X(tokens_from_patches, PatchProduct)        \
