@@ -17,6 +17,8 @@ INCLUDE = ("-I", ROOT / "csrc", "-I", ROOT / "tests")
 
 # What is wrong, and the line that is replaced by others.
 LOOP_WAIT = "        await_result();\n        values.release(cluster, lane);\n        shrink_result(shrink);\n"
+KEY_ROWS = "        store_shared(shared.key_rows + pipeline.stage, box.rows);\n"
+KEYS_TOLD = "        pipeline.expect(Plan::kKeyBytes);\n"
 MISTAKES = {
     "keys are released while they are read": (
         "        await_scores<false>(s);\n        keys.release(cluster, lane);\n",
@@ -59,6 +61,10 @@ MISTAKES = {
     "the blocks of a cluster do not wait for one another's mbarriers": (
         "  if (cluster.size > 1)\n    sync_cluster();\n  else\n    sync_block();\n",
         "  sync_block();\n",
+    ),
+    "the number of rows is stored behind the arrival that tells of it": (
+        KEY_ROWS + KEYS_TOLD,
+        KEYS_TOLD + KEY_ROWS,
     ),
     "the last columns are hidden, not the first": ("< Plan::kKeys - rows) s[i]", ">= rows) s[i]"),
 }

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cuda/core/launch.h"
-#include "cuda/core/ptx.h"
+#include "cuda/core/ptx_sm90.h"
 
 using namespace vdcore;
 using namespace vdcore::cuda;
@@ -18,7 +18,22 @@ struct Arguments {
 
 constexpr int kThreads = 128;
 
-enum Fault { kNone, kNoBarrier, kNoWarpBarrier, kNoWait, kTooFewWaits, kHalfWarp, kLostWarp, kBeyond, kRow };
+enum Fault {
+  kNone,
+  kNoBarrier,
+  kNoWarpBarrier,
+  kNoWait,
+  kTooFewWaits,
+  kNoGroup,
+  kLookedAt,
+  kToGlobal,
+  kHalfWarp,
+  kLostWarp,
+  kBeyond,
+  kRow,
+  kFromGlobal,
+  kHalfWarps
+};
 
 // Every thread hands its value to the thread at the other end of the block.
 template <Fault kFault>
@@ -69,6 +84,7 @@ void product(const Arguments a) {
     for (uint32_t x = lane; x < 384; x += 32) cells[x] = static_cast<uint16_t>(pack<bf16>(float(x * 7 % 31) - 15, 0));
   sync_block();
   uint32_t left[4], right[4];
+  if (kFault == kFromGlobal) ldmatrix_x4(left, a.in + 4 * lane);
   ldmatrix_x4(left, cells + (lane % 16) * 16 + lane / 16 * 8);
   // b lies as [k][column] from 256 on; matrices 2 and 3 repeat 0 and 1.
   ldmatrix_x4_transposed(right, cells + 256 + (lane % 16) * 8);
@@ -84,6 +100,34 @@ void product(const Arguments a) {
     same &= sum == c[e];
   }
   store_global(a.out + i, load_global<uint32_t>(a.in + 127 - i) + (same ? 0 : 1));
+}
+
+// Copies that end without a group, go to global memory, or land while others look at what is there: right numbers all.
+template <Fault kFault>
+void copied_across(const Arguments a) {
+  char* const cells = shared_memory();
+  const uint32_t i = thread_index();
+  if (i < 32) cp_async16(cells + 16 * i, a.in + 4 * i, true);
+  if (kFault == kToGlobal && i == 0) cp_async16(a.out, a.in, true);
+  cp_async_commit();
+  if (kFault == kLookedAt) {
+    sync_block();
+    if (load_shared<uint32_t>(cells + 4 * i) == 5) return;
+    sync_block();
+  }
+  cp_async_wait<0>();
+  sync_block();
+  if (kFault == kNoGroup && i == 0) cp_async16(cells, a.in, true);
+  if (i > 0) store_global(a.out + i, load_shared<uint32_t>(cells + 4 * i));
+  if (i == 0) store_global(a.out, load_global<uint32_t>(a.in));
+}
+
+// What lanes are to agree on: their warp, or which half of it they are in.
+template <Fault kFault>
+void agreed(const Arguments a) {
+  const uint32_t i = thread_index(), number = i / (kFault == kHalfWarps ? 16 : 32);
+  const bool same = warp_uniform(static_cast<int>(number)) == static_cast<int>(number);
+  store_global(a.out + i, load_global<uint32_t>(a.in + i) + (same ? 0 : 1));
 }
 
 void run(const char* name, void (*kernel)(Arguments), bool (*expected)(const std::vector<uint32_t>&)) {
@@ -116,6 +160,11 @@ int main() {
       if (out[i] != 1000 + 127 - i) return false;
     return true;
   };
+  const auto straight = [](const std::vector<uint32_t>& out) {
+    for (uint32_t i = 0; i < kThreads; ++i)
+      if (out[i] != 1000 + i) return false;
+    return true;
+  };
   const auto reversed_in_warps = [](const std::vector<uint32_t>& out) {
     for (uint32_t i = 0; i < kThreads; ++i)
       if (out[i] != 1000 + i / 32 * 32 + 31 - i % 32) return false;
@@ -136,6 +185,13 @@ int main() {
   run("copied", copied<kNone>, every_eighth);
   run("copied-no-wait", copied<kNoWait>, every_eighth);
   run("copied-too-few-waits", copied<kTooFewWaits>, every_eighth);
+  run("across", copied_across<kNone>, straight);
+  run("across-no-group", copied_across<kNoGroup>, straight);
+  run("across-looked-at", copied_across<kLookedAt>, straight);
+  run("across-to-global", copied_across<kToGlobal>, straight);
+  run("agreed", agreed<kNone>, straight);
+  run("agreed-by-halves", agreed<kHalfWarps>, straight);
+  run("product-of-global", product<kFromGlobal>, reversed);
   run("product", product<kNone>, reversed);
   run("product-rows-swapped", product<kRow>, reversed);
 }

@@ -13,6 +13,9 @@ enum Fault {
   kNoProxyFence,  // E8
   kNoProxyFenceOfBox,
   kNoInitFence,
+  kInitialisedAgain,
+  kBytesOfNoBox,
+  kNotAwaited,
   kTwoBlocks,  // E9
   kTwoThreads,
   kConstantLoad,
@@ -25,6 +28,7 @@ enum Fault {
   kBlockReadsBefore,
   kVote,
   kOneLaneWaits,
+  kBehindTheArrival,
   kOneLaneArrives
 };
 
@@ -80,31 +84,42 @@ void multiplied(const Arguments a) {
 }
 
 // A box of 8 rows of 64 elements over what threads have written; E9: of what they write behind it, or with its first
-// row read by all lanes where only one has waited, or one has told that all are done: E10.
+// row read by all lanes where only one has waited, or one has told that all are done, or the number of the round stored
+// after the arrival: E10.
 template <Fault kFault>
 void boxed(const Arguments a) {
   char* const tile = shared_memory();
   auto* const full = reinterpret_cast<uint64_t*>(shared_memory() + 2048);
-  uint64_t* const empty = full + 1;
+  uint64_t *const empty = full + 1, *const idle = full + 2;
   const uint32_t i = thread_index();
   store_shared(cells() + i, i);
   if (kFault != kNoProxyFenceOfBox) emulator::fence_proxy_async();
   if (i == 0) {
     mbarrier_init(full, 1);
     mbarrier_init(empty, kThreads / 32);
+    mbarrier_init(idle, 1);
+    if (kFault == kInitialisedAgain) mbarrier_init(idle, 1);
     if (kFault != kNoInitFence) mbarrier_init_fence();
   }
   sync_block();
+  if (i == 0 && (kFault == kBytesOfNoBox || kFault == kNotAwaited)) {
+    mbarrier_arrive_expect(idle, 1024);
+    if (kFault == kNotAwaited) load_box(tile + 1024, &a.map, idle, kReadOnce, 0, a.first, 0, 0, 0);
+  }
+  uint32_t* const round = cells() + 1000;
   uint32_t sum = 0;
   for (uint32_t parity = 0; parity < 2; ++parity) {
     if (i == 0) {
       if (parity) mbarrier_wait(empty, 0);
+      if (kFault == kNone) store_shared(round, parity);
       mbarrier_arrive_expect(full, 1024);
+      if (kFault == kBehindTheArrival) store_shared(round, parity);
       load_box(tile, &a.map, full, kReadOnce, 0, a.first, 0, 0, 0);
     }
     if (kFault != kOneLaneWaits || i % 32 == 0) mbarrier_wait(full, parity);
     if (kFault == kOneLaneWaits) ballot(true);
     sum += load_shared<uint32_t>(tile + 144 * (i % 8));  // the first piece of a row, swizzled
+    if ((kFault == kNone || kFault == kBehindTheArrival) && load_shared<uint32_t>(round) != parity) return;
     if (kFault == kOneLaneArrives)
       ballot(true);
     else
@@ -196,6 +211,27 @@ void through_a_warp(const Arguments a) {
   store_global(a.out + i, load_shared<uint32_t>(cells() + (i ^ 31)));
 }
 
+// Two halves of a block hand words to one another behind an mbarrier, which its threads need no fence to use.
+void halved(const Arguments a) {
+  auto* const there = reinterpret_cast<uint64_t*>(shared_memory() + 4096);
+  const uint32_t i = thread_index();
+  if (i == 0) mbarrier_init(there, kThreads);
+  sync_block();
+  store_shared(cells() + i, load_global<uint32_t>(a.in + (i ^ 64)));
+  mbarrier_arrive(there);
+  mbarrier_wait(there, 0);
+  store_global(a.out + i, load_shared<uint32_t>(cells() + (i ^ 64)));
+}
+
+// A warp of each block of a cluster ends, and the others meet without it.
+void left(const Arguments a) {
+  const uint32_t i = thread_index();
+  if (cluster_rank() == 0) store_global(a.out + i, load_global<uint32_t>(a.in + i));
+  if (i < 32) return;
+  sync_cluster();
+  if (cluster_rank() == 1 && load_written<uint32_t>(a.out + i) == 5) store_shared(cells() + i, 5);
+}
+
 // Two blocks of a cluster tell one another to go on; then block 1 writes the result, and block 0 looks at it.
 template <Fault kFault>
 void clustered(const Arguments a) {
@@ -216,6 +252,7 @@ void clustered(const Arguments a) {
 
 int main() {
   run("E6-right", met<kNone>);
+  run("E6-some-end-right", left, {2, kThreads, 8192, 0, 2});
   run("E6-half-warps", met<kHalfWarps>);
   run("E6-two-places", met<kTwoPlaces>);
   run("E6-two-places-of-a-product", met<kTwoProducts>);
@@ -223,10 +260,14 @@ int main() {
   run("E6-barrier-16", met<kBarrier16>);
   run("E6-forty-threads", met<kBarrierOfForty>);
   run("E8-right", boxed<kNone>, {1, kThreads, 4096});
+  run("E8-threads-right", halved);
   run("E8-no-fence-of-the-proxy", multiplied<kNoProxyFence>);
   run("E8-no-fence-of-the-proxy-before-a-box", boxed<kNoProxyFenceOfBox>, {1, kThreads, 4096});
   run("E8-no-fence-of-mbarriers", boxed<kNoInitFence>, {1, kThreads, 4096});
   run("E8-no-fence-of-mbarriers-of-a-cluster", clustered<kNoInitFence>, {2, kThreads, 8192, 0, 2});
+  run("E8-mbarrier-initialised-again", boxed<kInitialisedAgain>, {1, kThreads, 4096});
+  run("E8-bytes-of-no-box", boxed<kBytesOfNoBox>, {1, kThreads, 4096});
+  run("E8-nobody-waits-for-a-box", boxed<kNotAwaited>, {1, kThreads, 4096});
   run("E9-right", stored<kNone>, {2});
   run("E9-two-blocks-write", stored<kTwoBlocks>, {2});
   run("E9-two-threads-write", stored<kTwoThreads>);
@@ -248,5 +289,6 @@ int main() {
   run("E10-no-barrier-of-the-cluster", clustered<kNoBarrier>, {2, kThreads, 8192, 0, 2});
   run("E10-vote-for-a-barrier", through_a_warp<kVote>);
   run("E10-one-lane-waits", boxed<kOneLaneWaits>, {1, kThreads, 4096});
+  run("E10-store-behind-the-arrival", boxed<kBehindTheArrival>, {1, kThreads, 4096});
   run("E10-one-lane-arrives", boxed<kOneLaneArrives>, {1, kThreads, 4096});
 }

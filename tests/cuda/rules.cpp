@@ -10,11 +10,15 @@ enum Fault {
   kLateResult,
   kLateOperand,
   kOtherDescriptor,  // E4
+  kOtherPlace,
+  kWithinSwizzle,
   kLostWarp,
   kOtherScale,
   kTooManyRegisters,  // E5
   kOddRegisters,
-  kTwoNumbers
+  kTwoNumbers,
+  kTwoPlaces,
+  kNoBarrier
 };
 
 // ---- E1: a box of 8 rows of 64 elements, by the tensor memory accelerator ----
@@ -47,7 +51,7 @@ void multiplied(const Arguments a) {
   emulator::fence_proxy_async();
   sync_block();
   const bool other = kFault == kOtherDescriptor && i / 32 == 3;
-  const uint64_t tile = columns_descriptor<64>(other ? 4096 : 0, 2048);
+  const uint64_t tile = columns_descriptor<64>(other ? 4096 : kFault == kWithinSwizzle ? 128 : 0, 2048);
   float d[4];
   uint32_t first[4], second[4];
   bool same = true;
@@ -59,7 +63,10 @@ void multiplied(const Arguments a) {
       for (float& x : d) x = 32;
     } else {
       wgmma_fence();
-      Wgmma<bf16, 8>::registers_times_columns(d, first, tile);
+      if (kFault == kOtherPlace && i / 32 == 3)
+        Wgmma<bf16, 8>::registers_times_columns(d, first, tile);
+      else
+        Wgmma<bf16, 8>::registers_times_columns(d, first, tile);
       for (uint32_t& x : second) x = kOnes;
       Wgmma<bf16, 8>::registers_times_columns(d, second, tile);
       wgmma_commit();
@@ -135,13 +142,19 @@ void widened(const Arguments a) {
   store_global(a.out + i, load_global<uint32_t>(a.in + i) + (same ? 0 : 1));
 }
 
-// ---- E5: one warpgroup gives registers to three ----
+// ---- E5: one warpgroup gives registers to three, in two steps ----
 
 template <Fault kFault>
 void given(const Arguments a) {
   const uint32_t i = thread_index();
+  if (i < 128) {
+    give_registers<64>();
+    if (kFault != kNoBarrier) named_barrier_wait(1, 128);
+  }
   if (kFault == kTwoNumbers && i < 32)
     give_registers<24>();
+  else if (kFault == kTwoPlaces && i < 32)
+    give_registers<32>();
   else if (i < 128)
     give_registers<kFault == kTooManyRegisters ? 40 : 32>();
   else
@@ -175,10 +188,14 @@ int main() {
   run("E4-one-warp-with-another-descriptor", multiplied<kOtherDescriptor>);
   run("E4-a-warp-without-its-product", multiplied<kLostWarp>);
   run("E4-one-lane-with-another-scale", multiplied_once<kOtherScale>);
+  run("E4-one-warp-at-another-place", multiplied<kOtherPlace>);
+  run("E4-a-descriptor-within-its-swizzle", multiplied<kWithinSwizzle>);
   run("E5-right", given<kNone>, {1, 512});
   run("E5-more-registers-than-there-are", given<kTooManyRegisters>, {1, 512});
   run("E5-no-multiple-of-8", given<kOddRegisters>, {1, 512});
   run("E5-two-numbers-in-a-warpgroup", given<kTwoNumbers>, {1, 512});
+  run("E5-two-places-in-a-warpgroup", given<kTwoPlaces>, {1, 512});
+  run("E5-twice-without-a-barrier", given<kNoBarrier>, {1, 512});
   run("E7-right", copied, {1, 1024, 227 << 10});
   run("E7-threads", copied, {1, 1056, 8192});
   run("E7-shared-memory", copied, {1, kThreads, (227 << 10) + 1});

@@ -50,6 +50,7 @@ struct AsyncCopy {
   const void* global;
   size_t bytes;
   bool valid;
+  Event written;  // by the unit that copies for the thread
 };
 
 struct Fiber {
@@ -61,6 +62,7 @@ struct Fiber {
   const char* where = "";
   std::vector<AsyncCopy> open;  // copies of no group yet
   std::deque<std::vector<AsyncCopy>> groups;
+  uint32_t unit = 0;  // the agent that copies, 0: not yet
 };
 
 struct Warp {
@@ -135,11 +137,28 @@ void give_way(Fiber::State state) {
   switch_to(self.context, cluster->scheduler);
 }
 
+// Whether all threads of the cluster that have not ended wait for one another: then they go on.
+bool cluster_has_met() {
+  size_t there = cluster->met.size();
+  for (const Block& block : cluster->blocks) there += block.ended;
+  if (there < cluster->fibers.size()) return false;
+  const Past past = cluster->known.take();
+  for (Fiber* fiber : cluster->met) {
+    fiber->state = Fiber::ready;
+    cluster->clocks.acquire(fiber->index, past);
+  }
+  cluster->met.clear();
+  return true;
+}
+
 void fiber_entry() {
   (*cluster->kernel)();
-  for (const auto& group : cluster->running->groups)
+  Fiber& self = *cluster->running;
+  self.groups.push_back(self.open);
+  for (const auto& group : self.groups)
     if (!group.empty()) fail("a thread ends before its cp.async has");
   ++here().ended;
+  cluster_has_met();
   give_way(Fiber::done);
   __builtin_unreachable();
 }
@@ -216,6 +235,7 @@ void run_cluster(uint32_t first) {
     fiber.state = Fiber::ready;
     fiber.open.clear();
     fiber.groups.clear();
+    fiber.unit = 0;
     prepare(fiber.context, stacks[fiber.index].get(), fiber_entry);
   }
   // Who waits for a unit that works on its own may have to be asked a few times.
@@ -315,6 +335,11 @@ void check_access(const void* p, size_t bytes, size_t alignment) {
   fail("an access of " + std::to_string(bytes) + " bytes lies outside of every tensor of the call");
 }
 
+void check_shared(const void* p, size_t bytes) {
+  if (!here().holds(p)) fail("an address that is not in shared memory");
+  check_access(p, bytes);
+}
+
 Clocks& clocks() { return cluster->clocks; }
 uint32_t agent() { return cluster->position.rank * cluster->position.threads + cluster->position.thread; }
 const char* stack_end() { return stacks[cluster->running->index].get() + kStack; }
@@ -408,13 +433,7 @@ void meet_cluster() {
   self.where = "a barrier of the cluster";
   cluster->met.push_back(&self);
   clocks().release(agent(), cluster->known);
-  if (cluster->met.size() < cluster->fibers.size()) return give_way(Fiber::waiting);
-  const Past past = cluster->known.take();
-  for (Fiber* fiber : cluster->met) {
-    fiber->state = Fiber::ready;
-    clocks().acquire(fiber->index, past);
-  }
-  cluster->met.clear();
+  if (!cluster_has_met()) give_way(Fiber::waiting);
 }
 
 void arrive_block(int id, uint32_t count, const Site& site) { arrives(id, count, false, site); }
@@ -434,11 +453,14 @@ void wait_until(bool (*ready)(void*), void* argument, const char* what) {
 }
 
 void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
-  check_access(shared, bytes);
+  check_shared(shared, bytes);
   if (valid) check_access(global, bytes), loaded(global, bytes, true);
+  Fiber& self = *cluster->running;
+  if (!self.unit) self.unit = clocks().add_unit("cp.async of thread " + std::to_string(position().thread));
+  const Event written = clocks().next_of_unit(self.unit);
   std::memset(shared, 0xff, bytes);
-  stored(shared, bytes);
-  cluster->running->open.push_back({shared, global, bytes, valid});
+  cluster->shared.touch(shared, bytes, {Touch::writes, written, {&clocks(), agent(), 1, nullptr}, false});
+  self.open.push_back({shared, global, bytes, valid, written});
 }
 
 void async_commit() {
@@ -451,6 +473,9 @@ void async_wait(int groups_left) {
   auto& groups = cluster->running->groups;
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
     for (const AsyncCopy& copy : groups.front()) {
+      Gathered known;
+      known.add(copy.written.agent, copy.written.time);
+      clocks().acquire(agent(), known.take());
       if (copy.valid)
         std::memcpy(copy.shared, copy.global, copy.bytes);
       else

@@ -11,17 +11,20 @@
 //   E2  registers of a wgmma in flight are not written
 //   E3  registers written since the last wgmma.fence are no operands, those of the first product included; what is in
 //       flight is added to by products of its own shape alone
-//   E4  the four warps of a warpgroup, and all lanes of each, issue the same products
-//   E5  setmaxnreg: whole warpgroups, the same number in each, sizes, and registers that somebody has given back
+//   E4  the four warps of a warpgroup, and all lanes of each, issue the same products at one place, by
+//       descriptors that begin where the pattern of their swizzle does
+//   E5  setmaxnreg: whole warpgroups, each at one place and behind a barrier since its last one, sizes, and registers
+//       that somebody has given back
 //   E6  barriers: whole warps, all lanes at one place and once a phase, ids 0 to 15, multiples of 32 threads
 //   E7  a launch: 1,024 threads, 227 KB of shared memory, 4 KB of parameters, 2^31 - 1 blocks
 //   E8  what threads write to shared memory reaches wgmma and TMA only behind their fence.proxy.async, and an mbarrier
-//       others only behind the fence.mbarrier_init of who has initialised it
+//       TMA and other blocks only behind the fence.mbarrier_init of who has initialised it, once; bytes that it is told
+//       of land, and somebody waits for them
 //   E9  no two blocks, nor two unordered threads, write one address; ld.global.nc, cp.async and TMA load nothing that
 //       the kernel writes, before or later
 //   E10 a read and a write of one address are ordered. Blocks are not, but by a barrier of their cluster; threads of a
-//       block are by barriers that both have joined and by mbarriers, lanes of a warp by bar.warp.sync, too: shuffles,
-//       votes and products order no memory
+//       block are by barriers that both have joined and by mbarriers where they arrive, lanes of a warp by
+//       bar.warp.sync, too: shuffles, votes and products order no memory, nor does a box what its thread did before it
 //
 // fibers.h: threads. clocks.h: what happens before what. memory.h: who has touched what. emulator.cpp: launches, warps,
 // barriers. emulator_sm90.h: the units of sm_90a.
@@ -70,6 +73,8 @@ void* in_block(void* p, uint32_t rank);
 // Fails where [p, p + bytes) is neither in shared memory nor in what is exposed, or is not aligned: to its size.
 void check_access(const void* p, size_t bytes, size_t alignment);
 inline void check_access(const void* p, size_t bytes) { check_access(p, bytes, bytes); }
+// The same, of shared memory alone.
+void check_shared(const void* p, size_t bytes);
 
 // A store, and a load that does (ld.global.nc) or does not assume that the kernel writes none of it, after
 // check_access.
@@ -112,7 +117,7 @@ void async_copy(void* shared, const void* global, size_t bytes, bool valid);
 void async_commit();
 void async_wait(int groups_left);
 
-// All threads of the cluster meet.
+// All threads of the cluster meet, but those that have ended.
 void meet_cluster();
 
 // Counts the thread at barrier `id` without waiting there.

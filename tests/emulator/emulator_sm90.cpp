@@ -1,6 +1,7 @@
 #include "emulator/emulator_sm90.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -9,21 +10,6 @@
 #include "emulator/engines.h"
 
 namespace vdcore::cuda::emulator {
-
-std::string Engines::finish() {
-  if (!boxes.empty()) return "the block ends before its boxes have landed";
-  for (const Products& warp : warps)
-    if (!warp.list.empty()) return "the block ends before its wgmma have been waited for";
-  for (const Warpgroup& group : warpgroups)
-    for (const int warps_of : group.warps)
-      if (warps_of != kWarpsOfGroup) return "wgmma by some warps of a warpgroup only";
-  for (int i = 0; i < kMostWarps; ++i) {
-    const std::vector<int>& first = registers[i / kWarpsOfGroup * kWarpsOfGroup];
-    if (registers[i].size() != first.size()) return "setmaxnreg by some warps of a warpgroup only";
-    if (registers[i] != first) return "setmaxnreg of different numbers of registers by the warps of a warpgroup";
-  }
-  return "";
-}
 
 namespace {
 
@@ -34,15 +20,53 @@ struct Barrier {
   int32_t bytes;
 };
 constexpr uint32_t kCounts = (1u << 19) - 1;
+constexpr int32_t kBytes = (1 << 20) - 1;  // at most, either way
 
-Barrier read(const uint64_t* barrier) {
-  const uint64_t x = *barrier;
-  if (x == ~uint64_t{0}) fail("an mbarrier is used before it is initialised");
+Barrier unpacked(uint64_t x) {
   return {static_cast<uint32_t>(x & 1), static_cast<uint32_t>(x >> 1) & kCounts,
           static_cast<uint32_t>(x >> 20) & kCounts, static_cast<int32_t>(x >> 39) - (1 << 22)};
 }
 
+bool anybody_knows(const Event& e) {
+  for (uint32_t i = 0; clocks().is_thread(i); ++i)
+    if (clocks().knows(i, e)) return true;
+  return false;
+}
+
+}  // namespace
+
+std::string Engines::finish() {
+  bool awaited = boxes.empty();
+  for (const auto& [barrier, m] : mbarriers) awaited = awaited && (!m.written.time || anybody_knows(m.written));
+  if (!awaited) return "the block ends, and nobody has waited for a box";
+  for (const auto& [barrier, m] : mbarriers)
+    if (unpacked(*barrier).bytes) return "the block ends, and an mbarrier was told of other bytes than have landed";
+  for (const Products& warp : warps)
+    if (!warp.list.empty()) return "the block ends before its wgmma have been waited for";
+  for (const Warpgroup& group : warpgroups)
+    for (const int warps_of : group.warps)
+      if (warps_of != kWarpsOfGroup) return "wgmma by some warps of a warpgroup only";
+  for (int i = 0; i < kMostWarps; ++i) {
+    const std::vector<Limit>& first = limits[i / kWarpsOfGroup * kWarpsOfGroup];
+    if (limits[i].size() != first.size()) return "setmaxnreg by some warps of a warpgroup only";
+    for (size_t j = 0; j < first.size(); ++j) {
+      if (limits[i][j].registers != first[j].registers)
+        return "setmaxnreg of different numbers of registers by the warps of a warpgroup";
+      if (!(limits[i][j].site == first[j].site)) return "setmaxnreg at different places by the warps of a warpgroup";
+    }
+  }
+  return "";
+}
+
+namespace {
+
+Barrier read(const uint64_t* barrier) {
+  if (*barrier == ~uint64_t{0}) fail("an mbarrier is used before it is initialised");
+  return unpacked(*barrier);
+}
+
 void write(uint64_t* barrier, Barrier b, Initialised& m) {
+  if (std::abs(b.bytes) > kBytes) fail("an mbarrier of " + std::to_string(b.bytes) + " bytes");
   if (b.pending == 0 && b.bytes == 0) {
     b.phase ^= 1, b.pending = b.expected;
     m.past = joined(m.past, m.known.take());
@@ -51,17 +75,18 @@ void write(uint64_t* barrier, Barrier b, Initialised& m) {
              static_cast<uint64_t>(b.bytes + (1 << 22)) << 39;
 }
 
-// An mbarrier of the block of this rank, which others than the thread that has initialised it may only use behind that
-// thread's fence. E8.
+// An mbarrier of the block of this rank, which threads of the block may use behind its initialisation, other blocks and
+// the accelerator only behind that thread's fence. E8.
 Initialised& initialised(const uint64_t* barrier, uint32_t rank, bool by_unit) {
   read(barrier);
   auto& all = engines_in(extension_of(rank)).mbarriers;
   const auto found = all.find(barrier);
   if (found == all.end()) fail("an mbarrier is used before it is initialised");
   const Initialised& m = found->second;
-  if (!by_unit && m.by.agent == agent()) return found->second;
-  if (!m.fence.time) fail("an mbarrier that was initialised without a fence.mbarrier_init is used by others");
-  if (!clocks().knows(agent(), m.fence)) fail("nothing orders the use of an mbarrier behind its initialisation");
+  const bool fenced = by_unit || rank != position().rank;
+  if (fenced && !m.fence.time) fail("an mbarrier that was initialised without a fence.mbarrier_init is used by others");
+  if (!clocks().knows(agent(), fenced ? m.fence : m.by))
+    fail("nothing orders the use of an mbarrier behind its initialisation");
   return found->second;
 }
 
@@ -96,8 +121,9 @@ void land(const Box& box) {
       land_piece(to, m, row, int64_t{box.at[0]} + c);
     }
   }
-  barrier.known.add(box.past);
+  // Of what the thread did that has asked for the box, its arrival tells, not the box.
   barrier.known.add(written.agent, written.time);
+  barrier.written = written;
   Barrier b = read(box.barrier);
   b.bytes -= 2 * m.box[0] * m.box[1];
   write(box.barrier, b, barrier);
@@ -143,20 +169,30 @@ int launched_registers() { return std::min(65536 / static_cast<int>(position().t
 
 void nothing(void* const*) {}
 
+// A setmaxnreg follows that of all warps of the group before.
+void check_order(const Engines& all, int warp, const char* what) {
+  const size_t before = all.limits[warp].size();
+  for (int i = warp / kWarpsOfGroup * kWarpsOfGroup, end = i + kWarpsOfGroup; before && i < end; ++i)
+    if (all.limits[i].size() < before || !clocks().knows(agent(), all.limits[i][before - 1].by))
+      fail(std::string(what) + ", and nothing orders it behind the last one of the warpgroup");
+}
+
 void set_registers(int registers, bool more, const char* what, const Site& site) {
   Engines& all = engines();
   const int warp = own_index();
   if (registers < 24 || registers > 256 || registers % 8)
     fail(std::string(what) + " of " + std::to_string(registers) + ": a multiple of 8 from 24 to 256");
-  const int before = all.registers[warp].empty() ? launched_registers() : all.registers[warp].back();
+  const auto& mine = all.limits[warp];
+  const int before = mine.empty() ? launched_registers() : mine.back().registers;
   if (more ? registers < before : registers > before)
     fail(std::string(what) + " of " + std::to_string(registers) + ", and a thread has " + std::to_string(before));
   meet_warp(nothing, nullptr, what, site);
   if (position().thread % kLanes == 0) {
+    check_order(all, warp, what);
     Wanted wanted{&all, (registers - before) * kLanes};
     if (more) wait_until(has_registers, &wanted, what);
     all.free_registers -= wanted.registers;
-    all.registers[warp].push_back(registers);
+    all.limits[warp].push_back({registers, site, clocks().now(agent())});
   }
   meet_warp(nothing, nullptr, what, site);
 }
@@ -166,10 +202,12 @@ void set_registers(int registers, bool more, const char* what, const Site& site)
 uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - shared_memory()); }
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-  check_access(barrier, 8);
+  check_shared(barrier, 8);
   stored(barrier, 8);
+  if (!arrivals || arrivals > kCounts) fail("an mbarrier of " + std::to_string(arrivals) + " arrivals");
+  if (engines().mbarriers.count(barrier)) fail("an mbarrier is initialised again");
   Initialised& m = engines().mbarriers[barrier];
-  m = {clocks().now(agent()), {}, clocks().add_unit("the accelerator"), {}, nullptr};
+  m = {clocks().now(agent()), {}, clocks().add_unit("the accelerator"), {}, {}, nullptr};
   write(barrier, {0, arrivals, arrivals, 0}, m);
 }
 
@@ -197,17 +235,17 @@ void arrive(uint64_t* barrier, uint32_t rank, uint32_t bytes) {
 }  // namespace
 
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes) {
-  check_access(barrier, 8);
+  check_shared(barrier, 8);
   arrive(barrier, position().rank, bytes);
 }
 
 void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-  check_access(barrier, 8);
+  check_shared(barrier, 8);
   arrive(static_cast<uint64_t*>(in_block(barrier, rank)), rank, 0);
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  check_access(barrier, 8);
+  check_shared(barrier, 8);
   initialised(barrier, position().rank, false);
   Awaited awaited{barrier, parity};
   wait_until(completed, &awaited, "an mbarrier");
@@ -218,9 +256,9 @@ void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32
   if (shared_address(shared) % repeats)
     fail("a box with such a swizzle begins at a multiple of " + std::to_string(repeats) + " bytes");
   check_access(map->base, 16);  // hardware looks there, wherever the box lands
-  check_access(shared, 16);
-  check_access(static_cast<char*>(shared) + 2 * map->box[0] * map->box[1] - 16, 16);
-  check_access(barrier, 8);
+  check_shared(shared, 16);
+  check_shared(static_cast<char*>(shared) + 2 * map->box[0] * map->box[1] - 16, 16);
+  check_shared(barrier, 8);
   const Past past = clocks().past_of(agent());
   for (uint32_t rank = 0; rank < position().cluster; ++rank) {
     if (!for_both && rank != position().rank) continue;

@@ -43,8 +43,9 @@ struct Operands {
   const uint32_t* a;
   uint64_t a_descriptor, b_descriptor;
   bool columns, add;
+  Site site;
 };
-void wgmma(const Operands& mine, const Site& site);
+void wgmma(const Operands& mine);
 void wgmma_commit(const Site& site);
 void wgmma_wait(int groups_left, const Site& site);
 

@@ -18,6 +18,7 @@ constexpr int kLanes = 32, kWarpsOfGroup = 4, kMostWarps = 32;
 struct Initialised {
   Event by, fence;  // fence.mbarrier_init of the same thread, once it was there
   uint32_t unit;    // the agent that writes the boxes which complete here
+  Event written;    // the last one of them
   Gathered known;   // by who has arrived in this phase
   Past past;        // what the phases that have completed know
 };
@@ -79,7 +80,10 @@ struct Products {  // of a warp: a warp does 16 rows of its warpgroup's product 
 struct Told {
   uint64_t a, b;
   int n, flags;
-  bool operator==(const Told& x) const { return a == x.a && b == x.b && n == x.n && flags == x.flags; }
+  Site site;
+  bool operator==(const Told& x) const {
+    return a == x.a && b == x.b && n == x.n && flags == x.flags && site == x.site;
+  }
 };
 struct Warpgroup {
   std::vector<std::vector<Told>> groups;  // by the first warp that committed each
@@ -88,13 +92,20 @@ struct Warpgroup {
   std::vector<Told> open[kWarpsOfGroup];
 };
 
+// Registers of a thread from a setmaxnreg on.
+struct Limit {
+  int registers;
+  Site site;
+  Event by;
+};
+
 struct Engines : Extension {
   std::unordered_map<const uint64_t*, Initialised> mbarriers;
   std::vector<Box> boxes;
   Products warps[kMostWarps];
   Warpgroup warpgroups[kMostWarps / kWarpsOfGroup];
   int free_registers = 0;
-  std::vector<int> registers[kMostWarps];  // of a thread, by warp: what each setmaxnreg has set
+  std::vector<Limit> limits[kMostWarps];  // by warp
   std::string finish() override;
 };
 

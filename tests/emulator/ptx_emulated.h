@@ -105,6 +105,13 @@ inline void shfl_xor(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane)
     exchange(lanes, lane).out = exchange(lanes, lane ^ exchange(lanes, lane).lanes).in;
 }
+inline void shfl_first(void* const* lanes) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (exchange(lanes, lane).in != exchange(lanes, 0).in)
+      emulator::fail("lanes of a warp do not agree on what they must");
+    exchange(lanes, lane).out = exchange(lanes, 0).in;
+  }
+}
 inline void vote(void* const* lanes) {
   uint32_t set = 0;
   for (int lane = 0; lane < 32; ++lane) set |= (exchange(lanes, lane).in ? 1u : 0u) << lane;
@@ -216,13 +223,13 @@ inline void mma(void* const* lanes) {
 }  // namespace emulated
 
 VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
-  emulator::check_access(row, 16);
+  emulator::check_shared(row, 16);
   emulator::loaded(row, 16, false);
   emulated::Ldmatrix mine{row, r};
   emulator::meet_warp(emulated::ldmatrix<false>, &mine, "ldmatrix", {file, line});
 }
 VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
-  emulator::check_access(row, 16);
+  emulator::check_shared(row, 16);
   emulator::loaded(row, 16, false);
   emulated::Ldmatrix mine{row, r};
   emulator::meet_warp(emulated::ldmatrix<true>, &mine, "ldmatrix.trans", {file, line});

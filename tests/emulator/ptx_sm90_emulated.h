@@ -55,10 +55,10 @@ template <typename E, int N>
 struct Wgmma {
   template <bool kAdd>
   static void rows_times_rows(float (&d)[N / 2], uint64_t a, uint64_t b, VDCORE_SITE) {
-    emulator::wgmma({E::dtype, N, d, nullptr, a, b, false, kAdd}, {file, line});
+    emulator::wgmma({E::dtype, N, d, nullptr, a, b, false, kAdd, {file, line}});
   }
   static void registers_times_columns(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, VDCORE_SITE) {
-    emulator::wgmma({E::dtype, N, d, a, 0, b, true, true}, {file, line});
+    emulator::wgmma({E::dtype, N, d, a, 0, b, true, true, {file, line}});
   }
 };
 
@@ -71,6 +71,8 @@ VDCORE_DEVICE void after_computing(float, const void*) {}
 VDCORE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {
   return emulated::meet(emulated::shfl_xor, x, lanes, "shfl");
 }
-VDCORE_DEVICE int warp_uniform(int x) { return x; }
+VDCORE_DEVICE int warp_uniform(int x) {
+  return static_cast<int>(emulated::meet(emulated::shfl_first, static_cast<uint32_t>(x), 0, "shfl"));
+}
 
 }  // namespace vdcore::cuda

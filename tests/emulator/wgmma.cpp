@@ -1,11 +1,10 @@
 // wgmma under the emulator: products of a warpgroup, by warps that each take 16 of its rows.
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "cuda/core/ptx.h"
 #include "emulator/engines.h"
 
 namespace vdcore::cuda::emulator {
@@ -20,24 +19,8 @@ namespace {
 
 constexpr uint32_t kInFlight = 0x7fc0dead;  // a NaN: what registers of a result hold until it has been waited for
 
-float in_flight() {
-  float x;
-  std::memcpy(&x, &kInFlight, 4);
-  return x;
-}
-
 float value(DType type, uint16_t bits) {
-  if (type == DType::bf16) {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
-  }
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float size = exponent == 31 ? (mantissa ? std::numeric_limits<float>::quiet_NaN() : INFINITY)
-                     : exponent     ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25)
-                                    : std::ldexp(static_cast<float>(mantissa), -24);
-  return bits >> 15 ? -size : size;
+  return type == DType::bf16 ? emulated::element<bf16>(bits) : emulated::element<f16>(bits);
 }
 
 float shared_value(DType type, uint32_t address, uint32_t span) {
@@ -53,6 +36,7 @@ struct Descriptor {
     if (x >> 62 != 1 && x >> 62 != 2) fail("a matrix descriptor without a swizzle of 128 or 64 bytes");
     if (x >> 49 & 7) fail("a matrix descriptor with a base offset");
     span = x >> 62 == 1 ? 128 : 64;
+    if (address % (8 * span) >= span) fail("a matrix descriptor that begins within its swizzle's eight rows");
   }
 
   // Where an element is: of K along a row of the first or second operand, or of columns along a row of K.
@@ -63,6 +47,7 @@ struct Descriptor {
   }
 };
 
+// Of elements of the result and of a first operand in registers.
 int result_row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
 int result_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
@@ -79,7 +64,7 @@ void multiply(Product& p, int warp) {
   if (o.a) {
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 8; ++i)
-        a[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] =
+        a[result_row(lane, i)][result_column(lane, i)] =
             value(o.type, static_cast<uint16_t>(p.a[lane][i / 2] >> 16 * (i % 2)));
   } else {
     const Descriptor left(o.a_descriptor);
@@ -94,7 +79,7 @@ void multiply(Product& p, int warp) {
   p.done = true;
 }
 
-Products& own_warp() { return engines().warps[position().thread / kLanes]; }
+Products& own_warp() { return engines().warps[own_index()]; }
 
 // The reads of a product, in pieces of eight elements: they end when it has been waited for.
 void read_operands(Product& p, Products& warp) {
@@ -133,7 +118,7 @@ std::shared_ptr<Sum> begin_sum(void* const* lanes, int n) {
     for (int i = 0; i < n / 2; ++i) {
       float& d = sum->d[lane][i];
       sum->rows[result_row(lane, i) * n + result_column(lane, i)] = d;
-      d = in_flight();
+      std::memcpy(&d, &kInFlight, 4);
     }
   }
   return sum;
@@ -163,7 +148,7 @@ void check_fence(const Products& warp, const Registers& mine) {
 void tell(const Operands& o) {
   Warpgroup& group = engines().warpgroups[own_index() / kWarpsOfGroup];
   const int flags = o.columns | o.add << 1 | (o.a != nullptr) << 2 | static_cast<int>(o.type) << 3;
-  group.open[own_index() % kWarpsOfGroup].push_back({o.a_descriptor, o.b_descriptor, o.n, flags});
+  group.open[own_index() % kWarpsOfGroup].push_back({o.a_descriptor, o.b_descriptor, o.n, flags, o.site});
 }
 
 void meet_product(void* const* lanes) {
@@ -265,8 +250,8 @@ void wgmma_fence(const Site& site) {
   meet_warp(meet_fence, &mine, "wgmma.fence", site);
 }
 
-void wgmma(const Operands& mine, const Site& site) {
-  meet_warp(meet_product, const_cast<Operands*>(&mine), "wgmma.mma_async", site);
+void wgmma(const Operands& mine) {
+  meet_warp(meet_product, const_cast<Operands*>(&mine), "wgmma.mma_async", mine.site);
 }
 
 void wgmma_commit(const Site& site) { meet_warp(meet_commit, nullptr, "wgmma.commit_group", site); }
