@@ -14,6 +14,8 @@ enum Fault {
   kNoProxyFenceOfBox,
   kNoInitFence,
   kInitialisedAgain,
+  kOfNobody,
+  kManyBytes,
   kBytesOfNoBox,
   kNotAwaited,
   kTwoBlocks,  // E9
@@ -97,13 +99,13 @@ void boxed(const Arguments a) {
   if (i == 0) {
     mbarrier_init(full, 1);
     mbarrier_init(empty, kThreads / 32);
-    mbarrier_init(idle, 1);
+    mbarrier_init(idle, kFault == kOfNobody ? 0 : 1);
     if (kFault == kInitialisedAgain) mbarrier_init(idle, 1);
     if (kFault != kNoInitFence) mbarrier_init_fence();
   }
   sync_block();
-  if (i == 0 && (kFault == kBytesOfNoBox || kFault == kNotAwaited)) {
-    mbarrier_arrive_expect(idle, 1024);
+  if (i == 0 && (kFault == kManyBytes || kFault == kBytesOfNoBox || kFault == kNotAwaited)) {
+    mbarrier_arrive_expect(idle, kFault == kManyBytes ? 1 << 20 : 1024);
     if (kFault == kNotAwaited) load_box(tile + 1024, &a.map, idle, kReadOnce, 0, a.first, 0, 0, 0);
   }
   uint32_t* const round = cells() + 1000;
@@ -189,6 +191,15 @@ void looked_at(const Arguments a) {
   store_global(a.out + i, x);
 }
 
+// Every thread writes a byte, and reads another one's.
+void bytes(const Arguments a) {
+  const uint32_t i = thread_index();
+  store_shared(shared_memory() + i, static_cast<uint8_t>(i));
+  sync_block();
+  const uint32_t other = load_shared<uint8_t>(shared_memory() + 127 - i);
+  store_global(a.out + i, load_global<uint32_t>(a.in + i) + other + i - 127);
+}
+
 // Block 1 writes the result, and block 0 looks at it, or the other way round.
 template <Fault kFault>
 void watched(const Arguments a) {
@@ -266,6 +277,8 @@ int main() {
   run("E8-no-fence-of-mbarriers", boxed<kNoInitFence>, {1, kThreads, 4096});
   run("E8-no-fence-of-mbarriers-of-a-cluster", clustered<kNoInitFence>, {2, kThreads, 8192, 0, 2});
   run("E8-mbarrier-initialised-again", boxed<kInitialisedAgain>, {1, kThreads, 4096});
+  run("E8-mbarrier-of-nobody", boxed<kOfNobody>, {1, kThreads, 4096});
+  run("E8-too-many-bytes", boxed<kManyBytes>, {1, kThreads, 4096});
   run("E8-bytes-of-no-box", boxed<kBytesOfNoBox>, {1, kThreads, 4096});
   run("E8-nobody-waits-for-a-box", boxed<kNotAwaited>, {1, kThreads, 4096});
   run("E9-right", stored<kNone>, {2});
@@ -278,6 +291,7 @@ int main() {
   run("E10-right", paired<kNone>);
   run("E10-turns-right", in_turn<kNone>);
   run("E10-looks-right", looked_at<kNone>);
+  run("E10-bytes-right", bytes);
   run("E10-blocks-right", watched<kNone>, {2});
   run("E10-cluster-right", clustered<kNone>, {2, kThreads, 8192, 0, 2});
   run("E10-warps-right", through_a_warp<kNone>);

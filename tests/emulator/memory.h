@@ -20,7 +20,7 @@ struct Touch {
   bool async = false;  // through the proxy of TMA and wgmma
 };
 
-// Remembers the last write of every two bytes, and the reads since; fails where a touch is in no order with them.
+// Remembers the last write of every byte, and the reads since; fails where a touch is in no order with them.
 class Touched {
  public:
   void touch(const void* p, size_t bytes, const Touch& touch);
@@ -32,7 +32,7 @@ class Touched {
     uint32_t readers = 0;   // number of the list of more readers, 0: none
     bool constant = false;  // some load takes it as never written
   };
-  static constexpr uintptr_t kPage = 4096, kPiece = 16, kCell = 2;
+  static constexpr uintptr_t kPage = 4096, kPiece = 16, kCell = 1;
   using Parts = std::array<Cell, kPiece / kCell>;
   struct Piece {
     Cell whole;
