@@ -126,7 +126,8 @@ void copied_across(const Arguments a) {
 template <Fault kFault>
 void agreed(const Arguments a) {
   const uint32_t i = thread_index(), number = i / (kFault == kHalfWarps ? 16 : 32);
-  const bool same = warp_uniform(static_cast<int>(number)) == static_cast<int>(number);
+  const bool same = warp_uniform(static_cast<int>(number)) == static_cast<int>(number) &&
+                    shuffle_xor(number, kFault == kBeyond ? 32 : 16) == number;
   store_global(a.out + i, load_global<uint32_t>(a.in + i) + (same ? 0 : 1));
 }
 
@@ -191,6 +192,7 @@ int main() {
   run("across-to-global", copied_across<kToGlobal>, straight);
   run("agreed", agreed<kNone>, straight);
   run("agreed-by-halves", agreed<kHalfWarps>, straight);
+  run("agreed-beyond", agreed<kBeyond>, straight);
   run("product-of-global", product<kFromGlobal>, reversed);
   run("product", product<kNone>, reversed);
   run("product-rows-swapped", product<kRow>, reversed);

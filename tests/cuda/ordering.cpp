@@ -18,6 +18,7 @@ enum Fault {
   kManyBytes,
   kBytesOfNoBox,
   kNotAwaited,
+  kOnABarrier,
   kTwoBlocks,  // E9
   kTwoThreads,
   kConstantLoad,
@@ -92,7 +93,7 @@ template <Fault kFault>
 void boxed(const Arguments a) {
   char* const tile = shared_memory();
   auto* const full = reinterpret_cast<uint64_t*>(shared_memory() + 2048);
-  uint64_t *const empty = full + 1, *const idle = full + 2;
+  uint64_t *const empty = full + 1, *const idle = kFault == kOnABarrier ? full - 192 : full + 2;
   const uint32_t i = thread_index();
   store_shared(cells() + i, i);
   if (kFault != kNoProxyFenceOfBox) emulator::fence_proxy_async();
@@ -281,6 +282,7 @@ int main() {
   run("E8-too-many-bytes", boxed<kManyBytes>, {1, kThreads, 4096});
   run("E8-bytes-of-no-box", boxed<kBytesOfNoBox>, {1, kThreads, 4096});
   run("E8-nobody-waits-for-a-box", boxed<kNotAwaited>, {1, kThreads, 4096});
+  run("E8-box-on-an-mbarrier", boxed<kOnABarrier>, {1, kThreads, 4096});
   run("E9-right", stored<kNone>, {2});
   run("E9-two-blocks-write", stored<kTwoBlocks>, {2});
   run("E9-two-threads-write", stored<kTwoThreads>);

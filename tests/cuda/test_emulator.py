@@ -75,6 +75,7 @@ def test_a_wrong_kernel_gives_wrong_results(said):
         ("across-to-global", "not in shared memory"),
         ("product-of-global", "not in shared memory"),
         ("agreed-by-halves", "do not agree"),
+        ("agreed-beyond", "a shuffle with lane"),
     ],
 )
 def test_what_a_kernel_must_not_do(said, kernel, objection):
@@ -133,6 +134,7 @@ BROKEN = {
         "too-many-bytes": "an mbarrier of 1048576 bytes",
         "bytes-of-no-box": "an mbarrier was told of other bytes than have landed",
         "nobody-waits-for-a-box": "nobody has waited for a box",
+        "box-on-an-mbarrier": "a box lands on an mbarrier",
     },
     "E9": {
         "two-blocks-write": "two blocks write one address",

@@ -54,7 +54,7 @@ class Clocks {
   // Threads [first, first + count) meet, and nobody else.
   void meet(uint32_t first, uint32_t count);
 
-  // fence.proxy.async, and whether a thread knows that another one has made one since an event.
+  // fence.proxy.async.
   void fence(uint32_t thread) { fences_[thread].push_back(times_[thread]++); }
   // Time of the thread's first fence since, 0: none.
   uint32_t fence_since(const Event& e) const {

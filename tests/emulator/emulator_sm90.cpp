@@ -129,6 +129,15 @@ void land(const Box& box) {
   write(box.barrier, b, barrier);
 }
 
+// No mbarrier lies where the box lands.
+void check_space(const Box& box) {
+  const char* const end = box.shared + 2 * box.map->box[0] * box.map->box[1];
+  for (const auto& found : engines_in(extension_of(box.rank)).mbarriers) {
+    const auto* const barrier = reinterpret_cast<const char*>(found.first);
+    if (barrier + 8 > box.shared && barrier < end) fail("a box lands on an mbarrier");
+  }
+}
+
 struct Awaited {
   uint64_t* barrier;
   uint32_t parity;
@@ -271,6 +280,7 @@ void load_box(void* shared, const TensorMap* map, uint64_t* barrier, const int32
             past};
     std::memcpy(box.at, at, sizeof at);
     initialised(box.barrier, rank, true);
+    check_space(box);
     if (lands_at_once())
       land(box);
     else

@@ -102,8 +102,11 @@ inline void movmatrix(void* const* lanes) {
   }
 }
 inline void shfl_xor(void* const* lanes) {
-  for (int lane = 0; lane < 32; ++lane)
-    exchange(lanes, lane).out = exchange(lanes, lane ^ exchange(lanes, lane).lanes).in;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int other = lane ^ exchange(lanes, lane).lanes;
+    if (other < 0 || other > 31) emulator::fail("a shuffle with lane " + std::to_string(other));
+    exchange(lanes, lane).out = exchange(lanes, other).in;
+  }
 }
 inline void shfl_first(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
