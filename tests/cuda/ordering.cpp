@@ -27,6 +27,7 @@ enum Fault {
   kBoxBefore,
   kOtherBarrier,  // E10
   kNoBarrier,
+  kMbarrier,
   kBlockReadsLater,
   kBlockReadsBefore,
   kVote,
@@ -251,13 +252,20 @@ void clustered(const Arguments a) {
   const uint32_t i = thread_index(), rank = cluster_rank();
   if (i == 0) {
     mbarrier_init(turn, 1);
+    mbarrier_init(turn + 1, 1);
     if (kFault != kNoInitFence) mbarrier_init_fence();
   }
   sync_cluster();
   if (i == 0) mbarrier_arrive_at(turn, rank ^ 1);
   mbarrier_wait(turn, 0);
   if (rank == 1) store_global(a.out + i, load_global<uint32_t>(a.in + i));
-  if (kFault != kNoBarrier) sync_cluster();
+  if (kFault == kMbarrier) {
+    sync_block();
+    if (i == 0) mbarrier_arrive_at(turn + 1, rank ^ 1);
+    mbarrier_wait(turn + 1, 0);
+  } else if (kFault != kNoBarrier) {
+    sync_cluster();
+  }
   if (rank == 0 && load_written<uint32_t>(a.out + i) == 5) store_shared(cells() + 64 + i, 5);
   sync_cluster();
 }
@@ -303,6 +311,7 @@ int main() {
   run("E10-block-reads-what-another-writes-later", watched<kBlockReadsBefore>, {2});
   run("E10-block-reads-what-another-wrote", watched<kBlockReadsLater>, {2});
   run("E10-no-barrier-of-the-cluster", clustered<kNoBarrier>, {2, kThreads, 8192, 0, 2});
+  run("E10-mbarrier-of-another-block", clustered<kMbarrier>, {2, kThreads, 8192, 0, 2});
   run("E10-vote-for-a-barrier", through_a_warp<kVote>);
   run("E10-one-lane-waits", boxed<kOneLaneWaits>, {1, kThreads, 4096});
   run("E10-store-behind-the-arrival", boxed<kBehindTheArrival>, {1, kThreads, 4096});

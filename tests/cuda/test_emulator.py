@@ -148,6 +148,7 @@ BROKEN = {
         "barriers-of-others": "two threads write one address, and nothing orders them",
         "barriers-of-others-between-stores": "two threads write one address, and nothing orders them",
         "no-barrier": UNORDERED,
+        "mbarrier-of-another-block": "a load of what another block writes",
         "no-barrier-of-the-cluster": "a load of what another block writes",
         "block-reads-what-another-writes-later": "a load of what another block writes",
         "block-reads-what-another-wrote": "a load of what another block writes",

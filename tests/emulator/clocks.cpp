@@ -40,11 +40,12 @@ Past Gathered::take() {
   return std::make_shared<const std::vector<uint32_t>>(std::exchange(times_, {}));
 }
 
-void Clocks::begin(uint32_t cluster, uint32_t threads) {
-  cluster_ = cluster, threads_ = threads;
-  times_.assign(threads, 1);
-  pasts_.assign(threads, nullptr);
-  fences_.assign(threads, {});
+void Clocks::begin(uint32_t cluster, uint32_t blocks, uint32_t threads) {
+  cluster_ = cluster, threads_ = blocks * threads, block_ = threads;
+  met_.reset();
+  times_.assign(threads_, 1);
+  pasts_.assign(threads_, nullptr);
+  fences_.assign(threads_, {});
   units_.clear();
 }
 

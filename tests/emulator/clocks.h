@@ -37,7 +37,7 @@ class Gathered {
 
 class Clocks {
  public:
-  void begin(uint32_t cluster, uint32_t threads);
+  void begin(uint32_t cluster, uint32_t blocks, uint32_t threads);  // of each block
 
   // A unit that works on its own; its name is for errors.
   uint32_t add_unit(const std::string& name);
@@ -66,12 +66,19 @@ class Clocks {
   bool knows(uint32_t thread, const Event& e) const {
     return e.cluster == cluster_ && (e.agent == thread || in_past(pasts_[thread], e.agent, e.time));
   }
+  // The same of what is in global memory, where mbarriers order no blocks: the cluster's barriers do.
+  bool knows_of_global(uint32_t thread, const Event& e) const {
+    if (e.agent / block_ == thread / block_) return knows(thread, e);
+    return e.cluster == cluster_ && in_past(met_, e.agent, e.time);
+  }
+  void meet_cluster(const Past& past) { met_ = past; }
   uint32_t cluster() const { return cluster_; }
 
  private:
-  uint32_t cluster_ = 0, threads_ = 0;
-  std::vector<uint32_t> times_;  // of each agent
-  std::vector<Past> pasts_;      // of each thread
+  uint32_t cluster_ = 0, threads_ = 0, block_ = 1;  // threads: of all blocks, and of one
+  Past met_;                                        // what the last barrier of the cluster has made known
+  std::vector<uint32_t> times_;                     // of each agent
+  std::vector<Past> pasts_;                         // of each thread
   std::vector<std::vector<uint32_t>> fences_;
   std::vector<std::string> units_;
 };
@@ -81,11 +88,12 @@ struct Knowing {
   const Clocks* clocks;
   uint32_t first = 0, count = 1;
   Past past;
+  bool global = false;  // of global memory
 
   bool of(const Event& e) const {
     if (past) return e.cluster == clocks->cluster() && in_past(past, e.agent, e.time);
     for (uint32_t i = first; i < first + count; ++i)
-      if (!clocks->knows(i, e)) return false;
+      if (!(global ? clocks->knows_of_global(i, e) : clocks->knows(i, e))) return false;
     return true;
   }
 };

@@ -147,6 +147,7 @@ bool cluster_has_met() {
     fiber->state = Fiber::ready;
     cluster->clocks.acquire(fiber->index, past);
   }
+  cluster->clocks.meet_cluster(past);
   cluster->met.clear();
   return true;
 }
@@ -225,8 +226,8 @@ void begin(Block& block) {
 void run_cluster(uint32_t first) {
   cluster->position.block = first;
   cluster->position.rank = 0;
-  cluster->clocks.begin(first / static_cast<uint32_t>(cluster->blocks.size()),
-                        static_cast<uint32_t>(cluster->fibers.size()));
+  const Position& at = cluster->position;
+  cluster->clocks.begin(first / at.cluster, at.cluster, at.threads);
   cluster->shared.clear();
   for (Block& block : cluster->blocks) begin(block);
   for (Warp& warp : cluster->warps) warp.arrived = 0;
@@ -350,7 +351,7 @@ void touch(const void* p, size_t bytes, Touch::Kind kind) {
   const bool shared = here().holds(p);
   if (shared && kind == Touch::reads_constant) fail("a load by ld.global.nc of shared memory");
   (shared ? cluster->shared : global)
-      .touch(p, bytes, {kind, clocks().now(agent()), {&clocks(), agent(), 1, nullptr}, false});
+      .touch(p, bytes, {kind, clocks().now(agent()), {&clocks(), agent(), 1, nullptr, !shared}, false});
 }
 
 }  // namespace

@@ -22,9 +22,10 @@
 //       of land, and somebody waits for them
 //   E9  no two blocks, nor two unordered threads, write one address; ld.global.nc, cp.async and TMA load nothing that
 //       the kernel writes, before or later
-//   E10 a read and a write of one address are ordered. Blocks are not, but by a barrier of their cluster; threads of a
-//       block are by barriers that both have joined and by mbarriers where they arrive, lanes of a warp by
-//       bar.warp.sync, too: shuffles, votes and products order no memory, nor does a box what its thread did before it
+//   E10 a read and a write of one address are ordered. Blocks are not, but by a barrier of their cluster and, in shared
+//       memory alone, by mbarriers, which arrive in the scope of a block; threads of a block are by barriers that both
+//       have joined and by mbarriers where they arrive, lanes of a warp by bar.warp.sync, too: shuffles, votes and
+//       products order no memory, nor does a box what its thread did before it
 //
 // fibers.h: threads. clocks.h: what happens before what. memory.h: who has touched what. emulator.cpp: launches, warps,
 // barriers. emulator_sm90.h: the units of sm_90a.
