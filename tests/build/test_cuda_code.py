@@ -101,10 +101,13 @@ def test_launches_are_found_in_the_machine_code():
         pytest.skip(f"cuda: {cuda.cuda.missing()}")
     rows = cuda.rows(cuda_module.built(), ["sm_89", "sm_90"])
     assert len(rows) > 40 and not [row for row in rows if row["bound_by"].startswith("it fails")]
-    assert all(row["regs"] and row["instructions"] and row["warps"] in (4, 8, 12) for row in rows)
+    assert all(row["regs"] and row["instructions"] and row["warps"] for row in rows)
     assert {row["op"] for row in rows if row["arch"] == "sm_89"} == {"temporal_attention", "qk_norm_rope"}
     hopper = [row for row in rows if row["kernel"].startswith("frame_attention_sm90_fwd_kernel")]
-    assert len(hopper) > 4 and all(row["mma"] and row["warps"] == 12 and row["flops"] for row in hopper)
+    assert len(hopper) > 4 and all(row["mma"] and row["flops"] for row in hopper)
+    for row in rows:
+        plan = re.search(r"FramePlan<\d+, (\d+),", row["kernel"])  # warpgroups that multiply, beside one that loads
+        assert row["warps"] in ((4 * (int(plan[1]) + 1),) if plan else (4, 8)), row
     name = "rows_norm_rope_kernel<bf16, 4, (Pairs)0>"
     (code,) = cuda.code_on("sm_120", cuda_module.built(), frozenset({name})).values()
     assert code.usage["REG"] > 32 and "LDG.E.128" in code.sass
