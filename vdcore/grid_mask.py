@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -91,11 +91,11 @@ class GridMask:
                 NATTEN's triple, whose last two must be False.
         """
         sizes = _odd("GridMask.neighborhood", "kernel_size", kernel_size)
-        flags = (causal, False, False) if isinstance(causal, bool) else tuple(causal)
-        if len(flags) != 3 or any(flags[1:]):
+        flags = (causal, False, False) if isinstance(causal, bool) else _as_tuple(causal)
+        if not isinstance(flags, tuple) or len(flags) != 3 or any(flags[1:]):
             raise ValueError(
                 "GridMask.neighborhood: causal must be a bool, or three of which rows' and columns' are False, got "
-                f"{causal}"
+                f"{causal!r}"
             )
         frames = FrameMask.window(sizes[0] - 1) if flags[0] else FrameMask.symmetric(sizes[0] // 2)
         frame_border: Border = "clip" if flags[0] else "shift"
@@ -110,7 +110,7 @@ class GridMask:
             tile: frames, rows and columns of a tile; it need not divide the video.
         """
         sizes = _odd("GridMask.tiles", "window", window)
-        box = _check_sizes("GridMask.tiles", "tile", tuple(tile))
+        box = _check_sizes("GridMask.tiles", "tile", _as_tuple(tile))
         frames = FrameMask(sizes[0] // 2, sizes[0] // 2, chunk=box[0])
         return GridMask(frames, sizes[1] // 2, sizes[2] // 2, box, "shift", "shift")
 
@@ -129,6 +129,7 @@ class GridMask:
         _check_sizes("GridMask.radial", "rows, columns and frames", (rows, columns, frames))
         halvings = [max(d - 1, 0).bit_length() for d in range(frames)]  # ceil(log2 d)
         return GridMask(
+            FrameMask(),
             rows=tuple(_ceil(rows, -(-k // 2)) for k in halvings),
             columns=tuple(_ceil(columns, k // 2) for k in halvings),
             sink=sink,
@@ -302,8 +303,13 @@ def _check_sizes(owner: str, name: str, sizes: Any) -> tuple[int, int, int]:
     return sizes
 
 
+def _as_tuple(sizes: Any) -> Any:
+    """What has no members is left to be refused by name."""
+    return tuple(sizes) if isinstance(sizes, Iterable) else sizes
+
+
 def _odd(owner: str, name: str, sizes: Sequence[int]) -> tuple[int, int, int]:
-    found = _check_sizes(owner, name, tuple(sizes))
+    found = _check_sizes(owner, name, _as_tuple(sizes))
     if not all(size % 2 for size in found):
         raise ValueError(f"{owner}: {name} must be odd in frames, rows and columns, got {found}")
     return found

@@ -195,8 +195,29 @@ def test_wrong_windows():
     assert GridMask.neighborhood((3, 3, 3), (True, False, False)) == GridMask.neighborhood((3, 3, 3), True)
     with pytest.raises(ValueError, match="tiles: window must be odd"):
         GridMask.tiles((2, 3, 3), (1, 1, 1))
+    for causal in (None, 1):
+        with pytest.raises(ValueError, match=f"neighborhood: causal must be a bool, .* got {causal}"):
+            GridMask.neighborhood((3, 3, 3), causal=causal)
+    for given, message in (
+        (lambda: GridMask.neighborhood(3), "neighborhood: kernel_size must be a tuple of three ints, got 3"),
+        (lambda: GridMask.tiles(3, (1, 2, 2)), "tiles: window must be a tuple of three ints, got 3"),
+        (lambda: GridMask.tiles((3, 3, 3), 2), "tiles: tile must be a tuple of three ints, got 2"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            given()
     with pytest.raises(ValueError, match=r"radial: .* must be at least 1, got 0"):
         GridMask.radial(0, 3)
+
+
+def test_windows_are_made_inside_of_what_is_compiled():
+    def attend(q):
+        masks = GridMask.radial(3, 4, frames=8), GridMask.neighborhood((3, 3, 3)), GridMask.tiles((1, 3, 1), (2, 1, 2))
+        return [vdcore.video_attention(q, q, q, mask=mask, grid=(3, 4)) for mask in masks]
+
+    q = torch.randn(1, 5, 12, 2, 8)
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)(q)
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(compiled, attend(q)))
 
 
 def test_a_picture(tmp_path):

@@ -71,6 +71,18 @@ def test_lists_need_no_gradient_and_half_precision_is_summed_in_float32():
     assert all(x.grad.abs().sum() > 0 for x in (q, k, v))
 
 
+def test_lists_are_the_same_under_autocast():
+    """Scores stay in float32, and a query and a key of two dtypes are taken as attention takes them."""
+    q, k, _ = draw(dtype=torch.bfloat16)
+    given = {"tile": (1, 1, 2), "grid": GRID, "keep": 0.5}
+    plain = vdcore.select_tiles(q, k, **given)
+    for theirs in (k, k.float()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = vdcore.select_tiles(q, theirs, **given)
+        assert torch.equal(cast.counts, plain.counts) and torch.equal(cast.indices, plain.indices)
+    assert vdcore.select_tiles(q.to("meta"), k.to("meta"), **given | {"keep": 2}).indices.shape == (2, 2, 36, 2)
+
+
 @pytest.mark.parametrize(
     "keep,error,message",
     [
@@ -95,6 +107,19 @@ def test_a_list_of_all_is_dense_attention_and_its_own_tile_a_window():
     out = vdcore.tile_attention(q, k, v, own, tile=(2, 2, 3), grid=GRID)
     mask = GridMask.tiles((1, 1, 1), (2, 2, 3))
     torch.testing.assert_close(out, vdcore.video_attention(q, k, v, mask=mask, grid=GRID))
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("size", [2**31, 2**32, 2**62])
+def test_a_tile_of_any_size_is_cut_off_at_the_border(axis, size):
+    q, k, v = draw()
+    sizes = (T, *GRID)
+    most, huge = ([n if i == axis else 1 for i in range(3)] for n in (sizes[axis], size))
+    lists = vdcore.select_tiles(q, k, tile=huge, grid=GRID, keep=2)
+    same = vdcore.select_tiles(q, k, tile=most, grid=GRID, keep=2)
+    assert torch.equal(lists.indices, same.indices)
+    found = vdcore.tile_attention(q, k, v, lists, tile=huge, grid=GRID)
+    assert torch.equal(found, vdcore.tile_attention(q, k, v, same, tile=most, grid=GRID))
 
 
 def test_wrong_lists():
@@ -153,3 +178,36 @@ def test_kept_mass_of_lists():
         vdcore.kept_mass(q, k, lists, grid=GRID)
     with pytest.raises(ValueError, match="kept_mass: tile must be None without TileLists"):
         vdcore.kept_mass(q, k, FrameMask(), tile=tile)
+
+
+def test_wrong_kept_mass():
+    """Errors are in its own name, not in that of the attention that it calls."""
+    q, k, _ = draw()
+    tile, near = (2, 2, 3), GridMask(rows=1)
+    lists = vdcore.select_tiles(q, k, tile=tile, grid=GRID, keep=2)
+    two = TileLists(lists.indices[..., :2, :], lists.counts[..., :2])
+    past, double = GridMask(FrameMask.teacher_forcing(1), rows=1), k.double()
+    for error, args, given, message in (
+        (ValueError, (q, k, near), {}, r"grid must be .* with a GridMask, got None"),
+        (ValueError, (q, k, near), {"grid": (3, 4)}, r"grid must be .* S = 15, got \(3, 4\)"),
+        (TypeError, (q, k, None), {}, "mask must be a FrameMask, a GridMask or .*, got NoneType"),
+        (ValueError, (q, k, ((3, near),)), {"grid": GRID}, "mask must be of H = 2 query heads in all, got 3"),
+        (ValueError, (q, k, past), {"grid": GRID}, "mask must be one of teacher forcing .* got q_start"),
+        (TypeError, (q, double, near), {"grid": GRID}, "k must be torch.float32, as q, got torch.float64"),
+        (ValueError, (q, k, lists), {"tile": tile}, r"grid must be \(rows, columns\) .*, got None"),
+        (
+            ValueError,
+            (q[:, 1:], k, lists),
+            {"tile": tile, "grid": GRID},
+            r"k must be .* with TileLists = .*, got \(2, 4",
+        ),
+        (
+            ValueError,
+            (q, k, two),
+            {"tile": tile, "grid": GRID},
+            r"tiles.counts must be .* n = 8 tiles, got \(2, 2, 2\)",
+        ),
+        (TypeError, (q, k, near), {"grid": GRID, "scale": "1"}, "scale must be a number, got str"),
+    ):
+        with pytest.raises(error, match=f"kept_mass: {message}"):
+            vdcore.kept_mass(*args, **given)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vdcore.mask import FrameMask
 from vdcore.ops import check
 from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.choose import Implementation
@@ -136,7 +137,7 @@ def kept_mass(
         q: ``(B, T, S, H, D)``, as the scores see it, after norm and rope.
         k: ``(B, T_k, S, G, D)``; the last of its frames are those of q.
         mask: a FrameMask, a GridMask, a tuple of pairs ``(count, mask)`` as :func:`video_attention` takes it, or
-            TileLists with ``tile``.
+            TileLists with ``tile``, which are of as many frames of k as of q.
         grid: ``(rows, columns)`` of a frame's tokens, with a GridMask and with lists.
         tile: frames, rows and columns of a tile, with lists.
         scale: default ``D ** -0.5``.
@@ -149,18 +150,34 @@ def kept_mass(
     """
     op = "kept_mass"
     q, k = (check.check_tensor(op, name, x).detach() for name, x in (("q", q), ("k", k)))
+    _check_kept(op, q, k, mask, grid, tile, scale)
     # Values of one channel would do: what is wanted is lse.
     common: dict[str, Any] = {"scale": scale, "return_lse": True}
     if isinstance(mask, TileLists):
-        if tile is None:
-            check.wrong(op, "tile", "(frames, rows, columns) with TileLists", None)
         _, kept = tile_attention(q, k, k, mask, tile=tile, grid=grid, **common)  # type: ignore[arg-type]
     else:
-        if tile is not None:
-            check.wrong(op, "tile", "None without TileLists", tile)
         _, kept = video_attention(q, k, k, mask=mask, grid=grid, **common)
     _, whole = video_attention(q, k, k, **common)
     return torch.where(kept == -torch.inf, 0, (kept - whole).exp()).clamp(max=1).to(torch.float32)
+
+
+def _check_kept(op: str, q: Tensor, k: Tensor, mask: Any, grid: Any, tile: Any, scale: Any) -> None:
+    """In its own name, not in that of the operators that it calls."""
+    B, T, S, H, D, T_k, G = check.check_qkv(op, *check.autocast(q, k, k)).sizes
+    check.check_scale(op, scale, D)
+    if isinstance(mask, TileLists):
+        if tile is None:
+            check.wrong(op, "tile", "(frames, rows, columns) with TileLists", None)
+        check.check_shape(op, "k", k, (B, T, S, G, D), "(B, T, S, G, D) with TileLists")
+        box, sizes = check_tiles(op, tile, grid, S)
+        _check_lists(op, mask, q, B, H, tiles_of(T, sizes, box))
+        return
+    if tile is not None:
+        check.wrong(op, "tile", "None without TileLists", tile)
+    check.check_mask_type(op, mask, grids=True)
+    masks = check.check_grid_mask(op, mask, grid, S, H, G)
+    for one in (masks,) if isinstance(masks, FrameMask) else (part.frames for _, part in masks.groups):
+        check.check_teacher_forcing(op, one, T, T_k, max(T_k - T, 0))
 
 
 register(

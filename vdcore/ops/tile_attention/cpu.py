@@ -26,7 +26,7 @@ def _plan(c: TileCall) -> Any:
         frames=T,
         rows=c.grid[0],
         columns=c.grid[1],
-        tile=list(c.tile),
+        tile=[min(step, max(size, 1)) for step, size in zip(c.tile, (T, *c.grid))],  # of ints of 32 bits
         list_batch=c.indices.shape[0],
         list_heads=c.indices.shape[1],
         most=c.indices.shape[3],

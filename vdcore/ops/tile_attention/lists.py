@@ -67,6 +67,7 @@ def select_tiles(
         ValueError, TypeError: wrong shapes and values, wrong dtypes.
     """
     op = "select_tiles"
+    q, k = check.autocast(check.check_tensor(op, "q", q), k)
     check.check_main(op, "q", q, "(B, T, S, H, D)")
     check.check_like(op, "k", k, q, "q")
     check.check_dims(op, "k", k, "(B, T, S, G, D)")
@@ -75,9 +76,15 @@ def select_tiles(
     check.check_groups(op, "k", k.shape[3], H)
     box, sizes = check_tiles(op, tile, grid, S)
     _check_keep(op, keep)
+    scale = check.check_scale(op, scale, D)
+    with check.without_autocast(q):  # scores are of float32 at least
+        return _best(_scores(q, k, box, sizes, scale), keep)
+
+
+def _scores(q: Tensor, k: Tensor, box: tuple[int, int, int], sizes: tuple[int, int], scale: float) -> Tensor:
+    """``(B, H, n, n)``: between the means of tiles."""
     mine, theirs = (means(x.detach(), box, sizes).transpose(1, 2) for x in (q, k))
-    scores = mine @ theirs.repeat_interleave(H // max(k.shape[3], 1), 1).mT * check.check_scale(op, scale, D)
-    return _best(scores, keep)
+    return mine @ theirs.repeat_interleave(q.shape[3] // max(k.shape[3], 1), 1).mT * scale
 
 
 def _check_keep(op: str, keep: Any) -> None:
