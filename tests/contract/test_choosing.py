@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support import run_python
+from support import FAST, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vdcore
@@ -144,6 +144,27 @@ def test_backends_says_what_is_missing():
     if not torch.cuda.is_available():
         said = run_python("import vdcore; print(vdcore.backends()['cuda'])", VDCORE_CUDA_EMULATE=0)
         assert "CUDA" in said
+
+
+@pytest.mark.parametrize("backend", [name for name in FAST if name != "sdpa"])  # which has no gradient of lse
+@pytest.mark.parametrize("op", ["temporal_attention", "video_attention", "cross_attention"])
+def test_autocast_changes_nothing_inside_of_a_backend(op, backend):
+    """Of tensors in its dtype the results, lse and gradients are what they are outside of it, bit by bit."""
+    attend = getattr(vdcore, op)
+    q = torch.randn(1, 3, 5, 2, 16, dtype=torch.bfloat16)
+    k = q[:, 0] if op == "cross_attention" else q
+
+    def results():
+        x, y = (z.detach().clone().requires_grad_() for z in (q, k))
+        more = {} if op == "cross_attention" else {"return_lse": True}
+        out = attend(x, y, y, backend=backend, **more)
+        out = out if isinstance(out, tuple) else (out,)
+        return *out, *torch.autograd.grad(sum(z.float().square().sum() for z in out), (x, y))
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast))
 
 
 def test_autocast():

@@ -19,6 +19,7 @@ from torch._C._functorch import TransformType
 
 from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
+from vdcore.ops.check import without_autocast
 from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
@@ -229,7 +230,8 @@ def by_formula(formula: Callable[..., Any]) -> Implementation:
     names = tuple(inspect.signature(formula).parameters)
 
     def results_of(call: Call) -> tuple[Tensor, ...]:
-        found = formula(**{name: getattr(call, name) for name in names})
+        with without_autocast(call.main):  # tensors are of its dtype already; what is computed from them is not rounded
+            found = formula(**{name: getattr(call, name) for name in names})
         return found if isinstance(found, tuple) else (found,)
 
     def forward(call: Call) -> tuple[Tensor | None, ...]:
@@ -239,7 +241,8 @@ def by_formula(formula: Callable[..., Any]) -> Implementation:
         return tuple(out if out is None else x.to(out.dtype).contiguous() for out, x in zip(outputs, results))
 
     def backward(call: Call, outputs: Any, grads: tuple[Tensor | None, ...], wanted: frozenset[str]) -> Gradients:
-        return by_autograd(call, wanted, results_of, lambda results: grads)
+        with without_autocast(call.main):
+            return by_autograd(call, wanted, results_of, lambda results: grads)
 
     return Implementation(forward, backward, formula=results_of)
 
