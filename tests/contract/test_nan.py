@@ -72,6 +72,17 @@ def test_hidden_frames(op, backend, name, mask):
         torch.testing.assert_close(grads[i][0, ~touched], clean_grads[i][0, ~touched], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("op,backend", FRAMES)
+def test_lse_of_who_sees_it(op, backend):
+    """NaN in a key reaches the lse of exactly the rows that see it."""
+    T, bad = 6, 3
+    q, k, v = (torch.randn(1, T, 5, 2, 16).to(dtype_of(backend)) for _ in range(3))
+    k[0, bad] = torch.nan
+    out, lse = getattr(vdcore, op)(q, k, v, mask=FrameMask.causal(), return_lse=True, backend=backend)
+    assert lse[0, bad:].isnan().all() and out[0, bad:].isnan().all()
+    assert lse[0, :bad].isfinite().all() and out[0, :bad].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", [b for b in backends_of("temporal_attention") if b != "sdpa"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_channel_of_a_value(backend, value):

@@ -211,3 +211,12 @@ def test_wrong_kept_mass():
     ):
         with pytest.raises(error, match=f"kept_mass: {message}"):
             vdcore.kept_mass(*args, **given)
+
+
+def test_kept_mass_of_a_row_that_sees_nan():
+    q, k = torch.randn(2, 1, 3, 6, 2, 16)
+    k[0, 1, 2] = torch.nan
+    mask = GridMask.window(0, 0, 1, 1)
+    sees = mask.visible(3, 2, 3)[:, 6 + 2].view(3, 6)
+    kept = vdcore.kept_mass(q, k, mask, grid=(2, 3))
+    assert kept[0, sees].isnan().all()

@@ -175,10 +175,10 @@ VDCORE_INLINE vf softmax_column(Tile column, const ColumnMask& mask, SoftmaxStat
   return factor;
 }
 
-// Natural logarithm of the sum of exponentials; -inf for a row that has seen nothing.
+// Natural logarithm of the sum of exponentials; -inf for a row that has seen nothing, NaN for one that has seen NaN.
 VDCORE_INLINE vf log_sum_exp(const SoftmaxState& state) {
   const vf lse = (state.maximum + log2(state.sum)) * kLn2;
-  return select(state.sum == 0.f, splat(-kInf), lse);
+  return select(state.sum == 0.f, splat(-kInf), select(state.sum == state.sum, lse, state.sum));
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA
