@@ -1,5 +1,7 @@
 """For programs that know no operator of vdcore: exported graphs in torch's own operators.
 
+    import vdcore.export
+
     exported = torch.export.export(model, (), arguments).run_decompositions(vdcore.export.decompositions())
     torch.onnx.export(exported, ...)
 
