@@ -34,3 +34,17 @@ def test_video_attention_over_eight_thousand_keys(inputs, dtype):
     for i, name in enumerate(("out", "lse", "dq", "dk", "dv")):
         ratio = error_ratio(ours[i], exact[i], [form[i] for form in forms], gradient=i > 1)
         assert ratio.worst <= 1, (name, ratio)
+
+
+@pytest.mark.parametrize(
+    "mask", [vdcore.FrameMask(), vdcore.GridMask.window(None, None, 15, 14)], ids=["all", "windows"]
+)
+def test_no_channel_is_taken_to_have_a_mean_by_chance(mask):
+    """Values are summed up less their mean where they have one; of channels without one none errs more than others."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, n, S, 16, D, generator=generator) for n in (1, 16, 16))
+    given = {"mask": mask, "q_start": 15, **({"grid": (16, 16)} if isinstance(mask, vdcore.GridMask) else {})}
+    ours = vdcore.video_attention(q, k, v, backend="cpu", **given)
+    exact = vdcore.video_attention(q.double(), k.double(), v.double(), backend="reference", **given)
+    errors = (ours - exact).square().mean((0, 1, 2)).sqrt()  # (H, D)
+    assert (errors.amax(-1) < 2 * errors.median(-1).values).all()

@@ -7,6 +7,8 @@
 
 namespace vdcore::cpu::VDCORE_ISA {
 
+constexpr int64_t kCenterValues = 64;  // at most so many say what is subtracted from all
+
 // Calls body(row pointer, index) for the tokens of a run, which may go through several frames.
 template <typename Body>
 VDCORE_INLINE void for_each_row(const TensorView& x, int64_t b, int64_t head, TokenRun run, const Body& body) {

@@ -85,17 +85,18 @@ class Forward {
   ForwardState s;
   Products products;
 
-  // As in frame attention; 0 also where no key is seen by the whole box.
+  // As in frame attention; 0 also where the whole box sees few keys: their mean says little of the others.
   void find_center(int64_t list) const {
     memset(s.center, 0, s.row * sizeof(float));
     if (!Products::kCenters || s.a.segment[0].v.dtype != DType::f32) return;
     float* squares = s.stage.at(1, 0).data;
-    mean_of_common(s.plan, s.box, kQueries, list, s.a.segment, &FrameSegment::v, s.kv_head, 16, s.stage, s.center,
-                   squares);
+    const int64_t count = mean_of_common(s.plan, s.box, kQueries, list, s.a.segment, &FrameSegment::v, s.kv_head,
+                                         kCenterValues, s.stage, s.center, squares);
     for (int64_t c = 0; c < s.row; c += W) {
-      const vf mean = load(s.center + c);
-      store(s.center + c, select(2.f * mean * mean > load(squares + c), mean, vf{}));
+      const vf mean = load(s.center + c), square = load(squares + c);
+      store(s.center + c, select(2.f * mean * mean > square, mean, vf{}));
     }
+    if (count < kCenterValues / 2) memset(s.center, 0, s.row * sizeof(float));
   }
 
   void finish(const FrameSegment& segment) const {

@@ -73,16 +73,16 @@ inline void add_strange(const TilePlan& plan, const Box& box, Side side, Slots& 
 // ---- Means -------------------------------------------------------------------------------------------------------
 
 // mean = of some of the rows that the whole box sees, evenly spread: what not everybody sees may be NaN. 0 where there
-// are none. square: the mean of their squares, optional.
-inline void mean_of_common(const TilePlan& plan, const Box& box, Side side, int64_t list, const FrameSegment* segments,
-                           TensorView FrameSegment::* of, int64_t head, int64_t most, Tile stage, float* mean,
-                           float* square) {
+// are none. square: the mean of their squares, optional. Returns how many these were.
+inline int64_t mean_of_common(const TilePlan& plan, const Box& box, Side side, int64_t list,
+                              const FrameSegment* segments, TensorView FrameSegment::* of, int64_t head, int64_t most,
+                              Tile stage, float* mean, float* square) {
   const int64_t row = stage.row;
   memset(mean, 0, row * sizeof(float));
   if (square) memset(square, 0, row * sizeof(float));
   int64_t seen = 0, count = 0, next = 0, before = 0;
   for_segments(plan, box, side, list, true, [&](const Segment& s) { seen += s.tokens.size(); });
-  if (!seen) return;
+  if (!seen) return 0;
   const int64_t step = (seen + most - 1) / most;
   for_segments(plan, box, side, list, true, [&](const Segment& s) {
     for (; next < before + s.tokens.size(); next += step, ++count) {
@@ -99,6 +99,7 @@ inline void mean_of_common(const TilePlan& plan, const Box& box, Side side, int6
     store(mean + c, load(mean + c) / static_cast<float>(count));
     if (square) store(square + c, load(square + c) / static_cast<float>(count));
   }
+  return count;
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA
