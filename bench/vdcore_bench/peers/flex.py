@@ -34,6 +34,9 @@ def _why_not(job: Job) -> str | None:
 def flex(job: Job) -> Makers:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # A sweep compiles one function for every mask, dtype and size; after eight torch would give up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+
     def block_mask(padding: int) -> Any:
         if not masked(job):
             return None

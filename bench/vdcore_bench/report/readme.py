@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vdcore_bench.jobs import operator_table
-from vdcore_bench.measure.journal import Row, newest, parse
+from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row, newest, parse
 from vdcore_bench.report import curves, results, summary
 from vdcore_bench.report.table import Table
 
@@ -48,7 +48,8 @@ def operators(root: Path) -> str:
 
 def _measured(root: Path, device: str) -> list[Row]:
     rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
-    return [row for row in rows if row.metric != "gradient_error"]  # of a table of their own
+    elsewhere = (MASKS, GRID_MASKS)  # these, and errors of gradients, have tables of their own
+    return [row for row in rows if row.metric != "gradient_error" and not row.case.startswith(elsewhere)]
 
 
 def headline(root: Path) -> str:
@@ -154,8 +155,17 @@ def models(root: Path) -> str:
 
 
 def mask_tables(root: Path) -> str:
-    """Time per visible pair of frame masks."""
-    return _all(results.mask_tables(committed(root)), "No sweep over masks is committed.")
+    """Time per visible pair of frame masks, and of radial attention, over frames."""
+    rows = [row for row in committed(root) if row.case.startswith(MASKS)]
+    tables = _all(results.mask_tables(rows), "No sweep over masks is committed.")
+    return f"{_machine(rows)}\n{tables}" if rows else tables
+
+
+def grid_mask_tables(root: Path) -> str:
+    """Windows in frames, rows and columns beside their peers."""
+    rows = [row for row in committed(root) if row.case.startswith(GRID_MASKS)]
+    tables = _all(results.grid_mask_tables(rows), "No windows are committed.")
+    return f"{_machine(rows)}\n{tables}" if rows else tables
 
 
 def blocks(root: Path) -> str:
@@ -175,6 +185,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu": _results("cpu"),
     "gpu": _results("cuda"),
     "masks": mask_tables,
+    "grid-masks": grid_mask_tables,
     "block": blocks,
     "memory": memory,
     "models": models,
