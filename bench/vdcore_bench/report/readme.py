@@ -154,18 +154,14 @@ def models(root: Path) -> str:
     return _all([table], "No profile of a model is committed.")
 
 
-def mask_tables(root: Path) -> str:
-    """Time per visible pair of frame masks, and of radial attention, over frames."""
-    rows = [row for row in committed(root) if row.case.startswith(MASKS)]
-    tables = _all(results.mask_tables(rows), "No sweep over masks is committed.")
-    return f"{_machine(rows)}\n{tables}" if rows else tables
+def _of_masks(prefix: str, made: Callable[[Sequence[Row]], list[Table]]) -> Callable[[Path], str]:
+    """The tables of the cases of this prefix, below the machine that they were measured on."""
 
+    def tables(root: Path) -> str:
+        rows = [row for row in committed(root) if row.case.startswith(prefix)]
+        return f"{_machine(rows)}\n{_all(made(rows), '')}" if rows else "No sweep over masks is committed.\n"
 
-def grid_mask_tables(root: Path) -> str:
-    """Windows in frames, rows and columns beside their peers."""
-    rows = [row for row in committed(root) if row.case.startswith(GRID_MASKS)]
-    tables = _all(results.grid_mask_tables(rows), "No windows are committed.")
-    return f"{_machine(rows)}\n{tables}" if rows else tables
+    return tables
 
 
 def blocks(root: Path) -> str:
@@ -184,8 +180,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
     "cpu": _results("cpu"),
     "gpu": _results("cuda"),
-    "masks": mask_tables,
-    "grid-masks": grid_mask_tables,
+    "masks": _of_masks(MASKS, results.mask_tables),  # over frames
+    "grid-masks": _of_masks(GRID_MASKS, results.grid_mask_tables),  # windows in frames, rows and columns
     "block": blocks,
     "memory": memory,
     "models": models,

@@ -463,7 +463,7 @@ def look_at_keys(mask: Tensor) -> Keys | str | None:
     valid, hides = _visible(rows)
     if bool(valid.all()):
         return None
-    if not bool(hides.all()):
+    if hides is not None and not bool(hides.all()):
         return "the attention mask weighs keys instead of hiding them"
     in_order = not bool((valid[:, 1:] & ~valid[:, :-1]).any())
     return Keys(valid.sum(-1), None if in_order else _order(valid))
@@ -477,7 +477,7 @@ def keys_unseen(mask: Tensor) -> Keys | str:
     if rows.ndim == 3:
         return "the attention mask may differ between heads, which its values would tell"
     valid, hides = _visible(rows)
-    if rows.dtype != torch.bool:
+    if hides is not None:
         torch._assert_async(
             hides.all(),
             "swap_in: an attention mask must be 0 or hide keys, where values are not known when it is traced",
@@ -485,13 +485,13 @@ def keys_unseen(mask: Tensor) -> Keys | str:
     return Keys(valid.sum(-1), _order(valid))
 
 
-def _visible(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What a mask ``(B, n)`` leaves visible, and where it does no more than to hide the others.
+def _visible(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a mask ``(B, n)`` leaves visible, and where biases do no more than to hide the others; None: booleans.
 
     A sample's keys that all have one finite bias are all visible: softmax drops it.
     """
     if rows.dtype == torch.bool:
-        return rows, torch.ones_like(rows)
+        return rows, None
     first = rows[:, :1]
     valid = (rows == 0) | ((rows == first).all(-1, keepdim=True) & torch.isfinite(first))
     return valid, (valid | (rows <= _HIDDEN)) & (valid.any(-1, keepdim=True) | torch.isinf(rows))
