@@ -19,6 +19,7 @@ from vdcore_bench.workloads import load
 ROOT = Path(__file__).parents[2]
 EMULATED = {"VDCORE_CPU_ISA": "amx-emulated"}
 TILE = 16 * 16 * 32  # multiply-adds of one product of tiles
+FRAMES = {"spatial_attention", "video_attention", "cross_attention", "gated_attention"}
 MOST_TOKENS = 400  # of a frame here: more only repeat the same tiles
 
 COUNT = """
@@ -36,6 +37,10 @@ def attention(S, D):
     outs = []
     forward = count(lambda: outs.append(vdcore.spatial_attention(q, k, v, backend="cpu")))
     return forward, count(lambda: outs[0].sum().backward())
+
+def temporal(T, D):
+    q, k, v = (torch.randn(1, T, 3, 2, D).bfloat16() for _ in range(3))
+    return count(lambda: vdcore.temporal_attention(q, k, v, backend="cpu"))
 
 def patches(C, size, E):
     video = torch.randn(1, C, 1, 2 * size, 2 * size).bfloat16()
@@ -56,13 +61,17 @@ def counts(call, sizes):
     return json.loads(run_python(code, **EMULATED))
 
 
-def test_cases_in_bfloat16():
+@pytest.mark.parametrize("operators", [FRAMES, {"temporal_attention"}, {"patchify", "unpatchify"}], ids=min)
+def test_cases_in_bfloat16(operators):
     """The tolerance rule; other dtypes are another instruction set's."""
-    code = """
+    code = (
+        f"""
+operators = {operators}
+"""
+        + """
 import torch, vdcore
 from vdcore.ops.native import native
 from vdcore.testing import CASES, check
-operators = {"spatial_attention", "video_attention", "cross_attention", "gated_attention", "patchify", "unpatchify"}
 used = set()
 for case in [case for case in CASES if case.op in operators]:
     inputs = case.inputs(torch.bfloat16, requires_grad=True)
@@ -75,6 +84,7 @@ for case in [case for case in CASES if case.op in operators]:
 assert used == operators
 print(native().cpu_isa())
 """
+    )
     assert run_python(code, OMP_NUM_THREADS=1, **EMULATED).strip() == "amx-emulated"
 
 
@@ -102,6 +112,14 @@ def test_products_of_attention_are_those_of_its_padded_shape():
         terms, row = up(D, 32), up(D, 16)
         assert forward * TILE == up(S, 32) * up(S, 32) * (terms + row), (S, D)
         assert 5 * S * S * D <= backward * TILE <= up(S, 32) ** 2 * (2 * terms + 3 * row), (S, D)
+
+
+def test_products_of_temporal_attention_are_those_of_its_padded_shape():
+    """Frames pad to 16, and as terms of results to 32; so many for each of 2 heads at 3 positions."""
+    sizes = [(8, 40), (16, 72), (17, 64), (32, 128), (64, 64)]
+    for (T, D), found in zip(sizes, counts("temporal", sizes)):
+        one = up(T, 16) ** 2 * up(D, 32) + up(T, 16) * up(D, 16) * up(T, 32)
+        assert found * TILE == 6 * one, (T, D)
 
 
 def test_products_of_patches_are_those_of_their_padded_shape():

@@ -30,19 +30,19 @@
   X(patch_weight_gradient, PatchWeightGradient)
 
 // Those that have a version for products of bfloat16.
-#define VDCORE_AMX_OPERATORS(X)               \
-  X(frame_attention_forward, FrameAttention)  \
-  X(frame_attention_backward, FrameAttention) \
-  X(frame_attention_tangents, FrameTangents)  \
-  X(tile_attention_forward, TileAttention)    \
-  X(tile_attention_backward, TileAttention)   \
-  X(tokens_from_patches, PatchProduct)        \
-  X(patches_from_tokens, PatchProduct)        \
+#define VDCORE_AMX_OPERATORS(X)                    \
+  X(frame_attention_forward, FrameAttention)       \
+  X(frame_attention_backward, FrameAttention)      \
+  X(frame_attention_tangents, FrameTangents)       \
+  X(tile_attention_forward, TileAttention)         \
+  X(tile_attention_backward, TileAttention)        \
+  X(temporal_attention_forward, TemporalAttention) \
+  X(tokens_from_patches, PatchProduct)             \
+  X(patches_from_tokens, PatchProduct)             \
   X(patch_weight_gradient, PatchWeightGradient)
 
-// Those that gain from an instruction that rounds to bfloat16.
+// Others that gain from an instruction that rounds to bfloat16.
 #define VDCORE_ROUNDING_OPERATORS(X)                        \
-  X(temporal_attention_forward, TemporalAttention)          \
   X(temporal_attention_backward, TemporalAttentionBackward) \
   X(qk_norm_rope_forward, QKNormRope)                       \
   X(qk_norm_rope_backward, QKNormRopeBackward)              \

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/core/amx.h"
+#include "cpu/core/arena.h"
 #include "cpu/core/tile.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -33,6 +34,8 @@ struct Pairs {
   int64_t row;
   VDCORE_INLINE Pairs at(int64_t k, int64_t n) const { return {data + k / 2 * row + 2 * n, row}; }
 };
+
+inline uint16_t* halves(Arena& arena, int64_t n) { return reinterpret_cast<uint16_t*>(arena.floats((n + 1) / 2)); }
 
 // ---- Products ----------------------------------------------------------------------------------------------------
 
@@ -173,6 +176,35 @@ VDCORE_INLINE vu rounded(vf x) { return reinterpret_cast<vu>(x) + 0x8000u; }
 // A pair in every lane: `first` in the lower half.
 VDCORE_INLINE vu pair(vf first, vf second) { return (rounded(first) >> 16) | (rounded(second) & 0xFFFF0000u); }
 VDCORE_INLINE vf as_bf16(vf x) { return reinterpret_cast<vf>(rounded(x) & 0xFFFF0000u); }
+
+// A row of n channels, in bfloat16.
+template <DType T>
+VDCORE_INLINE void copy_row(const char* row, int64_t n, uint16_t* out) {
+  const auto* p = reinterpret_cast<const typename Element<T>::type*>(row);
+  int64_t i = 0;
+  if constexpr (T == DType::bf16) {
+    for (; i + W <= n; i += W)
+      *reinterpret_cast<vu16_unaligned*>(out + i) = *reinterpret_cast<const vu16_unaligned*>(p + i);
+    if (i < n) memcpy(out + i, p + i, (n - i) * sizeof(uint16_t));
+  } else {
+    for (; i + W <= n; i += W) Element<DType::bf16>::store(out + i, Element<T>::load(p + i));
+    if (i < n) store_partial<DType::bf16>(out + i, load_partial<T>(p + i, n - i), n - i);
+  }
+}
+
+VDCORE_INLINE bool any_lane(vi found) {
+  float lanes[W];
+  store(lanes, reinterpret_cast<vf>(found & 0x3F800000));
+  float total = 0;
+  for (float x : lanes) total += x;
+  return total != 0;
+}
+// In which lanes of a row, n channels in whole vectors, there are infinity or NaN.
+VDCORE_INLINE vi strange_lanes(const uint16_t* row, int64_t n) {
+  vi found = {};
+  for (int64_t c = 0; c < n; c += W) found |= (load_bf16(row + c) & 0x7F80u) == 0x7F80u;
+  return found;
+}
 
 // 16 x 16 pairs, transposed: of rows of pairs of terms, pairs of the rows' terms.
 inline void transpose_words(const uint16_t* in, int64_t in_row, uint16_t* out, int64_t out_row, uint32_t flip = 0) {

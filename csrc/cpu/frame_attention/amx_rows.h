@@ -6,28 +6,12 @@
 
 namespace vdcore::cpu::VDCORE_ISA {
 
-inline uint16_t* halves(Arena& arena, int64_t n) { return reinterpret_cast<uint16_t*>(arena.floats((n + 1) / 2)); }
-
 // Whether queries, keys and values are in bfloat16.
 inline bool in_bf16(const FrameAttention& a) {
   for (const FrameSegment& segment : a.segment)
     for (const TensorView* x : {&segment.q, &segment.k, &segment.v})
       if (*x && x->dtype != DType::bf16) return false;
   return true;
-}
-
-template <DType T>
-VDCORE_INLINE void copy_row(const char* row, int64_t n, uint16_t* out) {
-  const auto* p = reinterpret_cast<const typename Element<T>::type*>(row);
-  int64_t i = 0;
-  if constexpr (T == DType::bf16) {
-    for (; i + W <= n; i += W)
-      *reinterpret_cast<vu16_unaligned*>(out + i) = *reinterpret_cast<const vu16_unaligned*>(p + i);
-    memcpy(out + i, p + i, (n - i) * sizeof(uint16_t));
-  } else {
-    for (; i + W <= n; i += W) Element<DType::bf16>::store(out + i, Element<T>::load(p + i));
-    if (i < n) store_partial<DType::bf16>(out + i, load_partial<T>(p + i, n - i), n - i);
-  }
 }
 
 // Rows [0, run.size()) of `out` = the run's rows, in bfloat16; 0 past the last channel, and in rows up to `rows`.

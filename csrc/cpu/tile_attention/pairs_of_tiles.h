@@ -44,29 +44,14 @@ struct Steps {
   }
 };
 
-// Whether a row of values holds infinity or NaN: every lane in which it does has bits.
-VDCORE_INLINE vi strange_lanes(Rows rows, int64_t j) {
-  vi found = {};
-  for (int64_t c = 0; c < rows.row; c += W) found |= (load_bf16(rows.at(j, c).data) & 0x7F80u) == 0x7F80u;
-  return found;
-}
-
-VDCORE_INLINE bool any_lane(vi found) {
-  float lanes[W];
-  store(lanes, reinterpret_cast<vf>(found & 0x3F800000));
-  float total = 0;
-  for (float x : lanes) total += x;
-  return total != 0;
-}
-
 // Finds rows with infinity or NaN, and sets them to 0.
 inline void find_strange_rows(Rows rows, int64_t tokens, StrangeRows& strange) {
   strange.count = 0;
   vi found = {};
-  for (int64_t j = 0; j < tokens; ++j) found |= strange_lanes(rows, j);
+  for (int64_t j = 0; j < tokens; ++j) found |= strange_lanes(rows.at(j, 0).data, rows.row);
   if (!any_lane(found)) return;
   for (int64_t j = 0; j < tokens; ++j) {
-    if (!any_lane(strange_lanes(rows, j))) continue;
+    if (!any_lane(strange_lanes(rows.at(j, 0).data, rows.row))) continue;
     strange.rows[strange.count++] = static_cast<int32_t>(j);
     memset(rows.at(j, 0).data, 0, rows.row * sizeof(uint16_t));
   }
