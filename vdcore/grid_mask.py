@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vdcore.extras import need
-from vdcore.mask import FrameMask, Run
+from vdcore.mask import FrameMask, Run, as_count, check_count
 
 Radius = int | tuple[int, ...] | None
 Border = Literal["clip", "shift"]
@@ -67,7 +67,7 @@ class GridMask:
         for name in ("border", "frame_border"):
             if getattr(self, name) not in ("clip", "shift"):
                 raise ValueError(f"GridMask: {name} must be 'clip' or 'shift', got {getattr(self, name)!r}")
-        _check_count("GridMask", "sink", self.sink)
+        check_count("GridMask", "sink", self.sink)
         past, future, chunk = self.frames.past, self.frames.future, self.frames.chunk
         symmetric = past is not None and past == future and self.frames == FrameMask(past, future, chunk)
         if self.frame_border == "shift" and not symmetric:
@@ -142,7 +142,7 @@ class GridMask:
 
         ``T_k=None`` means ``q_start + T``.
         """
-        T_k = q_start + T if T_k is None else T_k
+        T, rows, columns, T_k, q_start = _sizes(T, rows, columns, T_k, q_start)
         shown, distance = self._frames_shown(T, T_k, q_start), self._distance(T, T_k, q_start)
         by_row = _near(self.row_steps, distance, rows, self.tile[1], self.border)
         by_column = _near(self.column_steps, distance, columns, self.tile[2], self.border)
@@ -153,14 +153,14 @@ class GridMask:
 
     def frame_runs(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> tuple[tuple[Run, ...], ...]:
         """Per query frame the key frames of which it sees anything, as :meth:`FrameMask.runs`."""
-        T_k = q_start + T_q if T_k is None else T_k
+        T_q, _, _, T_k, q_start = _sizes(T_q, 0, 0, T_k, q_start)
         if self.frame_border == "clip":
             return self.frames.runs(T_q, T_k, q_start)
-        return _shifted_runs(self.frames, int(T_q), int(T_k), int(q_start))
+        return _shifted_runs(self.frames, T_q, T_k, q_start)
 
     def pairs(self, T: int, rows: int, columns: int, T_k: int | None = None, q_start: int = 0) -> Tensor:
         """Visible pairs of tokens by frames, int64 ``(T, T_k)``, counted without a tensor of all pairs."""
-        T_k = q_start + T if T_k is None else T_k
+        T, rows, columns, T_k, q_start = _sizes(T, rows, columns, T_k, q_start)
         shown = torch.zeros(T, T_k, dtype=torch.bool)
         for t, runs in enumerate(self.frame_runs(T, T_k, q_start)):
             for begin, end in runs:
@@ -175,7 +175,7 @@ class GridMask:
 
     def density(self, T: int, rows: int, columns: int, T_k: int | None = None, q_start: int = 0) -> float:
         """Visible pairs over all pairs; 0 where there are none."""
-        T_k = q_start + T if T_k is None else T_k
+        T, rows, columns, T_k, q_start = _sizes(T, rows, columns, T_k, q_start)
         every = T * T_k * (rows * columns) ** 2
         return int(self.pairs(T, rows, columns, T_k, q_start).sum()) / every if every else 0.0
 
@@ -189,7 +189,7 @@ class GridMask:
             ImportError: without matplotlib.
         """
         figure = need("matplotlib.figure", "bench", "GridMask.show").Figure(figsize=(12, 6), layout="constrained")
-        _draw(figure, self, T, rows, columns, q_start + T if T_k is None else T_k, q_start)
+        _draw(figure, self, *_sizes(T, rows, columns, T_k, q_start))
         figure.savefig(path)
 
     # ---- Frames ----
@@ -288,18 +288,18 @@ def _shifted_runs(frames: FrameMask, T_q: int, T_k: int, q_start: int) -> tuple[
 # ---- Checks ----
 
 
-def _check_count(owner: str, name: str, value: Any, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+def _sizes(T: int, rows: int, columns: int, T_k: int | None, q_start: int) -> tuple[int, int, int, int, int]:
+    """As ints, with T_k's default."""
+    T, q_start = as_count("GridMask", "T", T), as_count("GridMask", "q_start", q_start)
+    T_k = q_start + T if T_k is None else as_count("GridMask", "T_k", T_k)
+    return T, as_count("GridMask", "rows", rows), as_count("GridMask", "columns", columns), T_k, q_start
 
 
 def _check_sizes(owner: str, name: str, sizes: Any) -> tuple[int, int, int]:
     if not isinstance(sizes, tuple) or len(sizes) != 3:
         raise TypeError(f"{owner}: {name} must be a tuple of three ints, got {sizes!r}")
     for size in sizes:
-        _check_count(owner, name, size, 1)
+        check_count(owner, name, size, 1)
     return sizes
 
 
@@ -322,7 +322,7 @@ def _steps(name: str, radius: Any) -> Steps:
     if not radii:
         raise ValueError(f"GridMask: {name} must be a radius, a tuple of at least one, or None, got ()")
     for r in radii:
-        _check_count("GridMask", name, r)
+        check_count("GridMask", name, r)
     return tuple((d, r) for d, r in enumerate(radii) if d == 0 or r != radii[d - 1])
 
 

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 Run = tuple[int, int]
+
+_INT64 = 2**63  # what tensors and the engines count in
+
+
+def check_count(owner: str, name: str, value: Any, least: int = 0) -> None:
+    """An int from ``least`` that fits into 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+    if value >= _INT64:
+        raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
+
+
+def as_count(owner: str, name: str, value: Any) -> int:
+    """A size that somebody asks about, as an int: torch.compile specialises on symbolic ones."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}") from None
+    check_count(owner, name, found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,11 +68,7 @@ class FrameMask:
             value = getattr(self, name)
             if value is None and name in ("past", "future"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"FrameMask: {name} must be an int, got {value!r}")
-            least = 1 if name == "chunk" else 0
-            if value < least:
-                raise ValueError(f"FrameMask: {name} must be at least {least}, got {value}")
+            check_count("FrameMask", name, value, 1 if name == "chunk" else 0)
         if self.shots != ():
             self._check_shots()
         if self.clean:
@@ -63,6 +83,7 @@ class FrameMask:
             raise TypeError(f"FrameMask: shots must be a tuple of ints, got {shots!r}")
         if shots[0] < 0 or any(a >= b for a, b in pairwise(shots)):
             raise ValueError(f"FrameMask: shots must ascend from 0 or above, got {shots!r}")
+        check_count("FrameMask", "shots", shots[-1])
         if self.sink:
             raise ValueError(f"FrameMask: sink must be 0 beside shots, which take its place, got {self.sink}")
 
@@ -140,8 +161,8 @@ class FrameMask:
         return next((f"{name} = {n}" for name, n in names if n > 2 * self.clean), None)
 
     def _frames(self, T_q: int, T_k: int | None, q_start: int) -> tuple[int, int, int]:
-        """As ints: torch.compile specialises on symbolic frame counts."""
-        found = int(T_q), int(q_start + T_q if T_k is None else T_k), int(q_start)
+        T_q, q_start = as_count("FrameMask", "T", T_q), as_count("FrameMask", "q_start", q_start)
+        found = T_q, as_count("FrameMask", "T_k", q_start + T_q if T_k is None else T_k), q_start
         if wrong := self.beyond(*found):
             most = f"2 * clean = {2 * self.clean}"
             raise ValueError(f"FrameMask: T_k and q_start + T must be at most {most}, got {wrong}")

@@ -178,6 +178,7 @@ WRONG = [
     ),
     (ValueError, {"frame_border": "shift", "frames": FrameMask(1, 1, sink=1)}, ".* and without a sink"),
     (ValueError, {"sink": -1}, "sink must be at least 0, got -1"),
+    (ValueError, {"tile": (2**63, 1, 1)}, "tile must be below 2\\*\\*63, got 9223372036854775808"),
 ]
 
 
@@ -185,6 +186,24 @@ WRONG = [
 def test_wrong_masks(error, arguments, message):
     with pytest.raises(error, match=f"GridMask: {message}"):
         GridMask(**arguments)
+
+
+WRONG_SIZES = [
+    (ValueError, lambda: GridMask(rows=1).density(-1, 2, 3), "GridMask: T must be at least 0, got -1"),
+    (TypeError, lambda: GridMask(rows=1).visible(2, 3.0, 4), "GridMask: rows must be an int, got 3.0"),
+    (TypeError, lambda: GridMask(rows=1).pairs(2, 3, 4, "5"), "GridMask: T_k must be an int, got '5'"),
+    (ValueError, lambda: GridMask.neighborhood((3, 3, 3)).frame_runs(-1), "GridMask: T must be at least 0, got -1"),
+    (TypeError, lambda: FrameMask().density(2.5), "FrameMask: T must be an int, got 2.5"),
+    (ValueError, lambda: FrameMask().runs(3, q_start=-2), "FrameMask: q_start must be at least 0, got -2"),
+    (ValueError, lambda: FrameMask(past=2**64), r"FrameMask: past must be below 2\*\*63"),
+    (ValueError, lambda: FrameMask(shots=(0, 2**70)), r"FrameMask: shots must be below 2\*\*63"),
+]
+
+
+@pytest.mark.parametrize("error,ask,message", WRONG_SIZES, ids=[message for _, _, message in WRONG_SIZES])
+def test_wrong_sizes(error, ask, message):
+    with pytest.raises(error, match=message):
+        ask()
 
 
 def test_wrong_windows():
