@@ -20,7 +20,9 @@ constexpr int64_t kStep = kTileTerms;  // keys whose exponentials and scores alt
 
 class MatrixProducts {
  public:
-  static constexpr int64_t kQueryTile = 256;  // shares one transpose of the values
+  // Shares one transpose of the values: frames of 300 tokens under a mask took 0.91 to 0.93 of the time with 256, dense
+  // attention 0.95 to 1.01.
+  static constexpr int64_t kQueryTile = 384;
   static constexpr int64_t kKeyTile = 128;
   static constexpr bool kCenters = false;
 
