@@ -56,6 +56,8 @@ REFERENCE = {
             "integrations.diffusers.swap_in",
             "integrations.diffusers.swap_out",
             "integrations.report.Report",
+            "integrations.check.Check",
+            "integrations.check.Seen",
             "integrations.wan.swap_in",
             "integrations.hunyuan_video.swap_in",
             "integrations.open_sora.swap_in",

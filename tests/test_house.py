@@ -36,7 +36,7 @@ LAYERS = {
     "parallel": {"vdcore", "ops"},
     "models": {"vdcore", "ops", "parallel"},
     "diffusion": {"vdcore", "models", "parallel", "video", "metrics"},
-    "integrations": {"vdcore", "models", "parallel"},
+    "integrations": {"vdcore", "models", "parallel", "video"},
     "bench": {"vdcore", "ops", "kernels", "testing", "models", "parallel", "integrations"},
     "cli": {
         *(

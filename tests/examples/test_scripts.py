@@ -27,6 +27,14 @@ def test_swap_in(script):
     assert difference < 1e-4 * largest
 
 
+def test_same_video(script, tmp_path):
+    output = script("same_video", "--frames", 5, "--steps", 1, "--out", tmp_path / "same.png")
+    decibels = re.search(r"PSNR (\S+) dB", output).group(1)
+    assert float(decibels) > 100 and (tmp_path / "same.png").is_file()
+    changed = script("same_video", "--frames", 5, "--steps", 1, "--window", 0, "--out", tmp_path / "window.png")
+    assert float(re.search(r"PSNR (\S+) dB", changed).group(1)) < 80
+
+
 def test_train_and_sample(script, tmp_path):
     checkpoint = tmp_path / "model.safetensors"
     output = script("train", "--steps", 12, "--width", 48, "--out", checkpoint)

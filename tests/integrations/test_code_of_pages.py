@@ -27,8 +27,14 @@ def model_and_pipeline():
             super().__init__()
             self.register_modules(transformer=transformer)
 
+        def __call__(self, prompt, generator):
+            given = MODELS["Wan"].arguments()
+            noise = torch.randn(given["hidden_states"].shape, generator=generator)
+            video = self.transformer(**{**given, "hidden_states": noise}).sample[:, :3].sigmoid()  # (B, C, T, H, W)
+            return SimpleNamespace(frames=video.permute(0, 2, 3, 4, 1).numpy())
+
     model = MODELS["Wan"].model()
-    return {"model": model, "pipeline": Pipeline(model), "inputs": MODELS["Wan"].arguments()}
+    return {"model": model, "pipeline": Pipeline(model), "inputs": MODELS["Wan"].arguments(), "prompt": "a cat"}
 
 
 def blocks(kind, name, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,9 +14,10 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from vdcore.integrations.check import Check, compare, twice
 
 
 class _Turn:
@@ -84,28 +85,6 @@ class Entry:
     what: str
 
 
-@dataclass(frozen=True)
-class Check:
-    """A host beside the same model swapped.
-
-    Args:
-        largest: absolute difference of their results.
-        relative: the norm of the difference over that of the host's result.
-        host_seconds, seconds: of one call.
-    """
-
-    largest: float
-    relative: float
-    host_seconds: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference {self.largest:.2e}, relative {self.relative:.2e}; "
-            f"host {self.host_seconds:.3g} s, vdcore {self.seconds:.3g} s ({self.host_seconds / self.seconds:.2f}x)"
-        )
-
-
 @dataclass
 class Report:
     """Which modules run vdcore now, and which were left to the host and why.
@@ -156,17 +135,14 @@ class Report:
 
         Each is called twice without gradients, from the same state of torch's random numbers; the second call's time
         counts. Under a mask the results differ, as they should. Other threads' calls go on as they are, but for those
-        of compiled models, which are the host's meanwhile.
+        of compiled models, which are the host's meanwhile. Of a pipeline's video also what a viewer would see of it,
+        and ``report.check(pipeline, ...).show("same.png")`` draws it.
         """
         if isinstance(model, nn.Module) and not any(hasattr(type(x), "SERVES") for x in _parts(model)):
             raise ValueError("check: model must be swapped in, got one of which nothing is")
-        results, seconds = [], []
-        for turn in (TURN.of_host(), nullcontext()):
-            with turn:
-                result, time = _timed(model, args, inputs)
-            results.append(result)
-            seconds.append(time)
-        found = Check(*_differences(*results), *seconds)
+        with TURN.of_host():
+            host = twice(model, args, inputs)
+        found = compare(host, twice(model, args, inputs))
         print(found)
         return found
 
@@ -204,60 +180,6 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
     return f"a product of matrices takes {ratio:.0f} times as long in {name} as in float32 on this CPU: use float32"
 
 
-# ---- Checking ----
-
-
 def _parts(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         yield from (module, getattr(module, "processor", None))
-
-
-def _timed(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[list[Tensor], float]:
-    """The tensors of a second call's result, and its seconds."""
-    result, seconds = None, 0.0
-    generators = [(x, x.get_state()) for x in _leaves((args, inputs)) if isinstance(x, torch.Generator)]
-    for _ in range(2):
-        with torch.random.fork_rng(), torch.no_grad():
-            _synchronize()
-            start = perf_counter()
-            result = model(*args, **inputs)
-            _synchronize()
-            seconds = perf_counter() - start
-        for generator, state in generators:
-            generator.set_state(state)
-    found = [
-        torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x)).detach().cpu().double()
-        for x in _leaves(result)
-        if not isinstance(x, torch.Generator)
-    ]
-    if not found:
-        raise TypeError(f"check: model must return tensors, arrays or images, got {type(result).__name__}")
-    return found, seconds
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _leaves(x: Any, within: tuple[Any, ...] = ()) -> Iterator[Any]:
-    """What a result holds, or arguments: through mappings, sequences and objects, each once on the way down."""
-    if isinstance(x, (Tensor, np.ndarray, torch.Generator)) or hasattr(x, "__array_interface__"):
-        yield x
-    elif any(x is outer for outer in within):
-        return
-    elif isinstance(x, (Mapping, list, tuple)):
-        for value in x.values() if isinstance(x, Mapping) else x:
-            yield from _leaves(value, (*within, x))
-    elif hasattr(x, "__dict__"):
-        yield from _leaves(vars(x), (*within, x))
-
-
-def _differences(host: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
-    if [x.shape for x in host] != [x.shape for x in ours]:
-        shapes = [[tuple(x.shape) for x in xs] for xs in (host, ours)]
-        raise RuntimeError(f"check: the results have other shapes: {shapes[0]} of the host, {shapes[1]} of vdcore")
-    apart = [(x - y).flatten() for x, y in zip(host, ours)]
-    largest = float(torch.cat(apart).abs().max()) if any(x.numel() for x in apart) else 0.0
-    norm = sum(float(x.square().sum()) for x in host) ** 0.5
-    return largest, sum(float(x.square().sum()) for x in apart) ** 0.5 / norm if norm else largest
