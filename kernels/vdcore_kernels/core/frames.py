@@ -232,7 +232,7 @@ class Shape(NamedTuple):
         R: query heads per key/value head.
         BP, BQ, BK: sequences of a program; places for their query and key frames, powers of two.
         MASKED: something is hidden.
-        GATE_ROWS: a gate varies with the channel.
+        GATE_ROWS, GATE_FRAMES: a gate varies with the channel, with the frame.
         PER_SEQUENCE: sequences are rotated by angles of their own.
         SAME: q and k by the same ones.
         NR: norm and rotary embedding.
@@ -247,6 +247,7 @@ class Shape(NamedTuple):
     BK: int
     MASKED: bool
     GATE_ROWS: bool
+    GATE_FRAMES: bool
     PER_SEQUENCE: bool
     SAME: bool
     NR: Any

@@ -1,20 +1,26 @@
 """Gated attention: spatial attention, then temporal attention whose epilogue mixes the two.
 
 The mix costs one more read of the spatial result beside the temporal pass over q, k, v and out; without gradients it
-happens in the output itself. Backward computes the temporal result again and splits the incoming gradient in one pass
-over it and both results; the gate's share is summed per program and then in a fixed order.
+happens in the output itself. Backward is temporal attention's, which has scores and dout at hand: one pass reads q, k,
+v, dout and the spatial result, and fills their gradients and the gate's, 9 tensors. Over more frames than a program
+holds the temporal result is computed again and dout split by a pass over both results: 16 tensors and the blocks'. The
+gate's gradient is summed in a fixed order.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore_kernels.core.gate import gate_arguments, load_gate
+from vdcore_kernels.core.gate import Share, gate_arguments, load_gate
 from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
 from vdcore_kernels.core.tile import add, column_sum, load_rows, mul, row_sum, rows, scale, split_row, store_rows, to
+from vdcore_kernels.temporal_attention.backward import fits, temporal_backward
+from vdcore_kernels.temporal_attention.forward import temporal_forward
 
 SPLIT = (
     ValuesConfig("interpreter", 4, 1, "several programs in a small case", 256),
@@ -83,7 +89,7 @@ def gate_bwd_kernel(
                 tl.store(p_dg + o_part[:, None], tl.sum(b_sum, 0, keep_dims=True))
 
 
-def gate_backward(
+def _split(
     dout: Tensor, a: Tensor, b: Tensor, gate: Tensor, lengths: Tensor | None, wants_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the spatial result a, the temporal result b, and of the gate, in float32 and its shape.
@@ -91,7 +97,7 @@ def gate_backward(
     dout, a, b: ``(B, T, S, H, D)``; gate broadcasts to it. Frames past the lengths get 0, whatever dout holds there.
     """
     B, T, S, H, D = dout.shape
-    shape = (1,) * (5 - gate.ndim) + tuple(gate.shape)
+    shape = _full_shape(gate)
     row = split_row(D)
     config = pick(SPLIT, arch_of(dout))
     BR = min(how_many(config.values, row.width), power_of_2(S))
@@ -126,7 +132,59 @@ def gate_backward(
         GATE_ROWS=by_channel,
         GATE_TOKENS=by_token,
     )
-    if parts is None:
-        return da, db, None
-    summed = [axis for axis, n in enumerate(shape) if n == 1 and parts.shape[axis] != 1]
-    return da, db, (parts.sum(summed) if summed else parts).reshape(gate.shape)
+    return da, db, None if parts is None else _summed(parts, gate)
+
+
+def _full_shape(gate: Tensor) -> tuple[int, ...]:
+    return (1,) * (5 - gate.ndim) + tuple(gate.shape)
+
+
+def _summed(parts: Tensor, gate: Tensor) -> Tensor:
+    """The gate's gradient, float32, from parts of it with five axes."""
+    summed = [axis for axis, n in enumerate(_full_shape(gate)) if n == 1 and parts.shape[axis] != 1]
+    return (parts.sum(summed) if summed else parts).reshape(gate.shape)
+
+
+def _share(a: Tensor, gate: Tensor, wants_gate: bool) -> Share:
+    """Room for the gradients of a and of the gate."""
+    B, T, S, H, D = a.shape
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    if not wants_gate:
+        return Share(da, None)
+    _, by_frame, _, _, by_channel = (n > 1 for n in _full_shape(gate))
+    size = (B, T if by_frame else 1, S, H, D) if by_channel else (B, T, S, H)
+    return Share(da, torch.empty(size, dtype=torch.float32, device=a.device))
+
+
+def gated_temporal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    gate: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    wanted: frozenset[str],
+    *,
+    wants_gate: bool,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Backward of ``gate * a + (1 - gate) * temporal attention``: gradients of a and of the gate, in float32 and its
+    shape, and what temporal_backward returns, which fills the gradients of q, k and v.
+
+    a, dout: ``(B, T, S, H, D)``, a contiguous; gate broadcasts to it. lse: of temporal attention. arguments: as its.
+    Frames past the lengths get 0, whatever dout holds there.
+    """
+    given: dict[str, Any] = {"lse": lse, "dlse": None, "gradients": gradients, "wanted": wanted, **arguments}
+    if fits(q, k):
+        share = _share(a, gate, wants_gate)
+        found = temporal_backward(q, k, v, out=a, dout=dout, gate=gate_arguments(gate, a), share=share, **given)
+        if share.g is None:
+            return share.a, None, found
+        parts = share.g if share.g.ndim == 5 else share.g.unsqueeze(4)
+        return share.a, _summed(parts, gate), found
+    b = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    temporal_forward(q, k, v, b, None, **arguments)
+    da, db, dgate = _split(dout, a, b, gate, arguments["lengths"], wants_gate)
+    return da, dgate, temporal_backward(q, k, v, out=b, dout=db, **given)

@@ -1,7 +1,8 @@
 """Temporal attention with up to 128 frames a side, backward: one kernel, which reads and writes every row once.
 
 Probabilities are computed again, so that neither the result nor its lse is read: with all keys at hand, delta is the
-sum of P dP. The backward of norm and RoPE is fused, but where their gradients sum over heads or positions.
+sum of P dP. Norm and RoPE have passes of their own. Where a gate weighs the result beside another one, the same pass
+gives its gradient and the other one's: dout and the scores are at hand, and the result need not be there.
 """
 
 from __future__ import annotations
@@ -31,8 +32,26 @@ from vdcore_kernels.core.frames import (
     transposed,
     weighted,
 )
+from vdcore_kernels.core.gate import (
+    Gate,
+    Share,
+    load_mixed,
+    rest_of,
+    store_channel_gradients,
+    store_row_gradients,
+)
 from vdcore_kernels.core.launch import ValuesConfig, cdiv, launch, step
-from vdcore_kernels.core.tile import LOG2_E, add, materialize_before_dot, rows, split_row, zeros
+from vdcore_kernels.core.tile import (
+    LOG2_E,
+    add,
+    materialize_before_dot,
+    mul,
+    rows,
+    split_row,
+    store_rows,
+    to,
+    zeros,
+)
 from vdcore_kernels.qk_norm_rope.backward import live_frames, norm_rope_backward
 from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward
 from vdcore_kernels.temporal_attention.forward import ONE_SEQUENCE, pick_sequences, temporal_arguments
@@ -47,6 +66,41 @@ BACKWARD = (
 )
 
 
+@triton.jit
+def _probabilities(b_s, seen):
+    """[BP, BQ, BK] from scores to base 2; 0 where nothing is seen."""
+    b_s = tl.where(seen, b_s, -float("inf"))
+    b_m = tl.max(b_s, 2, keep_dims=True)
+    b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
+    b_l = tl.sum(b_p, 2, keep_dims=True)
+    return b_p * tl.where(b_l == 0.0, 0.0, 1 / b_l)
+
+
+@triton.jit
+def _channels_gated(share, b_do, b_g, b_a, b_p, b_v, seen, o_part, m_out, SHAPE: tl.constexpr):
+    """dout of the temporal result, [BP, BQ, W], under a gate that varies with the channel, whose gradient is stored."""
+    ROW: tl.constexpr = SHAPE.ROW
+    if share.g is not None:
+        b_v, v_flag = finite_rows(b_v, SHAPE.MASKED)
+        if SHAPE.MASKED:
+            b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
+        store_channel_gradients(share.g, b_do, b_a, weighted(b_p, b_v), o_part, m_out, ROW, SHAPE.GATE_FRAMES)
+    return materialize_before_dot(to(mul(to(b_do, tl.float32), rest_of(b_g)), b_v[0].dtype))
+
+
+@triton.jit
+def _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE: tl.constexpr):
+    """Of one query head q and dout [BP, BQ, W], the gradient of lse, the gate, and the result that it weighs."""
+    A: tl.constexpr = SHAPE.A
+    ROW: tl.constexpr = SHAPE.ROW
+    m_row = head.m[:, None] & m_t[None, :]
+    b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))
+    b_do = materialize_before_dot(load_frames(do, head, o_t, m_t, A, ROW))
+    b_dlse = load_dlse(p_dlse, o_row, m_row)  # [BP, BQ, 1]
+    b_g, b_a = load_mixed(gate, share, head, o_t, o_row, m_row, ROW, SHAPE.GATE_ROWS)
+    return b_q, b_do, b_dlse, b_g, b_a
+
+
 @triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_bwd_kernel(
     q,
@@ -56,6 +110,8 @@ def temporal_attention_bwd_kernel(
     dq,
     dk,
     dv,
+    gate,
+    share,
     p_dlse,
     p_len,
     T,
@@ -76,7 +132,8 @@ def temporal_attention_bwd_kernel(
     """One program: all gradients of BP sequences (position, key/value head), R query heads each.
 
     q, do, dq: Rows (B, T, S, G*R, D). k, v, dk, dv: Rows (B, T_k, S, G, D). p_dlse: (B, T, S, G*R), or None. p_len:
-    (B,), or None. A row that sees a value which is not finite may become NaN as a whole, as in forward.
+    (B,), or None. gate: a Gate that weighs another result a, which this one is added to, do the gradient of their sum
+    and share a Share to be filled; or None. A row that sees what is not finite may become NaN as a whole, as forward's.
     """
     ROW: tl.constexpr = SHAPE.ROW
     A: tl.constexpr = SHAPE.A
@@ -86,15 +143,13 @@ def temporal_attention_bwd_kernel(
     at = sequence_block(tl.program_id(0), S, G, SHAPE.BP)
     o_t, o_f = tl.arange(0, SHAPE.BQ), tl.arange(0, SHAPE.BK)
     m_t, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, MASKED)
-    m_row = at.m[:, None] & m_t[None, :]
-    head = query_head(at, 0, R)
+    m_out = at.m[:, None] & (o_t < T)[None, :]
 
     # All that is read is on its way before anything waits: a barrier in between is a second trip to memory.
     b_k = materialize_before_dot(load_frames(k, at, o_f, m_f, A, ROW))  # [BP, BK, W]
     b_v = materialize_before_dot(load_frames(v, at, o_f, m_f, A, ROW))
-    b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))  # [BP, BQ, W]
-    b_do = materialize_before_dot(load_frames(do, head, o_t, m_t, A, ROW))
-    b_dlse = load_dlse(p_dlse, row_offsets(head, o_t, T, S, G * R), m_row)  # [BP, BQ, 1]
+    head, o_row = query_head(at, 0, R), row_offsets(query_head(at, 0, R), o_t, T, S, G * R)
+    b_q, b_do, b_dlse, b_g, b_a = _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE)
 
     b_k, k_flag = finite_rows(b_k, MASKED)
     b_dk = zeros(SHAPE.BP, SHAPE.BK, ROW)
@@ -102,31 +157,49 @@ def temporal_attention_bwd_kernel(
     for i_r in range(R):
         if R > 1:
             head = query_head(at, i_r, R)
-            b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))
-            b_do = materialize_before_dot(load_frames(do, head, o_t, m_t, A, ROW))
-            b_dlse = load_dlse(p_dlse, row_offsets(head, o_t, T, S, G * R), m_row)
+            o_row = row_offsets(head, o_t, T, S, G * R)
+            b_q, b_do, b_dlse, b_g, b_a = _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE)
         b_q, q_flag = finite_rows(b_q, MASKED)
-        b_do, do_flag = finite_rows(b_do, MASKED)
         b_s = inner(b_q, b_k) * (sm_scale * LOG2_E)  # [BP, BQ, BK]
-        b_dp = inner(b_do, b_v)
         if MASKED:
             b_s += q_flag + transposed(k_flag)
+        b_p = _probabilities(b_s, seen)
+        b_db = b_do  # the gradient of this result
+        if gate is not None:
+            store_rows(share.a, o_row * ROW.D, m_out, mul(to(b_do, tl.float32), b_g), ROW)
+            if SHAPE.GATE_ROWS:
+                o_part = o_row if SHAPE.GATE_FRAMES else row_offsets(head, o_t * 0, 1, S, G * R)
+                b_db = _channels_gated(share, b_do, b_g, b_a, b_p, b_v, seen, o_part, m_out, SHAPE)
+        b_db, do_flag = finite_rows(b_db, MASKED)
+        b_dp = inner(b_db, b_v)
+        if MASKED:
             b_dp += do_flag
-        b_s = tl.where(seen, b_s, -float("inf"))
-        b_m = tl.max(b_s, 2, keep_dims=True)
-        b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
-        b_l = tl.sum(b_p, 2, keep_dims=True)
-        b_p *= tl.where(b_l == 0.0, 0.0, 1 / b_l)
         b_dp = tl.where(seen, b_dp, 0.0)
+        b_w = b_p
+        if gate is not None and not SHAPE.GATE_ROWS:  # one number for a row: its scores take it
+            if share.g is not None:
+                b_inner = tl.sum(b_p * b_dp, 2, keep_dims=True)
+                store_row_gradients(share.g, b_do, b_a, b_inner, o_row, m_out)
+            b_dp, b_w = b_dp * (1 - b_g[0]), b_p * (1 - b_g[0])
         b_delta = tl.sum(b_p * b_dp, 2, keep_dims=True) - b_dlse
         b_ds = tl.where(seen, b_p * (b_dp - b_delta) * sm_scale, 0.0)
         if MASKED:
-            b_p = poisoned(b_p, do_flag, seen, 0.0)
-        b_dv = add(b_dv, weighted(transposed(b_p.to(b_do[0].dtype)), b_do))
+            b_w = poisoned(b_w, do_flag, seen, 0.0)
+        b_dv = add(b_dv, weighted(transposed(b_w.to(b_db[0].dtype)), b_db))
         b_dk = add(b_dk, weighted(transposed(b_ds.to(b_q[0].dtype)), b_q))
         store_frames(dq, head, o_t, T, weighted(b_ds, b_k), A, ROW)
     store_frames(dv, at, o_f, T_k, b_dv, A, ROW)
     store_frames(dk, at, o_f, T_k, b_dk, A, ROW)
+
+
+def _pick(q: Tensor, k: Tensor) -> tuple[ValuesConfig, int] | None:
+    shared = 2 if q.shape[3] > k.shape[3] else 1  # heads that share keys: two more sums
+    return pick_sequences(BACKWARD, q, q.shape[1], k.shape[1], split_row(q.shape[4]), shared)
+
+
+def fits(q: Tensor, k: Tensor) -> bool:
+    """Whether backward takes all frames at once."""
+    return _pick(q, k) is not None
 
 
 def temporal_backward(
@@ -146,25 +219,28 @@ def temporal_backward(
     sm_scale: float,
     norm: QKNorm | None,
     rope: Rope | None,
+    gate: Gate | None = None,
+    share: Share | None = None,
 ) -> dict[str, Tensor]:
     """Fills the gradients of q, k and v, which may be slices of a packed one, their heads contiguous.
 
+    With a gate, where all frames fit in registers (fits), dout is of ``gate * gate.a + (1 - gate) * out``, and share is
+    filled; neither out nor lse is read.
+
     Returns the wanted among ``"q_weight"``, ``"k_weight"``, ``"q_bias"``, ``"k_bias"``, ``"cos"``, ``"sin"``, float32.
     """
-    T, T_k, D = q.shape[1], k.shape[1], q.shape[4]
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
     moves = norm is not None or rope is not None
     q_seen, k_seen, (dq, dk, dv) = q, k, gradients
     if moves:
         q_seen, k_seen = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    shared = 2 if q.shape[3] > k.shape[3] else 1  # heads that share keys: two more sums
-    picked = pick_sequences(BACKWARD, q, T, T_k, split_row(D), shared)
+    picked = _pick(q, k)
     backward: dict[str, Any] = {"dout": dout, "dlse": dlse, "gradients": (dq, dk, dv), "sm_scale": sm_scale, **frames}
     if picked is None:
         temporal_long_backward(q_seen, k_seen, v, out, lse, **backward)
     else:
-        _short_backward(q_seen, k_seen, v, picked=picked, **backward)
+        _short_backward(q_seen, k_seen, v, picked=picked, gate=gate, share=share, **backward)
     found: dict[str, Tensor] = {}
     if moves:
         live = live_frames(q, k, **frames)
@@ -190,6 +266,8 @@ def _short_backward(
     dlse: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
     picked: tuple[ValuesConfig, int],
+    gate: Gate | None,
+    share: Share | None,
     sm_scale: float,
     **frames: Any,
 ) -> None:
@@ -198,7 +276,12 @@ def _short_backward(
     G = k.shape[3]
     A = step(q, k, v, dout, *gradients)
     dq, dk, dv = (rows(x, A) for x in gradients)
-    shared = temporal_arguments(q, k, row=split_row(q.shape[4]), A=A, BP=BP, **frames)
+    by_channel = share is not None and share.g is not None and share.g.ndim == 5
+    gate_rows = by_channel or (gate is not None and gate.d != 0)
+    gate_frames = by_channel and share.g.shape[1] == q.shape[1]
+    shared = temporal_arguments(
+        q, k, row=split_row(q.shape[4]), A=A, BP=BP, gate_rows=gate_rows, gate_frames=gate_frames, **frames
+    )
     launch(
         temporal_attention_bwd_kernel,
         q.shape[0] * cdiv(q.shape[2] * G, BP),
@@ -211,6 +294,8 @@ def _short_backward(
         dq=dq,
         dk=dk,
         dv=dv,
+        gate=gate,
+        share=share,
         p_dlse=dlse,
         sm_scale=sm_scale,
         **shared,

@@ -207,6 +207,7 @@ def temporal_arguments(
     norm: QKNorm | None = None,
     rope: Rope | None = None,
     gate_rows: bool = False,
+    gate_frames: bool = False,
     same_angles: bool = False,
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
@@ -222,6 +223,7 @@ def temporal_arguments(
         BK=side(T_k),
         MASKED=masked,
         GATE_ROWS=gate_rows,
+        GATE_FRAMES=gate_frames,
         PER_SEQUENCE=rope_per_sequence(rope),
         SAME=same_angles,
         NR=norm_rope_constants(norm, rope),

@@ -74,25 +74,22 @@ def _backward(
     c: GatedCall, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], wanted: frozenset[str]
 ) -> Gradients:
     from vdcore_kernels.frame_attention.backward import frame_backward
-    from vdcore_kernels.gated_attention.backward import gate_backward
+    from vdcore_kernels.gated_attention.backward import gated_temporal_backward
     from vdcore_kernels.qk_norm_rope.backward import live_frames
-    from vdcore_kernels.temporal_attention.backward import temporal_backward
-    from vdcore_kernels.temporal_attention.forward import temporal_forward
 
     _, a, lse_a, lse_b = outputs
     assert grads[0] is not None
-    b = empty_like(c.main)
-    temporal_forward(*c.temporal, b, None, **_temporal_arguments(c))
-    da, db, dgate = gate_backward(unit_stride(grads[0]), a, b, c.gate, c.lengths, "gate" in wanted)
-    found: Gradients = {} if dgate is None else {"gate": dgate}
-
     gradients = _empty_gradients(c.temporal)
-    found |= {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     names = frozenset(name.removeprefix("temporal_") for name in wanted if name.startswith("temporal_"))
-    given: dict[str, Any] = {"out": b, "lse": lse_b, "dout": db, "dlse": None, "gradients": gradients}
+    given: dict[str, Any] = {"a": a, "lse": lse_b, "dout": unit_stride(grads[0]), "gate": c.gate, "wanted": names}
     q, k, v = c.temporal
-    more = temporal_backward(q, k, v, wanted=names, **given, **_temporal_arguments(c))
+    da, dgate, more = gated_temporal_backward(
+        q, k, v, gradients=gradients, wants_gate="gate" in wanted, **given, **_temporal_arguments(c)
+    )
+    found: Gradients = {f"temporal_{name}": dx for name, dx in zip("qkv", gradients)}
     found |= {f"temporal_{name}": dx for name, dx in more.items()}
+    if dgate is not None:
+        found["gate"] = dgate
 
     gradients = _empty_gradients(c.spatial)
     found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
