@@ -107,9 +107,9 @@ def _text(L: int, H: int, D: int, dtype: Any = torch.bfloat16) -> tuple[Tensor, 
     return tuple(_t(1, L, H, D, dtype=dtype) for _ in range(3))
 
 
-def _gated(T: int, S: int, H: int, D: int) -> dict[str, Any]:
+def _gated(T: int, S: int, H: int, D: int, gate: tuple[int, ...] = (), **kw: Any) -> dict[str, Any]:
     triples = [tuple(_qkv(T, S, H, D).values()) for _ in range(2)]
-    return {"spatial": triples[0], "temporal": triples[1], "gate": _t(H, 1)}
+    return {"spatial": triples[0], "temporal": triples[1], "gate": _t(*(gate or (H, 1))), **kw}
 
 
 _WINDOWS: dict[str, Any] = {"mask": GridMask.neighborhood((3, 7, 11)), "grid": (20, 22)}
@@ -190,6 +190,7 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "S 1024, 16 x 72": ("spatial_attention", lambda: _qkv(16, 1024, 16, 72), False),
     "S 3600, 16 x 64": ("spatial_attention", lambda: _qkv(16, 3600, 16, 64), True),
     "S 1024, 8 x 160": ("spatial_attention", lambda: _qkv(16, 1024, 8, 160), False),
+    "S 1024, 8 x 96": ("spatial_attention", lambda: _qkv(16, 1024, 8, 96), False),
     "S 1024, 8 x 40": ("spatial_attention", lambda: _qkv(16, 1024, 8, 40), False),
     "S 256, 8 x 256": ("spatial_attention", lambda: _qkv(16, 256, 8, 256), False),
     "S 256, 8 x 64, float32": ("spatial_attention", lambda: _qkv(4, 256, 8, 64, dtype=_F32), False),
@@ -219,6 +220,11 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
     "3D, 30 x 64, text, causal": (
         "video_attention",
         lambda: {**_qkv(13, 1350, 30, 64), "text": _text(226, 30, 64), "mask": _CAUSAL, "text_sees": "text"},
+        False,
+    ),
+    "3D, 30 x 64, text": (
+        "video_attention",
+        lambda: {**_qkv(13, 1350, 30, 64), "text": _text(226, 30, 64)},
         False,
     ),
     "windows, 4 x 128, text": (
@@ -255,6 +261,14 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
         False,
     ),
     "gated, 16 x 72": ("gated_attention", lambda: _gated(16, 1024, 16, 72), True),
+    "gated, 24 x 128, T 28, causal": ("gated_attention", lambda: _gated(28, 256, 24, 128, mask=_CAUSAL), False),
+    "gated by channels, 24 x 128, T 28": ("gated_attention", lambda: _gated(28, 256, 24, 128, (128,)), False),
+    "gated by channels, 16 x 72, causal": (
+        "gated_attention",
+        lambda: _gated(16, 256, 16, 72, (72,), mask=_CAUSAL),
+        False,
+    ),
+    "gated by all, 24 x 128, T 60": ("gated_attention", lambda: _gated(60, 256, 24, 128, (1, 60, 256, 24, 128)), False),
     "gated, 8 x 64, T 240": ("gated_attention", lambda: _gated(240, 256, 8, 64), False),
     "norm, rope, 24 x 128": (
         "qk_norm_rope",
@@ -386,8 +400,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     target = _target(arch)
     backend = make_backend(target)
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    config = launch.config
-    given = {**launch.arguments, "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    given = {**launch.arguments, **launch.config.options(amd=arch.startswith("gfx"))}
     bound, specialization, options = bind(**given)
     options, signature, constexprs, attrs = launch.kernel._pack_args(backend, given, bound, specialization, options)
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
@@ -432,7 +445,7 @@ def config_text(config: Any) -> str:
     return ", ".join(parts)
 
 
-_COMMON = ("arch", "warps", "stages", "why")
+_COMMON = ("arch", "warps", "stages", "why", "registers")
 _jobs: list[tuple[str, str, Launch]] = []  # arch, call, launch: workers inherit them
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore_kernels.core.tile import add, load_rows, mul, row_sum, scale, store_rows, to
+from vdcore_kernels.core.tile import add, load_rows, materialize_before_dot, mul, row_sum, scale, store_rows, to
 
 
 class Gate(NamedTuple):
@@ -70,6 +70,20 @@ def gate_of(gate, at, o_t, m_row, ROW: tl.constexpr, GATE_ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_mixed(gate, at, o_t, o_row, m_row, m_gate, SHAPE: tl.constexpr):
+    """Of sequences at frames o_t [BT] the gate, 0 where m_gate is false, and rows of the result a that it weighs, at
+    o_row [BP, BT], beside all else that is loaded; 0.0 each where there is no gate.
+    """
+    V: tl.constexpr = SHAPE.V
+    GATE_ROWS: tl.constexpr = SHAPE.GATE_ROWS
+    b_g, b_a = 0.0, 0.0
+    if gate is not None:
+        b_g = gate_of(gate, at, o_t, m_gate, V, GATE_ROWS)
+        b_a = materialize_before_dot(load_rows(gate.a, o_row * V.D, m_row, V))
+    return b_g, b_a
+
+
+@triton.jit
 def gated(b_o, gate, at, o_t, o_row, m_row, m_gate, ROW: tl.constexpr, GATE_ROWS: tl.constexpr):
     """Rows b_o [BP, BT, W] of sequences at frames o_t, mixed with the rows of the gate's result at o_row [BP, BT]."""
     b_a = to(load_rows(gate.a, o_row * ROW.D, m_row, ROW), tl.float32)
@@ -87,17 +101,6 @@ class Share(NamedTuple):
 
     a: Any
     g: Any
-
-
-@triton.jit
-def load_mixed(gate, share, at, o_t, o_row, m_row, ROW: tl.constexpr, GATE_ROWS: tl.constexpr):
-    """Rows of the gate, and of the result a that it weighs; 0.0 each where it is not needed."""
-    b_g, b_a = 0.0, 0.0
-    if gate is not None:
-        b_g = gate_of(gate, at, o_t, m_row, ROW, GATE_ROWS)
-        if share.g is not None:
-            b_a = load_rows(gate.a, o_row * ROW.D, m_row, ROW)
-    return b_g, b_a
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -28,15 +28,23 @@ class Config:
         arch: prefixes of the architectures it is meant for ("sm_9" serves sm_90); "" serves all.
         warps, stages: per program; depth of software pipelining.
         why: the reason for these numbers.
+        registers: of a thread at most; 0: NVIDIA's compiler chooses, and rather spills 8 to 16 bytes than have one
+            program less on a multiprocessor. AMD's chooses always.
     """
 
     arch: str
     warps: int
     stages: int
     why: str
+    registers: int = field(default=0, kw_only=True)
 
     def serves(self, arch: str) -> bool:
         return any(arch.startswith(prefix) for prefix in self.arch.split("|"))
+
+    def options(self, *, amd: bool) -> dict[str, Any]:
+        """What Triton's compiler is told, by its names."""
+        told: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return told if amd or not self.registers else {**told, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def launch(kernel: Any, programs: int, *, like: Tensor, config: Config, **argume
         _state.launches.append(Launch(kernel, programs, config, arguments))
         return
     with _guard(like):
-        kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        kernel[(programs,)](**arguments, **config.options(amd=is_amd(like)))
 
 
 def _prepare_interpreter() -> None:

@@ -59,6 +59,7 @@ from vdcore_kernels.core.tokens import (
 from vdcore_kernels.frame_attention.forward import (
     FLOAT32,
     NO_TEXT,
+    SMALL,
     FrameConfig,
     Triple,
     base_2,
@@ -74,12 +75,12 @@ QUERIES = (
     FrameConfig("sm_9", 8, 2, "keys and values of two stages, 128 KB", 128, 64, 128),
     FrameConfig("sm_10", 8, 2, "two stages; 64 keys would spill", 128, 32, 128),
     FrameConfig("sm_9|sm_10", 8, 1, "256 channels: one stage", 32, 64, 256),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 2, "64 keys over eight warps; four spill", 64, 64, 64),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "two tiles of 72 channels and 64 keys would spill", 64, 32, 128),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage", 64, 32, 256),
+    FrameConfig(SMALL, 8, 2, "128 queries: half the products of 64 over eight warps", 128, 64, 64),
+    FrameConfig(SMALL, 8, 2, "the same, 82 KB of shared memory", 128, 32, 128),
+    FrameConfig(SMALL, 8, 1, "one stage; 128 queries spill", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 32, 16, 256),
-    FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4, registers=255),
 )
 # m: queries, walked through; n: keys, held.
 KEYS = (
@@ -88,13 +89,15 @@ KEYS = (
     FrameConfig("sm_9", 8, 2, "64 queries: a second tile of 16 channels is copied by 8 bytes", 64, 128, 80),
     FrameConfig("sm_9|sm_10", 8, 2, "two gradients of 128 rows take 128 registers", 32, 128, 128),
     FrameConfig("sm_9|sm_10", 8, 1, "two gradients of 256 channels leave room for 32 rows", 32, 32, 256),
-    FrameConfig("sm_8|sm_11|sm_12", 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage", 32, 64, 128),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage", 32, 32, 256),
+    FrameConfig(SMALL, 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),
+    FrameConfig(SMALL, 4, 1, "64 keys over four warps: half the products of eight", 32, 64, 96),
+    FrameConfig(SMALL, 8, 2, "64 queries: two thirds of the products of 32 over eight warps", 64, 64, 128),
+    FrameConfig(SMALL, 8, 1, "one stage", 32, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 16, 32, 256),
-    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
-    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4, registers=255),
+    FrameConfig(SMALL, 8, 1, FLOAT32, 16, 16, 256, 4, registers=255),
+    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4, registers=255),
 )
 DELTA = ValuesConfig("", 4, 1, "4 loads of 16 bytes a thread of out and of its gradient", 4096)
 

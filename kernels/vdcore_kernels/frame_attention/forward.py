@@ -54,18 +54,26 @@ class FrameConfig(Config):
     size: int = 2
 
 
+# Warps that multiply as warps, not as a warpgroup, hold 16 rows each: eight of them share 128, and 64 rows twice.
+SMALL = "sm_8|sm_11|sm_12"
+_OTHERS = "sm_86|sm_87|sm_89|sm_11|sm_12"
 FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 3, "two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
     FrameConfig("sm_9|sm_10", 8, 2, "256 channels: the result takes 128 registers; 64 keys spill", 128, 32, 256),
-    FrameConfig("sm_8|sm_11|sm_12", 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
-    FrameConfig("sm_8|sm_11|sm_12", 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "one stage of 256 channels", 64, 32, 256),
+    FrameConfig(
+        "sm_80", 4, 3, "128 queries: half the L2's traffic of 64, 5.2 instructions a product for 6.1", 128, 64, 64
+    ),
+    FrameConfig("sm_80", 8, 3, "half the L2's traffic of 64, 5.4 instructions for 7.6; 64 keys spill", 128, 32, 128),
+    FrameConfig(_OTHERS, 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
+    FrameConfig(_OTHERS, 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
+    FrameConfig(SMALL, 8, 1, "128 queries: half the products of 64 over eight warps", 128, 32, 160),
+    FrameConfig(SMALL, 8, 1, "one stage of 256 channels; 128 queries spill", 64, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 256),
-    FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4),
+    FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4, registers=255),
 )
 
 

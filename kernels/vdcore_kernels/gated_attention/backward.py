@@ -177,9 +177,10 @@ def gated_temporal_backward(
     Frames past the lengths get 0, whatever dout holds there.
     """
     given: dict[str, Any] = {"lse": lse, "dlse": None, "gradients": gradients, "wanted": wanted, **arguments}
-    if fits(q, k):
+    weighs = gate_arguments(gate, a)
+    if fits(q, k, weighs):
         share = _share(a, gate, wants_gate)
-        found = temporal_backward(q, k, v, out=a, dout=dout, gate=gate_arguments(gate, a), share=share, **given)
+        found = temporal_backward(q, k, v, out=a, dout=dout, gate=weighs, share=share, **given)
         if share.g is None:
             return share.a, None, found
         parts = share.g if share.g.ndim == 5 else share.g.unsqueeze(4)

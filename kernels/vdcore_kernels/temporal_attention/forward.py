@@ -36,7 +36,7 @@ from vdcore_kernels.core.frames import (
     transposed,
     weighted,
 )
-from vdcore_kernels.core.gate import Gate, gated
+from vdcore_kernels.core.gate import Gate, gate_of, load_mixed, mix
 from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
 from vdcore_kernels.core.tile import (
     LN_2,
@@ -50,6 +50,7 @@ from vdcore_kernels.core.tile import (
     scale,
     split_row,
     store_rows,
+    to,
 )
 from vdcore_kernels.qk_norm_rope.forward import norm_rope_forward, row_stats
 from vdcore_kernels.temporal_attention.long import temporal_long_forward
@@ -133,6 +134,9 @@ def temporal_attention_fwd_kernel(
     q_angles = k_angles if SHAPE.SAME else load_frame_angles(of_q, head, o_t, m_t, SHAPE)
     k_turn = load_turn(of_k, at, o_f, m_f, SHAPE)
     q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
+    o_row, m_row = row_offsets(head, o_t, T, S, G * R), at.m[:, None] & (o_t < T)[None, :]  # [BP, BQ]
+    m_gate = m_row & m_t[None, :]
+    b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_gate, SHAPE)
 
     if NR.KIND > 0 or NR.STYLE > 0:
         b_k = rotated(normalized(b_k, k_turn, k_norm, at.m[:, None] & m_f[None, :], SHAPE), k_angles, dtype, NR)
@@ -144,6 +148,8 @@ def temporal_attention_fwd_kernel(
             q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
             if not SHAPE.SAME:
                 q_angles = load_frame_angles(of_q, head, o_t, m_t, SHAPE)
+            o_row = row_offsets(head, o_t, T, S, G * R)
+            b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_gate, SHAPE)
         if NR.KIND > 0 or NR.STYLE > 0:
             b_q = rotated(normalized(b_q, q_turn, q_norm, at.m[:, None] & m_t[None, :], SHAPE), q_angles, dtype, NR)
         b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [BP, BQ, BK]
@@ -151,10 +157,10 @@ def temporal_attention_fwd_kernel(
         if SHAPE.MASKED:
             b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
         b_o = scale(weighted(b_p, b_v), tl.where(b_l == 0.0, 0.0, 1 / b_l))
-        o_row = row_offsets(head, o_t, T, S, G * R)  # [BP, BQ]
-        m_row = at.m[:, None] & (o_t < T)[None, :]
         if gate is not None:
-            b_o = gated(b_o, gate, head, o_t, o_row, m_row, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
+            if SHAPE.GATE_ROWS:  # channels of float32 beside q, k and v would spill
+                b_g = gate_of(gate, head, o_t, m_gate, V, SHAPE.GATE_ROWS)
+            b_o = mix(b_g, to(b_a, tl.float32), b_o)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
             b_lse = tl.where(b_l == 0.0, -float("inf"), b_m * LN_2 + tl.log(b_l))
@@ -253,8 +259,9 @@ def temporal_forward(
     T, T_k = q.shape[1], k.shape[1]
     row = split_row(q.shape[4], rope)
     frames: dict[str, Any] = {"mask": mask, "q_start": q_start, "lengths": lengths}
-    # Two runs' numbers under teacher forcing lie in registers beside the rows: found by compiling.
-    weight = max(_weight(norm, rope, arch_of(q)), 2 if mask.clean else 1)
+    gate_rows = gate is not None and gate.d != 0
+    # Two runs' numbers under teacher forcing, or a gate's channels, lie in registers beside the rows: by compiling.
+    weight = max(_weight(norm, rope, arch_of(q)), 2 if mask.clean or gate_rows else 1)
     found = pick_sequences(FORWARD, q, T, T_k, row, weight)
     if found is None:
         if norm is not None or rope is not None:
@@ -262,7 +269,6 @@ def temporal_forward(
         return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)
     config, BP = found
     A = step(q, k, v)
-    gate_rows = gate is not None and gate.d != 0
     # A video that comes frame by frame has no kernel of its own for its first frames.
     same_angles = T_k == T and q_start == 0 and mask == FrameMask.full() and not rope_per_head(rope)
     shared = temporal_arguments(

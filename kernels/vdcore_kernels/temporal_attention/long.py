@@ -78,9 +78,11 @@ FORWARD = (
 )
 BACKWARD = (
     _INTERPRETED,
-    LongConfig("", 4, 1, "two accumulators of 64 frames", 64, 64),
-    LongConfig("", 8, 1, "two accumulators of 64 frames over twice the threads", 64, 144),
-    LongConfig("", 8, 1, _LESS, 32, 192),
+    LongConfig(_SMALL, 4, 1, "two accumulators of 32 frames; 64 spill", 32, 64),
+    LongConfig(_SMALL, 8, 1, "two accumulators of 32 frames; 64 spill", 32, 144),
+    LongConfig(_LARGE, 4, 1, "two accumulators of 64 frames", 64, 64),
+    LongConfig(_LARGE, 8, 1, "two accumulators of 64 frames over twice the threads", 64, 144),
+    LongConfig("", 8, 1, _LESS, 32, 192, registers=255),
     LongConfig("", 8, 1, _LESS, 16, 1024),
 )
 
