@@ -63,6 +63,7 @@ FORWARD = (
     FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 3, "two warpgroups of 64 rows share 64 KB of keys per stage", 128, 64, 128),
     FrameConfig("sm_9|sm_10", 8, 2, "256 channels: the result takes 128 registers; 64 keys spill", 128, 32, 256),
+    FrameConfig("sm_80", 4, 2, "two tiles of 40 channels: three stages spill", 128, 64, 48),
     FrameConfig(
         "sm_80", 4, 3, "128 queries: half the L2's traffic of 64, 5.2 instructions a product for 6.1", 128, 64, 64
     ),
