@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vdcore.norm import KINDS
 from vdcore_kernels.adaln.forward import SMALL, common_arguments, table_arguments, table_rows
-from vdcore_kernels.core.launch import ValuesConfig, cdiv, launch
+from vdcore_kernels.core.launch import ValuesConfig, cdiv, is_amd, launch
 from vdcore_kernels.core.tile import (
     Norm,
+    Row,
     add,
     affine,
     by_weight,
@@ -29,13 +30,14 @@ from vdcore_kernels.core.tile import (
 )
 from vdcore_kernels.core.token_rows import contiguous_rows, frame_block, row_arguments, rows_from, token_rows
 
-_SUMS = "two rows' tiles and up to four sums, 20 values a thread each, do not spill"
+_SUMS = (
+    "two rows' tiles and up to two sums, 32 values a thread each, do not spill; more warps wait more for one another"
+)
 BACKWARD_ROWS = (
     SMALL,
-    ValuesConfig("", 2, 1, _SUMS, 1280),
-    ValuesConfig("", 4, 1, _SUMS, 2560),
-    ValuesConfig("", 8, 1, _SUMS, 5120),
-    ValuesConfig("", 16, 1, _SUMS, 8192),
+    ValuesConfig("", 2, 1, _SUMS, 2048),
+    ValuesConfig("", 4, 1, _SUMS, 4096),
+    ValuesConfig("", 8, 1, _SUMS, 8192),
 )
 _WIDE_SUMS = 5120
 
@@ -56,6 +58,7 @@ def modulate_bwd_kernel(
     rows,  # of a chunk, a multiple of BR
     ROW: tl.constexpr,
     BR: tl.constexpr,  # rows at a time
+    STAGES: tl.constexpr,  # 2: the next ones are on their way
     KIND: tl.constexpr,
     SHIFT_ROWS: tl.constexpr,  # the shift varies with the token
     SCALE_ROWS: tl.constexpr,
@@ -70,7 +73,7 @@ def modulate_bwd_kernel(
     # n = h w + b and y = n (1 + scale) + shift, with h the standardized row.
     b_dshift = filled(1, 0.0, ROW)
     b_dscale, b_dw, b_db = b_dshift, b_dshift, b_dshift
-    for i in range(0, rows, BR):
+    for i in tl.range(0, rows, BR, num_stages=STAGES):
         at = rows_from(i_b, i_t, first + i, S, BR)
         _, _, o_s, m_s = at
         b_x = to(token_rows(x, at, ROW), tl.float32)  # [BR, W]
@@ -120,6 +123,7 @@ def gate_residual_bwd_kernel(
     rows,  # of a chunk, a multiple of BR
     ROW: tl.constexpr,
     BR: tl.constexpr,  # rows at a time
+    STAGES: tl.constexpr,  # 2: the next ones are on their way
     GATE_ROWS: tl.constexpr,  # the gate varies with the token
 ):
     """One program: a chunk of one frame's tokens. x, dy: Rows (B, T, S, C). gate: Rows, strides 0 where it is shared.
@@ -129,7 +133,7 @@ def gate_residual_bwd_kernel(
     """
     i_b, i_t, first = frame_block(tl.program_id(0), T, S, rows)
     b_sum = filled(1, 0.0, ROW)
-    for i in range(0, rows, BR):
+    for i in tl.range(0, rows, BR, num_stages=STAGES):
         at = rows_from(i_b, i_t, first + i, S, BR)
         m_s = at[3]
         b_d = token_rows(dy, at, ROW)  # [BR, W]
@@ -149,9 +153,11 @@ def gate_residual_bwd_kernel(
         store_rows(p_dg, o_p, o_p >= 0, b_sum, ROW)
 
 
-# Partial sums of a backward: enough programs for any GPU, few enough that their sums weigh nothing (1 row in 32).
-_CHUNKS_IN_ALL = 1024
-_LEAST_ROWS = 32
+# Partial sums of a backward: 4 to 5 waves of a large GPU's programs, and one row of sums to 16 of each tensor.
+_CHUNKS_IN_ALL = 2048
+_LEAST_ROWS = 16
+# Bytes of a tensor's rows that are prefetched: up to seven such pieces fit into 99 KB of shared memory.
+_AHEAD = 12_288
 
 
 def _chunks(frames: int, S: int, BR: int) -> tuple[int, int]:
@@ -159,6 +165,10 @@ def _chunks(frames: int, S: int, BR: int) -> tuple[int, int]:
     chunks = max(min(cdiv(_CHUNKS_IN_ALL, frames), cdiv(S, _LEAST_ROWS)), 1)
     rows = cdiv(cdiv(S, chunks), BR) * BR
     return cdiv(S, rows), rows
+
+
+def _stages(x: Tensor, row: Row, BR: int) -> int:
+    return 2 if BR * row.width * x.element_size() <= _AHEAD and not is_amd(x) else 1
 
 
 def _sum_buffer(x: Tensor, table: Tensor, chunks: int) -> Tensor:
@@ -222,6 +232,7 @@ def modulate_backward(
             KIND=KINDS[kind],
             SHIFT_ROWS=shift.ndim == 4,
             SCALE_ROWS=scale.ndim == 4,
+            STAGES=_stages(x, shared["ROW"], BR),
             **shared,
         )
     for name, t in tensors.items():
@@ -255,6 +266,7 @@ def gate_residual_backward(x: Tensor, gate: Tensor, dy: Tensor, wanted: frozense
         p_dg=found.get("gate"),
         rows=rows,
         GATE_ROWS=gate.ndim == 4,
+        STAGES=_stages(x, shared["ROW"], BR),
         **shared,
     )
     if "gate" in wanted:

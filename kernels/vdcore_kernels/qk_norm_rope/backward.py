@@ -64,14 +64,14 @@ def _live(x: Tensor | None) -> Live | None:
 
 @dataclass(frozen=True)
 class SumConfig(ValuesConfig):
-    """programs: of sums, each with a part that is then added up."""
+    """programs: of sums, each with a part that is then added up: of one head, or of all of a token's."""
 
-    programs: int = 1024
+    programs: int = 8192
 
 
 _SUMS = "rows, gradients and two sums of 16 values a thread each: 56 to 109 registers"
 BACKWARD_ROWS = (
-    SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 8),
+    SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 16),
     SumConfig("", 4, 1, _SUMS, 2048),
     SumConfig("", 8, 1, WHOLE_TOKEN, 4096),
     SumConfig("", 16, 1, WHOLE_TOKEN, 8192),
@@ -244,7 +244,8 @@ def norm_rope_backward(
     over_all = is_over_all(norm)
     config, tile, shared = row_arguments(BACKWARD_ROWS, x, norm, rope, over_all=over_all, also=dy)
     blocks = blocks_of(x, tile.BN, over_all)
-    programs = min(blocks, 2 * config.programs)
+    # Of one head 7 to 10 waves of a large GPU; of all of them a part is as large as a token.
+    programs = min(blocks, config.programs // 4 if over_all else config.programs)
     partial = {
         name: torch.empty(programs, found[name].numel(), dtype=torch.float32, device=x.device)
         for name in ("weight", "bias")
@@ -289,7 +290,7 @@ def _table_gradients(
     count = cells[0] * cells[1] * cells[2]
     summed = B * T * S * H // count
     config, tile, shared = row_arguments(BACKWARD_ROWS, x, norm, rope, over_all=False, also=dy)
-    chunks = max(min(cdiv(config.programs, count), cdiv(summed, tile.BN)), 1)
+    chunks = max(min(cdiv(config.programs // 8, count), cdiv(summed, tile.BN)), 1)
     partial = torch.empty(chunks, 2, *cells, shape[3], dtype=torch.float32, device=x.device)
     launch(
         rope_table_bwd_kernel,
