@@ -54,6 +54,7 @@ class Frames(NamedTuple):
     shots: Any = None
 
 
+@lru_cache(maxsize=1024)
 def frame_bounds(
     mask: FrameMask, T: int, T_k: int, q_start: int, device: torch.device | None = None
 ) -> tuple[Frames, bool]:

@@ -20,6 +20,11 @@ from torch import Tensor
 MAX_PROGRAMS = 2**31 - 1  # of grid axis x; axes y and z end at 65,535 and are never used
 
 
+@cache
+def _serves(prefixes: str, arch: str) -> bool:
+    return any(arch.startswith(prefix) for prefix in prefixes.split("|"))
+
+
 @dataclass(frozen=True)
 class Config:
     """A row of a kernel's table: the first row that fits the device and the call is taken.
@@ -39,7 +44,7 @@ class Config:
     registers: int = field(default=0, kw_only=True)
 
     def serves(self, arch: str) -> bool:
-        return any(arch.startswith(prefix) for prefix in self.arch.split("|"))
+        return _serves(self.arch, arch)
 
     def options(self, *, amd: bool) -> dict[str, Any]:
         """What Triton's compiler is told, by its names."""
@@ -124,9 +129,10 @@ Row = TypeVar("Row", bound=Config)
 
 def pick(table: Sequence[Row], arch: str, fits: Any = None) -> Row:
     """The first row that serves the architecture and for which ``fits(row)`` holds."""
-    for row in table:
-        if row in _state.forced:
-            return row
+    if _state.forced:
+        for row in table:
+            if row in _state.forced:
+                return row
     for row in table:
         if row.serves(arch) and (fits is None or fits(row)):
             return row
@@ -205,6 +211,7 @@ def how_many(values: int, size: int) -> int:
     return max(power_of_2(values // size + 1) // 2, 1)
 
 
+@cache
 def parts(D: int) -> tuple[int, int]:
     """A row of D channels as one or two power-of-two tiles (0: no second one): 72 = 64 + 16, not 128.
 

@@ -8,8 +8,10 @@ and rotation is elementwise. Places beyond the channels hold 0.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,6 +61,21 @@ class Rows(NamedTuple):
 
 def rows(x: Tensor, A: int) -> Rows:
     return Rows(x, *steps(x, A))
+
+
+def aligned_rows(*tensors: Tensor) -> tuple[int, list[Rows]]:
+    """The step that all tensors' strides share, and each tensor's rows."""
+    size = max(x.element_size() for x in tensors)
+    A, found = _row_steps(size, *((x.shape, x.stride()) for x in tensors))
+    return A, [Rows(x, *of_x) for x, of_x in zip(tensors, found)]
+
+
+@lru_cache(maxsize=1024)
+def _row_steps(size: int, *layouts: tuple[torch.Size, tuple[int, ...]]) -> tuple[int, list[tuple[int, ...]]]:
+    dtype = torch.float32 if size == 4 else torch.float16
+    like = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride in layouts]
+    A = step(*like)
+    return A, [steps(x, A) for x in like]
 
 
 class Norm(NamedTuple):

@@ -72,7 +72,7 @@ class SumConfig(ValuesConfig):
 _SUMS = "rows, gradients and sums of 32 values a thread: a quarter less to issue than over twice the warps"
 BACKWARD_ROWS = (
     SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 16),
-    SumConfig("", 2, 1, _SUMS, 2048),
+    SumConfig("", 2, 1, _SUMS, 2048, registers=255),
     SumConfig("", 4, 1, WHOLE_TOKEN, 4096),
     SumConfig("", 8, 1, WHOLE_TOKEN, 8192),
 )

@@ -40,13 +40,13 @@ from vdcore_kernels.core.gate import (
     store_channel_gradients,
     store_row_gradients,
 )
-from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, launch, step
+from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, launch
 from vdcore_kernels.core.tile import (
     LOG2_E,
     add,
+    aligned_rows,
     materialize_before_dot,
     mul,
-    rows,
     split_row,
     store_rows,
     to,
@@ -277,8 +277,8 @@ def _short_backward(
     """All frames in one pass, of q and k that are normalized and rotated."""
     config, BP = picked
     G = k.shape[3]
-    A = step(q, k, v, dout, *gradients)
-    dq, dk, dv = (rows(x, A) for x in gradients)
+    names = ("q", "k", "v", "do", "dq", "dk", "dv")
+    A, found = aligned_rows(q, k, v, dout, *gradients)
     by_channel = share is not None and share.g is not None and share.g.ndim == 5
     gate_rows = by_channel or (gate is not None and gate.d != 0)
     gate_frames = by_channel and share.g.shape[1] == q.shape[1]
@@ -290,13 +290,7 @@ def _short_backward(
         q.shape[0] * cdiv(q.shape[2] * G, BP),
         like=q,
         config=config,
-        q=rows(q, A),
-        k=rows(k, A),
-        v=rows(v, A),
-        do=rows(dout, A),
-        dq=dq,
-        dk=dk,
-        dv=dv,
+        **dict(zip(names, found)),
         gate=gate,
         share=share,
         p_dlse=dlse,

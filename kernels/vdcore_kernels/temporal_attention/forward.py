@@ -7,8 +7,10 @@ and the result is written. Nothing is permuted, and sequences share nothing.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,16 +39,16 @@ from vdcore_kernels.core.frames import (
     weighted,
 )
 from vdcore_kernels.core.gate import Gate, gate_of, load_mixed, mix
-from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2, step
+from vdcore_kernels.core.launch import ValuesConfig, arch_of, cdiv, how_many, launch, pick, power_of_2
 from vdcore_kernels.core.tile import (
     LN_2,
     LOG2_E,
     Row,
+    aligned_rows,
     materialize_before_dot,
     norm_arguments,
     norm_rope_constants,
     rope_arguments,
-    rows,
     scale,
     split_row,
     store_rows,
@@ -217,24 +219,34 @@ def temporal_arguments(
     same_angles: bool = False,
 ) -> dict[str, Any]:
     """What the kernels of both directions take by the same names."""
-    (_, T, S, H, D), T_k, G = q.shape, k.shape[1], k.shape[3]
-    frames, masked = frame_bounds(mask, T, T_k, q_start, q.device)
-    shape = Shape(
+    NR = norm_rope_constants(norm, rope)
+    numbers = _numbers(
+        q.shape[1:],
+        k.shape[1:],
+        mask,
+        q_start,
+        q.device,
         ROW=row,
-        V=split_row(D),
         A=A,
-        R=H // G,
         BP=BP,
-        BQ=side(T),
-        BK=side(T_k),
-        MASKED=masked,
         GATE_ROWS=gate_rows,
         GATE_FRAMES=gate_frames,
         PER_SEQUENCE=rope_per_sequence(rope),
         SAME=same_angles,
-        NR=norm_rope_constants(norm, rope),
+        NR=NR,
     )
-    return {"p_len": lengths, **frames._asdict(), "S": S, "G": G, "SHAPE": shape}
+    return {"p_len": lengths, **numbers}
+
+
+@lru_cache(maxsize=1024)
+def _numbers(
+    q: tuple[int, ...], k: tuple[int, ...], mask: FrameMask, q_start: int, device: torch.device, **constants: Any
+) -> dict[str, Any]:
+    """All arguments but tensors, of q (T, S, H, D) and k (T_k, S, G, D): kept, since Python's time is eager mode's."""
+    (T, S, H, D), (T_k, _, G, _) = q, k
+    frames, masked = frame_bounds(mask, T, T_k, q_start, device)
+    shape = Shape(V=split_row(D), R=H // G, BQ=side(T), BK=side(T_k), MASKED=masked, **constants)
+    return {**frames._asdict(), "S": S, "G": G, "SHAPE": shape}
 
 
 def temporal_forward(
@@ -268,7 +280,7 @@ def temporal_forward(
             q, k = (norm_rope_forward(x, norm, n, rope, i) for n, x, i in (("q", q, q_start), ("k", k, 0)))
         return temporal_long_forward(q, k, v, out, lse, sm_scale=sm_scale, gate=gate, **frames)
     config, BP = found
-    A = step(q, k, v)
+    A, (q_rows, k_rows, v_rows) = aligned_rows(q, k, v)
     # A video that comes frame by frame has no kernel of its own for its first frames.
     same_angles = T_k == T and q_start == 0 and mask == FrameMask.full() and not rope_per_head(rope)
     shared = temporal_arguments(
@@ -279,9 +291,9 @@ def temporal_forward(
         q.shape[0] * cdiv(q.shape[2] * k.shape[3], BP),
         like=q,
         config=config,
-        q=rows(q, A),
-        k=rows(k, A),
-        v=rows(v, A),
+        q=q_rows,
+        k=k_rows,
+        v=v_rows,
         gate=gate,
         p_o=out,
         p_lse=lse,
