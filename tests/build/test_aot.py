@@ -38,28 +38,12 @@ def test_every_call_on_hopper():
     assert not problems(records)
 
 
-# Bytes a thread of what spills on sm_80, by kernel and call: more than 128 frames, float32, more than 128 channels.
-SPILLS = {
-    ("temporal_long_bwd_kv_kernel", "temporal_attention: T 120, 24 x 128"): 512,
-    ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64"): 312,
-    ("temporal_long_bwd_q_kernel", "temporal_attention: T 240, 8 x 64"): 24,
-    ("temporal_long_bwd_q_kernel", "gated_attention: gated, 8 x 64, T 240"): 24,
-    ("temporal_long_bwd_q_kernel", "temporal_attention: T 240, 8 x 64, causal"): 16,
-    ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, causal"): 8,
-    ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, teacher forcing"): 8,
-    ("temporal_long_bwd_kv_kernel", "temporal_attention: T 240, 8 x 64, shots"): 16,
-    ("frame_attention_fwd_kernel", "spatial_attention: S 1024, 8 x 160"): 8,
-    ("frame_attention_bwd_q_kernel", "spatial_attention: S 256, 8 x 64, float32"): 8,
-    ("frame_attention_fwd_kernel", "spatial_attention: S 256, 8 x 256, float32"): 8,
-    ("frame_attention_bwd_q_kernel", "spatial_attention: S 256, 8 x 256, float32"): 16,
-}
-
-
-def test_every_call_on_ampere():
-    records = compiled("report", "sm_80", "all")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120"])
+def test_every_call_on_small_gpus(arch):
+    """99 KB of shared memory on two of them, and products by warps: the tables have rows of their own."""
+    records = compiled("report", arch, "all")
     assert len(records) > 100
-    wrong = [r for r in records if r["problem"] and not 0 < r["spills"] <= SPILLS.get((r["kernel"], r["call"]), 0)]
-    assert not problems(wrong)
+    assert not problems(records)
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])

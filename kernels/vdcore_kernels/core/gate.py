@@ -72,15 +72,12 @@ def gate_of(gate, at, o_t, m_row, ROW: tl.constexpr, GATE_ROWS: tl.constexpr):
 @triton.jit
 def load_mixed(gate, at, o_t, o_row, m_row, m_gate, SHAPE: tl.constexpr):
     """Of sequences at frames o_t [BT] the gate, 0 where m_gate is false, and rows of the result a that it weighs, at
-    o_row [BP, BT], beside all else that is loaded; 0.0 each where there is no gate.
+    o_row [BP, BT], beside all else that is loaded.
     """
     V: tl.constexpr = SHAPE.V
     GATE_ROWS: tl.constexpr = SHAPE.GATE_ROWS
-    b_g, b_a = 0.0, 0.0
-    if gate is not None:
-        b_g = gate_of(gate, at, o_t, m_gate, V, GATE_ROWS)
-        b_a = materialize_before_dot(load_rows(gate.a, o_row * V.D, m_row, V))
-    return b_g, b_a
+    b_a = materialize_before_dot(load_rows(gate.a, o_row * V.D, m_row, V))
+    return gate_of(gate, at, o_t, m_gate, V, GATE_ROWS), b_a
 
 
 @triton.jit

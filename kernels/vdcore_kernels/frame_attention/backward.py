@@ -92,8 +92,7 @@ KEYS = (
     FrameConfig("sm_9|sm_10", 8, 2, "two gradients of 128 rows take 128 registers", 32, 128, 128),
     FrameConfig("sm_9|sm_10", 8, 1, "two gradients of 256 channels leave room for 32 rows", 32, 32, 256),
     FrameConfig(SMALL, 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),
-    FrameConfig("sm_8", 4, 1, "64 keys over four warps: half the products of eight", 32, 64, 80),
-    FrameConfig(SMALL, 4, 1, "the same; two tiles of 96 channels and 32 queries spill", 16, 64, 96),
+    FrameConfig(SMALL, 4, 1, "64 keys over four warps: half the products of eight; 32 queries spill", 16, 64, 96),
     FrameConfig(SMALL, 8, 2, "64 queries: two thirds of the products of 32 over eight warps", 64, 64, 128),
     FrameConfig(SMALL, 8, 1, "one stage", 32, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
@@ -142,7 +141,22 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TILE: tl.constexpr):
+def load_pairs(p_pairs, first, m, WIDE: tl.constexpr):
+    """lse and delta of rows from ``first`` on, [BM]; 0 where m [BM] is false.
+
+    WIDE: in one piece of 64 bits, which one thread copies; else in two of 32, which take fewer registers.
+    """
+    o_m = tl.arange(0, m.shape[0])
+    if WIDE:
+        pairs = tl.load(p_pairs.to(tl.pointer_type(tl.int64)) + (first + o_m), mask=m, other=0)
+        return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        p_row = p_pairs + (first + o_m) * 2
+        return tl.split(tl.load(p_row[:, None] + tl.arange(0, 2)[None, :], mask=m[:, None], other=0.0))
+
+
+@triton.jit
+def load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr):
     """BM queries; where m [BM] is false, 0, and NO_LSE for lse."""
     ROW: tl.constexpr = TILE.ROW
     A: tl.constexpr = TILE.A
@@ -150,9 +164,7 @@ def load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TIL
     b_q = load_tokens(q, at, m, sizes.S_q, TILE.BM, TILE)  # [BM, W]
     first, N = result_token(at, sizes, frames, TILE)
     b_do = load_rows(do.p + (at.b * do.b + at.h * do.h + first * do.s) * A, o_m * do.s * A, m, ROW)
-    p_row = p_pairs + ((at.b * sizes.H + at.h) * N + first + o_m) * 2
-    b_pairs = tl.load(p_row[:, None] + tl.arange(0, 2)[None, :], mask=m[:, None], other=0.0)
-    b_lse, b_delta = tl.split(b_pairs)
+    b_lse, b_delta = load_pairs(p_pairs, (at.b * sizes.H + at.h) * N + first, m, WIDE)
     return Queries(b_q, b_do, tl.where(m, b_lse, NO_LSE), b_delta)
 
 
@@ -224,7 +236,7 @@ def frame_attention_bwd_q_kernel(
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    queries = load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, TILE=TILE)
+    queries = load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, WIDE=True, TILE=TILE)
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
@@ -347,6 +359,7 @@ def frame_attention_bwd_kv_kernel(
     BN: tl.constexpr = TILE.BN
     R: tl.constexpr = TILE.R
     ROW: tl.constexpr = TILE.ROW
+    WIDE: tl.constexpr = ROW.D > 64
     sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     G = H // R
     i_tile = tl.program_id(0) % tiles
@@ -367,14 +380,14 @@ def frame_attention_bwd_kv_kernel(
         is_text, first = whole_tile(i - i_r * n_whole, n_low, n_run, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
-        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), WIDE=WIDE, TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     for i in tl.range(i_split, n_left * R, splits, num_stages=1):
         i_r = i // n_left if R > 1 else 0
         is_text, first, stop = left_tile(i - i_r * n_left, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = first + tl.arange(0, BM) < stop  # beyond: probability 0, by an infinite lse
-        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), WIDE=WIDE, TILE=TILE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])

@@ -67,9 +67,16 @@ BACKWARD = (
 
 
 @triton.jit
-def _probabilities(b_s, seen):
+def _flagged(b_s, flag, seen, hidden, MASKED: tl.constexpr):
+    """Products [BP, BQ, BK] with NaN by the flags of their rows, and ``hidden`` where nothing is seen."""
+    if MASKED:
+        b_s += flag
+    return tl.where(seen, b_s, hidden)
+
+
+@triton.jit
+def _probabilities(b_s):
     """[BP, BQ, BK] from scores to base 2; 0 where nothing is seen."""
-    b_s = tl.where(seen, b_s, -float("inf"))
     b_m = tl.max(b_s, 2, keep_dims=True)
     b_p = tl.exp2(b_s - tl.where(b_m == -float("inf"), 0.0, b_m))
     b_l = tl.sum(b_p, 2, keep_dims=True)
@@ -89,6 +96,16 @@ def _channels_gated(share, b_do, b_g, b_a, b_p, b_v, seen, o_part, m_out, SHAPE:
 
 
 @triton.jit
+def _rows_gated(share, b_do, b_g, b_a, b_p, b_dp, o_row, m_out):
+    """Gradients of probabilities, and what v is weighed with, under a gate of one number a row: scores take it instead
+    of dout. Its gradient is stored.
+    """
+    if share.g is not None:
+        store_row_gradients(share.g, b_do, b_a, tl.sum(b_p * b_dp, 2, keep_dims=True), o_row, m_out)
+    return b_dp * (1 - b_g[0]), b_p * (1 - b_g[0])
+
+
+@triton.jit
 def _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE: tl.constexpr):
     """Of one query head q and dout [BP, BQ, W], the gradient of lse, the gate, and the result that it weighs."""
     A: tl.constexpr = SHAPE.A
@@ -97,7 +114,9 @@ def _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE: tl.cons
     b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))
     b_do = materialize_before_dot(load_frames(do, head, o_t, m_t, A, ROW))
     b_dlse = load_dlse(p_dlse, o_row, m_row)  # [BP, BQ, 1]
-    b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_row, SHAPE)
+    b_g, b_a = 0.0, 0.0
+    if gate is not None:
+        b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_row, SHAPE)
     return b_q, b_do, b_dlse, b_g, b_a
 
 
@@ -152,8 +171,7 @@ def temporal_attention_bwd_kernel(
     b_q, b_do, b_dlse, b_g, b_a = _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE)
 
     b_k, k_flag = finite_rows(b_k, MASKED)
-    b_dk = zeros(SHAPE.BP, SHAPE.BK, ROW)
-    b_dv = zeros(SHAPE.BP, SHAPE.BK, ROW)
+    b_dk, b_dv = zeros(SHAPE.BP, SHAPE.BK, ROW), zeros(SHAPE.BP, SHAPE.BK, ROW)
     for i_r in range(R):
         if R > 1:
             head = query_head(at, i_r, R)
@@ -161,9 +179,7 @@ def temporal_attention_bwd_kernel(
             b_q, b_do, b_dlse, b_g, b_a = _load_head(q, do, p_dlse, gate, share, head, o_t, m_t, o_row, SHAPE)
         b_q, q_flag = finite_rows(b_q, MASKED)
         b_s = inner(b_q, b_k) * (sm_scale * LOG2_E)  # [BP, BQ, BK]
-        if MASKED:
-            b_s += q_flag + transposed(k_flag)
-        b_p = _probabilities(b_s, seen)
+        b_p = _probabilities(_flagged(b_s, q_flag + transposed(k_flag), seen, -float("inf"), MASKED))
         b_db = b_do  # the gradient of this result
         if gate is not None:
             store_rows(share.a, o_row * ROW.D, m_out, mul(to(b_do, tl.float32), b_g), ROW)
@@ -171,16 +187,9 @@ def temporal_attention_bwd_kernel(
                 o_part = o_row if SHAPE.GATE_FRAMES else row_offsets(head, o_t * 0, 1, S, G * R)
                 b_db = _channels_gated(share, b_do, b_g, b_a, b_p, b_v, seen, o_part, m_out, SHAPE)
         b_db, do_flag = finite_rows(b_db, MASKED)
-        b_dp = inner(b_db, b_v)
-        if MASKED:
-            b_dp += do_flag
-        b_dp = tl.where(seen, b_dp, 0.0)
-        b_w = b_p
-        if gate is not None and not SHAPE.GATE_ROWS:  # one number for a row: its scores take it
-            if share.g is not None:
-                b_inner = tl.sum(b_p * b_dp, 2, keep_dims=True)
-                store_row_gradients(share.g, b_do, b_a, b_inner, o_row, m_out)
-            b_dp, b_w = b_dp * (1 - b_g[0]), b_p * (1 - b_g[0])
+        b_dp, b_w = _flagged(inner(b_db, b_v), do_flag, seen, 0.0, MASKED), b_p
+        if gate is not None and not SHAPE.GATE_ROWS:
+            b_dp, b_w = _rows_gated(share, b_do, b_g, b_a, b_p, b_dp, o_row, m_out)
         b_delta = tl.sum(b_p * b_dp, 2, keep_dims=True) - b_dlse
         b_ds = tl.where(seen, b_p * (b_dp - b_delta) * sm_scale, 0.0)
         if MASKED:

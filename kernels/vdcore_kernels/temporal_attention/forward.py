@@ -81,6 +81,19 @@ def _powers(b_s):
     return b_p, b_m, tl.sum(b_p, 2, keep_dims=True)
 
 
+@triton.jit
+def _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE: tl.constexpr):
+    """Of one query head q [BP, BQ, W] and what its norm takes, the gate, and the result that it weighs."""
+    A: tl.constexpr = SHAPE.A
+    ROW: tl.constexpr = SHAPE.ROW
+    b_q = materialize_before_dot(load_frames(of_q.x, head, o_t, m_t, A, ROW))
+    turn = load_turn(of_q, head, o_t, m_t, SHAPE)
+    b_g, b_a = 0.0, 0.0
+    if gate is not None:
+        b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_row & m_t[None, :], SHAPE)
+    return b_q, turn, b_g, b_a
+
+
 @triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
 def temporal_attention_fwd_kernel(
     q,
@@ -131,14 +144,11 @@ def temporal_attention_fwd_kernel(
     # All that is read is on its way before anything waits: a barrier in between is a second trip to memory.
     b_k = materialize_before_dot(load_frames(k, at, o_f, m_f, A, ROW))  # [BP, BK, W]
     b_v = materialize_before_dot(load_frames(v, at, o_f, m_f, A, V))
-    b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))  # [BP, BQ, W]
+    o_row, m_row = row_offsets(head, o_t, T, S, G * R), at.m[:, None] & (o_t < T)[None, :]  # [BP, BQ]
+    b_q, q_turn, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE)
     k_angles = load_frame_angles(of_k, at, o_f, m_f, SHAPE)
     q_angles = k_angles if SHAPE.SAME else load_frame_angles(of_q, head, o_t, m_t, SHAPE)
     k_turn = load_turn(of_k, at, o_f, m_f, SHAPE)
-    q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
-    o_row, m_row = row_offsets(head, o_t, T, S, G * R), at.m[:, None] & (o_t < T)[None, :]  # [BP, BQ]
-    m_gate = m_row & m_t[None, :]
-    b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_gate, SHAPE)
 
     if NR.KIND > 0 or NR.STYLE > 0:
         b_k = rotated(normalized(b_k, k_turn, k_norm, at.m[:, None] & m_f[None, :], SHAPE), k_angles, dtype, NR)
@@ -146,12 +156,10 @@ def temporal_attention_fwd_kernel(
     for i_r in range(R):
         if R > 1:
             head = query_head(at, i_r, R)
-            b_q = materialize_before_dot(load_frames(q, head, o_t, m_t, A, ROW))
-            q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
+            o_row = row_offsets(head, o_t, T, S, G * R)
+            b_q, q_turn, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE)
             if not SHAPE.SAME:
                 q_angles = load_frame_angles(of_q, head, o_t, m_t, SHAPE)
-            o_row = row_offsets(head, o_t, T, S, G * R)
-            b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_gate, SHAPE)
         if NR.KIND > 0 or NR.STYLE > 0:
             b_q = rotated(normalized(b_q, q_turn, q_norm, at.m[:, None] & m_t[None, :], SHAPE), q_angles, dtype, NR)
         b_s = tl.where(seen, inner(b_q, b_k) * exponent, -float("inf"))  # [BP, BQ, BK]
@@ -161,7 +169,7 @@ def temporal_attention_fwd_kernel(
         b_o = scale(weighted(b_p, b_v), tl.where(b_l == 0.0, 0.0, 1 / b_l))
         if gate is not None:
             if SHAPE.GATE_ROWS:  # channels of float32 beside q, k and v would spill
-                b_g = gate_of(gate, head, o_t, m_gate, V, SHAPE.GATE_ROWS)
+                b_g = gate_of(gate, head, o_t, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
             b_o = mix(b_g, to(b_a, tl.float32), b_o)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
         if p_lse is not None:
