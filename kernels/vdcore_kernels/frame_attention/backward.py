@@ -236,7 +236,7 @@ def frame_attention_bwd_q_kernel(
     i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    queries = load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, WIDE=True, TILE=TILE)
+    queries = load_queries(q, do, p_pairs, at, m_live, sizes, frames, NO_LSE=0.0, TILE=TILE, WIDE=True)
     b_dq = filled(BM, 0.0, ROW)
     b_sum = tl.full([BM], 0.0, tl.float32)
     if p_dlse is not None:
@@ -380,14 +380,14 @@ def frame_attention_bwd_kv_kernel(
         is_text, first = whole_tile(i - i_r * n_whole, n_low, n_run, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = tl.full([BM], 1, tl.int1)
-        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), WIDE=WIDE, TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE, WIDE=WIDE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     for i in tl.range(i_split, n_left * R, splits, num_stages=1):
         i_r = i // n_left if R > 1 else 0
         is_text, first, stop = left_tile(i - i_r * n_left, runs, BM)
         at_q = At(is_text, i_b, i_g * R + i_r, first)
         m = first + tl.arange(0, BM) < stop  # beyond: probability 0, by an infinite lse
-        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), WIDE=WIDE, TILE=TILE)
+        queries = load_queries(q, do, p_pairs, at_q, m, sizes, frames, NO_LSE=float("inf"), TILE=TILE, WIDE=WIDE)
         b_dk, b_dv = _to_keys((b_dk, b_dv), b_k, b_v, queries, exponent)
     b_dk = keep(scale(b_dk, sm_scale), m_live[:, None])
     b_dv = keep(b_dv, m_live[:, None])

@@ -82,16 +82,16 @@ def _powers(b_s):
 
 
 @triton.jit
-def _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE: tl.constexpr):
-    """Of one query head q [BP, BQ, W] and what its norm takes, the gate, and the result that it weighs."""
+def _load_head(of_q, gate, head, o_t, m_t, H, SHAPE: tl.constexpr):
+    """Of one query head q [BP, BQ, W], the gate, and the result that it weighs."""
     A: tl.constexpr = SHAPE.A
     ROW: tl.constexpr = SHAPE.ROW
     b_q = materialize_before_dot(load_frames(of_q.x, head, o_t, m_t, A, ROW))
-    turn = load_turn(of_q, head, o_t, m_t, SHAPE)
     b_g, b_a = 0.0, 0.0
     if gate is not None:
+        o_row, m_row = row_offsets(head, o_t, of_q.T, of_q.S, H), head.m[:, None] & (o_t < of_q.T)[None, :]
         b_g, b_a = load_mixed(gate, head, o_t, o_row, m_row, m_row & m_t[None, :], SHAPE)
-    return b_q, turn, b_g, b_a
+    return b_q, b_g, b_a
 
 
 @triton.jit(do_not_specialize=[*Frames._fields, "S", "G"])
@@ -144,11 +144,10 @@ def temporal_attention_fwd_kernel(
     # All that is read is on its way before anything waits: a barrier in between is a second trip to memory.
     b_k = materialize_before_dot(load_frames(k, at, o_f, m_f, A, ROW))  # [BP, BK, W]
     b_v = materialize_before_dot(load_frames(v, at, o_f, m_f, A, V))
-    o_row, m_row = row_offsets(head, o_t, T, S, G * R), at.m[:, None] & (o_t < T)[None, :]  # [BP, BQ]
-    b_q, q_turn, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE)
+    b_q, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, G * R, SHAPE)
     k_angles = load_frame_angles(of_k, at, o_f, m_f, SHAPE)
     q_angles = k_angles if SHAPE.SAME else load_frame_angles(of_q, head, o_t, m_t, SHAPE)
-    k_turn = load_turn(of_k, at, o_f, m_f, SHAPE)
+    k_turn, q_turn = load_turn(of_k, at, o_f, m_f, SHAPE), load_turn(of_q, head, o_t, m_t, SHAPE)
 
     if NR.KIND > 0 or NR.STYLE > 0:
         b_k = rotated(normalized(b_k, k_turn, k_norm, at.m[:, None] & m_f[None, :], SHAPE), k_angles, dtype, NR)
@@ -156,8 +155,8 @@ def temporal_attention_fwd_kernel(
     for i_r in range(R):
         if R > 1:
             head = query_head(at, i_r, R)
-            o_row = row_offsets(head, o_t, T, S, G * R)
-            b_q, q_turn, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, o_row, m_row, SHAPE)
+            b_q, b_g, b_a = _load_head(of_q, gate, head, o_t, m_t, G * R, SHAPE)
+            q_turn = load_turn(of_q, head, o_t, m_t, SHAPE)
             if not SHAPE.SAME:
                 q_angles = load_frame_angles(of_q, head, o_t, m_t, SHAPE)
         if NR.KIND > 0 or NR.STYLE > 0:
@@ -167,8 +166,9 @@ def temporal_attention_fwd_kernel(
         if SHAPE.MASKED:
             b_p = poisoned(b_p, transposed(v_flag), seen, 0.0)
         b_o = scale(weighted(b_p, b_v), tl.where(b_l == 0.0, 0.0, 1 / b_l))
+        o_row, m_row = row_offsets(head, o_t, T, S, G * R), at.m[:, None] & (o_t < T)[None, :]  # [BP, BQ]
         if gate is not None:
-            if SHAPE.GATE_ROWS:  # channels of float32 beside q, k and v would spill
+            if SHAPE.GATE_ROWS:  # loaded beside q, k and v they would spill
                 b_g = gate_of(gate, head, o_t, m_row & m_t[None, :], V, SHAPE.GATE_ROWS)
             b_o = mix(b_g, to(b_a, tl.float32), b_o)
         store_rows(p_o, o_row * V.D, m_row, b_o, V)
