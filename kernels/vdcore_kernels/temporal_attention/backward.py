@@ -288,9 +288,9 @@ def _short_backward(
     G = k.shape[3]
     names = ("q", "k", "v", "do", "dq", "dk", "dv")
     A, found = aligned_rows(q, k, v, dout, *gradients)
-    by_channel = share is not None and share.g is not None and share.g.ndim == 5
-    gate_rows = by_channel or (gate is not None and gate.d != 0)
-    gate_frames = by_channel and share.g.shape[1] == q.shape[1]
+    parts = None if share is None or share.g is None or share.g.ndim < 5 else share.g  # of a gate by channels
+    gate_rows = parts is not None or (gate is not None and gate.d != 0)
+    gate_frames = parts is not None and parts.shape[1] == q.shape[1]
     shared = temporal_arguments(
         q, k, row=split_row(q.shape[4]), A=A, BP=BP, gate_rows=gate_rows, gate_frames=gate_frames, **frames
     )
