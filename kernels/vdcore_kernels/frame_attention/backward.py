@@ -156,7 +156,9 @@ def load_pairs(p_pairs, first, m, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_queries(q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr):
+def load_queries(
+    q, do, p_pairs, at, m, sizes, frames, NO_LSE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr = False
+):
     """BM queries; where m [BM] is false, 0, and NO_LSE for lse."""
     ROW: tl.constexpr = TILE.ROW
     A: tl.constexpr = TILE.A
