@@ -346,6 +346,24 @@ def _launches_of(
     return launches[:n], launches[n:]
 
 
+def _tangent_launches(op: str, args: dict[str, Any], arch: str, names: Collection[str] = ()) -> list[Launch]:
+    """What tangents of a call on meta tensors would launch: of the named tensors, or of all that can have one."""
+    call: Call = capture(getattr(vdcore, op), **args)
+    its = BACKENDS["triton"].operators[op]
+    if its.tangents is None or its.why_not_tangents(call) is not None:
+        return []
+    with torch.no_grad(), recording(arch) as launches:
+        outputs = tuple(x for x in call.empty_outputs() if x is not None)
+        given = {
+            name: torch.empty_like(x)
+            for name, x in zip(call.NAMES, call.tensors())
+            if x is not None and x.is_floating_point() and (not names or name in names)
+        }
+        if given:
+            its.tangents(call, outputs, given)
+    return launches
+
+
 def collect(arch: str, *, few: bool = False, ops: Collection[str] = ()) -> list[tuple[str, Launch]]:
     """Every different (call, launch) on an architecture.
 
@@ -357,7 +375,10 @@ def collect(arch: str, *, few: bool = False, ops: Collection[str] = ()) -> list[
     for name, (op, build, everywhere) in CALLS.items():
         if (few and not everywhere) or (ops and op not in ops):
             continue
-        for launch in itertools.chain(*_launches_of(op, build(), arch)):
+        launches = [*_launches_of(op, build(), arch), _tangent_launches(op, build(), arch)]
+        if everywhere:
+            launches.append(_tangent_launches(op, build(), arch, ("q",)))
+        for launch in itertools.chain(*launches):
             found.setdefault(_identity(arch, launch), (f"{op}: {name}", launch))
     return list(found.values())
 

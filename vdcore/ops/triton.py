@@ -74,6 +74,15 @@ def why_not_boxes(q: Tensor) -> str | None:
     return None if D <= MAX_BOX_DIM else f"head_dim of windows and tiles must be at most {MAX_BOX_DIM}, got {D}"
 
 
+def why_not_tangents(q: Tensor) -> str | None:
+    """Of frame attention: where a product of float32 is one of plain numbers, more channels spill."""
+    from vdcore_kernels.frame_attention.tangents import MAX_FLOAT32
+
+    if q.dtype != torch.float32 or q.shape[-1] <= MAX_FLOAT32:
+        return None
+    return f"its tangents of float32 have at most {MAX_FLOAT32} channels, got {q.shape[-1]}"
+
+
 def why_not_norm(q: Tensor, k: Tensor, norm: QKNorm | None) -> str | None:
     from vdcore_kernels.core.tile import MAX_TOKEN, norm_fits
 

@@ -171,15 +171,22 @@ def load_queries(
 
 
 @triton.jit
-def mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
-    """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
+def first_keys(at, runs, N):
+    """The first N keys, or fewer, in the longest of the runs, of at's sample and head; and how many these are."""
     low, low_end, begin, end, n_text = runs
     n_low = low_end - low
     is_text = n_text > tl.maximum(n_low, end - begin)
     is_run = (end - begin >= n_low) & ~is_text
     start = tl.where(is_run, begin, tl.where(is_text, 0, low))
     count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, n_low)), N)
-    b_k = load_tokens(k, At(is_text, at.b, at.h, start), tl.arange(0, N) < count, S, N, TILE)
+    return At(is_text, at.b, at.h, start), count
+
+
+@triton.jit
+def mean_key(k, at, runs, S, N: tl.constexpr, TILE: tl.constexpr):
+    """The mean [1, W] of the first N keys in the longest of the runs, of at's sample and head."""
+    at, count = first_keys(at, runs, N)
+    b_k = load_tokens(k, at, tl.arange(0, N) < count, S, N, TILE)
     return scale(column_sum(to(b_k, tl.float32)), 1.0 / tl.maximum(count, 1))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from vdcore.ops.call import empty_like
 from vdcore.ops.cross_attention.cpu import problem
 from vdcore.ops.qk_norm_rope.tangents import Dual
-from vdcore.ops.temporal_attention.cpu_tangents import Part, prepared, run_tangents
+from vdcore.ops.temporal_attention.cpu_tangents import Part, run_tangents
+from vdcore.ops.temporal_attention.tangents import prepared
 
 if TYPE_CHECKING:
     from vdcore.ops.cross_attention import CrossCall

@@ -11,7 +11,8 @@ from vdcore.mask import FrameMask
 from vdcore.ops.call import empty_like
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
-from vdcore.ops.triton import output_gradients, why_not, why_not_head, why_not_norm, why_not_tokens
+from vdcore.ops.temporal_attention.tangents import prepared
+from vdcore.ops.triton import output_gradients, why_not, why_not_head, why_not_norm, why_not_tangents, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.cross_attention import CrossCall
@@ -31,6 +32,11 @@ def _prompts(c: CrossCall) -> tuple[Tensor, Tensor, Tensor | None, FrameMask]:
         lengths = None if lengths is None else lengths.expand(B, T)
     mask = FrameMask.full() if k.shape[1] == 1 else FrameMask.same_frame()
     return k, v, None if lengths is None else lengths.contiguous(), mask
+
+
+def _as_prompts(dx: Tensor, k: Tensor) -> Tensor:
+    """A tangent of the call's k or v, as k ``(B, 1 or T, L, G, D)`` is."""
+    return (dx if dx.ndim == 5 else dx.unsqueeze(1)).expand(k.shape)
 
 
 def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[str, Any]:
@@ -87,4 +93,21 @@ def _backward(
     return found
 
 
-CROSS = Implementation(_forward, _backward, _why_not)
+def _tangents(c: CrossCall, outputs: tuple[Tensor, ...], given: Gradients) -> tuple[Tensor, ...]:
+    from vdcore_kernels.frame_attention.tangents import NO_TANGENTS, frame_tangents
+
+    k, v, lengths, mask = _prompts(c)
+    q, k = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
+    (_, dq), (_, dk) = prepared((c.q, given.get("q")), (c.k, given.get("k")), c.norm, None, 0, given)
+    dk, dv = (dx if dx is None else _as_prompts(dx, k) for dx in (dk, given.get("v")))
+    out, lse = outputs
+    dout, dlse = empty_like(out), empty_like(lse)
+    frame_tangents(q, k, v, None, out, lse, ((dq, dk, dv), NO_TANGENTS), dout, dlse, **_arguments(c, lengths, mask))
+    return dout, dlse
+
+
+def _why_not_tangents(c: CrossCall) -> str | None:
+    return why_not_tangents(c.q)
+
+
+CROSS = Implementation(_forward, _backward, _why_not, tangents=_tangents, why_not_tangents=_why_not_tangents)

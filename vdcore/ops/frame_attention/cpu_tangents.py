@@ -9,7 +9,8 @@ from torch import Tensor
 from vdcore.ops.call import empty_like
 from vdcore.ops.frame_attention.cpu import groups_of, joint
 from vdcore.ops.qk_norm_rope.tangents import Dual
-from vdcore.ops.temporal_attention.cpu_tangents import Part, prepared, qkv_duals, run_tangents
+from vdcore.ops.temporal_attention.cpu_tangents import Part, run_tangents
+from vdcore.ops.temporal_attention.tangents import prepared, qkv_duals
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall

@@ -12,6 +12,7 @@ from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.choose import Gradients, Implementation
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
+from vdcore.ops.temporal_attention.tangents import prepared, qkv_duals
 from vdcore.ops.triton import (
     output_gradients,
     qkv_gradients,
@@ -19,6 +20,7 @@ from vdcore.ops.triton import (
     why_not_boxes,
     why_not_head,
     why_not_norm,
+    why_not_tangents,
     why_not_tokens,
 )
 
@@ -200,4 +202,26 @@ def _frame_backward(
     return found
 
 
-FRAMES = Implementation(_frame, _frame_backward, _frame_why_not)
+def _why_not_tangents(c: VideoCall) -> str | None:
+    return "its tangents know no GridMask" if isinstance(c.mask, HeadMasks) else why_not_tangents(c.q)
+
+
+def _frame_tangents(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    from vdcore_kernels.frame_attention.tangents import NO_TANGENTS, frame_tangents
+
+    q, k, v, text = _seen(c)
+    (_, dq), (_, dk), (_, dv) = qkv_duals(c, given)
+    moved, of_text = (dq, dk, dv), NO_TANGENTS
+    if c.text is not None:
+        x, y, (_, dv) = ((x, given.get(f"text_{name}")) for name, x in zip("qkv", c.text))
+        (_, dq), (_, dk) = prepared(x, y, c.text_norm, None, 0, given, "text_")
+        of_text = dq, dk, dv
+    out, lse = outputs
+    dout, dlse = empty_like(out), empty_like(lse)
+    frame_tangents(q, k, v, text, out, lse, (moved, of_text), dout, dlse, **_visibility(c))
+    return dout, dlse
+
+
+FRAMES = Implementation(
+    _frame, _frame_backward, _frame_why_not, tangents=_frame_tangents, why_not_tangents=_why_not_tangents
+)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vdcore.norm import QKNorm
-from vdcore.ops.call import AttentionCall, empty_like, mask_numbers
+from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.native import capsule, native
-from vdcore.ops.qk_norm_rope.tangents import Dual, norm_rope
-from vdcore.rope import Rope
+from vdcore.ops.qk_norm_rope.tangents import Dual
+from vdcore.ops.temporal_attention.tangents import qkv_duals
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
@@ -41,17 +40,6 @@ class Part:
     dlse: Tensor
 
 
-def prepared(
-    q: Dual, k: Dual, norm: QKNorm | None, rope: Rope | None, q_start: int, given: dict[str, Tensor], prefix: str = ""
-) -> tuple[Dual, Dual]:
-    """q and k as the scores see them: rounded to their dtype, as forward does, whose log-sum-exp is of these."""
-    if norm is None and rope is None:
-        return q, k
-    sides = ((q, "q", q_start), (k, "k", 0))
-    (q_, dq), (k_, dk) = (norm_rope(x, side, norm, rope, start, given, prefix) for x, side, start in sides)
-    return (q_.to(q[0].dtype), dq), (k_.to(k[0].dtype), dk)
-
-
 def run_tangents(groups: Any, parts: list[Part], scale: float) -> None:
     """Fills the parts' dout and dlse."""
     for name in "qkv":  # a tangent that one part has, both have
@@ -66,16 +54,6 @@ def run_tangents(groups: Any, parts: list[Part], scale: float) -> None:
     native().frame_attention_tangents(
         groups=groups, video=video, text=text[0] if text else [], scale=scale, threads=torch.get_num_threads()
     )
-
-
-def qkv_duals(c: AttentionCall, given: dict[str, Tensor]) -> tuple[Dual, Dual, Dual]:
-    """q, k and v as the scores see them."""
-    if c.packed is not None:
-        parts: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
-    else:
-        parts = [given.get(x) for x in "qkv"]
-    q, k = prepared((c.q, parts[0]), (c.k, parts[1]), c.norm, c.rope, c.q_start, given)
-    return q, k, (c.v, parts[2])
 
 
 def why_not_temporal(c: TemporalCall) -> str | None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vdcore.mask import Run
-from vdcore.norm import compute_dtype
-from vdcore.ops.call import lse_dtype
+from vdcore.norm import QKNorm, compute_dtype
+from vdcore.ops.call import AttentionCall, lse_dtype
 from vdcore.ops.qk_norm_rope.tangents import Dual, norm_rope
 from vdcore.ops.temporal_attention.reference import heads_first, visible_runs
+from vdcore.rope import Rope
 
 # Scores of a tile: these, their tangent and the probabilities stay in a core's caches together.
 TILE = 1 << 17
@@ -57,6 +58,30 @@ def _keys(x: Tensor, sample: int, runs: list[Run], heads: int) -> Tensor:
 def _pairs(x: Tensor, runs: list[Run], frames: list[int]) -> Tensor:
     """``(H, n, m)`` of ``(H, T, T_k)``."""
     return torch.cat([x[:, frames, begin:end] for begin, end in runs], -1)
+
+
+# ---- What engines take ----
+
+
+def prepared(
+    q: Dual, k: Dual, norm: QKNorm | None, rope: Rope | None, q_start: int, given: dict[str, Tensor], prefix: str = ""
+) -> tuple[Dual, Dual]:
+    """q and k as the scores see them: rounded to their dtype, as forward does, whose log-sum-exp is of these."""
+    if norm is None and rope is None:
+        return q, k
+    sides = ((q, "q", q_start), (k, "k", 0))
+    (q_, dq), (k_, dk) = (norm_rope(x, side, norm, rope, start, given, prefix) for x, side, start in sides)
+    return (q_.to(q[0].dtype), dq), (k_.to(k[0].dtype), dk)
+
+
+def qkv_duals(c: AttentionCall, given: dict[str, Tensor]) -> tuple[Dual, Dual, Dual]:
+    """q, k and v as the scores see them."""
+    if c.packed is not None:
+        parts: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
+    else:
+        parts = [given.get(x) for x in "qkv"]
+    q, k = prepared((c.q, parts[0]), (c.k, parts[1]), c.norm, c.rope, c.q_start, given)
+    return q, k, (c.v, parts[2])
 
 
 # ---- What all attention tangents are made of ----

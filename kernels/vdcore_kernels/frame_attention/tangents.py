@@ -1,0 +1,308 @@
+"""Spatial, video and cross attention, forward-mode derivatives: of out and lse, from those of q, k and v.
+
+With P the probabilities and E = scale (dq k^T + q dk^T) the tangent of the scores, dlse = sum(P E) along a row, and
+dout = (P E) v + P dv - dlse out (Lu and Song 2025, appendix F). P comes back from forward's lse: one pass over the
+keys, one accumulator, nothing is rescaled. 6 D FLOP per visible pair with the tangent of q alone, 10 D with all three,
+beside forward's 4 D.
+
+E may have a mean much larger than its deviations, which cancels in dout only up to rounding: so every row's E is taken
+less what the first keys come to, which dlse gets back at the end. What products round of P E goes into the sum that
+weighs out, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdcore.mask import FrameMask
+from vdcore_kernels.core.frames import Frames
+from vdcore_kernels.core.launch import launch, step
+from vdcore_kernels.core.tile import LOG2_E, add, filled, keep, load_rows, scale, split_row, store_rows, to
+from vdcore_kernels.core.tokens import (
+    At,
+    Lengths,
+    Pair,
+    Sizes,
+    Tile,
+    amd_alignment,
+    is_flat,
+    left_tile,
+    load_keys,
+    load_tokens,
+    near,
+    power,
+    query_tile,
+    result_token,
+    rows_times,
+    sequence_rows,
+    times_rows,
+    token_pair,
+    walk,
+    whole_tile,
+)
+from vdcore_kernels.frame_attention.backward import first_keys
+from vdcore_kernels.frame_attention.forward import (
+    FLOAT32,
+    FrameConfig,
+    Triple,
+    base_2,
+    frame_sizes,
+    pick_for,
+    query_programs,
+    with_positive_scale,
+)
+
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_TANGENTS: Tangents = (None, None, None)
+
+_NVIDIA = "sm_8|sm_9|sm_10|sm_11|sm_12"
+TANGENTS = (
+    FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
+    FrameConfig("sm_9|sm_10", 8, 2, "two warpgroups of 64 rows' scores and their tangents", 128, 64, 64),
+    FrameConfig("sm_9|sm_10", 8, 3, "64 keys spill; four tiles of 32 keys in three stages, 160 KB", 128, 32, 128),
+    FrameConfig("sm_8|sm_11|sm_12", 4, 2, "64 keys would spill", 64, 32, 64),
+    FrameConfig("sm_8|sm_11|sm_12", 8, 2, "queries and their tangents lie in registers: 64 spill", 32, 32, 128),
+    FrameConfig(_NVIDIA, 8, 1, "160 channels: 32 keys spill", 64, 16, 160),
+    FrameConfig(_NVIDIA, 8, 1, "256 channels of queries and their tangents: 32 queries spill", 16, 32, 256),
+    FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 256),
+    FrameConfig("", 8, 1, FLOAT32, 16, 16, 256, 4),
+)
+# float32 is multiplied on the plain units, where a thread holds its operands' channels: 104 of them spill.
+MAX_FLOAT32 = 96
+
+
+class Queries(NamedTuple):
+    """A tile of queries [BM, W] and their tangents, or 0.0; lse, in units of the scores, and what E is less [BM]."""
+
+    q: Any
+    dq: Any
+    lse: Any
+    shift: Any
+
+
+@triton.jit
+def _load_queries(q, dq, p_lse, at, m, row, sizes, exponent, TILE: tl.constexpr):
+    b_dq = 0.0
+    if dq.video.p is not None:
+        b_dq = load_tokens(dq, at, m, sizes.S_q, TILE.BM, TILE)
+    b_lse = tl.load(p_lse + row + tl.arange(0, TILE.BM) * sizes.H, mask=m, other=0.0)
+    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse)  # all scores -inf: 2 ** (-inf - 0) is 0, not NaN
+    return load_tokens(q, at, m, sizes.S_q, TILE.BM, TILE), b_dq, b_lse * (LOG2_E / exponent)
+
+
+@triton.jit
+def _mean_tangent(b_q, b_dq, k, dq, dk, at, runs, S, sm_scale, N: tl.constexpr, TILE: tl.constexpr):
+    """The mean [BM] of the scores' tangents over the first N keys of the longest run."""
+    at, count = first_keys(at, runs, N)
+    m = tl.arange(0, N) < count
+    b_e = tl.full([TILE.BM, N], 0.0, tl.float32)
+    if dq.video.p is not None:
+        b_e += times_rows(b_dq, load_tokens(k, at, m, S, N, TILE))
+    if dk.video.p is not None:
+        b_e += times_rows(b_q, load_tokens(dk, at, m, S, N, TILE))
+    return tl.sum(b_e, 1) * (sm_scale / tl.maximum(count, 1))
+
+
+@triton.jit
+def _push(state, queries, sides, at, stop, S, exponent, sm_scale, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    """Sums of P (E - shift) v + P dv [BM, W] and, exactly and as products round it, of P (E - shift) [BM], after keys
+    [at.start, stop)."""
+    b_o, b_sum, b_terms = state
+    k, v, dq, dk, dv = sides
+    b_k, b_v, m = load_keys(k, v, at, stop, S, WHOLE, TILE)  # [BN, W]
+    b_p = power(times_rows(queries.q, b_k), queries.lse[:, None], exponent)  # [BM, BN]
+    if not WHOLE:
+        b_p = tl.where(m[None, :], b_p, 0.0)
+    if dq.video.p is not None or dk.video.p is not None:
+        b_e = tl.full([TILE.BM, TILE.BN], 0.0, tl.float32)
+        if dq.video.p is not None:
+            b_e += times_rows(queries.dq, b_k)
+        if dk.video.p is not None:
+            b_e += times_rows(queries.q, load_tokens(dk, at, m, S, TILE.BN, TILE))
+        b_pe = b_p * (b_e * sm_scale - queries.shift[:, None])
+        b_sum += tl.sum(b_pe, 1)
+        b_pe = b_pe.to(b_v[0].dtype)
+        b_terms += tl.sum(b_pe.to(tl.float32), 1)
+        b_o = rows_times(b_pe, b_v, b_o)
+    if dv.video.p is not None:
+        b_dv = load_tokens(dv, at, m, S, TILE.BN, TILE)
+        b_o = rows_times(b_p.to(b_dv[0].dtype), b_dv, b_o)
+    return b_o, b_sum, b_terms
+
+
+@triton.jit(do_not_specialize=[*Sizes._fields, *Frames._fields, "tiles"])
+def frame_attention_jvp_kernel(
+    q,
+    k,
+    v,
+    dq,
+    dk,
+    dv,
+    p_o,
+    p_lse,
+    p_do,
+    p_dlse,
+    lengths,
+    S_q,
+    S_k,
+    L,
+    H,
+    T,
+    T_k,
+    q_start,
+    past,
+    future,
+    chunk,
+    sink,
+    group,
+    clean,
+    shots,
+    tiles,
+    exponent,
+    sm_scale,
+    TILE: tl.constexpr,
+):
+    """One program: a tile of BM queries (video or text tokens) of one sample and head, and all keys that they see.
+
+    dq, dk, dv: as q, k, v, or with pointers that are None. p_o, p_do: (B, N, H, D), contiguous. p_lse, p_dlse: (B, N,
+    H). sm_scale: the size of the scale of the scores. The others as frame_attention_fwd_kernel's.
+    """
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    ROW: tl.constexpr = TILE.ROW
+    sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
+    at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
+    i_g = at.h // TILE.R
+    o_n = tl.arange(0, BM)
+    m_live = o_n < n_live
+    first, N = result_token(at, sizes, frames, TILE)
+    row = (at.b * N + first) * H + at.h
+    b_q, b_dq, b_lse = _load_queries(q, dq, p_lse, at, m_live, row, sizes, exponent, TILE)
+    at_k = At(False, at.b, i_g, 0)
+    b_shift = _mean_tangent(b_q, b_dq, k, dq, dk, at_k, runs, S_k, sm_scale, N=16, TILE=TILE)
+    queries = Queries(b_q, b_dq, b_lse, b_shift)
+    sides = (k, v, dq, dk, dv)
+    state = (filled(BM, 0.0, ROW), tl.full([BM], 0.0, tl.float32), tl.full([BM], 0.0, tl.float32))
+    n_low, n_run, n_txt, n_left = walk(runs, BN)
+    for i in range(n_low + n_run + n_txt):
+        is_text, start = whole_tile(i, n_low, n_run, runs, BN)
+        at_k = At(is_text, at.b, i_g, start)
+        state = _push(state, queries, sides, at_k, start, S_k, exponent, sm_scale, WHOLE=True, TILE=TILE)
+    for i in tl.range(n_left, num_stages=1):
+        is_text, start, stop = left_tile(i, runs, BN)
+        at_k = At(is_text, at.b, i_g, start)
+        state = _push(state, queries, sides, at_k, stop, S_k, exponent, sm_scale, WHOLE=False, TILE=TILE)
+    b_o, b_sum, b_terms = state
+    m_seeing = m_live & (n_low + n_run + n_txt + n_left > 0)
+    m_rows = o_n < n_rows
+    if dq.video.p is not None or dk.video.p is not None:
+        out = to(load_rows(p_o + row * ROW.D, o_n * H * ROW.D, m_seeing, ROW), tl.float32)
+        b_o = add(b_o, scale(out, -b_terms[:, None]))
+    store_rows(p_do + row * ROW.D, o_n * H * ROW.D, m_rows, keep(b_o, m_seeing[:, None]), ROW)
+    tl.store(p_dlse + row + o_n * H, tl.where(m_seeing, b_sum + queries.shift, 0.0), mask=m_rows)
+
+
+def _as_like(dx: Tensor | None, x: Tensor, wanted: bool) -> Tensor | None:
+    """A tangent in x's dtype, of unit stride; 0 where it is wanted and not given, in the memory of one row."""
+    if not wanted:
+        return None
+    if dx is None:
+        return x.new_zeros(x.shape[-1]).expand(x.shape)
+    dx = dx.to(x.dtype)
+    return dx if dx.stride(-1) == 1 or dx.shape[-1] == 1 else dx.contiguous()
+
+
+def _filled_in(
+    given: tuple[Tangents, Tangents], q: Tensor, k: Tensor, v: Tensor, text: Triple | None
+) -> tuple[Tangents, Tangents]:
+    """Tangents that either the video or the text has, both have."""
+    wanted = [any(side[i] is not None for side in given) for i in range(3)]
+    of_video = tuple(map(_as_like, given[0], (q, k, v), wanted))
+    of_text = NO_TANGENTS if text is None else tuple(map(_as_like, given[1], text, wanted))
+    return of_video, of_text  # type: ignore[return-value]
+
+
+def _with_positive_scale(video: Tangents, text: Tangents, sm_scale: float) -> tuple[Tangents, Tangents]:
+    """As with_positive_scale, of tangents."""
+    words = [None if x is None else near(x) for x in text]
+    if sm_scale >= 0:
+        return video, tuple(words)  # type: ignore[return-value]
+    (dq, *rest), (text_dq, *text_rest) = video, words
+    dq, text_dq = (None if x is None else -x for x in (dq, text_dq))
+    return (dq, *rest), (text_dq, *text_rest)  # type: ignore[return-value]
+
+
+def frame_tangents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: Triple | None,
+    out: Tensor,
+    lse: Tensor,
+    given: tuple[Tangents, Tangents],
+    dout: Tensor,
+    dlse: Tensor,
+    *,
+    text_first: bool,
+    text_sees: bool,
+    sm_scale: float,
+    mask: FrameMask,
+    q_start: int,
+    lengths: Lengths,
+) -> None:
+    """As frame_forward, of whose out and lse it fills the tangents.
+
+    Args:
+        given: tangents of q, k and v, and of the text's, each or None.
+    """
+    tangents, text_tangents = _filled_in(given, q, k, v, text)
+    q, words = with_positive_scale(q, text, sm_scale)
+    moved, moved_words = _with_positive_scale(tangents, text_tangents, sm_scale)
+    config = pick_for(TANGENTS, q)
+    everything = (q, k, v, *words, *moved, *moved_words)
+    A = step(*(x for x in everything if x is not None))
+    sides = [token_pair(x, of_text, A) for x, of_text in zip((q, k, v), words)]
+    nothing = Pair(sequence_rows(None, A), sequence_rows(None, A))
+    pairs = [nothing if x is None else token_pair(x, of_text, A) for x, of_text in zip(moved, moved_words)]
+    here = [*sides, *(x for x in pairs if x is not nothing)]
+    sizes, frames = frame_sizes(q, k, words, mask, q_start)
+    programs, tiles = query_programs(q.shape[0], sizes, frames, config.m)
+    tile = Tile(
+        ROW=split_row(q.shape[4]),
+        A=A,
+        R=q.shape[3] // k.shape[3],
+        BM=config.m,
+        BN=config.n,
+        FLAT=all(is_flat(x, A) for x in here),
+        TEXT=text is not None,
+        TEXT_FIRST=text_first,
+        TEXT_SEES=text_sees,
+        AMD=amd_alignment(here, A),
+    )
+    launch(
+        frame_attention_jvp_kernel,
+        programs,
+        like=q,
+        config=config,
+        q=sides[0],
+        k=sides[1],
+        v=sides[2],
+        dq=pairs[0],
+        dk=pairs[1],
+        dv=pairs[2],
+        p_o=out,
+        p_lse=lse,
+        p_do=dout,
+        p_dlse=dlse,
+        tiles=tiles,
+        exponent=base_2(sm_scale),
+        sm_scale=abs(sm_scale),
+        TILE=tile,
+        lengths=lengths,
+        **sizes._asdict(),
+        **frames._asdict(),
+    )
