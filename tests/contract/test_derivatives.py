@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcore
 from vdcore.models import VDiT, VDiTConfig
-from vdcore.ops.choose import has_tangent
+from vdcore.ops.choose import ORDER, has_tangent
 from vdcore.testing import CASES, directions, judge_tangents, of_leaves, pushed, quotients
 
 FIRST = {case.op: case for case in reversed(CASES)}
@@ -193,6 +193,19 @@ def test_explain_says_who_computes_tangents():
             vdcore.temporal_attention(dual, q, q, backend=backend)
             assert vdcore.calls()["temporal_attention", by, "jvp"] == before + 1
     assert vdcore.explain("temporal_attention", q, q, q) == plain
+
+
+def test_tangents_by_another_than_forward(monkeypatch):
+    """Where forward is run by one that has none: of what it left."""
+    monkeypatch.setitem(ORDER, "cpu", ("sdpa", "cpu", "reference"))
+    q, dq = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 2, 2, 8)
+    before = vdcore.calls()
+    found = torch.func.jvp(lambda q: vdcore.video_attention(q, q, q), (q,), (dq,))
+    assert vdcore.calls() - before == {("video_attention", "sdpa", "fwd"): 1, ("video_attention", "cpu", "jvp"): 1}
+    close(found, torch.func.jvp(lambda q: vdcore.video_attention(q, q, q, backend="reference"), (q,), (dq,)))
+    with forward_ad.dual_level():
+        rows = vdcore.explain("video_attention", forward_ad.make_dual(q, dq), q, q)
+    assert rows[0][0] == "sdpa" and rows[-1] == ("tangents", "by cpu")
 
 
 @each_operator

@@ -10,7 +10,7 @@ from vdcore.testing import CASES, directions, judge_tangents, of_leaves
 
 pytestmark = pytest.mark.skipif("triton" not in backends_of("temporal_attention"), reason="needs triton")
 
-OPS = ("spatial_attention", "video_attention", "cross_attention")
+OPS = ("temporal_attention", "spatial_attention", "video_attention", "cross_attention", "gated_attention")
 SERVED = [c for c in CASES if c.op in OPS and not {"windows", "bias"} & set(c.tags)]
 # One by one: a tangent of q alone, of k alone, ... compiles to a kernel of its own.
 ALONE = [c for c in SERVED if c.name in ("plain", "text", "grouped heads", "lengths")]
@@ -57,7 +57,7 @@ def pushed(f, x, dx, **kwargs):
     return torch.func.jvp(lambda *x: f(*x, **kwargs, return_lse=True), tuple(x), tuple(dx))[1]
 
 
-EACH = [vdcore.video_attention]
+EACH = [vdcore.temporal_attention, vdcore.video_attention]
 
 
 @pytest.mark.parametrize("f", EACH)
@@ -97,6 +97,20 @@ def test_what_is_invisible_is_not_read(f):
     for x, y in zip(found, expected):
         torch.testing.assert_close(x[:, :2], y[:, :2])
         assert not x[:, 2:].any()
+
+
+@pytest.mark.parametrize("f", EACH)
+def test_what_is_not_finite_and_seen_comes_out(f):
+    """Of one frame: the frames that see it, no others."""
+    q, k, v, *dx = qkv(1, 4, 3, 2, 16)
+    for x in (k, v, *dx[1:]):
+        for bad in (torch.nan, torch.inf):
+            good, x[0, 2, 1, 0, 3] = x[0, 2, 1, 0, 3].clone(), bad
+            dout, dlse = pushed(f, (q, k, v), dx, mask=FrameMask.causal(), backend="triton")
+            x[0, 2, 1, 0, 3] = good
+            assert dout[:, :2].isfinite().all() and dlse[:, :2].isfinite().all()
+            rows = dout[0, 2:, 1 if f is vdcore.temporal_attention else slice(None), 0]
+            assert not rows[..., 3].isfinite().any(), (bad, rows)
 
 
 def test_who_computes_what():

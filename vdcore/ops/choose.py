@@ -271,6 +271,20 @@ def why_no_tangents(call: Call, name: str) -> str | None:
     return f"the {name} backend has no tangents of {call.op}" if its.tangents is None else its.why_not_tangents(call)
 
 
+def choose_tangents(call: Call, backend: str) -> tuple[str, str | None]:
+    """The backend that computes tangents, and None; or the one that runs forward, and why it does not.
+
+    ``auto`` takes the first that can: tangents need forward's results, whoever made them.
+    """
+    chosen = choose(call, "fwd", backend)
+    reason = why_no_tangents(call, chosen)
+    if reason is not None and backend == "auto":
+        for name in candidates(call):
+            if BACKENDS[name].why_not(call) is None and why_no_tangents(call, name) is None:
+                return name, None
+    return chosen, reason
+
+
 def run_backward(
     call: Call,
     backend: str,

@@ -31,12 +31,12 @@ from vdcore.ops.choose import (
     BACKENDS,
     OVERLOADS,
     choose,
+    choose_tangents,
     implementation,
     record,
     run_backward,
     run_forward,
     unobserved,
-    why_no_tangents,
 )
 
 Given = dict[str, Tensor]  # tangents, by the name of their tensor
@@ -290,8 +290,8 @@ class Jvp(Step):
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         own, kept, tangents = self._parts(tensors)
         call = self.call(own)
-        chosen = choose(call, "fwd", self.backend)
-        if unobserved(tensors) and why_no_tangents(call, chosen) is None:
+        chosen, reason = choose_tangents(call, self.backend)
+        if reason is None and unobserved(tensors):
             record(self.kind.op, chosen, "jvp")
             run = implementation(call, chosen).tangents
             assert run is not None

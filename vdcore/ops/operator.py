@@ -27,6 +27,7 @@ from vdcore.ops.choose import (
     Implementation,
     choose,
     choose_both,
+    choose_tangents,
     forward_on,
     has_tangent,
     reasons,
@@ -34,7 +35,6 @@ from vdcore.ops.choose import (
     run_backward,
     run_forward,
     unobserved,
-    why_no_tangents,
 )
 from vdcore.ops.derivatives import TANGENTS, Forward, Given, apply, gradients
 
@@ -177,8 +177,7 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> list[tuple[str, str | None
     call = capture(FUNCTIONS[op], *args, **kwargs)
     found = reasons(call)
     if has_tangent(*call.tensors()):
-        backend = choose(call, "fwd", requested(kwargs.get("backend")))
-        reason = why_no_tangents(call, backend)
+        backend, reason = choose_tangents(call, requested(kwargs.get("backend")))
         by = backend if reason is None else f"the formula in torch's operators: {reason}"
         found.append(("tangents", f"by {by}"))
     return found

@@ -125,7 +125,7 @@ def _key_head(at, R: tl.constexpr):
 
 
 @triton.jit
-def _key_blocks(p_len, i_b, i_q, frames, BQ: tl.constexpr, BK: tl.constexpr):
+def key_blocks(p_len, i_b, i_q, frames, BQ: tl.constexpr, BK: tl.constexpr):
     """Blocks of keys that a block of queries sees, as Blocks."""
     valid, last = valid_frames(p_len, i_b, frames)
     first_q = frames.q_start + i_q * BQ
@@ -161,7 +161,7 @@ def _blocks(low, low_end, begin, end, alive, BT: tl.constexpr):
 
 
 @triton.jit
-def _block_at(i, blocks):
+def block_at(i, blocks):
     return tl.where(i < blocks.n_low, blocks.low + i, blocks.start + i - blocks.n_low)
 
 
@@ -236,9 +236,9 @@ def temporal_long_fwd_kernel(
     b_m = tl.full([1, BT, 1], -float("inf"), tl.float32)
     b_l = tl.zeros([1, BT, 1], tl.float32)
     b_o = zeros(1, BT, ROW)
-    blocks_k = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
+    blocks_k = key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(blocks_k.n_low + blocks_k.n_run):
-        o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
+        o_f = block_at(i, blocks_k) * BT + tl.arange(0, BT)
         m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
@@ -327,9 +327,9 @@ def temporal_long_bwd_q_kernel(
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0)[:, :, None] * LOG2_E
     b_dq = zeros(1, BT, ROW)
     b_sum = tl.zeros([1, BT, 1], tl.float32) - b_dlse * sm_scale
-    blocks_k = _key_blocks(p_len, at.b, i_q, frames, BT, BT)
+    blocks_k = key_blocks(p_len, at.b, i_q, frames, BT, BT)
     for i in range(blocks_k.n_low + blocks_k.n_run):
-        o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
+        o_f = block_at(i, blocks_k) * BT + tl.arange(0, BT)
         m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         b_k = load_frames(k, at_k, o_f, m_f, A, ROW)
         b_v = load_frames(v, at_k, o_f, m_f, A, ROW)
@@ -346,7 +346,7 @@ def temporal_long_bwd_q_kernel(
     n = blocks_k.n_low + blocks_k.n_run if SHAPE.MASKED else tl.minimum(blocks_k.n_run, 1)
     for i in range(n):
         if tl.max(b_left.to(tl.int32)) > 0:
-            o_f = _block_at(i, blocks_k) * BT + tl.arange(0, BT)
+            o_f = block_at(i, blocks_k) * BT + tl.arange(0, BT)
             m_s, m_f, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
             b_k, _ = finite_rows(load_frames(k, at_k, o_f, m_f, A, ROW), SHAPE.MASKED)
             b_n = tl.sum(seen.to(tl.float32), 2, keep_dims=True)
@@ -408,7 +408,7 @@ def temporal_long_bwd_kv_kernel(
     n = blocks_q.n_low + blocks_q.n_run
     for i in range(n * R):
         head = Sequences(at.b, at.s, at.h * R + i // n, at.m)
-        o_t = _block_at(i % n, blocks_q) * BT + tl.arange(0, BT)
+        o_t = block_at(i % n, blocks_q) * BT + tl.arange(0, BT)
         m_t, m_s, seen = frame_pairs(p_len, at.b, frames, o_t, o_f, SHAPE.MASKED)
         m_t = m_t & (o_t < T)
         m_row = at.m[:, None] & m_t[None, :]

@@ -206,22 +206,23 @@ def _why_not_tangents(c: VideoCall) -> str | None:
     return "its tangents know no GridMask" if isinstance(c.mask, HeadMasks) else why_not_tangents(c.q)
 
 
-def _frame_tangents(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    from vdcore_kernels.frame_attention.tangents import NO_TANGENTS, frame_tangents
+def frame_tangents(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Of out ``(B, rows, H, D)`` and lse ``(B, rows, H)``."""
+    from vdcore_kernels.frame_attention import tangents
 
     q, k, v, text = _seen(c)
     (_, dq), (_, dk), (_, dv) = qkv_duals(c, given)
-    moved, of_text = (dq, dk, dv), NO_TANGENTS
+    moved, of_text = (dq, dk, dv), tangents.NO_TANGENTS
     if c.text is not None:
         x, y, (_, dv) = ((x, given.get(f"text_{name}")) for name, x in zip("qkv", c.text))
         (_, dq), (_, dk) = prepared(x, y, c.text_norm, None, 0, given, "text_")
         of_text = dq, dk, dv
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
-    frame_tangents(q, k, v, text, out, lse, (moved, of_text), dout, dlse, **_visibility(c))
+    tangents.frame_tangents(q, k, v, text, out, lse, (moved, of_text), dout, dlse, **_visibility(c))
     return dout, dlse
 
 
 FRAMES = Implementation(
-    _frame, _frame_backward, _frame_why_not, tangents=_frame_tangents, why_not_tangents=_why_not_tangents
+    _frame, _frame_backward, _frame_why_not, tangents=frame_tangents, why_not_tangents=_why_not_tangents
 )

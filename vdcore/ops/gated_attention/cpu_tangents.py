@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vdcore.norm import compute_dtype
 from vdcore.ops.frame_attention import cpu_tangents as frame_attention
-from vdcore.ops.gated_attention.tangents import mixed
-from vdcore.ops.temporal_attention import cpu, cpu_tangents
+from vdcore.ops.gated_attention.tangents import by_parts
+from vdcore.ops.temporal_attention import cpu
+from vdcore.ops.temporal_attention import cpu_tangents as temporal_attention
 
 if TYPE_CHECKING:
     from vdcore.ops.gated_attention import GatedCall
@@ -17,17 +17,7 @@ if TYPE_CHECKING:
 
 def gated_attention(c: GatedCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of the result, the spatial part, and both lse."""
-    _, s, lse, temporal_lse = outputs
-    spatial, temporal = c.parts()
+    _, temporal = c.parts()
     t, _ = temporal.empty_outputs()
     cpu.run_forward(temporal, t, None)
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-
-    joint = (s.flatten(1, 2), lse.flatten(1, 2))
-    ds, dlse = frame_attention.video_attention(spatial, joint, below("spatial_"))
-    dt, temporal_dlse = cpu_tangents.temporal_attention(temporal, (t, temporal_lse), below("temporal_"))
-    ds, dtype = ds.view(s.shape), compute_dtype(s.dtype)
-    out = mixed(c, ds.to(dtype), dt.to(dtype), given, lambda: (s.to(dtype), t.to(dtype)))
-    return out.to(s.dtype), ds, dlse.view(lse.shape), temporal_dlse
+    return by_parts(c, outputs, t, given, frame_attention.video_attention, temporal_attention.temporal_attention)

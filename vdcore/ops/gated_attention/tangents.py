@@ -36,6 +36,26 @@ def gated_attention(call: Any, given: dict[str, Tensor]) -> tuple[Tensor, Tensor
     return out.to(kept), ds.to(kept), spatial_lse.reshape(shape[:-1]), temporal_lse
 
 
+Push = Callable[[Any, tuple[Tensor, ...], dict[str, Tensor]], tuple[Tensor, ...]]
+
+
+def by_parts(
+    call: Any, outputs: tuple[Tensor, ...], t: Tensor, given: dict[str, Tensor], of_spatial: Push, of_temporal: Push
+) -> tuple[Tensor, ...]:
+    """The same by an engine, of forward's outputs and the temporal result t ``(B, T, S, H, D)``."""
+    _, s, lse, temporal_lse = outputs
+    spatial, temporal = call.parts()
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
+
+    ds, dlse = of_spatial(spatial, (s.flatten(1, 2), lse.flatten(1, 2)), below("spatial_"))
+    dt, temporal_dlse = of_temporal(temporal, (t, temporal_lse), below("temporal_"))
+    ds, dtype = ds.view(s.shape), compute_dtype(s.dtype)
+    out = mixed(call, ds.to(dtype), dt.to(dtype), given, lambda: (s.to(dtype), t.to(dtype)))
+    return out.to(s.dtype), ds, dlse.view(lse.shape), temporal_dlse
+
+
 def mixed(
     call: Any, ds: Tensor, dt: Tensor, given: dict[str, Tensor], primals: Callable[[], tuple[Tensor, Tensor]]
 ) -> Tensor:

@@ -10,8 +10,11 @@ from vdcore.mask import FrameMask
 from vdcore.ops.call import Triple, empty_like
 from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.frame_attention.triton import frame_tangents
+from vdcore.ops.gated_attention.tangents import by_parts
 from vdcore.ops.qk_norm_rope.triton import norm_rope_gradients, normalized_rotated
-from vdcore.ops.triton import why_not, why_not_head, why_not_norm, why_not_tokens
+from vdcore.ops.temporal_attention.triton import temporal_tangents
+from vdcore.ops.triton import why_not, why_not_head, why_not_norm, why_not_tangents, why_not_tokens
 
 if TYPE_CHECKING:
     from vdcore.ops.gated_attention import GatedCall
@@ -105,4 +108,17 @@ def _backward(
     return found
 
 
-GATED = Implementation(_forward, _backward, _why_not)
+def _why_not_tangents(c: GatedCall) -> str | None:
+    return why_not_tangents(c.main)
+
+
+def _tangents(c: GatedCall, outputs: tuple[Tensor, ...], given: Gradients) -> tuple[Tensor, ...]:
+    """Of the result, the spatial part, and both lse."""
+    from vdcore_kernels.temporal_attention.forward import temporal_forward
+
+    t = empty_like(c.main)
+    temporal_forward(*c.temporal, t, None, **_temporal_arguments(c))
+    return by_parts(c, outputs, t, given, frame_tangents, temporal_tangents)
+
+
+GATED = Implementation(_forward, _backward, _why_not, tangents=_tangents, why_not_tangents=_why_not_tangents)

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vdcore.ops.call import empty_like
+from vdcore.ops.check import unit_stride
 from vdcore.ops.choose import Gradients, Implementation
+from vdcore.ops.qk_norm_rope.triton import normalized_rotated
+from vdcore.ops.temporal_attention.tangents import qkv_duals
 from vdcore.ops.triton import output_gradients, qkv_gradients, why_not, why_not_head, why_not_norm
 
 if TYPE_CHECKING:
@@ -46,4 +50,18 @@ def _temporal_backward(
     return {**found, **more}
 
 
-TEMPORAL = Implementation(_temporal, _temporal_backward, _temporal_why_not)
+def temporal_tangents(c: TemporalCall, outputs: tuple[Tensor, ...], given: Gradients) -> tuple[Tensor, ...]:
+    """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
+    from vdcore_kernels.temporal_attention import tangents
+
+    q, k = (normalized_rotated(x, c.norm, n, c.rope, i) for n, x, i in (("q", c.q, c.q_start), ("k", c.k, 0)))
+    duals = zip((c.q, c.k, c.v), qkv_duals(c, given))
+    dq, dk, dv = (None if dx is None else unit_stride(dx.to(x.dtype)) for x, (_, dx) in duals)
+    out, lse = outputs
+    dout, dlse = empty_like(out), empty_like(lse)
+    frames: dict[str, Any] = {"mask": c.mask, "q_start": c.q_start, "lengths": c.lengths}
+    tangents.temporal_tangents(q, k, c.v, out, lse, (dq, dk, dv), dout, dlse, sm_scale=c.scale, **frames)
+    return dout, dlse
+
+
+TEMPORAL = Implementation(_temporal, _temporal_backward, _temporal_why_not, tangents=temporal_tangents)
