@@ -302,6 +302,11 @@ def test_jacobians():
     )
 
 
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
 def test_compiled_tangents_are_right_or_an_error():
     q, dq = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 2, 2, 8)
 
@@ -315,18 +320,68 @@ def test_compiled_tangents_are_right_or_an_error():
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(f(forward_ad.make_dual(q, dq))).tangent
 
-    def compiled(f):
-        torch._dynamo.reset()
-        return torch.compile(f, backend="aot_eager")
-
     expected, message = push(q, dq), "temporal_attention: as torch's operator"
-    torch.testing.assert_close(torch.func.jvp(compiled(f), (q,), (dq,))[1], expected)
-    with pytest.raises(RuntimeError, match=message):
-        compiled(push)(q, dq)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.func.jvp(torch.compile(f, backend="aot_eager"), (q,), (dq,))[1], expected)
     with pytest.raises(RuntimeError, match=message):
         compiled(torch.func.grad(lambda q: f(q).sum()))(q)
     with pytest.raises(RuntimeError, match=message):
-        dual(compiled(f))
+        compiled(lambda q: torch.func.jvp(lambda q: push(q, dq), (q,), (dq,))[1])(q)
+    with pytest.raises(RuntimeError, match=message):
+        dual(torch.compile(f, backend="aot_eager"))
+
+
+@each_operator
+def test_tangents_inside_a_compiled_function(case):
+    inputs, f, leaves, dx = prepared(case)
+
+    def push(leaves, dx):
+        return torch.func.jvp(f, tuple(leaves), tuple(dx))[1]
+
+    if case.op == "tile_attention":
+        with pytest.raises(RuntimeError, match=r"tile_attention: as torch's operator, .* has no tangents"):
+            compiled(push)(leaves, dx)
+        return
+    before = vdcore.calls()
+    expected = push(leaves, dx)
+    eager, before = vdcore.calls() - before, vdcore.calls()
+    close(compiled(push)(leaves, dx), expected)
+    by = {which: n for which, n in (vdcore.calls() - before).items() if which[2] == "jvp"}
+    assert by == {which: n for which, n in eager.items() if which[2] == "jvp"}
+
+
+def test_a_compiled_loss_with_a_tangent_in_it():
+    """As MeanFlow's: gradients beside a tangent that is detached; through one, an error by name."""
+    q, k, v, dq = (torch.randn(1, 3, 4, 2, 8) for _ in range(4))
+
+    def loss(q, k, v, dq, through=False):
+        out, dout = torch.func.jvp(lambda q: vdcore.video_attention(q, k, v), (q,), (dq,))
+        return (out - (dout if through else dout.detach())).square().sum()
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    close(torch.autograd.grad(compiled(loss)(*leaves, dq), leaves), torch.autograd.grad(loss(*leaves, dq), leaves))
+    with pytest.raises(RuntimeError, match="video_attention: derivatives of tangents are not supported"):
+        torch.autograd.grad(compiled(loss)(*leaves, dq, True), leaves)
+
+
+def test_compiled_tangents_and_vmap():
+    q, k, v, dq = (torch.randn(1, 3, 2, 2, 8) for _ in range(4))
+    many = torch.stack((q, 2 * q))
+
+    def attend(q):
+        return vdcore.video_attention(q, k, v)
+
+    def of_each(many):
+        return torch.func.vmap(lambda q: torch.func.jvp(attend, (q,), (dq,))[1])(many)
+
+    def of_all(many):
+        return torch.func.jvp(torch.func.vmap(attend), (many,), (many,))[1]
+
+    def jacobian(many):
+        return torch.func.jacfwd(lambda q: attend(q).sum(-1))(many[0])
+
+    for f in (of_each, of_all, jacobian):
+        close([compiled(f)(many)], [f(many)])
 
 
 # ---- Derivatives of derivatives ----

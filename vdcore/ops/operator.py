@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
@@ -36,7 +37,7 @@ from vdcore.ops.choose import (
     run_forward,
     unobserved,
 )
-from vdcore.ops.derivatives import TANGENTS, Forward, Given, apply, gradients
+from vdcore.ops.derivatives import TANGENTS, Forward, Given, Jvp, apply, gradients
 
 _library = torch.library.Library("vdcore", "DEF")
 
@@ -337,6 +338,8 @@ def register(
     _library.impl(f"{op}_backward", backward_op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vdcore::{op}_backward", backward_fake, lib=_library)
 
+    _define_tangents(kind)
+
     # ---- autograd ----
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -349,37 +352,96 @@ def register(
 
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
     DECOMPOSE[op] = partial(_decomposed, build)
-    lib: Any = _Guarded(op)
+    lib: Any = _Guarded(kind, op)
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
     _refuse_double_backward(op, lib)
+
+
+def _define_tangents(kind: type[Call]) -> None:
+    """The operator ``vdcore::<op>_jvp``, by which a compiled function has the tangents of ``vdcore::<op>``."""
+    op, inputs = kind.op, kind.SCHEMA
+    n, saved = len(kind.NAMES), kind.OUTPUTS if kind.SAVES_OUTPUTS else 0
+    before = [f"Tensor output_{i}" for i in range(saved)] + [f"Tensor? tangent_{i}" for i in range(n)]
+    returns = ", ".join(["Tensor"] * kind.OUTPUTS)
+    _library.define(f"{op}_jvp({', '.join([*before, *inputs, 'str backend'])}) -> ({returns})")
+
+    def jvp(*values: Any) -> Any:
+        kept, tangents, own, numbers = (
+            values[:saved],
+            values[saved:][:n],
+            values[saved + n :][:n],
+            values[saved + 2 * n :],
+        )
+        step = Jvp(kind, numbers[:-1], numbers[-1], tuple(dx is not None for dx in tangents))
+        found = step.run(*own, *kept, *(dx for dx in tangents if dx is not None))
+        return found if kind.OUTPUTS > 1 else found[0]
+
+    def fake(*values: Any) -> Any:
+        call = kind.build(values[saved + n :][:n], values[saved + 2 * n : -1], True)
+        return _present(call, call.empty_outputs())
+
+    _library.impl(f"{op}_jvp", jvp, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vdcore::{op}_jvp", fake, lib=_library)
+    refuse = partial(_refuse, f"{op}: derivatives of tangents are not supported under torch.compile")
+    lib: Any = _Guarded(kind, f"{op}_jvp")
+    torch.library.register_autograd(f"vdcore::{op}_jvp", refuse, setup_context=_setup_nothing, lib=lib)
 
 
 class _Guarded:
     """Registers autograd's kernels behind a look at what they would drop: torch.library's know backward alone.
 
-    Calls of the public functions come by here under torch.compile only; elsewhere they are steps.
+    Calls of the public functions come by here under torch.compile only; elsewhere they are steps. Under torch.func.jvp
+    the operator is called below autograd, and ``vdcore::<op>_jvp`` beside it: both go on to what is around.
     """
 
-    def __init__(self, op: str) -> None:
-        self.op = op
+    def __init__(self, kind: type[Call], name: str) -> None:
+        self.kind = kind
+        # By a formula in torch's operators: a gradient's gradient is none, inside of an operator.
+        self.pushes = name == kind.op and kind.op in TANGENTS
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
         def guarded(keyset: Any, *values: Any) -> Any:
             if is_transformed():
                 top = torch._C._functorch.peek_interpreter_stack()
+                if top is not None and top.key() == TransformType.Jvp and self.pushes:
+                    return _with_tangents(self.kind, values)
                 known = top is None or top.key() in (TransformType.Vmap, TransformType.Functionalize)
                 if not known or has_tangent(*(x for x in values if isinstance(x, Tensor))):
+                    which = "the tangents of torch.func.jvp alone, once," if self.pushes else "no tangents"
                     raise RuntimeError(
-                        f"{self.op}: as torch's operator, which is what torch.compile makes of it, it has neither "
-                        "tangents nor the gradients of torch.func; take these of the function that is not compiled"
+                        f"{self.kind.op}: as torch's operator, which is what torch.compile makes of it, it has {which} "
+                        "and no gradients of torch.func; take these of the function that is not compiled"
                     )
             return kernel(keyset, *values)
 
         _library.impl(name, guarded, key, with_keyset=with_keyset)
 
 
+def _with_tangents(kind: type[Call], values: tuple[Any, ...]) -> Any:
+    """The operator's results under torch.func.jvp, with their tangents.
+
+    Its dual level is 0, of which a compiled function's code does not tell ``torch.autograd.forward_ad``.
+    """
+    n, outputs = len(kind.NAMES), kind.OUTPUTS
+    own, rest = values[:n], values[n:-2]
+    duals = [x if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x, level=0) for x in own]
+    plain = [x.primal if isinstance(x, forward_ad.UnpackedDualTensor) else x for x in duals]
+    tangents = [x.tangent if isinstance(x, forward_ad.UnpackedDualTensor) else None for x in duals]
+    moved = any(dx is not None for dx in tangents)
+    with torch._C._AutoDispatchBelowAutograd():
+        found = OVERLOADS[kind.op](*plain, *rest, values[-2] or moved, values[-1])
+        if not moved:
+            return found
+        kept = () if not kind.SAVES_OUTPUTS else found if outputs > 1 else (found,)
+        push = getattr(torch.ops.vdcore, f"{kind.op}_jvp")
+        pushed = push(*kept, *tangents, *plain, *rest, values[-1])
+    if outputs == 1:
+        return forward_ad.make_dual(found, pushed, level=0)
+    return tuple(forward_ad.make_dual(y, dy, level=0) for y, dy in zip(found, pushed))
+
+
 def _refuse_double_backward(op: str, lib: Any) -> None:
-    refuse = partial(_no_double_backward, op)
+    refuse = partial(_refuse, f"{op}: double backward is not supported under torch.compile")
     torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
 
 
@@ -387,5 +449,5 @@ def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _no_double_backward(op: str, ctx: Any, *grads: Tensor | None) -> Any:
-    raise RuntimeError(f"{op}: double backward is not supported under torch.compile")
+def _refuse(message: str, ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(message)
