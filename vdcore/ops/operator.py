@@ -37,7 +37,7 @@ from vdcore.ops.choose import (
     run_forward,
     unobserved,
 )
-from vdcore.ops.derivatives import TANGENTS, Forward, Given, Jvp, apply, gradients
+from vdcore.ops.derivatives import TANGENTS, Forward, Given, Jvp, gradients, transformed
 
 _library = torch.library.Library("vdcore", "DEF")
 
@@ -64,7 +64,7 @@ def run(call: Call, backend: str | None) -> Any:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         if is_transformed():
-            results: tuple[Any, ...] = apply(Forward(type(call), call.numbers(), name), tensors)
+            results: tuple[Any, ...] = transformed(Forward(type(call), call.numbers(), name), tensors)
             return results if call.OUTPUTS > 1 else results[0]
         if unobserved(tensors):
             if call.grad:
