@@ -238,7 +238,8 @@ def transformed(step: Forward, tensors: Sequence[Tensor | None]) -> tuple[Any, .
 
 def _pushed_once(step: Forward, tensors: Sequence[Tensor | None], level: int) -> tuple[Any, ...] | None:
     """None: somebody else has to see these tensors. ``level``: of torch.func, -1 for none."""
-    plain, tangents = list(tensors), [None] * len(tensors)
+    plain: list[Any] = list(tensors)
+    tangents: list[Any] = [None] * len(tensors)
     for i, x in enumerate(tensors):
         if x is None or (level >= 0 and maybe_get_level(x) == -1):
             continue
@@ -253,13 +254,13 @@ def _pushed_once(step: Forward, tensors: Sequence[Tensor | None], level: int) ->
     if not unobserved((plain[0], *moved)):
         return None
     with temporarily_pop_interpreter_stack() if level >= 0 else nullcontext():
-        results = run_forward(step.call(plain), step.backend)
+        results: tuple[Any, ...] = run_forward(step.call(plain), step.backend)
         pushed = step.tangents_of(plain, results, moved)
     if pushed is None:
         return results
     if level >= 0:
         results, pushed = (tuple(_wrap_for_grad(y, level) for y in found) for found in (results, pushed))
-    return tuple(forward_ad.make_dual(y, dy, level=0) for y, dy in zip(results, pushed))  # type: ignore[arg-type]
+    return tuple(forward_ad.make_dual(y, dy, level=0) for y, dy in zip(results, pushed))
 
 
 # ---- The steps ----

@@ -68,7 +68,9 @@ def ways(job: Job) -> Iterator[tuple[str, Callable[[], Any]]]:
     arguments = job.arguments(job.leaves())
     first = arguments.pop("q")
     qkv: tuple[Tensor, ...] = first.unbind(3) if first.ndim == 6 else (first, arguments.pop("k"), arguments.pop("v"))
-    tangents = tuple(torch.randn_like(x) for x in qkv)
+    # They lie as their tensors do, of which a network makes them: torch copies others, into memory that it clears.
+    whole = torch.randn_like(first)
+    tangents = whole.unbind(3) if first.ndim == 6 else (whole, *map(torch.randn_like, qkv[1:]))
     public = getattr(vdcore, job.op)
 
     def of(*some: Tensor) -> Any:
