@@ -202,7 +202,8 @@ def test_tangents_by_another_than_forward(monkeypatch):
     before = vdcore.calls()
     found = torch.func.jvp(lambda q: vdcore.video_attention(q, q, q), (q,), (dq,))
     assert vdcore.calls() - before == {("video_attention", "sdpa", "fwd"): 1, ("video_attention", "cpu", "jvp"): 1}
-    close(found, torch.func.jvp(lambda q: vdcore.video_attention(q, q, q, backend="reference"), (q,), (dq,)))
+    expected = torch.func.jvp(lambda q: vdcore.video_attention(q, q, q, backend="reference"), (q,), (dq,))
+    close(found, expected, rtol=1e-4, atol=1e-4)
     with forward_ad.dual_level():
         rows = vdcore.explain("video_attention", forward_ad.make_dual(q, dq), q, q)
     assert rows[0][0] == "sdpa" and rows[-1] == ("tangents", "by cpu")

@@ -31,7 +31,6 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd import forward_ad
 
 from vdcore.modes import is_differentiated
 from vdcore.ops.call import Call
@@ -244,7 +243,7 @@ def _pushed_once(step: Forward, tensors: Sequence[Tensor | None], level: int) ->
         if x is None or (level >= 0 and maybe_get_level(x) == -1):
             continue
         if x.is_floating_point():
-            x, tangents[i] = forward_ad.unpack_dual(x, level=0)
+            x, tangents[i] = torch._VF._unpack_dual(x, level=0)
         plain[i] = x if level < 0 else _unwrap_for_grad(x, level)
     if not unobserved(tuple(plain)) or (
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in plain)
@@ -260,7 +259,7 @@ def _pushed_once(step: Forward, tensors: Sequence[Tensor | None], level: int) ->
         return results
     if level >= 0:
         results, pushed = (tuple(_wrap_for_grad(y, level) for y in found) for found in (results, pushed))
-    return tuple(forward_ad.make_dual(y, dy, level=0) for y, dy in zip(results, pushed))
+    return tuple(torch._VF._make_dual(y, dy, level=0) for y, dy in zip(results, pushed))
 
 
 # ---- The steps ----

@@ -107,6 +107,6 @@ class VectorProducts {
 
 }  // namespace
 
-void frame_attention_forward(const FrameAttention& a) { ForwardJob<VectorProducts>(a).run_all(); }
+void frame_attention_forward(const FrameAttention& a) { QueryTilesJob<Forward<VectorProducts>>(a).run_all(); }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -5,9 +5,8 @@
 // `Products` is how a tile of queries meets one of keys: in vectors, or in AMX's tiles.
 #pragma once
 
-#include "common/threads.h"
 #include "cpu/frame_attention/frame_attention.h"
-#include "cpu/frame_attention/tiles.h"
+#include "cpu/frame_attention/job.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 
@@ -33,9 +32,12 @@ struct QueryResults {
 //   load_queries(q, sample, head, tokens, scale)
 //   attend(k, v, sample, kv_head, tokens, queries, first): whether these are the first keys
 //   finish(queries): results() is complete
-template <typename Products>
+template <typename TileProducts>
 class Forward {
  public:
+  using Arguments = FrameAttention;
+  using Products = TileProducts;
+
   Forward(const FrameAttention& args, Products& products, const TokenGroup& group, int64_t head, TokenRun queries)
       : a(args),
         products(products),
@@ -160,30 +162,6 @@ class Forward {
       const vf g = load(gates + c);
       store(out + c, g * load(out + c) + (1.f - g) * load(others + c));
     }
-  }
-};
-
-// Calls Products for every tile of queries.
-template <typename Products>
-struct ForwardJob {
-  const FrameAttention& a;
-  TokenTiles tiles;
-
-  explicit ForwardJob(const FrameAttention& args)
-      : a(args), tiles(args.groups->queries, args.segment[0].q.size[3], Products::kQueryTile) {}
-
-  void run(int64_t i) const {
-    const TokenTiles::Item item = tiles.at(i);
-    const int64_t D = a.segment[0].q.size[4];
-    Arena count(nullptr);
-    Products(D, count);
-    Arena arena(scratch(count.used()));
-    Products products(D, arena);
-    Forward<Products>(a, products, item.group, item.head, item.tokens).run();
-  }
-  void run_all() {
-    parallel_for(
-        tiles.items(), a.threads, [](void* p, int64_t item) { static_cast<const ForwardJob*>(p)->run(item); }, this);
   }
 };
 

@@ -149,7 +149,7 @@ class MatrixProducts {
 
 void frame_attention_forward(const FrameAttention& a) {
   if (!in_bf16(a)) return VDCORE_REST::frame_attention_forward(a);
-  ForwardJob<MatrixProducts>(a).run_all();
+  QueryTilesJob<Forward<MatrixProducts>>(a).run_all();
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -8,6 +8,7 @@ class VectorProducts {
  public:
   static constexpr int64_t kPanel = 3 * W;  // queries whose scores stay in L1, as in forward
   static constexpr int64_t kQueryTile = 192 / kPanel * kPanel;
+  static constexpr bool kExact = true;
 
   VectorProducts(int64_t channels, Arena& arena)
       : D(channels), row(round_up(channels)), t(kQueryTile, kPanel, round_up(channels), arena) {
@@ -31,10 +32,10 @@ class VectorProducts {
     }
   }
 
-  void attend(const TangentSegment& from, int64_t b, int64_t kv_head, TokenRun keys, int64_t count, bool first,
-              bool moves) const {
+  void attend(const TangentSegment& from, int64_t b, int64_t kv_head, TokenRun keys, int64_t count,
+              KeysOfTile which) const {
     gather_run(from.k, b, kv_head, keys, k);
-    gather_run(from.v, b, kv_head, keys, v);
+    if (which.moves) gather_run(from.v, b, kv_head, keys, v);
     if (from.dk) gather_run(from.dk, b, kv_head, keys, dk);
     if (from.dv) gather_run(from.dv, b, kv_head, keys, dv);
     NoPrefetch none;
@@ -43,9 +44,10 @@ class VectorProducts {
       score_product(n, lanes, D, {k.data, row, 1}, panel(q, i), p, none);
       if (from.dq) score_product(n, lanes, D, {k.data, row, 1}, panel(dq, i), e, none);
       if (from.dk) product(n, lanes, D, {dk.data, row, 1}, panel(q, i), e, static_cast<bool>(from.dq), none);
-      for (int64_t lane = 0; lane < lanes; lane += W) weigh(lane, n, i + lane, first, moves);
-      if (moves) product(rows, row, n, {e.data, 1, kPanel}, v, t.out.at(i, 0), !first, none);
-      if (from.dv) product(rows, row, n, {p.data, 1, kPanel}, dv, t.out.at(i, 0), !first || moves, none);
+      for (int64_t lane = 0; lane < lanes; lane += W) weigh(lane, n, i + lane, which);
+      const bool more = !which.first;
+      if (which.moves) product(rows, row, n, {e.data, 1, kPanel}, v, t.out.at(i, 0), more, none);
+      if (from.dv) product(rows, row, n, {p.data, 1, kPanel}, dv, t.out.at(i, 0), more || which.moves, none);
     }
   }
 
@@ -68,14 +70,15 @@ class VectorProducts {
   }
 
   // A vector of queries: scores become P, their tangents P (E - shift).
-  VDCORE_INLINE void weigh(int64_t lane, int64_t keys, int64_t query, bool first, bool moves) const {
+  VDCORE_INLINE void weigh(int64_t lane, int64_t keys, int64_t query, KeysOfTile which) const {
     float *weight_at = p.data + lane, *moved_at = e.data + lane;
     const vf lse = load(t.lse + query);
-    if (!moves) {
+    if (!which.moves) {
       for (int64_t j = 0; j < keys; ++j, weight_at += kPanel) store(weight_at, exp2(load(weight_at) - lse));
       return;
     }
-    if (first) {
+    if (which.all) return weigh_all(weight_at, moved_at, keys, lse, t.sum + query);
+    if (which.first) {
       vf total = {};
       for (int64_t j = 0; j < keys; ++j) total += load(moved_at + j * kPanel);
       store(t.shift + query, total * (kLn2 / static_cast<float>(keys)));
@@ -91,10 +94,27 @@ class VectorProducts {
     sum.flush();
     for (float* x : {t.sum + query, t.sum_of_terms + query}) store(x, load(x) + sum.total);
   }
+
+  // The same of all keys that they see: P (E - dlse), and dlse. Less E of the first key, so that a single one gets 0
+  // exactly.
+  VDCORE_INLINE void weigh_all(float* weight_at, float* moved_at, int64_t keys, vf lse, float* dlse_at) const {
+    const vf first = load(moved_at);
+    KeySum sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf weight = exp2(load(weight_at + j * kPanel) - lse);
+      store(weight_at + j * kPanel, weight);
+      sum.add(j, weight * (load(moved_at + j * kPanel) - first));
+    }
+    sum.flush();
+    const vf dlse = sum.total + first;
+    store(dlse_at, dlse * kLn2);
+    for (int64_t j = 0; j < keys; ++j, weight_at += kPanel, moved_at += kPanel)
+      store(moved_at, load(weight_at) * ((load(moved_at) - dlse) * kLn2));
+  }
 };
 
 }  // namespace
 
-void frame_attention_tangents(const FrameTangents& a) { TangentsJob<VectorProducts>(a).run_all(); }
+void frame_attention_tangents(const FrameTangents& a) { QueryTilesJob<Tangents<VectorProducts>>(a).run_all(); }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

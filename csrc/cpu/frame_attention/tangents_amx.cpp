@@ -24,6 +24,7 @@ class MatrixProducts {
  public:
   static constexpr int64_t kPanel = 2 * W;
   static constexpr int64_t kQueryTile = 256;  // shares one transpose of the values
+  static constexpr bool kExact = false;       // P (E - shift) is rounded
 
   MatrixProducts(int64_t channels, Arena& arena)
       : row(round_up(channels)), terms(whole_terms(channels)), t(kQueryTile, kPanel, round_up(channels), arena) {
@@ -49,8 +50,9 @@ class MatrixProducts {
       }
   }
 
-  void attend(const TangentSegment& from, int64_t b, int64_t kv_head, TokenRun tokens, int64_t count, bool first,
-              bool moves) const {
+  void attend(const TangentSegment& from, int64_t b, int64_t kv_head, TokenRun tokens, int64_t count,
+              KeysOfTile which) const {
+    const bool first = which.first, moves = which.moves;
     const int64_t keys = tokens.size(), steps = whole_terms(keys);
     gather_rows(from.k, b, kv_head, tokens, steps, k);
     if (from.dk) gather_rows(from.dk, b, kv_head, tokens, steps, dk);
@@ -131,7 +133,7 @@ class MatrixProducts {
 
 void frame_attention_tangents(const FrameTangents& a) {
   if (!in_bf16(a)) return VDCORE_REST::frame_attention_tangents(a);
-  TangentsJob<MatrixProducts>(a).run_all();
+  QueryTilesJob<Tangents<MatrixProducts>>(a).run_all();
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -3,16 +3,22 @@
 // the keys is enough and nothing is rescaled: three products a tile with the tangent of q alone, five with all three.
 //
 // E may have a mean much larger than its deviations, which cancels in dout only up to rounding, and out was rounded: so
-// every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end.
+// every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end. Where products are
+// of float32 and the first tile of keys is the last, as of a prompt, dlse is known before the second product, which
+// then takes P (E - dlse): out is not read.
 //
 // `Products` is how a tile of queries meets one of keys: in vectors, or in AMX's tiles.
 #pragma once
 
-#include "common/threads.h"
+#include "cpu/frame_attention/job.h"
 #include "cpu/frame_attention/tangents.h"
-#include "cpu/frame_attention/tiles.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
+
+struct KeysOfTile {
+  bool first, all;  // the first that the queries see; all of them, and the products are exact
+  bool moves;       // the scores have a tangent
+};
 
 // What a tile of queries comes to.
 struct TangentResults {
@@ -32,11 +38,15 @@ struct TangentResults {
 //   Products(D, arena); results(): TangentResults
 //   tile_of(keys): how many of so many keys it takes at once
 //   load_queries(segment, sample, head, tokens, scale)
-//   attend(segment, sample, kv_head, keys, queries, first, moves): whether these are the first keys, and scores move
+//   kExact: of float32
+//   attend(segment, sample, kv_head, keys, queries, which): what is known of these keys
 //   finish(queries): results() is complete
-template <typename Products>
+template <typename TileProducts>
 class Tangents {
  public:
+  using Arguments = FrameTangents;
+  using Products = TileProducts;
+
   Tangents(const FrameTangents& args, Products& products, const TokenGroup& group, int64_t head, TokenRun queries)
       : a(args),
         products(products),
@@ -53,11 +63,13 @@ class Tangents {
     load_rows();
     products.load_queries(segment, group.sample, head, queries, a.scale);
     bool first = true;
+    const bool all =
+        Products::kExact && group.count == 1 && group.runs[0].size() <= Products::tile_of(group.runs[0].size());
     for (int i = 0; i < group.count; ++i) {
       const int64_t keys = group.runs[i].size(), step = Products::tile_of(keys);
       for (int64_t j = 0; j < keys; j += step) {
         const TokenRun some = piece(group.runs[i], j, step);
-        products.attend(a.of(some), group.sample, kv_head, some, queries.size(), first, moves);
+        products.attend(a.of(some), group.sample, kv_head, some, queries.size(), {first, all, moves});
         first = false;
       }
     }
@@ -65,7 +77,7 @@ class Tangents {
       memset(t.out.data, 0, queries.size() * row * sizeof(float));
     else
       products.finish(queries.size());
-    finish();
+    finish(moves && !first && !all);
   }
 
  private:
@@ -87,8 +99,8 @@ class Tangents {
     });
   }
 
-  void finish() const {
-    for (int64_t i = 0; moves && i < queries.size(); i += Products::kPanel) {
+  void finish(bool less_out) const {
+    for (int64_t i = 0; less_out && i < queries.size(); i += Products::kPanel) {
       const TokenRun rows = piece(queries, i, Products::kPanel);
       gather_run(segment.out, group.sample, head, rows, t.stage);
       for (int64_t r = 0; r < rows.size(); ++r) {
@@ -101,30 +113,6 @@ class Tangents {
     const bool blind = group.count == 0;
     for_each_row(segment.dlse, group.sample, head, queries,
                  [&](char* at, int64_t i) { *reinterpret_cast<float*>(at) = blind ? 0 : t.sum[i] + t.shift[i]; });
-  }
-};
-
-// Calls Products for every tile of queries.
-template <typename Products>
-struct TangentsJob {
-  const FrameTangents& a;
-  TokenTiles tiles;
-
-  explicit TangentsJob(const FrameTangents& args)
-      : a(args), tiles(args.groups->queries, args.segment[0].q.size[3], Products::kQueryTile) {}
-
-  void run(int64_t i) const {
-    const TokenTiles::Item item = tiles.at(i);
-    const int64_t D = a.segment[0].q.size[4];
-    Arena count(nullptr);
-    Products(D, count);
-    Arena arena(scratch(count.used()));
-    Products products(D, arena);
-    Tangents<Products>(a, products, item.group, item.head, item.tokens).run();
-  }
-  void run_all() {
-    parallel_for(
-        tiles.items(), a.threads, [](void* p, int64_t item) { static_cast<const TangentsJob*>(p)->run(item); }, this);
   }
 };
 
