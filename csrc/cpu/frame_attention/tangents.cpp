@@ -8,7 +8,6 @@ class VectorProducts {
  public:
   static constexpr int64_t kPanel = 3 * W;  // queries whose scores stay in L1, as in forward
   static constexpr int64_t kQueryTile = 192 / kPanel * kPanel;
-  static constexpr bool kExact = true;
 
   VectorProducts(int64_t channels, Arena& arena)
       : D(channels), row(round_up(channels)), t(kQueryTile, kPanel, round_up(channels), arena) {
@@ -95,18 +94,20 @@ class VectorProducts {
     for (float* x : {t.sum + query, t.sum_of_terms + query}) store(x, load(x) + sum.total);
   }
 
-  // The same of all keys that they see: P (E - dlse), and dlse. Less E of the first key, so that a single one gets 0
-  // exactly.
+  // The same of all keys that they see: P (E - dlse), and dlse. Less a guess, E's mean, so that dlse does not have the
+  // error of a sum of P that is not quite 1, and a query with one key gets 0 exactly.
   VDCORE_INLINE void weigh_all(float* weight_at, float* moved_at, int64_t keys, vf lse, float* dlse_at) const {
-    const vf first = load(moved_at);
+    vf total = {};
+    for (int64_t j = 0; j < keys; ++j) total += load(moved_at + j * kPanel);
+    const vf guess = total * (1.f / static_cast<float>(keys));
     KeySum sum;
     for (int64_t j = 0; j < keys; ++j) {
       const vf weight = exp2(load(weight_at + j * kPanel) - lse);
       store(weight_at + j * kPanel, weight);
-      sum.add(j, weight * (load(moved_at + j * kPanel) - first));
+      sum.add(j, weight * (load(moved_at + j * kPanel) - guess));
     }
     sum.flush();
-    const vf dlse = sum.total + first;
+    const vf dlse = sum.total + guess;
     store(dlse_at, dlse * kLn2);
     for (int64_t j = 0; j < keys; ++j, weight_at += kPanel, moved_at += kPanel)
       store(moved_at, load(weight_at) * ((load(moved_at) - dlse) * kLn2));

@@ -2,7 +2,7 @@
 //
 // As forward (forward_amx.cpp): scores and their tangents are K Q^T, K dQ^T and dK Q^T, results V^T (P E) and dV^T P,
 // with P and P E rounded to pairs of keys. What the rounding adds to the sum of a row of P E is taken out of dout with
-// it, so that the mean of the values cancels.
+// it, so that the mean of the values cancels; where all keys are in one tile, the values go without their mean.
 #include "cpu/frame_attention/amx_rows.h"
 #include "cpu/frame_attention/tangents_of_tiles.h"
 
@@ -24,7 +24,6 @@ class MatrixProducts {
  public:
   static constexpr int64_t kPanel = 2 * W;
   static constexpr int64_t kQueryTile = 256;  // shares one transpose of the values
-  static constexpr bool kExact = false;       // P (E - shift) is rounded
 
   MatrixProducts(int64_t channels, Arena& arena)
       : row(round_up(channels)), terms(whole_terms(channels)), t(kQueryTile, kPanel, round_up(channels), arena) {
@@ -56,13 +55,17 @@ class MatrixProducts {
     const int64_t keys = tokens.size(), steps = whole_terms(keys);
     gather_rows(from.k, b, kv_head, tokens, steps, k);
     if (from.dk) gather_rows(from.dk, b, kv_head, tokens, steps, dk);
-    if (moves) gather_transposed(from.v, b, kv_head, tokens, v);
-    if (from.dv) gather_transposed(from.dv, b, kv_head, tokens, dv);
+    if (moves) gather_transposed(from.v, b, kv_head, tokens, which.all, v);
+    if (from.dv) gather_transposed(from.dv, b, kv_head, tokens, false, dv);
     for (int64_t i = 0; i < count; i += kPanel) {
       product(steps, kPanel, terms, k, panel(q, i), scores, false);
       if (from.dq) product(steps, kPanel, terms, k, panel(dq, i), tangents, false);
       if (from.dk) product(steps, kPanel, terms, dk, panel(q, i), tangents, static_cast<bool>(from.dq));
-      for (int64_t lane = 0; lane < kPanel; lane += W) weigh(lane, keys, i + lane, first, moves);
+      for (int64_t lane = 0; lane < kPanel; lane += W)
+        if (which.all && moves)
+          weigh_all(lane, keys, i + lane, static_cast<bool>(from.dv));
+        else
+          weigh(lane, keys, i + lane, first, moves);
       if (moves) product(row, kPanel, steps, v, moved, result(i), !first);
       if (from.dv) product(row, kPanel, steps, dv, weights, result(i), !first || moves);
     }
@@ -95,9 +98,11 @@ class MatrixProducts {
   Pairs panel(uint16_t* of, int64_t first_query) const { return {of + first_query * terms, 2 * kPanel}; }
   Tile result(int64_t first_query) const { return {out + first_query * row, kPanel}; }
 
-  void gather_transposed(const TensorView& x, int64_t b, int64_t kv_head, TokenRun tokens, Rows to) const {
+  void gather_transposed(const TensorView& x, int64_t b, int64_t kv_head, TokenRun tokens, bool centered,
+                         Rows to) const {
     const int64_t steps = whole_terms(tokens.size());
     gather_rows(x, b, kv_head, tokens, steps, stage);
+    if (centered) center(tokens.size());
     transpose_rows(steps, row, stage, to);
   }
 
@@ -126,6 +131,53 @@ class MatrixProducts {
     }
     store(t.sum + query, load(t.sum + query) + sum);
     store(t.sum_of_terms + query, load(t.sum_of_terms + query) + sum_of_terms);
+  }
+
+  // The same of all keys that they see: P (E - dlse), and dlse. Less a guess, E's mean, so that dlse does not have the
+  // error of a sum of P that is not quite 1, and a query with one key gets 0 exactly.
+  VDCORE_INLINE void weigh_all(int64_t lane, int64_t keys, int64_t query, bool values_move) const {
+    float *score = scores.data + lane, *tangent = tangents.data + lane;
+    vf total = {};
+    for (int64_t j = 0; j < keys; ++j) total += load(tangent + j * kPanel);
+    const vf lse = load(t.lse + query), guess = total * (1.f / static_cast<float>(keys));
+    KeySum sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf p = exp2(load(score + j * kPanel) * (factor * kLog2E) - lse);
+      store(score + j * kPanel, p);
+      sum.add(j, p * (load(tangent + j * kPanel) - guess));
+    }
+    sum.flush();
+    const vf dlse = sum.total + guess;
+    store(t.sum + query, dlse * factor);
+    for (int64_t j = 0; j < whole_terms(keys); j += 2) {
+      vf p[2] = {}, pe[2] = {};
+      for (int64_t i = 0; i < smaller(2, keys - j); ++i) {
+        p[i] = load(score + (j + i) * kPanel);
+        pe[i] = p[i] * ((load(tangent + (j + i) * kPanel) - dlse) * factor);
+      }
+      if (values_move) store_words(weights.at(j, lane).data, pair(p[0], p[1]));
+      store_words(moved.at(j, lane).data, pair(pe[0], pe[1]));
+    }
+  }
+
+  // Staged values less a mean that is twice their deviation or more, where they have one: rounded, P (E - dlse) does
+  // not quite add up to 0, and would bring it in. Such differences of bfloat16 numbers are exact.
+  void center(int64_t keys) const {
+    const int64_t step = (keys + 15) / 16;
+    for (int64_t c = 0; c < row; c += W) {
+      vf sum = {}, squares = {}, count = {};
+      for (int64_t j = 0; j < keys; j += step) {
+        const vf x = Element<DType::bf16>::load(stage.at(j, c).data);
+        sum += x, squares += x * x, count += 1.f;
+      }
+      const vf mean = as_bf16(sum / count), less = select(1.25f * mean * mean * count > squares, mean, vf{});
+      float lanes[W];
+      store(lanes, less);
+      bool any = false;
+      for (float x : lanes) any |= x != 0;
+      for (int64_t j = 0; any && j < keys; ++j)
+        Element<DType::bf16>::store(stage.at(j, c).data, Element<DType::bf16>::load(stage.at(j, c).data) - less);
+    }
   }
 };
 

@@ -3,9 +3,9 @@
 // the keys is enough and nothing is rescaled: three products a tile with the tangent of q alone, five with all three.
 //
 // E may have a mean much larger than its deviations, which cancels in dout only up to rounding, and out was rounded: so
-// every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end. Where products are
-// of float32 and the first tile of keys is the last, as of a prompt, dlse is known before the second product, which
-// then takes P (E - dlse): out is not read.
+// every row's E is taken less its mean over the first tile of keys, which dlse gets back at the end. Where the first
+// tile of keys is the last, as of a prompt, dlse is known before the second product, which then takes P (E - dlse): out
+// is not read.
 //
 // `Products` is how a tile of queries meets one of keys: in vectors, or in AMX's tiles.
 #pragma once
@@ -16,7 +16,7 @@
 namespace vdcore::cpu::VDCORE_ISA {
 
 struct KeysOfTile {
-  bool first, all;  // the first that the queries see; all of them, and the products are exact
+  bool first, all;  // the first that the queries see; all of them
   bool moves;       // the scores have a tangent
 };
 
@@ -38,7 +38,6 @@ struct TangentResults {
 //   Products(D, arena); results(): TangentResults
 //   tile_of(keys): how many of so many keys it takes at once
 //   load_queries(segment, sample, head, tokens, scale)
-//   kExact: of float32
 //   attend(segment, sample, kv_head, keys, queries, which): what is known of these keys
 //   finish(queries): results() is complete
 template <typename TileProducts>
@@ -63,8 +62,7 @@ class Tangents {
     load_rows();
     products.load_queries(segment, group.sample, head, queries, a.scale);
     bool first = true;
-    const bool all =
-        Products::kExact && group.count == 1 && group.runs[0].size() <= Products::tile_of(group.runs[0].size());
+    const bool all = group.count == 1 && group.runs[0].size() <= Products::tile_of(group.runs[0].size());
     for (int i = 0; i < group.count; ++i) {
       const int64_t keys = group.runs[i].size(), step = Products::tile_of(keys);
       for (int64_t j = 0; j < keys; j += step) {

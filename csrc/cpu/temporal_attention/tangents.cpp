@@ -153,7 +153,7 @@ class Step {
       const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
       if (p.a.dk) move_by_keys(mask, keys_of(p.a.dk, t.dk), i);
       if (p.moves && p.one_key_block)
-        weigh_all(mask, i, row + i, visible.dense);
+        weigh_all(mask, i, row + i);
       else
         weigh(mask, i, row + i);
     }
@@ -205,10 +205,10 @@ class Step {
     store(t.sum + at, load(t.sum + at) + sum.total);
   }
 
-  // The same of queries all of whose keys are here: P (E - dlse). Less a first guess, so that a query with one key gets
-  // 0 exactly: E of the first key where all see it, else the mean.
-  void weigh_all(const ColumnMask& mask, int64_t i, int64_t at, bool dense) {
-    const vf lse = load(t.lse + at), guess = dense ? load(t.e.at(0, i).data) : mean_tangent(mask, i);
+  // The same of queries all of whose keys are here: P (E - dlse). Less a guess, E's mean, so that dlse does not have
+  // the error of a sum of P that is not quite 1, and a query with one key gets 0 exactly.
+  void weigh_all(const ColumnMask& mask, int64_t i, int64_t at) {
+    const vf lse = load(t.lse + at), guess = mean_tangent(mask, i);
     KeySum sum;
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
       float* score = t.p.at(j, i).data;
