@@ -56,8 +56,9 @@ def packed_temporal_backward():
 
 def temporal_tangents():
     q, k, v, out, lse, lengths, mask, start, scale, *_ = temporal()
-    given = [q, k, v, out, lse, lengths, mask, start, scale, 1]
-    return [*given, q.clone(), k.clone(), k.clone(), q.clone(), lse.clone()]
+    bias = zeros(H, K, 16)
+    given = [q, k, v, out, lse, lengths, mask, start, scale, bias, 1]
+    return [*given, q.clone(), k.clone(), k.clone(), bias.clone(), q.clone(), lse.clone()]
 
 
 def shared_table_backward():

@@ -104,18 +104,20 @@ void temporal_attention_backward(py::handle q, py::handle k, py::handle v, py::h
   kernels().temporal_attention_backward(args);
 }
 
-// q and k normed and rotated, out and lse of forward; dq, dk and dv may be None.
+// q and k normed and rotated, out and lse of forward; dq, dk, dv and dbias may be None.
 void temporal_attention_tangents(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                                  const Lengths& lengths, const std::vector<int64_t>& mask, int64_t q_start, float scale,
-                                 int threads, py::handle dq, py::handle dk, py::handle dv, py::handle dout,
-                                 py::handle dlse) {
-  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, py::none(), py::none(),
-                                    py::none(), threads);
+                                 py::handle bias, int threads, py::handle dq, py::handle dk, py::handle dv,
+                                 py::handle dbias, py::handle dout, py::handle dlse) {
+  const TemporalArguments arguments(q, k, v, out, lse, lengths, mask, q_start, scale, py::none(), py::none(), bias,
+                                    threads);
   TemporalTangents args;
   const TemporalAttention& f = args.forward = arguments.args;
   args.dq = optional_like("dq", dq, f.q);
   args.dk = optional_like("dk", dk, f.k);
   args.dv = optional_like("dv", dv, f.k);
+  require(dbias.is_none() || f.bias, "there is no bias to have a tangent");
+  args.dbias = floats("dbias", dbias, {f.bias_heads, f.k.size[1], f.bias_row});
   args.dout = like("dout", dout, f.q);
   args.dlse = row_view("dlse", dlse, {f.q.size[0], f.q.size[1], f.q.size[2], f.q.size[3]});
   require(f.lse && args.dlse, "lse and dlse must be given");
@@ -133,7 +135,7 @@ void define_temporal_attention(py::module_& m) {
                "mask", "q_start", "scale", "norm", "rope", "bias", "threads", "dout", "dlse", "dq", "dk", "dv", "items",
                "weight_sums", "dcos", "dsin", "dbias");
   define_named(m, "temporal_attention_tangents", temporal_attention_tangents, "q", "k", "v", "out", "lse", "lengths",
-               "mask", "q_start", "scale", "threads", "dq", "dk", "dv", "dout", "dlse");
+               "mask", "q_start", "scale", "bias", "threads", "dq", "dk", "dv", "dbias", "dout", "dlse");
 }
 
 }  // namespace vdcore::cpu

@@ -27,7 +27,7 @@ struct Plan {
   bool one_query_block, one_key_block, stream;
 
   explicit Plan(const TemporalTangents& args)
-      : a(args), f(args.forward), shape(args.forward), moves(args.dq || args.dk) {
+      : a(args), f(args.forward), shape(args.forward), moves(args.dq || args.dk || args.dbias) {
     const Shape& n = shape;
     query_block = smaller(round_up(n.T), kMaxQueryBlock);
     heads = n.H;
@@ -145,10 +145,12 @@ class Step {
     const Tile k = keys_of(p.f.k, t.k);
     transpose(queries.size(), n.D, queries_of(p.f.q, t.q), scale, t.q_transposed);
     score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.q_transposed, t.p, prefetch);
+    add_bias(p.f, place.heads.first + head, keys, queries, t.p);
     if (p.a.dq) {
       transpose(queries.size(), n.D, queries_of(p.a.dq, t.dq), scale, t.dq_transposed);
       score_products(visible, queries.size(), keys.begin, keys.size(), n.D, k, t.dq_transposed, t.e, prefetch);
     }
+    if (p.a.dbias) move_by_bias(place.heads.first + head, queries, keys);
     for (int64_t i = 0; i < queries.size(); i += W) {
       const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
       if (p.a.dk) move_by_keys(mask, keys_of(p.a.dk, t.dk), i);
@@ -167,7 +169,18 @@ class Step {
     for (const Run& run : mask.segments)
       if (run.size())
         product(run.size(), W, n.D, {dk.at(run.begin, 0).data, dk.row, 1}, t.q_transposed.at(0, i),
-                t.e.at(run.begin, i), static_cast<bool>(p.a.dq), prefetch);
+                t.e.at(run.begin, i), p.a.dq || p.a.dbias, prefetch);
+  }
+
+  // And from the bias's.
+  void move_by_bias(int64_t head, Run queries, Run keys) const {
+    for (int64_t j = 0; j < keys.size(); ++j) {
+      const float* from = p.a.dbias + bias_at(p.f, head, keys.begin + j) + queries.begin;
+      for (int64_t i = 0; i < queries.size(); i += W) {
+        float* at = t.e.at(j, i).data;
+        store(at, p.a.dq ? load(at) + load(from + i) : load(from + i));
+      }
+    }
   }
 
   // Scores become P, their tangents P (E - shift), for one vector of queries.

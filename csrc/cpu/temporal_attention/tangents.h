@@ -6,9 +6,10 @@
 namespace vdcore::cpu {
 
 struct TemporalTangents {
-  TemporalAttention forward;  // q and k normed and rotated; out and lse as forward left them
-  TensorView dq, dk, dv;      // as q, k, v, of any dtype; each optional
-  TensorView dout, dlse;      // as out and lse: what is computed
+  TemporalAttention forward;     // q and k normed and rotated; out and lse as forward left them
+  TensorView dq, dk, dv;         // as q, k, v, of any dtype; each optional
+  const float* dbias = nullptr;  // as bias; optional
+  TensorView dout, dlse;         // as out and lse: what is computed
 };
 
 }  // namespace vdcore::cpu

@@ -112,7 +112,7 @@ register(
     TemporalCall,
     tangents.temporal_attention,
     reference=by_formula(reference.temporal_attention),
-    cpu=replace(cpu.TEMPORAL, tangents=cpu_tangents.temporal_attention, why_not_tangents=cpu_tangents.why_not_temporal),
+    cpu=replace(cpu.TEMPORAL, tangents=cpu_tangents.temporal_attention),
     triton=triton.TEMPORAL,
     cuda=cuda.TEMPORAL,
     sdpa=sdpa.TEMPORAL,

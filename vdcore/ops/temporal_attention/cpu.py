@@ -35,12 +35,12 @@ def _arguments(c: TemporalCall, out: Tensor, lse: Tensor | None) -> dict[str, An
         "scale": c.scale,
         "norm": norm_of(c.norm),
         "rope": rope_of(c.rope),
-        "bias": None if c.bias is None else to_dlpack(_bias(c.bias)),
+        "bias": None if c.bias is None else to_dlpack(added_bias(c.bias)),
         "threads": torch.get_num_threads(),
     }
 
 
-def _bias(bias: Tensor) -> Tensor:
+def added_bias(bias: Tensor) -> Tensor:
     """As the engine adds it to scores: ``(H or 1, T_k, T)`` in base 2, T padded to whole vectors."""
     scores = bias.detach().to(torch.float32).mT * math.log2(math.e)
     return F.pad(scores, (0, -scores.shape[-1] % 16)).contiguous()

@@ -15,6 +15,7 @@ from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.native import capsule, native
 from vdcore.ops.qk_norm_rope.tangents import Dual
+from vdcore.ops.temporal_attention.cpu import added_bias
 from vdcore.ops.temporal_attention.tangents import qkv_duals
 
 if TYPE_CHECKING:
@@ -56,10 +57,6 @@ def run_tangents(groups: Any, parts: list[Part], scale: float) -> None:
     )
 
 
-def why_not_temporal(c: TemporalCall) -> str | None:
-    return None if c.bias is None else "its tangents know no bias"
-
-
 def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
     out, lse = outputs
@@ -75,6 +72,8 @@ def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict
         mask=mask_numbers(c.mask),
         q_start=c.q_start,
         scale=c.scale,
+        bias=None if c.bias is None else capsule(added_bias(c.bias)),
+        dbias=capsule(added_bias(given["bias"])) if "bias" in given else None,
         threads=torch.get_num_threads(),
         **{name: None if dx is None else capsule(unit_stride(dx)) for name, dx in (("dq", dq), ("dk", dk), ("dv", dv))},
         dout=capsule(dout),
