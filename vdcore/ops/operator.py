@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from vdcore.modes import is_transformed
 from vdcore.ops.call import Call
@@ -37,7 +35,8 @@ from vdcore.ops.choose import (
     run_forward,
     unobserved,
 )
-from vdcore.ops.derivatives import TANGENTS, Forward, Given, Jvp, gradients, transformed
+from vdcore.ops.compiled import Guarded, define_tangents, present, refuse
+from vdcore.ops.derivatives import TANGENTS, Forward, Given, gradients, transformed
 
 _library = torch.library.Library("vdcore", "DEF")
 
@@ -250,12 +249,6 @@ def by_formula(formula: Callable[..., Any]) -> Implementation:
 # ---- The torch operator ----
 
 
-def _present(call: Call, results: tuple[Tensor | None, ...]) -> Any:
-    """Results as an operator returns them: empty tensors for what is not wanted."""
-    found = tuple(call.main.new_empty(0) if x is None else x for x in results)
-    return found if call.OUTPUTS > 1 else found[0]
-
-
 def _gradients_or_empty(call: Call, backend: str, kept: Any, grads: Any, wanted: Sequence[bool]) -> list[Tensor]:
     """As an operator returns them: one for every tensor that is there, empty where it is not wanted."""
     tensors = call.tensors()
@@ -268,7 +261,7 @@ def _decomposed(
 ) -> Callable[..., Any]:
     def decomposed(*values: Any) -> Any:
         call = build(values, values[-2])
-        return _present(call, evaluate(call))
+        return present(call, evaluate(call))
 
     return decomposed
 
@@ -279,7 +272,7 @@ def register(
     tangents: Callable[[Any, Given], tuple[Tensor, ...]] | None = None,
     **implementations: Implementation,
 ) -> None:
-    """Defines the operators ``vdcore::<op>`` and ``vdcore::<op>_backward``, and says what runs them on each backend.
+    """Defines ``vdcore::<op>``, ``vdcore::<op>_backward`` and ``_jvp``, and says what runs them on each backend.
 
     Args:
         function: the public function, which has the operator's name.
@@ -295,8 +288,7 @@ def register(
     for backend, its in implementations.items():
         BACKENDS[backend].operators[op] = its
     n, inputs, outputs = len(kind.NAMES), kind.SCHEMA, kind.OUTPUTS
-    m = len(inputs) - n
-    saved = outputs if kind.SAVES_OUTPUTS else 0
+    m, saved = len(inputs) - n, outputs if kind.SAVES_OUTPUTS else 0
     returns = ", ".join(["Tensor"] * outputs)
     _library.define(f"{op}({', '.join([*inputs, 'bool grad', 'str backend'])}) -> ({returns})")
     before = [f"Tensor? grad_{i}" for i in range(outputs)] + [f"Tensor output_{i}" for i in range(saved)]
@@ -311,11 +303,11 @@ def register(
         call = build(values, values[-2])
         if call.grad:
             choose(call, "bwd", values[-1])  # if nobody can, that is an error now, not later
-        return _present(call, run_forward(call, values[-1]))
+        return present(call, run_forward(call, values[-1]))
 
     def forward_fake(*values: Any) -> Any:
         call = build(values, values[-2])
-        return _present(call, call.empty_outputs())
+        return present(call, call.empty_outputs())
 
     _library.impl(op, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vdcore::{op}", forward_fake, lib=_library)
@@ -337,8 +329,7 @@ def register(
 
     _library.impl(f"{op}_backward", backward_op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vdcore::{op}_backward", backward_fake, lib=_library)
-
-    _define_tangents(kind)
+    define_tangents(_library, kind)
 
     # ---- autograd ----
 
@@ -352,102 +343,6 @@ def register(
 
     OVERLOADS[op] = getattr(torch.ops.vdcore, op).default
     DECOMPOSE[op] = partial(_decomposed, build)
-    lib: Any = _Guarded(kind, op)
+    lib: Any = Guarded(_library, kind, op)
     torch.library.register_autograd(f"vdcore::{op}", backward, setup_context=setup_context, lib=lib)
-    _refuse_double_backward(op, lib)
-
-
-def _define_tangents(kind: type[Call]) -> None:
-    """The operator ``vdcore::<op>_jvp``, by which a compiled function has the tangents of ``vdcore::<op>``."""
-    op, inputs = kind.op, kind.SCHEMA
-    n, saved = len(kind.NAMES), kind.OUTPUTS if kind.SAVES_OUTPUTS else 0
-    before = [f"Tensor output_{i}" for i in range(saved)] + [f"Tensor? tangent_{i}" for i in range(n)]
-    returns = ", ".join(["Tensor"] * kind.OUTPUTS)
-    _library.define(f"{op}_jvp({', '.join([*before, *inputs, 'str backend'])}) -> ({returns})")
-
-    def jvp(*values: Any) -> Any:
-        kept, tangents, own, numbers = (
-            values[:saved],
-            values[saved:][:n],
-            values[saved + n :][:n],
-            values[saved + 2 * n :],
-        )
-        step = Jvp(kind, numbers[:-1], numbers[-1], tuple(dx is not None for dx in tangents))
-        found = step.run(*own, *kept, *(dx for dx in tangents if dx is not None))
-        return found if kind.OUTPUTS > 1 else found[0]
-
-    def fake(*values: Any) -> Any:
-        call = kind.build(values[saved + n :][:n], values[saved + 2 * n : -1], True)
-        return _present(call, call.empty_outputs())
-
-    _library.impl(f"{op}_jvp", jvp, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vdcore::{op}_jvp", fake, lib=_library)
-    refuse = partial(_refuse, f"{op}: derivatives of tangents are not supported under torch.compile")
-    lib: Any = _Guarded(kind, f"{op}_jvp")
-    torch.library.register_autograd(f"vdcore::{op}_jvp", refuse, setup_context=_setup_nothing, lib=lib)
-
-
-class _Guarded:
-    """Registers autograd's kernels behind a look at what they would drop: torch.library's know backward alone.
-
-    Calls of the public functions come by here under torch.compile only; elsewhere they are steps. Under torch.func.jvp
-    the operator is called below autograd, and ``vdcore::<op>_jvp`` beside it: both go on to what is around.
-    """
-
-    def __init__(self, kind: type[Call], name: str) -> None:
-        self.kind = kind
-        # By a formula in torch's operators: a gradient's gradient is none, inside of an operator.
-        self.pushes = name == kind.op and kind.op in TANGENTS
-
-    def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
-        def guarded(keyset: Any, *values: Any) -> Any:
-            if is_transformed():
-                top = torch._C._functorch.peek_interpreter_stack()
-                if top is not None and top.key() == TransformType.Jvp and self.pushes:
-                    return _with_tangents(self.kind, values)
-                known = top is None or top.key() in (TransformType.Vmap, TransformType.Functionalize)
-                if not known or has_tangent(*(x for x in values if isinstance(x, Tensor))):
-                    which = "the tangents of torch.func.jvp alone, once," if self.pushes else "no tangents"
-                    raise RuntimeError(
-                        f"{self.kind.op}: as torch's operator, which is what torch.compile makes of it, it has {which} "
-                        "and no gradients of torch.func; take these of the function that is not compiled"
-                    )
-            return kernel(keyset, *values)
-
-        _library.impl(name, guarded, key, with_keyset=with_keyset)
-
-
-def _with_tangents(kind: type[Call], values: tuple[Any, ...]) -> Any:
-    """The operator's results under torch.func.jvp, with their tangents.
-
-    Its dual level is 0, of which a compiled function's code does not tell ``torch.autograd.forward_ad``.
-    """
-    n, outputs = len(kind.NAMES), kind.OUTPUTS
-    own, rest = values[:n], values[n:-2]
-    duals = [x if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x, level=0) for x in own]
-    plain = [x.primal if isinstance(x, forward_ad.UnpackedDualTensor) else x for x in duals]
-    tangents = [x.tangent if isinstance(x, forward_ad.UnpackedDualTensor) else None for x in duals]
-    moved = any(dx is not None for dx in tangents)
-    with torch._C._AutoDispatchBelowAutograd():
-        found = OVERLOADS[kind.op](*plain, *rest, values[-2] or moved, values[-1])
-        if not moved:
-            return found
-        kept = () if not kind.SAVES_OUTPUTS else found if outputs > 1 else (found,)
-        push = getattr(torch.ops.vdcore, f"{kind.op}_jvp")
-        pushed = push(*kept, *tangents, *plain, *rest, values[-1])
-    if outputs == 1:
-        return forward_ad.make_dual(found, pushed, level=0)
-    return tuple(forward_ad.make_dual(y, dy, level=0) for y, dy in zip(found, pushed))
-
-
-def _refuse_double_backward(op: str, lib: Any) -> None:
-    refuse = partial(_refuse, f"{op}: double backward is not supported under torch.compile")
-    torch.library.register_autograd(f"vdcore::{op}_backward", refuse, setup_context=_setup_nothing, lib=lib)
-
-
-def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-def _refuse(message: str, ctx: Any, *grads: Tensor | None) -> Any:
-    raise RuntimeError(message)
+    refuse(lib, f"{op}_backward", f"{op}: double backward is not supported under torch.compile")
