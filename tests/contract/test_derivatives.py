@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcore
 from vdcore.models import VDiT, VDiTConfig
-from vdcore.ops.choose import ORDER, has_tangent
+from vdcore.ops.choose import ORDER, has_tangent, implementation
+from vdcore.ops.derivatives import TANGENTS
+from vdcore.ops.operator import capture
 from vdcore.testing import CASES, directions, judge_tangents, of_leaves, pushed, quotients
 
 FIRST = {case.op: case for case in reversed(CASES)}
@@ -347,6 +349,22 @@ def test_tangents_inside_a_compiled_function(case):
     close(compiled(push)(leaves, dx), expected)
     by = {which: n for which, n in (vdcore.calls() - before).items() if which[2] == "jvp"}
     assert by == {which: n for which, n in eager.items() if which[2] == "jvp"}
+
+
+@pytest.mark.parametrize("op", TANGENTS)
+def test_opcheck_of_the_operator_of_tangents(op):
+    case = FIRST[op]
+    inputs, _, leaves, dx = prepared(case)
+    call = capture(getattr(vdcore, case.op), **inputs.args)
+    call.grad = True
+    tensors = call.tensors()
+    kept = implementation(call, "reference").forward(call) if call.SAVES_OUTPUTS else ()
+    at = {x.data_ptr(): d for x, d in zip(leaves, dx)}
+    tangents = [None if x is None else at.get(x.data_ptr()) for x in tensors]
+    tangents = [dx if dx is None or dx.shape == x.shape else None for x, dx in zip(tensors, tangents)]
+    assert any(dx is not None for dx in tangents)
+    operator = getattr(torch.ops.vdcore, f"{case.op}_jvp").default
+    torch.library.opcheck(operator, (*kept, *tangents, *tensors, *call.numbers(), "auto"))
 
 
 def test_a_compiled_loss_with_a_tangent_in_it():

@@ -26,8 +26,13 @@ def present(call: Call, results: tuple[Tensor | None, ...]) -> Any:
 
 
 def define_tangents(library: torch.library.Library, kind: type[Call]) -> None:
-    """The operator ``vdcore::<op>_jvp``, by which a compiled function has the tangents of ``vdcore::<op>``."""
+    """The operator ``vdcore::<op>_jvp``, by which a compiled function has the tangents of ``vdcore::<op>``.
+
+    By a formula in torch's operators, or an engine: no gradient's gradient can be taken inside of an operator.
+    """
     op, inputs = kind.op, kind.SCHEMA
+    if op not in TANGENTS:
+        return
     n, saved = len(kind.NAMES), kind.OUTPUTS if kind.SAVES_OUTPUTS else 0
     before = [f"Tensor output_{i}" for i in range(saved)] + [f"Tensor? tangent_{i}" for i in range(n)]
     returns = ", ".join(["Tensor"] * kind.OUTPUTS)
@@ -64,7 +69,6 @@ class Guarded:
     def __init__(self, library: torch.library.Library, kind: type[Call], name: str) -> None:
         self.library = library
         self.kind = kind
-        # By a formula in torch's operators: a gradient's gradient is none, inside of an operator.
         self.pushes = name == kind.op and kind.op in TANGENTS
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool) -> None:
