@@ -16,8 +16,9 @@ import torch
 
 import vdcore
 from vdcore import FrameMask, GridMask, QKNorm, Rope, TileLists
+from vdcore.ops.choose import BACKENDS
 from vdcore.ops.tile_attention.boxes import tiles_of
-from vdcore.testing import CASES, run
+from vdcore.testing import CASES, directions, pushed, run
 from vdcore_bench import stub
 
 BF16 = torch.bfloat16
@@ -37,7 +38,7 @@ def kernels():
 
 
 def launchers(here):
-    """Cases of every operator, forward and backward, until every kernel has been launched."""
+    """Cases of every operator, forward and backward, and tangents, until every kernel has been launched."""
     missing, failed, run_cases = kernels(), {}, 0
     cases = sorted(CASES, key=lambda case: "plain" not in case.tags)
     seen = set()
@@ -51,6 +52,9 @@ def launchers(here):
             if dict(vdcore.explain(case.op, **inputs.args))["triton"] is None:
                 seen.add(kind)
                 run(inputs, getattr(vdcore, case.op), backend="triton")
+                if "attention" in case.op and "plain" in case.tags and BACKENDS["triton"].operators[case.op].tangents:
+                    with torch.no_grad():
+                        pushed(inputs, getattr(vdcore, case.op), directions(inputs), backend="triton")
                 run_cases += 1
                 if len(here.launches) == before:
                     failed[f"{case.op}: {case.name}"] = "nothing was launched"
