@@ -99,6 +99,22 @@ def test_one_channel_of_a_value(backend, value):
     assert (same | out[0, bad:][..., rest].isnan()).all()
 
 
+@pytest.mark.parametrize("mask", [FrameMask.causal(), FrameMask(past=5, future=0, sink=6)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_channel_of_a_value_reaches_all_blocks_of_queries(dtype, value, mask):
+    """More frames than a kernel works on at once, 64 on the CPU; two heads of keys for four of queries."""
+    T, bad = 130, 3
+    q, k, v = (torch.randn(1, T, 2, heads, 16).to(dtype) for heads in (4, 2, 2))
+    clean = vdcore.temporal_attention(q, k, v, mask=mask, backend="cpu")
+    v[0, bad, 1, 0, 5] = value
+    out = vdcore.temporal_attention(q, k, v, mask=mask, backend="cpu")
+    hit = torch.zeros(out.shape, dtype=torch.bool)
+    hit[0, mask.visible(T)[:, bad], 1, :2, 5] = True
+    assert not out[hit].isfinite().any() and hit[0, 64:].any()
+    torch.testing.assert_close(out[~hit], clean[~hit], rtol=2**-6, atol=2**-6)
+
+
 WINDOWS = [GridMask.neighborhood((3, 3, 3)), GridMask.tiles((1, 3, 1), (2, 2, 1)), GridMask.window(1, 0, (1, 0), 1)]
 
 

@@ -44,7 +44,8 @@ class MatrixStep {
     words = {halves(arena, key_rows * p.query_block), 2 * p.query_block};
     weights = {halves(arena, p.query_block * key_rows), key_rows};
     values = {halves(arena, key_rows * n.row), 2 * n.row};
-    strange = reinterpret_cast<int32_t*>(arena.floats(n.K));
+    strange = reinterpret_cast<int32_t*>(arena.floats(kv_heads * n.K));
+    strange_count = reinterpret_cast<int32_t*>(arena.floats(kv_heads));
   }
 
   int64_t bytes_at_once() const { return 64; }
@@ -64,7 +65,10 @@ class MatrixStep {
       const VisibleKeys visible = visible_keys(p.a, place.b, i);
       load_rows(p.a.q, place, block, place.heads, q, p.query_block, 0, kQueries);
       for (int64_t h = 0; h < place.heads.count; ++h) {
-        if (h % n.group == 0) load_values(visible, seen, h / n.group);
+        if (h % n.group == 0) {
+          if (i == 0) take_out_strange(visible, seen, h / n.group);
+          pack_pairs(whole_steps(n.K), n.row, v.at(h / n.group * key_rows, 0), values);
+        }
         attend(visible, h, block.size(), lines, prefetch);
         add_strange(visible, place, h, block.size());
       }
@@ -88,8 +92,8 @@ class MatrixStep {
   Pairs words;              // the same, weights
   Rows weights;             // (query_block, key_rows)
   Pairs values;             // (key_rows, row)
-  int32_t* strange;         // rows of values with infinity or NaN
-  int64_t strange_count = 0;
+  int32_t* strange;         // (kv heads, K), keys with infinity or NaN in their values
+  int32_t* strange_count;   // (kv heads,)
 
   Rows staged(Arena& arena, int64_t rows) const {
     uint16_t* const data = halves(arena, rows * terms);
@@ -121,18 +125,18 @@ class MatrixStep {
     }
   }
 
-  // A head's values in pairs of keys. Rows with infinity or NaN, where somebody may not see them, are taken out: 0
-  // times them would reach everybody. So no row that a step before this one has left holds any.
-  void load_values(const VisibleKeys& visible, const SeenKeys& seen, int64_t kv_head) {
+  // A head's rows of values with infinity or NaN, where somebody may not see them, become 0: 0 times them would reach
+  // everybody. So no row that a step before this one has left holds any. All blocks of queries need to know of them.
+  void take_out_strange(const VisibleKeys& visible, const SeenKeys& seen, int64_t kv_head) const {
     const Rows rows = v.at(kv_head * key_rows, 0);
-    strange_count = 0;
+    int32_t count = 0;
     for (const Run& run : seen.runs)
       for (int64_t j = run.begin; j < run.end && !visible.dense; ++j) {
         if (!any_lane(strange_lanes(rows.at(j, 0).data, n.row))) continue;
-        strange[strange_count++] = static_cast<int32_t>(j);
+        strange[kv_head * n.K + count++] = static_cast<int32_t>(j);
         memset(rows.at(j, 0).data, 0, terms * sizeof(uint16_t));
       }
-    pack_pairs(whole_steps(n.K), n.row, rows, values);
+    strange_count[kv_head] = count;
   }
 
   void attend(const VisibleKeys& visible, int64_t head, int64_t count, int64_t lines, Prefetch& prefetch) const {
@@ -222,10 +226,11 @@ class MatrixStep {
 
   // What was taken out, for those that see it.
   void add_strange(const VisibleKeys& visible, const Place& place, int64_t head, int64_t count) const {
-    for (int64_t s = 0; s < strange_count; ++s) {
-      const int64_t j = strange[s];
+    const int64_t kv_head = head / n.group;
+    for (int64_t s = 0; s < strange_count[kv_head]; ++s) {
+      const int64_t j = strange[kv_head * n.K + s];
       const auto* from = reinterpret_cast<const uint16_t*>(
-          p.a.v.at(place.b, j, place.s, place.kv_heads(n.group).first + head / n.group));
+          p.a.v.at(place.b, j, place.s, place.kv_heads(n.group).first + kv_head));
       for (int64_t i = 0; i < count; ++i) {
         const bool sees =
             (visible.begin[i] <= j && j < visible.end[i]) || (visible.low_begin[i] <= j && j < visible.low_end[i]);
