@@ -104,3 +104,16 @@ def test_packed_gradient_is_one_tensor():
     vdcore.temporal_attention(q, k, v).sum().backward()
     torch.testing.assert_close(qkv.grad, torch.stack([q.grad, k.grad, v.grad], 3))
     assert qkv.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+@pytest.mark.parametrize("magnitude", [1e3, 1e5, 1e8, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_far_beyond_what_exp_bears(dtype, magnitude, scale):
+    """Up to 1e30: the largest one still has all the weight, and no row sums to 0 or to NaN."""
+    q, k, v = (torch.randn(1, 20, 5, 2, 40) for _ in range(3))
+    q, k, v = ((x * size).to(dtype) for x, size in ((q, magnitude), (k, magnitude), (v, 1)))
+    out, lse = vdcore.temporal_attention(q, k, v, scale=scale, return_lse=True, backend="cpu")
+    exact, exact_lse = vdcore.temporal_attention(q.double(), k.double(), v.double(), scale=scale, return_lse=True)
+    torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(lse.double(), exact_lse.double(), rtol=1e-5, atol=1e-5)

@@ -206,13 +206,14 @@ class MatrixStep {
       top = max(top, x);
     });
     if (count) hide(runs[r].end);
-    top *= factor;
+    // Subtracted before they are multiplied: a fused multiply and add of scores beyond 2^30 would leave the largest one
+    // off 0 by what rounding took from it, more than exp2 bears.
     const vf base = select(top == -kInf, vf{}, top);
     vf even = {}, odd = {};
     for (r = 0; r < count; ++r) {
       for (int64_t j = runs[r].begin; j < runs[r].end; j += 2) {
-        const vf first = exp2(load(column + j * row) * factor - base);
-        const vf second = exp2(load(column + (j + 1) * row) * factor - base);
+        const vf first = exp2((load(column + j * row) - base) * factor);
+        const vf second = exp2((load(column + (j + 1) * row) - base) * factor);
         even += first;
         odd += second;
         store_words(words.at(j, i).data, pair(first, second));
@@ -220,7 +221,7 @@ class MatrixStep {
       for (int64_t j = runs[r].begin / kTileTerms * kTileTerms; j < runs[r].end; j += kTileTerms)
         transpose_words(words.at(j, i).data, words.row, weights.at(i, j).data, weights.row);
     }
-    store(t.maximum + head * p.query_block + i, top);
+    store(t.maximum + head * p.query_block + i, top * factor);
     store(t.sum + head * p.query_block + i, even + odd);
   }
 
@@ -229,8 +230,8 @@ class MatrixStep {
     const int64_t kv_head = head / n.group;
     for (int64_t s = 0; s < strange_count[kv_head]; ++s) {
       const int64_t j = strange[kv_head * n.K + s];
-      const auto* from = reinterpret_cast<const uint16_t*>(
-          p.a.v.at(place.b, j, place.s, place.kv_heads(n.group).first + kv_head));
+      const auto* from =
+          reinterpret_cast<const uint16_t*>(p.a.v.at(place.b, j, place.s, place.kv_heads(n.group).first + kv_head));
       for (int64_t i = 0; i < count; ++i) {
         const bool sees =
             (visible.begin[i] <= j && j < visible.end[i]) || (visible.low_begin[i] <= j && j < visible.low_end[i]);
