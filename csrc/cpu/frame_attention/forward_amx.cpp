@@ -72,8 +72,9 @@ class MatrixProducts {
     }
   }
 
-  // The panels' results, transposed into rows.
+  // The panels' results, transposed into rows; maxima become scores.
   void finish(int64_t count) const {
+    for (int64_t i = 0; i < count; i += W) store(t.maximum + i, load(t.maximum + i) * factor);
     for (int64_t i = 0; i < count; i += kPanel)
       transpose(row, smaller(kPanel, count - i), result(i), 1.f, t.out.at(i, 0));
   }
@@ -100,18 +101,19 @@ class MatrixProducts {
   }
 
   // Brings the panel's maximum up to date, and what was summed up before with it. `base`: what exponents are taken
-  // from, 0 where all scores are -inf.
+  // from, 0 where all scores are -inf. Both are products: a fused multiply and add with a score as its base would leave
+  // the largest of them, beyond 2^30, off 0 by what rounding took from it, more than exp2 bears.
   void find_base(int64_t i, int64_t keys, bool first, vf* base) const {
     for (int64_t lane = 0; lane < 2; ++lane) {
       const float* column = scores_of(i).at(0, lane * W).data;
       vf top = splat(-kInf);
       for (int64_t j = 0; j < keys; ++j) top = max(top, load(column + j * kPanel));
       float *maximum = t.maximum + i + lane * W, *sum = t.sum + i + lane * W;
-      const vf before = load(maximum), now = max(before, top * factor);
+      const vf before = load(maximum), now = max(before, top);
       base[lane] = select(now == -kInf, vf{}, now);
       store(maximum, now);
       if (first) continue;
-      const vf rescale = exp2(before - base[lane]);
+      const vf rescale = exp2((before - base[lane]) * factor);
       store(sum, load(sum) * rescale);
       float* at = result(i).at(0, lane * W).data;
       for (int64_t c = 0; c < row; ++c, at += kPanel) store(at, load(at) * rescale);
@@ -126,14 +128,14 @@ class MatrixProducts {
       vf even = {}, odd = {};
       int64_t j = 0;
       for (; j + 2 <= keys; j += 2, column += 2 * kPanel, to += weights.row) {
-        const vf first = exp2(load(column) * factor - base[lane]);
-        const vf second = exp2(load(column + kPanel) * factor - base[lane]);
+        const vf first = exp2((load(column) - base[lane]) * factor);
+        const vf second = exp2((load(column + kPanel) - base[lane]) * factor);
         even += first;
         odd += second;
         store_words(to, pair(first, second));
       }
       if (j < keys) {
-        const vf last = exp2(load(column) * factor - base[lane]);
+        const vf last = exp2((load(column) - base[lane]) * factor);
         even += last;
         store_words(to, pair(last, vf{}));
         j += 2;

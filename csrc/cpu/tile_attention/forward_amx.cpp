@@ -74,8 +74,9 @@ class MatrixProducts {
                   });
   }
 
-  // Units' results, transposed into rows.
+  // Units' results, transposed into rows; maxima become scores.
   void finish() const {
+    for (int64_t i = 0; i < s.all_slots(); i += W) store(s.maximum + i, load(s.maximum + i) * factor());
     for (int64_t u = 0; u < s.slots->units; ++u)
       transpose(s.row, s.slots->in_use(u), result(u), 1.f, s.out.at(u * s.slots->lanes, 0));
   }
@@ -94,13 +95,14 @@ class MatrixProducts {
   StrangeRows strange;
   Steps steps;
 
+  float factor() const { return __builtin_fabsf(s.a.scale) * kLog2E; }  // from a product to a score in base 2
   Pairs unit(int64_t u) const { return {queries + u * s.slots->lanes * terms, 2 * s.slots->lanes}; }
   Tile result(int64_t u) const { return {results + u * s.slots->lanes * s.row, s.slots->lanes}; }
 
   // Scores of one vector of a unit become weights, in pairs of keys; hidden ones exactly 0.
   void softmax(int64_t u, int64_t lane, Pairs to) const {
     const int64_t lanes = s.slots->lanes, slot = u * lanes + lane;
-    const float factor = __builtin_fabsf(s.a.scale) * kLog2E;
+    const float factor = this->factor();
     float* column = scores + lane;
     vf top = splat(-kInf);
     steps.for_parts(
@@ -120,13 +122,14 @@ class MatrixProducts {
             top = max(top, x);
           }
         });
-    const vf before = load(s.maximum + slot), now = max(before, top * factor);
-    const vf base = select(now == -kInf, vf{}, now), rescale = exp2(before - base);
+    // Products as the base: see frame_attention/forward_amx.cpp.
+    const vf before = load(s.maximum + slot), now = max(before, top);
+    const vf base = select(now == -kInf, vf{}, now), rescale = exp2((before - base) * factor);
     vf even = {}, odd = {};
     for (int64_t i = 0; i < steps.count; ++i)
       for (int64_t j = steps.runs[i].begin; j < steps.runs[i].end; j += 2) {
-        const vf first = exp2(load(column + j * lanes) * factor - base);
-        const vf second = exp2(load(column + (j + 1) * lanes) * factor - base);
+        const vf first = exp2((load(column + j * lanes) - base) * factor);
+        const vf second = exp2((load(column + (j + 1) * lanes) - base) * factor);
         even += first;
         odd += second;
         store_words(to.at(j, lane).data, pair(first, second));
