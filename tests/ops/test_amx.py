@@ -147,7 +147,7 @@ SWEEP = (
 @pytest.mark.parametrize("name", SWEEP)
 def test_sweep(name):
     """What the engine is held to elsewhere, on the twin; float32 is the baseline's."""
-    operators = "spatial or video or cross or gated or patchify or many_keys"
+    operators = "spatial or temporal or video or cross or gated or patchify or many_keys"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"tests/{name}"]
     done = subprocess.run(
         [*command, "-k", f"({operators}) and not triton and not cuda and not sdpa and not reference and not fp32"],

@@ -58,7 +58,7 @@ def dtype_advice(rates: dict[str, float]) -> str:
     others = ", ".join(
         f"{other} runs at {rate / rates[name]:.2g} of that" for other, rate in rates.items() if other != name
     )
-    return f"Run models on this CPU in {name}: torch's product of 1,024 takes {rates[name]:.0f} GFLOP/s, {others}."
+    return f"Run models on this CPU in {name}: torch's product of 1,024 runs at {rates[name]:.0f} GFLOP/s, {others}."
 
 
 def gpus() -> list[dict[str, Any]]:
