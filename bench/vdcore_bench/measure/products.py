@@ -17,8 +17,8 @@ SHARE = 0.7  # of that rate: what attention, whose products are smaller and wait
 def products() -> dict[str, float]:
     """GFLOP/s of torch's product of 1,024 on the CPU, by dtype: what a model's linear layers run at.
 
-    Takes half a second, a second on a slow machine. Where a dtype has no instructions a product can be hundreds of times
-    slower: it is timed on as many rows as fit into its share of that.
+    Takes half a second, a second on a slow machine. Where a dtype has no instructions a product can be hundreds of
+    times slower: it is timed on as many rows as fit into its share of that.
     """
     return {str(dtype).removeprefix("torch."): _rate(dtype) for dtype in DTYPES}
 
