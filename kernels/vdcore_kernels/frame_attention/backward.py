@@ -73,7 +73,7 @@ QUERIES = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "a warpgroup holds 64 rows' scores and their gradient", 64, 64, 64),
     FrameConfig("sm_9", 8, 2, "keys and values of two stages, 128 KB", 128, 64, 128),
-    FrameConfig("sm_10", 8, 2, "two stages; 64 keys would spill", 128, 32, 128),
+    FrameConfig("sm_10", 8, 2, "two stages; 64 keys would spill", 128, 32, 128, registers=255),
     FrameConfig("sm_9|sm_10", 8, 1, "256 channels: one stage", 32, 64, 256),
     FrameConfig("sm_8", 8, 2, "128 queries: half the products of 64 over eight warps", 128, 64, 64),
     FrameConfig("sm_11|sm_12", 8, 2, "the same; 64 keys spill", 128, 32, 64),
@@ -89,7 +89,8 @@ KEYS = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "two gradients of 64 rows in a warpgroup's registers", 64, 64, 64),
     FrameConfig("sm_9", 8, 2, "64 queries: a second tile of 16 channels is copied by 8 bytes", 64, 128, 80),
-    FrameConfig("sm_9|sm_10", 8, 2, "two gradients of 128 rows take 128 registers", 32, 128, 128),
+    FrameConfig("sm_9", 8, 2, "two gradients of 128 rows take 128 registers", 32, 128, 128),
+    FrameConfig("sm_10", 8, 2, "the same", 32, 128, 128, registers=255),
     FrameConfig("sm_9|sm_10", 8, 1, "two gradients of 256 channels leave room for 32 rows", 32, 32, 256),
     FrameConfig(SMALL, 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),
     FrameConfig(SMALL, 4, 1, "64 keys over four warps: half the products of eight; 32 queries spill", 16, 64, 96),
@@ -99,7 +100,7 @@ KEYS = (
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 16, 32, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4, registers=255),
     FrameConfig(SMALL, 8, 1, FLOAT32, 16, 16, 256, 4, registers=255),
-    FrameConfig("", 8, 1, FLOAT32, 32, 32, 256, 4, registers=255),
+    FrameConfig("sm_9|sm_10|gfx", 8, 1, FLOAT32, 32, 32, 256, 4, registers=255),
 )
 DELTA = ValuesConfig("", 4, 1, "4 loads of 16 bytes a thread of out and of its gradient", 4096)
 

@@ -67,8 +67,8 @@ TANGENTS = (
     TangentConfig("interpreter", 4, 1, "several blocks in a small case", 2**20, 64, True),
     TangentConfig("", 4, 1, "2,048 values of seven tensors over four warps: 180 registers", 2048),
     TangentConfig("", 8, 1, "one sequence of many channels, or under a mask", 4096),
-    TangentConfig("", 8, 1, "32 frames a side of up to 128 channels; 64 spill", 4096, 32, True),
-    TangentConfig("", 8, 1, "more channels, or a mask's numbers beside them: 32 frames spill", 2**20, 16, True),
+    TangentConfig("sm_80|sm_9|sm_1|gfx", 8, 1, "32 frames a side of up to 128 channels; 64 spill", 4096, 32, True),
+    TangentConfig("", 8, 1, "more channels, a mask's numbers beside them, or sm_89: 32 frames spill", 2**20, 16, True),
 )
 
 

@@ -86,6 +86,7 @@ KEYS = (
     FrameConfig("interpreter", 4, 1, "several boxes in a small case", 32, 32, 128, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "64 queries spill where they are tested", 32, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 2, "two gradients of 128 rows take 128 registers: 32 queries spill", 16, 128, 128),
+    FrameConfig("sm_89", 8, 1, "32 queries spill 8 bytes with text", 16, 128, 64),
     FrameConfig("sm_8|sm_11|sm_12", 8, 1, "0.56 instructions a pair for 1.12 of 64 keys", 32, 128, 64),
     FrameConfig("sm_8|sm_11|sm_12", 4, 1, "two tiles of 72 channels: 32 queries spill 80 bytes", 16, 64, 96),
     FrameConfig("sm_8|sm_11|sm_12", 8, 1, "128 keys spill 16 bytes", 32, 64, 128),
