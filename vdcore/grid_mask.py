@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vdcore.extras import need
-from vdcore.mask import FrameMask, Run, as_count, check_count
+from vdcore.mask import FrameMask, Run, as_count, bounded, check_count
 
 Radius = int | tuple[int, ...] | None
 Border = Literal["clip", "shift"]
@@ -63,11 +63,13 @@ class GridMask:
             raise TypeError(f"GridMask: frames must be a FrameMask, got {type(self.frames).__name__}")
         for name in ("rows", "columns"):
             object.__setattr__(self, f"{name.removesuffix('s')}_steps", _steps(name, getattr(self, name)))
-        _check_sizes("GridMask", "tile", self.tile)
+        sizes = _check_sizes("GridMask", "tile", self.tile)
+        object.__setattr__(self, "tile", tuple(map(bounded, sizes)))
         for name in ("border", "frame_border"):
             if getattr(self, name) not in ("clip", "shift"):
                 raise ValueError(f"GridMask: {name} must be 'clip' or 'shift', got {getattr(self, name)!r}")
         check_count("GridMask", "sink", self.sink)
+        object.__setattr__(self, "sink", bounded(self.sink))
         past, future, chunk = self.frames.past, self.frames.future, self.frames.chunk
         symmetric = past is not None and past == future and self.frames == FrameMask(past, future, chunk)
         if self.frame_border == "shift" and not symmetric:
@@ -204,16 +206,17 @@ class GridMask:
         """``(T, T_k)``"""
         if self.frame_border == "clip":
             return self.frames.visible(T, T_k, q_start)
-        chunk, radius = self.frames.chunk, self.frames.past
+        radius, chunk = self.frames.past, bounded(self.frames.chunk)
         assert radius is not None
         mine, other = torch.arange(q_start, q_start + T) // chunk, torch.arange(T_k) // chunk
-        return _within(mine, other, radius, -(-T_k // chunk), "shift")
+        return _within(mine, other, bounded(radius), -(-T_k // chunk), "shift")
 
     def _distance(self, T: int, T_k: int, q_start: int) -> Tensor:
         """``(T, T_k)``: between frames, in tiles. Under teacher forcing a noisy frame lies where its clean one does."""
         mine, other = torch.arange(q_start, q_start + T), torch.arange(T_k)
         if self.frames.clean:
-            mine, other = mine % self.frames.clean, other % self.frames.clean
+            clean = bounded(self.frames.clean)
+            mine, other = mine % clean, other % clean
         return (mine[:, None] // self.tile[0] - other[None, :] // self.tile[0]).abs()
 
 
@@ -323,7 +326,7 @@ def _steps(name: str, radius: Any) -> Steps:
         raise ValueError(f"GridMask: {name} must be a radius, a tuple of at least one, or None, got ()")
     for r in radii:
         check_count("GridMask", name, r)
-    return tuple((d, r) for d, r in enumerate(radii) if d == 0 or r != radii[d - 1])
+    return tuple((d, bounded(r)) for d, r in enumerate(radii) if d == 0 or r != radii[d - 1])
 
 
 def _ceil(size: int, halvings: int) -> int:

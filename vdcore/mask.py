@@ -14,17 +14,20 @@ import torch
 
 Run = tuple[int, int]
 
-_INT64 = 2**63  # what tensors and the engines count in
+_FAR = 2**31 - 1  # no video has more frames, rows or columns
+
+
+def bounded(x: int) -> int:
+    """A number as tensors and engines take it: a larger one means as much."""
+    return min(x, _FAR)
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 0) -> None:
-    """An int from ``least`` that fits into 64 bits."""
+    """An int from ``least``, however large."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
-    if value >= _INT64:
-        raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
 
 
 def as_count(owner: str, name: str, value: Any) -> int:
@@ -83,7 +86,6 @@ class FrameMask:
             raise TypeError(f"FrameMask: shots must be a tuple of ints, got {shots!r}")
         if shots[0] < 0 or any(a >= b for a, b in pairwise(shots)):
             raise ValueError(f"FrameMask: shots must ascend from 0 or above, got {shots!r}")
-        check_count("FrameMask", "shots", shots[-1])
         if self.sink:
             raise ValueError(f"FrameMask: sink must be 0 beside shots, which take its place, got {self.sink}")
 
@@ -179,24 +181,26 @@ class FrameMask:
         k = torch.arange(T_k)[None, :]
         if self.clean:
             return self._visible_teacher_forcing(q, k)
-        cq, ck = q // self.chunk, k // self.chunk
+        cq, ck = q // bounded(self.chunk), k // bounded(self.chunk)
         seen = torch.ones(T_q, T_k, dtype=torch.bool)
         if self.future is not None:
-            seen = seen & (ck <= cq + self.future)
+            seen = seen & (ck <= cq + bounded(self.future))
         if self.past is not None:
-            kept = k < self.sink
+            kept = k < bounded(self.sink)
             if self.shots:
-                first = torch.tensor((-1, *self.shots))  # of the shot of every query frame, -1 before the first one
-                kept = k == first[(torch.tensor(self.shots) <= q).sum(-1, keepdim=True)]
-            seen = seen & ((ck >= cq - self.past) | kept)
+                shots = [bounded(shot) for shot in self.shots]
+                first = torch.tensor((-1, *shots))  # of the shot of every query frame, -1 before the first one
+                kept = k == first[(torch.tensor(shots) <= q).sum(-1, keepdim=True)]
+            seen = seen & ((ck >= cq - bounded(self.past)) | kept)
         return seen
 
     def _visible_teacher_forcing(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        cq, ck = q % self.clean // self.chunk, k % self.clean // self.chunk
-        noisy_q, noisy_k = q >= self.clean, k >= self.clean
+        clean, chunk = bounded(self.clean), bounded(self.chunk)
+        cq, ck = q % clean // chunk, k % clean // chunk
+        noisy_q, noisy_k = q >= clean, k >= clean
         seen = torch.where(noisy_q, ck < cq, ck <= cq) & ~noisy_k
         if self.past is not None:
-            seen = seen & (ck >= cq - self.past)
+            seen = seen & (ck >= cq - bounded(self.past))
         return seen | (noisy_q & noisy_k & (ck == cq))
 
     def runs(self, T_q: int, T_k: int | None = None, q_start: int = 0) -> tuple[tuple[Run, ...], ...]:
