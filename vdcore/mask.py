@@ -14,12 +14,12 @@ import torch
 
 Run = tuple[int, int]
 
-_FAR = 2**31 - 1  # no video has more frames, rows or columns
+FAR = 2**31 - 1  # no video has more frames, rows or columns; products of two such numbers stay inside int64
 
 
 def bounded(x: int) -> int:
     """A number as tensors and engines take it: a larger one means as much."""
-    return min(x, _FAR)
+    return min(x, FAR)
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 0) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vdcore.grid_mask import GridMask, HeadMasks, Steps
-from vdcore.mask import FrameMask
+from vdcore.mask import FAR, FrameMask, bounded
 from vdcore.norm import QKNorm
 from vdcore.rope import Rope
 
@@ -92,19 +92,14 @@ def _triple(optional: str) -> Codec:
     return Codec(names, split=lambda x: (None, None, None) if x is None else x, build=build)
 
 
-_UNBOUNDED = 2**31 - 1  # no video has more frames; keeps products of two such numbers inside int64
-
-
 def mask_numbers(mask: FrameMask) -> list[int]:
     """past, future (-1: all), chunk, sink, clean, then shots."""
     past, future = mask.past, mask.future
     return [
-        -1 if past is None or past >= _UNBOUNDED else past,
-        -1 if future is None or future >= _UNBOUNDED else future,
-        min(mask.chunk, _UNBOUNDED),
-        min(mask.sink, _UNBOUNDED),
-        min(mask.clean, _UNBOUNDED),
-        *(shot for shot in mask.shots if shot < _UNBOUNDED),
+        -1 if past is None or past >= FAR else past,
+        -1 if future is None or future >= FAR else future,
+        *map(bounded, (mask.chunk, mask.sink, mask.clean)),
+        *(shot for shot in mask.shots if shot < FAR),
     ]
 
 
@@ -117,14 +112,14 @@ def _build_mask(numbers: list[int]) -> FrameMask:
 # *count and steps of rows, *count and steps of columns).
 def grid_numbers(heads: int, mask: GridMask) -> list[int]:
     found = [heads, *mask.tile, int(mask.border == "shift"), int(mask.frame_border == "shift")]
-    found.append(min(mask.sink, _UNBOUNDED))
+    found.append(mask.sink)
     for part in (mask_numbers(mask.frames), *(_flat(steps) for steps in (mask.row_steps, mask.column_steps))):
         found += [len(part), *part]
     return found
 
 
 def _flat(steps: Steps) -> list[int]:
-    return [min(x, _UNBOUNDED) for step in steps for x in step]
+    return [x for step in steps for x in step]
 
 
 # A list that stands for nothing. AOTInductor hands an operator None for one that is empty.

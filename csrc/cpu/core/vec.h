@@ -155,6 +155,7 @@ VDCORE_INLINE vf log2(vf x) {
 // ---- Half precision ----------------------------------------------------------------------------------------------
 
 VDCORE_INLINE vf from_bf16(vu16 x) { return reinterpret_cast<vf>(__builtin_convertvector(x, vu) << 16); }
+VDCORE_INLINE float from_bf16(uint16_t x) { return reinterpret_cast<vf>(vu{uint32_t{x} << 16})[0]; }
 
 VDCORE_INLINE vu16_pair join(vu16 a, vu16 b) {
   vu16_pair both;

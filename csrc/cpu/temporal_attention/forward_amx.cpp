@@ -236,17 +236,10 @@ class MatrixStep {
         const bool sees =
             (visible.begin[i] <= j && j < visible.end[i]) || (visible.low_begin[i] <= j && j < visible.low_end[i]);
         if (!sees) continue;
-        const float weight = as_float(*weights.at(i, j).data);
-        for (int64_t c = 0; c < n.D; ++c) *t.out.head(head).at(i, c).data += weight * as_float(from[c]);
+        const float weight = from_bf16(*weights.at(i, j).data);
+        for (int64_t c = 0; c < n.D; ++c) *t.out.head(head).at(i, c).data += weight * from_bf16(from[c]);
       }
     }
-  }
-
-  static float as_float(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
   }
 
   static void fetch(int64_t lines, Prefetch& prefetch) {

@@ -59,10 +59,7 @@ inline void find_strange_rows(Rows rows, int64_t tokens, StrangeRows& strange) {
 
 // Of weights in pairs of tokens: that of a token.
 VDCORE_INLINE float weight_at(Pairs weights, int64_t token, int64_t lane) {
-  const uint32_t bits = static_cast<uint32_t>(weights.at(token, lane).data[token % 2]) << 16;
-  float weight;
-  memcpy(&weight, &bits, sizeof weight);
-  return weight;
+  return from_bf16(weights.at(token, lane).data[token % 2]);
 }
 
 // C[0:m, 0:n] += A[0:m, steps] B[steps, 0:n]: the sums stay in registers from step to step, of which a unit may have
