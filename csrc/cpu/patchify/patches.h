@@ -26,10 +26,12 @@ struct TileRange {
   int64_t tiles() const { return (tokens + tile - 1) / tile; }
   int64_t items() const { return (tiles() + tiles_of_item - 1) / tiles_of_item; }
 
+  int64_t first(int64_t item) const { return smaller(tokens, item * tiles_of_item * tile); }
+
   template <typename Body>
   void for_tiles(int64_t item, const Body& body) const {
-    const int64_t first = item * tiles_of_item * tile, last = smaller(tokens, first + tiles_of_item * tile);
-    for (int64_t token = first; token < last; token += tile) body(token, smaller(tile, last - token));
+    const int64_t last = first(item + 1);
+    for (int64_t token = first(item); token < last; token += tile) body(token, smaller(tile, last - token));
   }
 };
 

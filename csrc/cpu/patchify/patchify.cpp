@@ -93,47 +93,87 @@ struct TokensFromPatches {
 };
 
 // patches = tokens * weight^T + bias.
+//
+// Rows of float32 are multiplied where they lie: to copy 1,152
+// channels takes a third of the time of their products with 32 patch values, and while one is copied none is
+// multiplied.
 struct PatchesFromTokens {
   const PatchProduct& a;
   PatchShape n;
   TileRange range;
 
   explicit PatchesFromTokens(const PatchProduct& args)
-      : a(args), n(args.patches, args.tokens), range(n.tokens, tile_of(n.E, 64 * 1024), args.threads) {}
+      : a(args), n(args.patches, args.tokens), range(n.tokens, kMaxTile, args.threads) {}
 
   void pack() const { pack_panels(a.weight.data, a.weight.e_stride, a.weight.k_stride, n.E, n.K, a.packed); }
 
   template <DType T>
   void run(int64_t item) const {
-    const int64_t token_floats = round_up(n.E) + W;  // not a power of two apart
     const int64_t width = panels(n.K) * kPanel;
+    const bool in_place = T == DType::f32 && evenly_apart();
+    const int64_t copied_row = round_up(n.E) + W;  // not a power of two apart
     Arena count(nullptr);
-    count.floats(range.tile * token_floats), count.floats(range.tile * width), count.floats(width);
+    count.floats(kBlockRows * copied_row), count.floats(range.tile * width), count.floats(width);
     Arena arena(scratch(count.used()));
-    float *tokens = arena.floats(range.tile * token_floats), *sums = arena.floats(range.tile * width);
+    float *copied = arena.floats(kBlockRows * copied_row), *sums = arena.floats(range.tile * width);
     float* bias = arena.floats(width);
     for (int64_t k = 0; k < width; ++k) bias[k] = a.bias && k < n.K ? a.bias[k] : 0.f;
     range.for_tiles(item, [&](int64_t token, int64_t rows) {
-      for (int64_t m = 0; m < rows; ++m) read_row<T>(token_row(a.tokens, token + m), n.E, tokens + m * token_floats);
-      multiply(rows, {tokens, token_floats, 1}, bias, width, sums);
+      for (int64_t m = 0; m < rows; ++m) memcpy(sums + m * width, bias, width * sizeof(float));
+      for (int64_t first = 0; first < rows; first += kBlockRows) {
+        const int64_t height = smaller(kBlockRows, rows - first);
+        const Tile out{sums + first * width, width};
+        if (in_place) {
+          NoPrefetch none;
+          const auto* block = reinterpret_cast<const float*>(token_row(a.tokens, token + first));
+          add_product(height, {block, a.tokens.stride[2], 1}, out, none);
+        } else {
+          for (int64_t m = 0; m < height; ++m)
+            read_row<T>(token_row(a.tokens, token + first + m), n.E, copied + m * copied_row);
+          NextRows next{a.tokens, n.E * size_of(T), token + first + height,
+                        smaller(token + first + height + kBlockRows, range.first(item + 1))};
+          Prefetch prefetch;
+          prefetch.source = NextRows::take;
+          prefetch.context = &next;
+          prefetch.stride = 64;
+          add_product(height, {copied, copied_row, 1}, out, prefetch);
+        }
+      }
       scatter_patches<T>(a.patches, token, rows, sums, width);
     });
   }
 
  private:
-  // sums (rows, width) = tokens * weight^T + bias
-  void multiply(int64_t rows, Scalars tokens, const float* bias, int64_t width, float* sums) const {
-    for (int64_t e = 0; e < n.E; e += kSumOver) {
-      const int64_t some = smaller(kSumOver, n.E - e);
-      for (int64_t k = 0; k < width; k += kPanel)
-        multiply_panel(rows, some, tokens.at(0, e), a.packed + k * n.E + e * kPanel,
-                       [&](int64_t m, vf left, vf right) __attribute__((always_inline)) {
-                         float* at = sums + m * width + k;
-                         const float* before = e ? at : bias + k;
-                         store(at, load(before) + left);
-                         store(at + W, load(before + W) + right);
-                       });
+  // All rows at one distance, which brings no more than four of a block into the same lines of L1.
+  bool evenly_apart() const {
+    const TensorView& x = a.tokens;
+    const bool even = (x.size[1] == 1 || x.stride[1] == x.size[2] * x.stride[2]) &&
+                      (x.size[0] == 1 || x.stride[0] == x.size[1] * x.size[2] * x.stride[2]);
+    return even && x.stride[2] % 256 != 0;
+  }
+
+  // Of the block after this one, to be fetched while this one is multiplied.
+  struct NextRows {
+    const TensorView& tokens;
+    int64_t bytes, token, end;
+    static bool take(void* context, const char*& at, int64_t& left) {
+      auto& rows = *static_cast<NextRows*>(context);
+      if (rows.token >= rows.end) return false;
+      at = token_row(rows.tokens, rows.token++);
+      left = rows.bytes;
+      return true;
     }
+  };
+
+  // sums (rows, K) += block (rows, E) * weight^T
+  template <typename P>
+  void add_product(int64_t rows, Scalars block, Tile sums, P& prefetch) const {
+    for (int64_t e = 0; e < n.E; e += kSumOver)
+      for (int64_t k = 0; k < n.K; k += kPanel) {
+        const Tile weight{a.packed + k * n.E + e * kPanel, kPanel};
+        product(rows, smaller(kPanel, round_up(n.K - k)), smaller(kSumOver, n.E - e), block.at(0, e), weight,
+                sums.at(0, k), true, prefetch);
+      }
   }
 };
 
