@@ -80,6 +80,7 @@ def test_text(capsys):
         ((100, 95, 20), "bfloat16", "float16 runs at 0.21 of that"),
         ((100, 2, 3), "float32", "bfloat16 runs at 0.02 of that"),
         ((100, 110, 200), "float16", "runs at 200 GFLOP/s"),
+        ((369, 171, 388), "float32", "float16 runs at 1.1 of that"),  # an Intel CPU without AMX
     ],
 )
 def test_the_dtype_to_run_models_in(rates, name, said):
