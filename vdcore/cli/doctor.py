@@ -51,8 +51,8 @@ def chosen() -> dict[str, dict[str, str]]:
 def dtype_advice(rates: dict[str, float]) -> str:
     """In which dtype to run models on this CPU, from :func:`products`.
 
-    bfloat16 where it is no slower than float32, because it takes half the memory; float16 only where it is clearly ahead
-    of both: most video models are trained in bfloat16, and may leave float16's range, which ends at 65,504.
+    bfloat16 where it is no slower than float32, because it takes half the memory. float16 only where it is clearly
+    ahead of both: most video models are trained in bfloat16, and may leave float16's range, which ends at 65,504.
     """
     single, brain, half = (rates[name] for name in ("float32", "bfloat16", "float16"))
     name = "bfloat16" if brain >= 0.9 * single else "float32"
