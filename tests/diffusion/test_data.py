@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_windows_of_files(folder, generator):
-    source = Clips([folder], frames=4, size=(8, 8), stride=1)
+    source = Clips([folder], frames=4, size=(8, 8), stride=1, mirror=True)
     assert [path.name for path in source.paths] == ["b.mp4", "a.gif"]
     assert source.ends.tolist() == [9, 13]
     clips = source.batch(400, generator)
@@ -126,12 +126,27 @@ def numbers(clips):
 
 
 def test_a_long_film_is_sought(long_clip, generator):
-    source = Clips([long_clip], frames=5, size=(16, 32))
+    source = Clips([long_clip], frames=5, size=(16, 32), mirror=True)
     state = generator.get_state()
     found = numbers(source.batch(12, generator))
     generator.set_state(state)
     assert found[:, 0].tolist() == [start for _, start, _ in source._draw(12, generator)]
     assert (found.diff(dim=1) == 1).all() and not source.kept, "nothing is kept of a long film"
+
+
+def test_windows_are_mirrored_where_that_is_asked_for(long_clip, generator):
+    """White bars at the left of a frame tell its number."""
+    given = {"frames": 4, "size": (16, 32)}
+    state = generator.get_state()
+    plain = Clips([long_clip], **given).batch(12, generator)
+    generator.set_state(state)
+    source = Clips([long_clip], **given, mirror=True)
+    mirrored = source.batch(12, generator)
+    same = [torch.equal(a, b) for a, b in zip(plain, mirrored)]
+    assert any(same) and not all(same)
+    assert all(torch.equal(a, b if alike else b.flip(-1)) for a, b, alike in zip(plain, mirrored, same))
+    assert plain[..., 22:].max() < 0.5, "nothing is mirrored unasked"
+    assert source_of(source.describe()).mirror
 
 
 def test_workers_change_nothing(long_clip, folder):

@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from vdcore.cli.commands import app
-from vdcore.diffusion import runs
+from vdcore.diffusion import runs, training
 from vdcore.diffusion.data import Scenes
+from vdcore.diffusion.measure import goes_on_better, measure_continued
 from vdcore.diffusion.training import Recipe, load_trained
 from vdcore.models import VDiTConfig
 from vdcore.video.files import read_clip, write_video
@@ -124,6 +126,40 @@ def test_train_and_sample(trained_folder, tmp_path):
     assert found["samples"]["mean_flow"] > 0 and found["real"]["warping_error"] > 0
     assert found["error_ratio"] == pytest.approx(found["samples"]["warping_error"] / found["real"]["warping_error"])
     assert found["moves_as_real"] == (found["error_ratio"] <= 2 and 0.5 <= found["motion_ratio"] <= 2)
+    assert "first half of a real clip" in output and "goes on better than what takes no model" in output
+    assert list(found["continued"]) == ["real", "samples", "still frame", "first half again", "noise"]
+
+
+def test_what_goes_on_is_held_against_what_takes_no_model():
+    real = training.SCENES.batch(6, torch.Generator().manual_seed(0)).video
+    drifted = real.clone()
+    drifted[:, :, 4:] = 0.9 * real[:, :, 4:] + 0.1 * real[:, :, 3:4]
+    found = measure_continued(real, drifted, 4)
+    assert found["real"].difference == 0 < found["samples"].difference < found["still frame"].difference
+    assert found["real"].warping_error < found["samples"].warping_error < found["still frame"].warping_error
+    assert found["first half again"].warping_error > found["samples"].warping_error
+    assert found["noise"].warping_error > 10 * found["still frame"].warping_error
+    assert goes_on_better(found)
+    assert not goes_on_better(measure_continued(real, real[:, :, [0, 1, 2, 3, 3, 3, 3, 3]], 4)), "a still frame"
+
+
+def test_clips_are_gone_on_with_from_their_first_half(trained_folder):
+    trained = load_trained(trained_folder / "checkpoint.safetensors")
+    clips = runs.real_clips(trained, 2)
+    video, known = runs.continue_clips(trained, clips, steps=2)
+    assert known == 2 and video.shape == clips.shape
+    assert torch.allclose(video[:, :, :2], clips[:, :, :2], atol=1e-6) and not torch.equal(video, clips)
+    assert runs.continue_clips(replace(trained, recipe=replace(trained.recipe, hold=0.0)), clips) is None
+
+
+def test_films_are_learned_with_positions_that_tokens_carry(tmp_path):
+    write_video(tmp_path / "one.mp4", torch.rand(3, 9, 16, 16, generator=torch.Generator().manual_seed(0)))
+    tiny = ["--steps", "1", "--batch", "1", "--size", "8", "--width", "16", "--depth", "1", "--heads", "2"]
+    for options, position in ((), "sincos+rope"), (("--position", "rope"), "rope"):
+        code, output = cli("train", tmp_path / "one.mp4", "--out", tmp_path / position, *options, *tiny)
+        assert code == 0, output
+        recipe = load_trained(tmp_path / position / "checkpoint.safetensors").recipe
+        assert recipe.model.position == position and recipe.model.patch == (2, 4, 4)
 
 
 def test_sample_gifs_longer_than_the_clips(trained_folder, tmp_path):
@@ -138,7 +174,7 @@ def test_sample_gifs_longer_than_the_clips(trained_folder, tmp_path):
 def test_train_on_files(tmp_path):
     video = torch.rand(3, 9, 16, 16, generator=torch.Generator().manual_seed(0))
     write_video(tmp_path / "clips" / "one.mp4", video)
-    code, output = cli("train", tmp_path / "clips", "--out", tmp_path / "out", *TINY)
+    code, output = cli("train", tmp_path / "clips", "--out", tmp_path / "out", *TINY, "--patch", 3)
     assert code == 0, output
     sample = ("sample", tmp_path / "out" / "checkpoint.safetensors", "--count", 2, "--steps", 1, "--out", tmp_path)
     code, output = cli(*sample)
@@ -168,7 +204,7 @@ def test_bad_input_is_one_line_and_leaves_no_checkpoint(args, message, tmp_path)
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty").mkdir()
     filled = [a.format(tmp_path) for a in args]
-    tiny = [] if args[0] == "sample" else TINY
+    tiny = [] if args[0] == "sample" else [*TINY, "--patch", "3"]
     code, output = cli(filled[0], *tiny, *filled[1:], "--out", tmp_path / "out")
     assert code == 1
     assert message in output and output.startswith("vdcore: ") and "Traceback" not in output

@@ -47,7 +47,7 @@ def recomputed(self, operator, x, context, ring, rope):
         frames = [f for run in mask.runs(mask.chunk, q_start=start)[0] for f in range(*run)]
         positions = torch.arange(len(frames), dtype=torch.float64)
         theta, D = 100.0, self.head_dim
-        full = isinstance(self, layers.FullAttention) and not self.only_time
+        full = isinstance(self, layers.FullAttention)
         table = full_rope(positions, context.grid[1:], D, theta) if full else time_rope(positions, D, theta)
         table = Rope(table.cos.to(x.dtype), table.sin.to(x.dtype))
         new = slice(start, start + mask.chunk)
@@ -87,7 +87,6 @@ def test_equal_to_full_recomputation_with_relative_positions(attention, mask, po
     model, (video, timestep, keywords) = model_with(attention, mask, position)
     ours, _ = stream(model, video, timestep, keywords)
     monkeypatch.setattr(layers.SelfAttention, "across_frames", recomputed)
-    monkeypatch.setattr(layers.FullAttention, "only_time", position != "rope", raising=False)
     exact = doubled(model)(to_double(video), timestep, **{name: to_double(x) for name, x in keywords.items()})
     plain = []
     for name in ("naive", "sdpa"):

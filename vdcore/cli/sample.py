@@ -13,7 +13,7 @@ from vdcore.cli.options import THREADS, set_threads
 from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 
 if TYPE_CHECKING:
-    from vdcore.diffusion.measure import Comparison
+    from vdcore.diffusion.measure import Comparison, Continued
 
 
 def sample(
@@ -36,7 +36,7 @@ def sample(
     Leaves sample-00.mp4 and so on, samples.png with real clips in its upper rows, and measures.json.
     """
     from vdcore.diffusion import runs
-    from vdcore.diffusion.measure import REAL_CLIPS, against
+    from vdcore.diffusion.measure import REAL_CLIPS, against, measure_continued
     from vdcore.diffusion.training import load_trained
     from vdcore.video.files import contact_sheet, write_video
     from vdcore_bench.report.terminal import progress
@@ -44,6 +44,7 @@ def sample(
     if kind not in ("mp4", "gif"):
         raise typer.BadParameter(f"{kind}: not known; known are mp4, gif", param_hint="--format")
     set_threads(threads)
+    steps = runs.STEPS if steps is None else steps
     with plain_errors():
         trained = load_trained(checkpoint, device)
         with progress() as bar:
@@ -52,7 +53,7 @@ def sample(
                 trained,
                 count,
                 frames=frames,
-                steps=runs.STEPS if steps is None else steps,
+                steps=steps,
                 overlap=overlap,
                 seed=seed,
                 device=device,
@@ -69,13 +70,17 @@ def sample(
         if real is None:
             print("not measured: the clips of training are not here", file=sys.stderr)
         elif min(videos.shape[2], real.shape[2]) > 1:
-            _report(against(real)(videos), out / "measures.json", trained.step)
+            more = runs.continue_clips(trained, real, steps=steps, seed=seed, device=device)
+            found = {} if more is None else measure_continued(real, *more)
+            _report(against(real)(videos), found, out / "measures.json", trained.step)
 
 
-def _report(found: Comparison, path: Path, step: int) -> None:
+def _report(found: Comparison, continued: dict[str, Continued], path: Path, step: int) -> None:
     """Prints the measures and writes them as JSON."""
     from rich.console import Console
     from rich.table import Table
+
+    from vdcore.diffusion.measure import goes_on_better
 
     table = Table("measure", "samples", "real clips", box=None)
     for name, value in found.samples.items():
@@ -84,11 +89,21 @@ def _report(found: Comparison, path: Path, step: int) -> None:
     if found.temporal_fid_interval is not None:
         low, high = found.temporal_fid_interval
         table.add_row("  of many clips", f"{low:.4g} to {high:.4g}", "(95 %, by leaving out one clip after the other)")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
     verdict = "yes" if found.moves_as_real else "no"
     print(
         f"moves as real clips do (warping error at most twice theirs, mean flow between half and twice): {verdict}; "
         f"warping error {found.error_ratio:.2f} x, mean flow {found.motion_ratio:.2f} x"
     )
     ratios = {name: getattr(found, name) for name in ("error_ratio", "motion_ratio", "moves_as_real")}
-    path.write_text(json.dumps({"step": step, **vars(found), **ratios}, indent=1) + "\n")
+    written = {"step": step, **vars(found), **ratios}
+    if continued:
+        table = Table("first half of a real clip, then", "warping error", "squared difference", box=None)
+        for name, one in continued.items():
+            table.add_row(name, f"{one.warping_error:.4g}", f"{one.difference:.4g}")
+        console.print(table)
+        verdict = "yes" if goes_on_better(continued) else "no"
+        print(f"goes on better than what takes no model (warping error along the real clips' flow): {verdict}")
+        written["continued"] = {name: vars(one) for name, one in continued.items()}
+    path.write_text(json.dumps(written, indent=1) + "\n")

@@ -39,11 +39,15 @@ def train(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad or short file in a folder.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode files ahead; 0: none.")] = 1,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Of files, half of the windows mirrored.")] = False,
     patch: Annotated[int | None, typer.Option(min=1, help="Height and width of a token, pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels per token.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads; they divide the width.")] = None,
     attention: Annotated[str | None, typer.Option(help="factorized, gated or full.")] = None,
+    position: Annotated[
+        str | None, typer.Option(help="sincos, rope or sincos+rope; default: rope, of files sincos+rope.")
+    ] = None,
     mask: Annotated[
         str | None, typer.Option(help="Of attention, such as causal, radial or tiles:3/3/3:1/4/8: see vdcore masks.")
     ] = None,
@@ -65,7 +69,7 @@ def train(
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the frames of every clip (torchrun).")] = 1,
     patience: PATIENCE = 300,
 ) -> None:
-    """Trains a small video diffusion transformer, by default on synthetic scenes: minutes on two cores.
+    """Trains a small video diffusion transformer: on two cores minutes on synthetic scenes, on films half an hour.
 
     Continues from the checkpoint in --out as if it had never stopped, with any number of ranks; Ctrl-C loses nothing.
     """
@@ -73,19 +77,20 @@ def train(
         raise typer.Exit(relaunch(ranks))
     from vdcore.diffusion import runs
     from vdcore.diffusion.data import Clips, Scenes
-    from vdcore.diffusion.training import SCENES
+    from vdcore.diffusion.training import FILMS, SCENES, Recipe
     from vdcore_bench.report.terminal import progress
 
     set_threads(threads)
     with plain_errors():
-        token = {"patch": patch, "width": width, "depth": depth, "heads": heads, "attention": attention}
+        token: dict[str, Any] = {"patch": patch, "width": width, "depth": depth, "heads": heads}
+        token |= {"attention": attention, "position": position}
         clip = {"frames": frames, "size": None if size is None else (size, size)}
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
-        recipe = _recipe(
-            token, {"target": target, **clip, **training}, mask=mask, causal=causal, chunk=chunk, past=past
-        )
+        default, changes = FILMS if clips else Recipe(), {"target": target, **clip, **training}
+        recipe = _recipe(default, token, changes, mask=mask, causal=causal, chunk=chunk, past=past)
+        reading: dict[str, Any] = {"fps": fps, "strict": strict, "workers": workers, "mirror": mirror}
         source = (
-            Clips(clips, recipe.frames, recipe.size, stride, fps=fps, strict=strict, workers=workers)
+            Clips(clips, recipe.frames, recipe.size, stride, **reading)
             if clips
             else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
         )
@@ -106,13 +111,19 @@ def train(
 
 
 def _recipe(
-    token: dict[str, Any], others: dict[str, Any], *, mask: str | None, causal: bool, chunk: int, past: int | None
+    default: Recipe,
+    token: dict[str, Any],
+    others: dict[str, Any],
+    *,
+    mask: str | None,
+    causal: bool,
+    chunk: int,
+    past: int | None,
 ) -> Recipe:
     """The default's, with those options that were given; ``token``: of the model."""
     from vdcore import FrameMask
-    from vdcore.diffusion.training import Recipe
 
-    default, patch = Recipe(), token["patch"]
+    patch = token["patch"]
     token = {**token, "patch": None if patch is None else (default.model.patch[0], patch, patch)}
     if mask is not None and causal:
         raise typer.BadParameter("it is --causal's already", param_hint="--mask")

@@ -66,6 +66,7 @@ class Clips:
         fps: frames per second, in place of ``stride``.
         strict: raise for a bad or short file in a folder, too, as for one that is named by itself.
         workers: processes that decode; 0: this one. What is drawn does not depend on it.
+        mirror: draw half of the windows mirrored: twice as many pictures, of which a small model remembers fewer.
 
     Attributes:
         clips: what is drawn from.
@@ -94,11 +95,13 @@ class Clips:
         fps: float | None = None,
         strict: bool = False,
         workers: int = 0,
+        mirror: bool = False,
     ) -> None:
         if workers < 0:
             raise ValueError(f"Clips: workers must be at least 0, got {workers}")
         self.frames, self.size, self.stride, self.fps = frames, size, stride, fps
         self.strict, self.workers, self.named = strict, workers, set(map(Path, paths))
+        self.mirror = mirror
         self.clips: list[Clip] = []
         self.left_out: list[tuple[Path, str]] = []
         for path in find_videos(paths):
@@ -133,7 +136,7 @@ class Clips:
     def _draw(self, count: int, generator: torch.Generator) -> list[tuple[int, int, bool]]:
         """File, first frame, whether it is mirrored."""
         drawn = torch.randint(int(self.ends[-1]), (count,), generator=generator)
-        mirrored = torch.rand(count, generator=generator) < 0.5
+        mirrored = torch.rand(count, generator=generator) < (0.5 if self.mirror else 0.0)
         which = torch.searchsorted(self.ends, drawn, right=True).tolist()
         starts = [n - (int(self.ends[i - 1]) if i else 0) for n, i in zip(drawn.tolist(), which)]
         return list(zip(which, starts, mirrored.tolist()))
@@ -145,7 +148,7 @@ class Clips:
                 self._order(i, start)
 
     def batch(self, count: int, generator: torch.Generator) -> Tensor:
-        """Every window of every file is as likely as any other; half of them are mirrored."""
+        """Every window of every file is as likely as any other."""
         drawn = self._draw(count, generator)
         if self.workers:
             for i, start, _ in drawn:
@@ -213,7 +216,7 @@ class Clips:
 
     def describe(self) -> dict[str, Any]:
         found = {"kind": "clips", "paths": [str(path) for path in self.paths], "frames": self.frames}
-        found |= {"size": list(self.size), "stride": self.stride}
+        found |= {"size": list(self.size), "stride": self.stride, "mirror": self.mirror}
         if self.fps is not None:
             found["fps"] = self.fps
         if self.left_out:

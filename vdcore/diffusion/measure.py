@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vdcore.metrics import (
@@ -84,3 +85,49 @@ def against(real: Tensor) -> Callable[[Tensor], Comparison]:
         return Comparison(measures(samples), measured, temporal_fid(real, samples).item(), chance, interval)
 
     return compare
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The second half of real clips as somebody goes on with the first, means over the clips.
+
+    Args:
+        warping_error: from the last frame of the first half on, along the *real* clips' flow. A still frame, which has
+            none along its own flow, has one here.
+        difference: squared, from the real frames.
+    """
+
+    warping_error: float
+    difference: float
+
+
+def measure_continued(real: Tensor, ours: Tensor, known: int) -> dict[str, Continued]:
+    """What a model makes of the first ``known`` frames, beside what takes no model.
+
+    Args:
+        real, ours: ``(B, C, T, H, W)`` in [0, 1], alike in their first ``known`` frames.
+
+    Returns:
+        By name: ``real``, ``samples``, ``still frame`` (the last known one), ``first half again``, ``noise``.
+    """
+    T = real.shape[2]
+    begin, flow = real[:, :, :known], optical_flow(real)
+    rest = {
+        "real": real[:, :, known:],
+        "samples": ours[:, :, known:],
+        "still frame": begin[:, :, -1:].expand_as(real[:, :, known:]),
+        "first half again": begin[:, :, torch.arange(T - known) % known],
+        "noise": torch.rand(real[:, :, known:].shape, generator=torch.Generator().manual_seed(0)),
+    }
+    along = (flow.forward[:, known - 1 :], flow.backward[:, known - 1 :])
+    found = {}
+    for name, frames in rest.items():
+        error = warping_error(torch.cat((begin[:, :, -1:], frames), 2), along).mean().item()
+        found[name] = Continued(error, (frames - rest["real"]).square().mean().item())
+    return found
+
+
+def goes_on_better(found: dict[str, Continued]) -> bool:
+    """The samples' warping error along the real flow is below that of everything that takes no model."""
+    plain = found.keys() - {"real", "samples"}
+    return all(found["samples"].warping_error < found[name].warping_error for name in plain)

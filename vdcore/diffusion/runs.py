@@ -19,7 +19,7 @@ from torch import Tensor
 from vdcore.diffusion.data import Source, source_of
 from vdcore.diffusion.long import splice
 from vdcore.diffusion.rolling import roll
-from vdcore.diffusion.sampling import make_sampler
+from vdcore.diffusion.sampling import make_sampler, sample
 from vdcore.diffusion.training import Recipe, Trained, Trainer, process_for
 from vdcore.extras import need
 from vdcore.parallel.gradients import total
@@ -168,6 +168,24 @@ def draw_videos(
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)
     return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def continue_clips(
+    trained: Trained, clips: Tensor, *, steps: int = STEPS, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, int] | None:
+    """The first half of clips ``(B, 3, T, H, W)`` in [0, 1], by whole tokens, gone on with by the model, and how many
+    frames that half has; None of a model that was trained without held frames, or on clips of one token."""
+    recipe = trained.recipe
+    pt = recipe.model.patch[0]
+    known = recipe.frames // pt // 2 * pt
+    if not recipe.hold or known == 0:
+        return None
+    given, held = clips.to(device) * 2 - 1, torch.arange(recipe.frames, device=device) < known
+    noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    process = process_for(recipe.target, recipe.sampling_shift)
+    video = sample(trained.model, process, noise, steps, held=held, known=given)
+    return ((video.cpu() + 1) / 2).clamp(0, 1), known
 
 
 def _rolled(

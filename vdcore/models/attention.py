@@ -193,7 +193,7 @@ class FullAttention(SelfAttention):
     """All tokens that the mask shows."""
 
     def rotary_dims(self, config: VDiTConfig) -> list[tuple[int, ...]]:
-        return [full_channels(self.head_dim) if config.position == "rope" else (self.head_dim,)]
+        return [full_channels(self.head_dim)]
 
     def forward(self, x: Tensor, context: Context, ring: Ring | None = None) -> Tensor:
         split = context.split

@@ -38,7 +38,8 @@ class VDiTConfig:
         modulation: ``"zero"``: AdaLN-Zero, each block has its own projection of the condition (DiT); ``"single"``:
             adaLN-single, one projection for all and a table per block (PixArt-alpha, Chen et al. 2023).
         position: ``"sincos"``: added to the tokens; ``"rope"``: axial rotation of queries and keys; ``"sincos+rope"``:
-            added over space, rotated over time (STDiT3).
+            added over space, rotated over time (STDiT3), or with full attention over all three axes: what the tokens
+            carry says where in the picture they are, by which a model remembers a place.
         base_size: with sincos, rows (columns) ``i`` of ``n`` have the position ``i * base_size / n``; None: ``i``.
         rope_theta: base of the rotary frequencies.
         beside: with rope, biases of queries and keys initialize attention to the neighboring token along every axis:

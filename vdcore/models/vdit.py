@@ -389,9 +389,7 @@ class VDiT(nn.Module):
         if config.position == "sincos":
             return Rotations()
         if config.attention == "full":
-            if config.position == "rope":
-                return Rotations(full=full_rope(positions, grid[1:], D, config.rope_theta))
-            return Rotations(full=time_rope(positions, D, config.rope_theta))
+            return Rotations(full=full_rope(positions, grid[1:], D, config.rope_theta))
         space = space_rope(grid[1:], D, config.rope_theta, positions.device) if config.position == "rope" else None
         return Rotations(space=space, time=time_rope(everywhere, D, config.rope_theta))
 
