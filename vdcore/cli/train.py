@@ -19,6 +19,7 @@ from vdcore.cli.shared import DEVICE, TRAIN_OUT, plain_errors
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vdcore.diffusion.data import Source
     from vdcore.diffusion.training import Recipe
     from vdcore.models import VDiTConfig
 
@@ -76,8 +77,7 @@ def train(
     if ranks > 1 and not launched():
         raise typer.Exit(relaunch(ranks))
     from vdcore.diffusion import runs
-    from vdcore.diffusion.data import Clips, Scenes
-    from vdcore.diffusion.training import FILMS, SCENES, Recipe
+    from vdcore.diffusion.training import FILMS, Recipe
     from vdcore_bench.report.terminal import progress
 
     set_threads(threads)
@@ -88,12 +88,7 @@ def train(
         training = {"batch": batch, "steps": steps, "lr": lr, "hold": hold, "forcing": forcing, "seed": seed}
         default, changes = FILMS if clips else Recipe(), {"target": target, **clip, **training}
         recipe = _recipe(default, token, changes, mask=mask, causal=causal, chunk=chunk, past=past)
-        reading: dict[str, Any] = {"fps": fps, "strict": strict, "workers": workers, "mirror": mirror}
-        source = (
-            Clips(clips, recipe.frames, recipe.size, stride, **reading)
-            if clips
-            else Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
-        )
+        source = _source(clips, recipe, stride=stride, fps=fps, strict=strict, workers=workers, mirror=mirror)
         mesh = join(ranks, device, patience) if ranks > 1 else None
         silent = mesh is not None and mesh.get_local_rank() > 0
         options: dict[str, Any] = {"fresh": fresh, "save_every": save_every, "device": device, "mesh": mesh}
@@ -108,6 +103,16 @@ def train(
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
     print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _source(clips: list[Path] | None, recipe: Recipe, **reading: Any) -> Source:
+    """Files, or without any synthetic scenes; ``reading``: of files."""
+    from vdcore.diffusion.data import Clips, Scenes
+    from vdcore.diffusion.training import SCENES
+
+    if clips:
+        return Clips(clips, recipe.frames, recipe.size, **reading)
+    return Scenes(replace(SCENES, frames=recipe.frames, size=recipe.size))
 
 
 def _recipe(
