@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,16 +141,12 @@ def _trained(path: Path, levels: tuple[float, ...], clips: int, device: str) -> 
 
 def _own(spec: str) -> tuple[Any, Any]:
     """What a function of the user's own returns; its module may lie in the working directory."""
-    module, _, name = spec.partition(":")
-    sys.path.insert(0, "")
+    from vdcore_bench.own import own_function
+
     try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise typer.BadParameter(f"{spec}: expected module:function, got {error}", param_hint="--model") from None
-    finally:
-        sys.path.remove("")
-    if not callable(function):
-        raise typer.BadParameter(f"{spec}: {module} has no function {name!r}", param_hint="--model")
+        function = own_function(spec)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
     found = function()
     if not isinstance(found, tuple) or len(found) != 2:
         raise typer.BadParameter(f"{spec}: must return a model and its inputs, got {found!r:.80}", param_hint="--model")

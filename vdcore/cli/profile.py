@@ -13,7 +13,14 @@ from vdcore.cli.options import several, split
 
 def profile(
     workload: options.WORKLOAD = None,
-    model: Annotated[list[str] | None, several("Instead: VDiT variants, or blocks of diffusers.")] = None,
+    model: Annotated[
+        list[str] | None,
+        several(
+            "Instead: VDiT variants, blocks of diffusers, or module:function, which gets the number of frames and "
+            "returns your model and the arguments of its forward, or a function that calls it."
+        ),
+    ] = None,
+    mask: Annotated[list[str] | None, several("With module:function: also swapped with these, such as causal.")] = None,
     frames: Annotated[str | None, typer.Option(help="Numbers of frames, such as 8,16,32.")] = None,
     attention: Annotated[list[str] | None, several("naive, sdpa, vdcore.")] = None,
     mode: Annotated[str, typer.Option(help="fwd, bwd or fwd+bwd.")] = "fwd",
@@ -36,6 +43,9 @@ def profile(
 
     if ranks is not None:
         return _on_ranks(ranks, model, frames, mode, dtype, plan, link, out)
+    own = tuple(name for name in split(model) if ":" in name)
+    model = [name for name in split(model) if name not in own]
+    masks = _masks(mask, own)
     names = options.known("--workload", workload, workloads.load())
     device = options.device_named(device)
     (mode,) = options.known("--mode", [mode], MODES)
@@ -51,13 +61,38 @@ def profile(
     whole = options.models_named(model, device, blocks_alone=True)
     if set(whole) - set(models.PROFILED) and mode != "fwd":
         raise typer.BadParameter("blocks of diffusers are profiled forward", param_hint="--mode")
+    if sweep.lacks_gpu(device) and own and limit is None:
+        raise typer.BadParameter("it is needed where there is no such device", param_hint="--memory-limit")
     given = Options(device=device, memory_limit=limit)
     options.prepare(device, threads)
-    if whole:
+    if whole or own:
         limits = sweep.Settings(device=device, memory_limit=given.limit, **settings)
-        options.record(out, lambda journal, watch: models.profile(whole, limits, journal, watch))
+        options.record(out, lambda journal, watch: models.profile((*whole, *own), limits, journal, watch, masks))
     else:
         options.record(out, lambda journal, watch: memory.profile(names, given, journal, watch, **settings))
+
+
+def _masks(given: list[str] | None, models: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of masks that do not depend on rows and columns, which the call of a model decides."""
+    from vdcore.integrations.mask_names import parse_mask
+    from vdcore_bench.own import own_function
+
+    names = split(given)
+    if names and not models:
+        raise typer.BadParameter("it goes with --model module:function", param_hint="--mask")
+    try:
+        for name in names:
+            parse_mask(name, (8, 8, 8))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--mask") from None
+    if any(name.startswith("radial") for name in names):
+        raise typer.BadParameter("radial: its rows and columns are not known before a call", param_hint="--mask")
+    try:
+        for name in models:
+            own_function(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+    return names
 
 
 def _on_ranks(

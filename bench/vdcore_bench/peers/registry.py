@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from vdcore_bench.jobs import JOBS
 from vdcore_bench.jobs.base import Job
+from vdcore_bench.own import own_function
 from vdcore_bench.peers.adapter import Makers
 
 ATTENTION = ("spatial_attention", "temporal_attention", "video_attention", "gated_attention", "cross_attention")
@@ -88,18 +88,7 @@ def from_user(spec: str) -> Peer:
     Raises:
         ValueError: if there is no such module, if importing it fails, or if it has no such function.
     """
-    module, _, name = spec.partition(":")
-    sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{spec}: expected module:function, and importing {module!r} failed: {what}") from None
-    finally:
-        sys.path.remove("")
-    if not callable(found):
-        raise ValueError(f"{spec}: expected module:function, and {module} has no function {name!r}")
-
+    found = own_function(spec)
     answers: list[tuple[Job, Any]] = []  # the last job's: it is asked once per job
 
     def answer(job: Job) -> Any:
@@ -125,4 +114,4 @@ def from_user(spec: str) -> Peer:
         made = answer(job)
         return (made or f"{spec} returned no reason") if isinstance(made, str) else None
 
-    return Peer(spec, tuple(JOBS), variants, why_not, module=module)
+    return Peer(spec, tuple(JOBS), variants, why_not, module=spec.partition(":")[0])

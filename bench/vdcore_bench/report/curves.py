@@ -55,7 +55,7 @@ class Grid:
 
     @property
     def title(self) -> str:
-        return f"{self.key}, {self.pattern} ({self.shape})"
+        return f"{self.key}, {self.pattern}" + (f" ({self.shape})" if self.shape else "")
 
     @property
     def frames(self) -> list[float]:
@@ -83,9 +83,9 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
         pattern = row.case.removeprefix(PROFILE)
         key = (row.workload, pattern, row.mode, row.dtype, row.device)
         if key not in found:
-            s = row.shape
-            shape = f"{s['S']} tokens per frame, {s['H']} x {s['D']} channels"
-            found[key] = Grid(f"{row.workload}, {row.mode}, {row.dtype}, {row.device}", pattern, shape)
+            s, title = row.shape, f"{row.workload}, {row.mode}, {row.dtype}, {row.device}"
+            shape = f"{s['S']} tokens per frame, {s['H']} x {s['D']} channels" if "S" in s else ""
+            found[key] = Grid(title, pattern, shape)
         name = f"{row.provider}, {row.variant}" if row.variant else row.provider
         curve = found[key].curves.setdefault(name, Curve(name))
         curve.add(row)

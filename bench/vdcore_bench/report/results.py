@@ -10,7 +10,7 @@ from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
 from vdcore_bench.suites import gpu, gradients, grid_masks, kept, masks, ranks, tangents
-from vdcore_bench.suites.models import block, hosts
+from vdcore_bench.suites.models import block, given, hosts
 
 # ---- Tables ----
 
@@ -100,6 +100,17 @@ def gradients_table(rows: Sequence[Row]) -> Table:
     return Table.of(gradients.HEADER, gradients.cells(rows), title)
 
 
+def frames_table(rows: Sequence[Row]) -> Table:
+    """Of models of the user's own."""
+    cells = [
+        (row.workload, given.name_of(row), row.mode, row.dtype, row.device, row.case, given.frames_text(row))
+        for row in rows
+        if row.metric == "frames"
+    ]
+    header = ("model", "who", "mode", "dtype", "device", "frames that", "are")
+    return Table.of(header, cells, "The most frames", note="By runs on fake tensors, within 2 %, weights left out.")
+
+
 def profile_tables(rows: Sequence[Row]) -> list[Table]:
     """One table per workload and pattern: frames down, attentions across, each as peak memory and time."""
     grids = curves.grids(rows)
@@ -113,7 +124,7 @@ def _with_note(tables: list[Table], note: str) -> list[Table]:
 
 def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
     """The tables of every suite but the operators'; suites without rows are left out."""
-    singles = (overhead_table, tangents_table, gradients_table, block_table, swap_table, ranks_table)
+    singles = (overhead_table, tangents_table, gradients_table, block_table, swap_table, ranks_table, frames_table)
     for one in (table(rows) for table in singles):
         if one.rows:
             yield [one]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vdcore_bench.jobs.base import DTYPES
 from vdcore_bench.measure.journal import Journal, Watch
 from vdcore_bench.suites import Options
-from vdcore_bench.suites.models import block, hosts, vdit
+from vdcore_bench.suites.models import block, given, hosts, vdit
 from vdcore_bench.suites.sweep import Settings
 
 TAKES = frozenset({"models", "modes", "dtypes", "batch", "seconds", "rounds", "memory_limit", "full_size", "until"})
@@ -34,11 +34,16 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
                 watch.done(hosts.compare(name, dtypes, options.rounds, journal))
 
 
-def profile(names: tuple[str, ...], settings: Settings, journal: Journal, watch: Watch) -> None:
-    """VDiTs, and blocks of diffusers, against frames."""
+def profile(
+    names: tuple[str, ...], settings: Settings, journal: Journal, watch: Watch, masks: tuple[str, ...] = ()
+) -> None:
+    """VDiTs, blocks of diffusers, and models of the user's own, those under masks too, against frames."""
+    own = [name for name in names if ":" in name]
     with watch.part("Whole models against frames"):
         for name in names:
             if name in vdit.VARIANTS:
                 vdit.run((name,), settings, journal, watch)
-            else:
+            elif name not in own:
                 watch.done(hosts.profile(name, settings, journal, watch.step))
+    for name in own:
+        given.profile(name, masks, settings, journal, watch)
