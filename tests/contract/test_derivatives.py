@@ -195,6 +195,33 @@ def test_explain_says_who_computes_tangents():
     assert vdcore.explain("temporal_attention", q, q, q) == plain
 
 
+@pytest.mark.parametrize("level", ("jvp", "dual"))
+@pytest.mark.parametrize("needs", ((True, False), (False, True), (True, True)), ids=("q", "dq", "both"))
+def test_gradients_of_results_and_of_their_tangents(needs, level):
+    """Of a loss of both, as autograd records them below the transform: by the inputs and by their tangents."""
+    q, k, dq = (torch.randn(1, 3, 2, 2, 8, dtype=torch.float64) for _ in range(3))
+
+    def both(q, dq, backend):
+        def f(q):
+            return vdcore.video_attention(q, k, k, backend=backend)
+
+        if level == "jvp":
+            return torch.func.jvp(f, (q,), (dq,))
+        with forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(f(forward_ad.make_dual(q, dq))))
+
+    def gradients(backend, dtype):
+        x = [y.to(dtype).requires_grad_(yes) for y, yes in zip((q, dq), needs)]
+        nonlocal k
+        k = k.to(dtype)
+        out, dout = both(*x, backend)
+        return torch.autograd.grad(out.square().sum() + (dout * dout.cos()).sum(), [y for y in x if y.requires_grad])
+
+    exact, before = gradients("reference", torch.float64), vdcore.calls()
+    close([x.double() for x in gradients("cpu", torch.float32)], exact, rtol=1e-4, atol=1e-4)
+    assert (vdcore.calls() - before)["video_attention", "cpu", "jvp"] == 1
+
+
 def test_tangents_by_another_than_forward(monkeypatch):
     """Where forward is run by one that has none: of what it left."""
     monkeypatch.setitem(ORDER, "cpu", ("sdpa", "cpu", "reference"))
