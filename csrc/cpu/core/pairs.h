@@ -21,6 +21,7 @@ constexpr int64_t kLeastTerms = kTileTerms;
 
 VDCORE_INLINE int64_t whole_rows(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
 VDCORE_INLINE int64_t whole_terms(int64_t n) { return (n + kTileTerms - 1) / kTileTerms * kTileTerms; }
+VDCORE_INLINE int64_t least_terms(int64_t n) { return (n + kLeastTerms - 1) / kLeastTerms * kLeastTerms; }
 
 // Left operand: A(m, k) = data[m * row + k].
 struct Rows {
@@ -177,27 +178,31 @@ VDCORE_INLINE vu rounded(vf x) { return reinterpret_cast<vu>(x) + 0x8000u; }
 VDCORE_INLINE vu pair(vf first, vf second) { return (rounded(first) >> 16) | (rounded(second) & 0xFFFF0000u); }
 VDCORE_INLINE vf as_bf16(vf x) { return reinterpret_cast<vf>(rounded(x) & 0xFFFF0000u); }
 
-// A row of n channels, in bfloat16.
+// A row of n channels, in bfloat16. A last vector of less than W overlaps the one before it.
 template <DType T>
 VDCORE_INLINE void copy_row(const char* row, int64_t n, uint16_t* out) {
   const auto* p = reinterpret_cast<const typename Element<T>::type*>(row);
-  int64_t i = 0;
-  if constexpr (T == DType::bf16) {
-    for (; i + W <= n; i += W)
+  const auto copy = [&](int64_t i) {
+    if constexpr (T == DType::bf16)
       *reinterpret_cast<vu16_unaligned*>(out + i) = *reinterpret_cast<const vu16_unaligned*>(p + i);
-    if (i < n) memcpy(out + i, p + i, (n - i) * sizeof(uint16_t));
-  } else {
-    for (; i + W <= n; i += W) Element<DType::bf16>::store(out + i, Element<T>::load(p + i));
-    if (i < n) store_partial<DType::bf16>(out + i, load_partial<T>(p + i, n - i), n - i);
-  }
+    else
+      Element<DType::bf16>::store(out + i, Element<T>::load(p + i));
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) copy(i);
+  if (i == n) return;
+  if (n > W) return copy(n - W);
+  if constexpr (T == DType::bf16)
+    memcpy(out, p, n * sizeof(uint16_t));
+  else
+    store_partial<DType::bf16>(out, load_partial<T>(p, n), n);
 }
 
 VDCORE_INLINE bool any_lane(vi found) {
-  float lanes[W];
-  store(lanes, reinterpret_cast<vf>(found & 0x3F800000));
-  float total = 0;
-  for (float x : lanes) total += x;
-  return total != 0;
+  uint64_t lanes[W / 2], all = 0;
+  memcpy(lanes, &found, sizeof lanes);
+  for (const uint64_t x : lanes) all |= x;
+  return all != 0;
 }
 // In which lanes of a row, n channels in whole vectors, there are infinity or NaN.
 VDCORE_INLINE vi strange_lanes(const uint16_t* row, int64_t n) {

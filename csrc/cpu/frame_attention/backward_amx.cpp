@@ -20,7 +20,10 @@ class MatrixProducts {
   static_assert(kQueryTile % kTileTerms == 0 && kKeyTile % kTileTerms == 0, "both are sums' terms");
 
   MatrixProducts(int64_t channels, Arena& arena)
-      : row(round_up(channels)), terms(whole_terms(channels)), t(round_up(channels), arena) {
+      : row(round_up(channels)),
+        terms(whole_terms(channels)),
+        depth(least_terms(channels)),
+        t(round_up(channels), arena) {
     stage = {halves(arena, kKeyTile * terms), terms};
     for (Rows* rows : {&k, &v}) *rows = {halves(arena, kKeyTile * terms), terms};
     for (Pairs* pairs : {&q_channels, &dout_channels}) *pairs = {halves(arena, terms * kQueryTile), 2 * kQueryTile};
@@ -49,8 +52,8 @@ class MatrixProducts {
   static VDCORE_INLINE int64_t lanes(int64_t queries) { return whole_terms(queries); }
   VDCORE_INLINE float score_factor() const { return factor; }
   void scores(int64_t queries, int64_t keys) const {
-    product(whole_rows(keys), lanes(queries), terms, k, q_channels, t.p, false);
-    product(whole_rows(keys), lanes(queries), terms, v, dout_channels, t.ds, false);
+    product(whole_rows(keys), lanes(queries), depth, k, q_channels, t.p, false);
+    product(whole_rows(keys), lanes(queries), depth, v, dout_channels, t.ds, false);
   }
 
   // Rounds P and dS, and adds up the latter as they are then: what their rows do not come to is corrected by that.
@@ -94,7 +97,7 @@ class MatrixProducts {
   }
 
  private:
-  const int64_t row, terms;
+  const int64_t row, terms, depth;
   const BackwardTiles t;
   TileScope registers;
   Rows stage, k, v;                 // (kKeyTile, terms)

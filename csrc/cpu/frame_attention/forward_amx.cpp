@@ -27,7 +27,10 @@ class MatrixProducts {
   static constexpr bool kCenters = false;
 
   MatrixProducts(int64_t channels, Arena& arena)
-      : row(round_up(channels)), terms(whole_terms(channels)), t(kQueryTile, round_up(channels), arena) {
+      : row(round_up(channels)),
+        terms(whole_terms(channels)),
+        depth(least_terms(channels)),
+        t(kQueryTile, round_up(channels), arena) {
     queries = halves(arena, kQueryTile * terms);
     stage = {halves(arena, kKeyTile * terms), terms};
     k = {halves(arena, kKeyTile * terms), terms};
@@ -80,7 +83,7 @@ class MatrixProducts {
   }
 
  private:
-  const int64_t row, terms;
+  const int64_t row, terms, depth;
   TileScope registers;
   QueryResults t;
   uint16_t* queries;  // per panel pairs (terms, kPanel)
@@ -97,7 +100,7 @@ class MatrixProducts {
 
   // Scores of a panel against kStep keys from `key` on.
   void score(int64_t i, int64_t key) const {
-    product(kStep, kPanel, terms, k.at(key, 0), panel(i), scores_of(i).at(key, 0), false);
+    product(kStep, kPanel, depth, k.at(key, 0), panel(i), scores_of(i).at(key, 0), false);
   }
 
   // Brings the panel's maximum up to date, and what was summed up before with it. `base`: what exponents are taken

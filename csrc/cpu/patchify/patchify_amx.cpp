@@ -19,8 +19,6 @@ constexpr int64_t kColumns = 2 * kTileRows;
 
 VDCORE_INLINE int64_t whole_columns(int64_t n) { return (n + kColumns - 1) / kColumns * kColumns; }
 
-VDCORE_INLINE int64_t least_terms(int64_t n) { return (n + kLeastTerms - 1) / kLeastTerms * kLeastTerms; }
-
 template <typename Kernel>
 void run_in_tiles(const Kernel& kernel, int64_t items, int threads) {
   parallel_for(
