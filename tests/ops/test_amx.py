@@ -39,8 +39,12 @@ def attention(S, D):
     return forward, count(lambda: outs[0].sum().backward())
 
 def temporal(T, D):
-    q, k, v = (torch.randn(1, T, 3, 2, D).bfloat16() for _ in range(3))
-    return count(lambda: vdcore.temporal_attention(q, k, v, backend="cpu"))
+    qkv, tangents = torch.randn(2, 3, 1, T, 3, 2, D).bfloat16()
+
+    def attend(q, k, v):
+        return vdcore.temporal_attention(q, k, v, backend="cpu")
+
+    return count(lambda: attend(*qkv)), count(lambda: torch.func.jvp(attend, tuple(qkv), tuple(tangents)))
 
 def patches(C, size, E):
     video = torch.randn(1, C, 1, 2 * size, 2 * size).bfloat16()
@@ -61,7 +65,10 @@ def counts(call, sizes):
     return json.loads(run_python(code, **EMULATED))
 
 
-@pytest.mark.parametrize("operators", [FRAMES, {"temporal_attention"}, {"patchify", "unpatchify"}], ids=min)
+ATTENTION = [FRAMES, {"temporal_attention"}]
+
+
+@pytest.mark.parametrize("operators", [*ATTENTION, {"patchify", "unpatchify"}], ids=min)
 def test_cases_in_bfloat16(operators):
     """The tolerance rule; other dtypes are another instruction set's."""
     code = (
@@ -86,6 +93,25 @@ print(native().cpu_isa())
 """
     )
     assert run_python(code, OMP_NUM_THREADS=1, **EMULATED).strip() == "amx-emulated"
+
+
+@pytest.mark.parametrize("operators", [*ATTENTION, {"tile_attention"}], ids=min)
+def test_tangents_of_cases_in_bfloat16(operators):
+    code = (
+        f"""
+operators = {operators}
+"""
+        + """
+import torch, vdcore
+from vdcore.testing import CASES, judge_tangents
+for case in [case for case in CASES if case.op in operators]:
+    before = vdcore.calls()[case.op, "cpu", "jvp"]
+    ratios = judge_tangents(case, "cpu", torch.bfloat16)
+    assert all(r.worst <= 1 for r in ratios.values()), (case, ratios)
+    assert vdcore.calls()[case.op, "cpu", "jvp"] == before + 4, case
+"""
+    )
+    run_python(code, OMP_NUM_THREADS=1, **EMULATED)
 
 
 def test_no_other_instruction_set_has_emulated_tiles():
@@ -115,11 +141,15 @@ def test_products_of_attention_are_those_of_its_padded_shape():
 
 
 def test_products_of_temporal_attention_are_those_of_its_padded_shape():
-    """Frames pad to 16, and as terms of results to 32; so many for each of 2 heads at 3 positions."""
+    """Frames pad to 16, and as terms of results to 32; so many for each of 2 heads at 3 positions.
+
+    With all tangents there are three of scores and two of results beside forward's own.
+    """
     sizes = [(8, 40), (16, 72), (17, 64), (32, 128), (64, 64)]
-    for (T, D), found in zip(sizes, counts("temporal", sizes)):
-        one = up(T, 16) ** 2 * up(D, 32) + up(T, 16) * up(D, 16) * up(T, 32)
-        assert found * TILE == 6 * one, (T, D)
+    for (T, D), (forward, pushed) in zip(sizes, counts("temporal", sizes)):
+        scores, results = up(T, 16) ** 2 * up(D, 32), up(T, 16) * up(D, 16) * up(T, 32)
+        assert forward * TILE == 6 * (scores + results), (T, D)
+        assert (pushed - forward) * TILE == 6 * (3 * scores + 2 * results), (T, D)
 
 
 def test_products_of_patches_are_those_of_their_padded_shape():

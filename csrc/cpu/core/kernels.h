@@ -37,6 +37,7 @@
   X(tile_attention_forward, TileAttention)         \
   X(tile_attention_backward, TileAttention)        \
   X(temporal_attention_forward, TemporalAttention) \
+  X(temporal_attention_tangents, TemporalTangents) \
   X(tokens_from_patches, PatchProduct)             \
   X(patches_from_tokens, PatchProduct)             \
   X(patch_weight_gradient, PatchWeightGradient)

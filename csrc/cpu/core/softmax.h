@@ -118,6 +118,24 @@ struct KeySum {
   }
 };
 
+// dlse = sum of P E over sum of P, of W rows whose keys are all at hand: the sum is taken of E less a guess, its mean,
+// and over the sum of P, which comes from an lse that was rounded. So neither brings in an error, and a row with one
+// key gets its E exactly. (A mean over all keys errs by half of what one key's E as the guess does, 33 keys.)
+struct TangentOfSum {
+  vf guess;
+  KeySum weights = {}, weighted = {};
+
+  VDCORE_INLINE void add(int64_t key, vf p, vf e) {
+    weights.add(key, p);
+    weighted.add(key, p * (e - guess));
+  }
+  VDCORE_INLINE vf dlse() {
+    weights.flush();
+    weighted.flush();
+    return guess + weighted.total / select(weights.total == 0.f, splat(1.f), weights.total);
+  }
+};
+
 // From P and dP to dS = P (dP - delta), for W rows whose keys are all at hand: delta = sum of P dP over sum of P, less
 // dlse. P comes from an lse that was rounded, by one factor for a whole row: over its sum, it is free of that. A key
 // that has all the weight of its row, as the only one has, gets P = 1 and dS = P dlse exactly: other gradients are 0

@@ -94,20 +94,17 @@ class VectorProducts {
     for (float* x : {t.sum + query, t.sum_of_terms + query}) store(x, load(x) + sum.total);
   }
 
-  // The same of all keys that they see: P (E - dlse), and dlse. Less a guess, E's mean, so that dlse does not have the
-  // error of a sum of P that is not quite 1, and a query with one key gets 0 exactly.
+  // The same of all keys that they see: P (E - dlse), and dlse.
   VDCORE_INLINE void weigh_all(float* weight_at, float* moved_at, int64_t keys, vf lse, float* dlse_at) const {
     vf total = {};
     for (int64_t j = 0; j < keys; ++j) total += load(moved_at + j * kPanel);
-    const vf guess = total * (1.f / static_cast<float>(keys));
-    KeySum sum;
+    TangentOfSum sum{total * (1.f / static_cast<float>(keys))};
     for (int64_t j = 0; j < keys; ++j) {
       const vf weight = exp2(load(weight_at + j * kPanel) - lse);
       store(weight_at + j * kPanel, weight);
-      sum.add(j, weight * (load(moved_at + j * kPanel) - guess));
+      sum.add(j, weight, load(moved_at + j * kPanel));
     }
-    sum.flush();
-    const vf dlse = sum.total + guess;
+    const vf dlse = sum.dlse();
     store(dlse_at, dlse * kLn2);
     for (int64_t j = 0; j < keys; ++j, weight_at += kPanel, moved_at += kPanel)
       store(moved_at, load(weight_at) * ((load(moved_at) - dlse) * kLn2));

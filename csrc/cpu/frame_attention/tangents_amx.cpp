@@ -26,7 +26,10 @@ class MatrixProducts {
   static constexpr int64_t kQueryTile = 256;  // shares one transpose of the values
 
   MatrixProducts(int64_t channels, Arena& arena)
-      : row(round_up(channels)), terms(whole_terms(channels)), t(kQueryTile, kPanel, round_up(channels), arena) {
+      : row(round_up(channels)),
+        terms(whole_terms(channels)),
+        depth(least_terms(channels)),
+        t(kQueryTile, kPanel, round_up(channels), arena) {
     for (uint16_t** x : {&q, &dq}) *x = halves(arena, kQueryTile * terms);
     for (Rows* x : {&k, &dk, &stage}) *x = {halves(arena, kKeyTile * terms), terms};
     for (Rows* x : {&v, &dv}) *x = {halves(arena, row * kKeyTile), kKeyTile};
@@ -58,14 +61,15 @@ class MatrixProducts {
     if (moves) gather_transposed(from.v, b, kv_head, tokens, which.all, v);
     if (from.dv) gather_transposed(from.dv, b, kv_head, tokens, false, dv);
     for (int64_t i = 0; i < count; i += kPanel) {
-      product(steps, kPanel, terms, k, panel(q, i), scores, false);
-      if (from.dq) product(steps, kPanel, terms, k, panel(dq, i), tangents, false);
-      if (from.dk) product(steps, kPanel, terms, dk, panel(q, i), tangents, static_cast<bool>(from.dq));
+      product(steps, kPanel, depth, k, panel(q, i), scores, false);
+      if (from.dq) product(steps, kPanel, depth, k, panel(dq, i), tangents, false);
+      if (from.dk) product(steps, kPanel, depth, dk, panel(q, i), tangents, static_cast<bool>(from.dq));
+      hide_padding(keys);
       for (int64_t lane = 0; lane < kPanel; lane += W)
-        if (which.all && moves)
-          weigh_all(lane, keys, i + lane, static_cast<bool>(from.dv));
+        if (from.dv)
+          weigh<true>(lane, keys, i + lane, which);
         else
-          weigh(lane, keys, i + lane, first, moves);
+          weigh<false>(lane, keys, i + lane, which);
       if (moves) product(row, kPanel, steps, v, moved, result(i), !first);
       if (from.dv) product(row, kPanel, steps, dv, weights, result(i), !first || moves);
     }
@@ -84,7 +88,7 @@ class MatrixProducts {
     uint16_t* to;
   };
 
-  const int64_t row, terms;
+  const int64_t row, terms, depth;
   TileScope registers;
   TangentResults t;
   uint16_t *q, *dq;       // per panel pairs (terms, kPanel)
@@ -106,25 +110,45 @@ class MatrixProducts {
     transpose_rows(steps, row, stage, to);
   }
 
-  // A vector of queries: scores become P, and their tangents P (E - shift), in pairs; 0 for what pads the keys.
-  VDCORE_INLINE void weigh(int64_t lane, int64_t keys, int64_t query, bool first, bool moves) const {
-    const float *score = scores.data + lane, *tangent = tangents.data + lane;
+  // What pads the keys to whole steps weighs 0.
+  void hide_padding(int64_t keys) const {
+    for (int64_t j = keys; j < whole_terms(keys); ++j)
+      for (int64_t lane = 0; lane < kPanel; lane += W) store(scores.at(j, lane).data, splat(-kInf));
+  }
+
+  VDCORE_INLINE vf probability(const float* score, vf lse) const { return exp2(load(score) * (factor * kLog2E) - lse); }
+
+  // A vector of queries: what becomes of its scores and their tangents.
+  template <bool kValuesMove>
+  void weigh(int64_t lane, int64_t keys, int64_t query, KeysOfTile which) const {
+    if (!which.moves) return weigh_still(lane, keys, query);
+    if (which.all) return weigh_all<kValuesMove>(lane, keys, query);
+    weigh_some<kValuesMove>(lane, keys, query, which.first);
+  }
+
+  // Scores without a tangent become P, in pairs.
+  void weigh_still(int64_t lane, int64_t keys, int64_t query) const {
+    const float* score = scores.data + lane;
     const vf lse = load(t.lse + query);
-    if (first && moves) {
+    for (int64_t j = 0; j < whole_terms(keys); j += 2, score += 2 * kPanel)
+      store_words(weights.at(j, lane).data, pair(probability(score, lse), probability(score + kPanel, lse)));
+  }
+
+  // They become P, where values have a tangent, and P (E - shift), in pairs.
+  template <bool kValuesMove>
+  void weigh_some(int64_t lane, int64_t keys, int64_t query, bool first) const {
+    const float *score = scores.data + lane, *tangent = tangents.data + lane;
+    if (first) {
       vf total = {};
       for (int64_t j = 0; j < keys; ++j) total += load(tangent + j * kPanel);
       store(t.shift + query, total * (factor / static_cast<float>(keys)));
     }
-    const vf shift = load(t.shift + query);
+    const vf lse = load(t.lse + query), shift = load(t.shift + query);
     vf sum = {}, sum_of_terms = {};
-    for (int64_t j = 0; j < whole_terms(keys); j += 2) {
-      vf p[2] = {}, pe[2] = {};
-      for (int64_t i = 0; i < smaller(2, keys - j); ++i) {
-        p[i] = exp2(load(score + (j + i) * kPanel) * (factor * kLog2E) - lse);
-        if (moves) pe[i] = p[i] * (load(tangent + (j + i) * kPanel) * factor - shift);
-      }
-      store_words(weights.at(j, lane).data, pair(p[0], p[1]));
-      if (!moves) continue;
+    for (int64_t j = 0; j < whole_terms(keys); j += 2, score += 2 * kPanel, tangent += 2 * kPanel) {
+      const vf p[] = {probability(score, lse), probability(score + kPanel, lse)};
+      const vf pe[] = {p[0] * (load(tangent) * factor - shift), p[1] * (load(tangent + kPanel) * factor - shift)};
+      if constexpr (kValuesMove) store_words(weights.at(j, lane).data, pair(p[0], p[1]));
       store_words(moved.at(j, lane).data, pair(pe[0], pe[1]));
       sum += pe[0] + pe[1];
       sum_of_terms += as_bf16(pe[0]) + as_bf16(pe[1]);
@@ -133,30 +157,26 @@ class MatrixProducts {
     store(t.sum_of_terms + query, load(t.sum_of_terms + query) + sum_of_terms);
   }
 
-  // The same of all keys that they see: P (E - dlse), and dlse. Less a guess, E's mean, so that dlse does not have the
-  // error of a sum of P that is not quite 1, and a query with one key gets 0 exactly.
-  VDCORE_INLINE void weigh_all(int64_t lane, int64_t keys, int64_t query, bool values_move) const {
+  // The same of all keys that they see: P (E - dlse), and dlse.
+  template <bool kValuesMove>
+  void weigh_all(int64_t lane, int64_t keys, int64_t query) const {
     float *score = scores.data + lane, *tangent = tangents.data + lane;
     vf total = {};
     for (int64_t j = 0; j < keys; ++j) total += load(tangent + j * kPanel);
-    const vf lse = load(t.lse + query), guess = total * (1.f / static_cast<float>(keys));
-    KeySum sum;
-    for (int64_t j = 0; j < keys; ++j) {
-      const vf p = exp2(load(score + j * kPanel) * (factor * kLog2E) - lse);
+    const vf lse = load(t.lse + query);
+    TangentOfSum sum{total * (1.f / static_cast<float>(keys))};
+    for (int64_t j = 0; j < whole_terms(keys); ++j) {
+      const vf p = probability(score + j * kPanel, lse);
       store(score + j * kPanel, p);
-      sum.add(j, p * (load(tangent + j * kPanel) - guess));
+      sum.add(j, p, load(tangent + j * kPanel));
     }
-    sum.flush();
-    const vf dlse = sum.total + guess;
+    const vf dlse = sum.dlse();
     store(t.sum + query, dlse * factor);
-    for (int64_t j = 0; j < whole_terms(keys); j += 2) {
-      vf p[2] = {}, pe[2] = {};
-      for (int64_t i = 0; i < smaller(2, keys - j); ++i) {
-        p[i] = load(score + (j + i) * kPanel);
-        pe[i] = p[i] * ((load(tangent + (j + i) * kPanel) - dlse) * factor);
-      }
-      if (values_move) store_words(weights.at(j, lane).data, pair(p[0], p[1]));
-      store_words(moved.at(j, lane).data, pair(pe[0], pe[1]));
+    for (int64_t j = 0; j < whole_terms(keys); j += 2, score += 2 * kPanel, tangent += 2 * kPanel) {
+      const vf p[] = {load(score), load(score + kPanel)};
+      const vf e[] = {load(tangent), load(tangent + kPanel)};
+      if constexpr (kValuesMove) store_words(weights.at(j, lane).data, pair(p[0], p[1]));
+      store_words(moved.at(j, lane).data, pair(p[0] * ((e[0] - dlse) * factor), p[1] * ((e[1] - dlse) * factor)));
     }
   }
 

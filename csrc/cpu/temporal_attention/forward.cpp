@@ -14,9 +14,11 @@ constexpr int64_t kStageFloats = 112 * 1024;  // Q, K and V rows of one step: wi
 
 class FloatStep {
  public:
+  using Plan = TemporalPlan;
+
   FloatStep(const TemporalPlan& plan, Arena& arena)
       : p(plan), n(plan.shape), t(plan, arena), norm_rope(plan.a, plan.shape.row, arena) {
-    k_in_place = p.query_block >= n.T && p.a.k.dtype == DType::f32 && !transformed(p.a);
+    k_in_place = p.one_query_block() && p.a.k.dtype == DType::f32 && !transformed(p.a);
     q_in_place = k_in_place && n.D % W == 0;  // the transpose reads whole vectors
     const int64_t kv_heads = p.heads / n.group;
     q = {arena.floats(p.heads * p.query_block * n.row), p.query_block, n.row};
@@ -29,13 +31,7 @@ class FloatStep {
     lows = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
   }
 
-  int64_t bytes_at_once() const {
-    const int64_t bytes = (n.T * n.H + 2 * n.K * n.G) * n.D * size_of(p.a.q.dtype);
-    // Steps that the products of one position take: scores, then results.
-    const int64_t blocks = (n.K + block_rows(2) - 1) / block_rows(2) * ((round_up(n.T) / W + 2) / 3) * n.D +
-                           (n.T + block_rows(3) - 1) / block_rows(3) * ((n.row / W + 2) / 3) * n.K;
-    return smaller(64, larger(1, bytes / larger(1, blocks * n.H)));
-  }
+  int64_t bytes_at_once() const { return p.bytes_at_once(1, 1); }
 
   void run(const Place& place, Prefetch& prefetch) {
     const int64_t b = place.b, s = place.s, heads = place.heads.count;
@@ -128,6 +124,6 @@ class FloatStep {
 
 }  // namespace
 
-void temporal_attention_forward(const TemporalAttention& a) { run_temporal<FloatStep>(TemporalPlan(a, kStageFloats)); }
+void temporal_attention_forward(const TemporalAttention& a) { run_temporal<FloatStep>(forward_plan(a, kStageFloats)); }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

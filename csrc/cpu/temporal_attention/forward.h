@@ -1,43 +1,14 @@
-// Temporal attention, forward: how a call is cut into items and steps, and how results leave a step. Products in
-// float32 (forward.cpp) and in pairs of bfloat16 (forward_amx.cpp) share it.
+// Temporal attention, forward: how results leave a step. Products in float32 (forward.cpp) and in pairs of bfloat16
+// (forward_amx.cpp) share it.
 #pragma once
 
-#include "common/threads.h"
-#include "cpu/temporal_attention/tiles.h"
+#include "cpu/temporal_attention/steps.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
 
-struct TemporalPlan {
-  const TemporalAttention& a;
-  Shape shape;
-  int64_t query_block, key_block;  // frames
-  int64_t heads;                   // query heads of one step
-  int64_t positions;               // of one item
-  int64_t chunks, head_groups;
-  bool split_heads;  // head groups are items of their own
-  bool stream;
-
-  // `room`: values that a step's rows of Q, K and V may be.
-  TemporalPlan(const TemporalAttention& args, int64_t room) : a(args), shape(args) {
-    constexpr int64_t kMaxQueryBlock = 64;
-    const Shape& n = shape;
-    query_block = smaller(round_up(n.T), kMaxQueryBlock);
-    heads = n.H;
-    // Fewer heads, at least one group, until the stage fits; then fewer keys.
-    while (heads > n.group && heads * query_block * n.row + 2 * heads / n.group * n.K * n.row > room)
-      heads = n.fewer_heads(heads);
-    const int64_t left = larger(room - heads * query_block * n.row, W * 2 * n.row);
-    key_block = smaller(n.K, left / (2 * heads / n.group * n.row));
-    head_groups = n.H / heads;
-    positions = larger(1, smaller(64, n.B * n.S / (8 * a.threads)));
-    chunks = (n.S + positions - 1) / positions;
-    split_heads = n.B * chunks < 4 * a.threads;
-    stream = streams(a.out);
-  }
-
-  int64_t items() const { return shape.B * chunks * (split_heads ? head_groups : 1); }
-  bool one_key_block() const { return key_block >= shape.K; }
-};
+inline TemporalPlan forward_plan(const TemporalAttention& a, int64_t room) {
+  return {a, {&a.q, &a.k, &a.v}, a.out, 1, 2, room};
+}
 
 // Of the queries of a step.
 struct TemporalResults {
@@ -45,9 +16,9 @@ struct TemporalResults {
   float *maximum, *sum;  // (heads, query_block), scores in base 2
 
   TemporalResults(const TemporalPlan& p, Arena& arena) {
-    out = {arena.floats(p.heads * p.query_block * p.shape.row), p.query_block, p.shape.row};
-    maximum = arena.floats(p.heads * p.query_block);
-    sum = arena.floats(p.heads * p.query_block);
+    out = {arena.floats(p.rows() * p.shape.row), p.query_block, p.shape.row};
+    maximum = arena.floats(p.rows());
+    sum = arena.floats(p.rows());
   }
 };
 
@@ -85,51 +56,6 @@ inline void write_lse(const TemporalPlan& p, const TemporalResults& t, const Pla
 inline void write_results(const TemporalPlan& p, const TemporalResults& t, const Place& place, Run queries) {
   with_dtype(p.a.out.dtype, [&](auto type) { write_rows<decltype(type)::value>(p, t, place, queries); });
   if (p.a.lse) write_lse(p, t, place, queries);
-}
-
-// A Step has
-//   Step(plan, arena)
-//   bytes_at_once(): of the next step's rows, how many it asks for at a time
-//   run(place, prefetch): attention at one position
-template <typename Step>
-void run_temporal_item(const TemporalPlan& p, int64_t item) {
-  const Shape& n = p.shape;
-  Arena count(nullptr);
-  Step(p, count);
-  Arena arena(scratch(count.used()));
-  Step step(p, arena);
-
-  int64_t first_group = 0, groups = p.head_groups;
-  if (p.split_heads) {
-    first_group = item % p.head_groups;
-    groups = 1;
-    item /= p.head_groups;
-  }
-  const int64_t b = item / p.chunks, s0 = item % p.chunks * p.positions;
-  const int64_t steps = smaller(p.positions, n.S - s0) * groups;
-
-  const TensorView* const tensors[] = {&p.a.q, &p.a.k, &p.a.v};
-  for (int64_t i = 0; i < steps; ++i) {
-    const auto position = [&](int64_t index) { return s0 + index / groups; };
-    const auto head = [&](int64_t index) { return (first_group + index % groups) * p.heads; };
-    NextRows next{tensors, 3, b, position(i + 1), head(i + 1), p.heads};
-    Prefetch prefetch;
-    if (i + 1 < steps && p.one_key_block() && p.query_block >= n.T) {
-      prefetch.source = NextRows::next;
-      prefetch.context = &next;
-      prefetch.stride = step.bytes_at_once();
-    }
-    step.run({b, position(i), {head(i), p.heads}}, prefetch);
-  }
-  stream_fence();
-}
-
-template <typename Step>
-void run_temporal(const TemporalPlan& plan) {
-  parallel_for(
-      plan.items(), plan.a.threads,
-      [](void* p, int64_t item) { run_temporal_item<Step>(*static_cast<const TemporalPlan*>(p), item); },
-      const_cast<TemporalPlan*>(&plan));
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA
