@@ -51,6 +51,9 @@ struct TilePlan {
   VDCORE_INLINE int64_t per_frame() const { return rows * columns; }
   VDCORE_INLINE int64_t tile_count() const { return tiles[0] * tiles[1] * tiles[2]; }
   VDCORE_INLINE bool has_lists() const { return list_batch > 0; }
+  VDCORE_INLINE int64_t list_of(int64_t sample, int64_t head) const {
+    return (list_batch > 1 ? sample : 0) * list_heads + (list_heads > 1 ? head : 0);
+  }
 };
 
 // A plan and the memory that it points to.

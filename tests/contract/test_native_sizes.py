@@ -89,7 +89,7 @@ def frames():
 def frame_tangents():
     q, k, rows = (B, T, S, H, D), (B, K, S, G, D), (B, T, S, H)
     tq, tk, text_rows = (B, 1, L, H, D), (B, 1, L, G, D), (B, 1, L, H)
-    shapes = [[q, k, k, q, rows, q, k, k, q, rows], [tq, tk, tk, tq, text_rows, tq, tk, tk, tq, text_rows]]
+    shapes = [[q, k, k, q, rows, q, rows, q, k, k], [tq, tk, tk, tq, text_rows, tq, text_rows, tq, tk, tk]]
     return [groups(), *([zeros(*shape) for shape in segment] for segment in shapes), 0.5, 1]
 
 
@@ -172,6 +172,7 @@ CALLS = {
     "frame_attention_forward, gate": ("frame_attention_forward", gated_frames),
     "frame_attention_backward": ("frame_attention_backward", frames_backward),
     "tile_attention_forward": ("tile_attention_forward", lambda: [*windows(False), 1]),
+    "tile_attention_tangents": ("tile_attention_tangents", lambda: [*windows(True), 1]),
     "tile_attention_backward": (
         "tile_attention_backward",
         lambda: [*windows(True), zeros(B, H, T * S + L), 1],

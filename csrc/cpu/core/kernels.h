@@ -16,6 +16,7 @@
   X(frame_attention_tangents, FrameTangents)                \
   X(tile_attention_forward, TileAttention)                  \
   X(tile_attention_backward, TileAttention)                 \
+  X(tile_attention_tangents, TileAttention)                 \
   X(temporal_attention_forward, TemporalAttention)          \
   X(temporal_attention_backward, TemporalAttentionBackward) \
   X(temporal_attention_tangents, TemporalTangents)          \
@@ -36,6 +37,7 @@
   X(frame_attention_tangents, FrameTangents)       \
   X(tile_attention_forward, TileAttention)         \
   X(tile_attention_backward, TileAttention)        \
+  X(tile_attention_tangents, TileAttention)        \
   X(temporal_attention_forward, TemporalAttention) \
   X(temporal_attention_tangents, TemporalTangents) \
   X(tokens_from_patches, PatchProduct)             \

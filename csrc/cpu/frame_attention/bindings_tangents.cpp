@@ -6,7 +6,7 @@
 namespace vdcore::cpu {
 namespace {
 
-// q, k, v, out, lse, dq, dk, dv, dout, dlse; dq, dk and dv may be None.
+// q, k, v, out, lse, dout, dlse, dq, dk, dv; the last three may be None.
 TangentSegment tangent_segment(const TokenGroups& groups, const std::vector<py::object>& tensors, bool text) {
   require(tensors.size() == 10, "a segment has 10 tensors");
   TangentSegment s;
@@ -20,11 +20,11 @@ TangentSegment tangent_segment(const TokenGroups& groups, const std::vector<py::
   const Sizes rows = {s.q.size[0], s.q.size[1], s.q.size[2], s.q.size[3]};
   s.out = like("out", tensors[3], s.q);
   s.lse = row_view("lse", tensors[4], rows);
-  s.dq = optional_like("dq", tensors[5], s.q);
-  s.dk = optional_like("dk", tensors[6], s.k);
-  s.dv = optional_like("dv", tensors[7], s.k);
-  s.dout = like("dout", tensors[8], s.q);
-  s.dlse = row_view("dlse", tensors[9], rows);
+  s.dout = like("dout", tensors[5], s.q);
+  s.dlse = row_view("dlse", tensors[6], rows);
+  s.dq = optional_like("dq", tensors[7], s.q);
+  s.dk = optional_like("dk", tensors[8], s.k);
+  s.dv = optional_like("dv", tensors[9], s.k);
   require(s.lse && s.dlse, "lse and dlse must be given");
   return s;
 }

@@ -68,7 +68,7 @@ class Backward {
   // dq of a box of queries.
   void queries(const Box& box, const Shape* shape) {
     const FrameSegment& segment = a.segment[box.text];
-    const int64_t list = list_of(box.sample, box.head), kv_head = box.head / shared;
+    const int64_t list = plan.list_of(box.sample, box.head), kv_head = box.head / shared;
     find_slots(plan, box, kQueries, shape, *slots);
     for_dead(plan, box, kQueries, [&](const TokenRun& tokens) { clear_run(segment.dq, box.sample, box.head, tokens); });
     if (!slots->run_count) return;
@@ -106,7 +106,8 @@ class Backward {
     start(2);
     for (int64_t h = box.head * shared; h < (box.head + 1) * shared; ++h) {
       const auto flush = [&] { key_tile(box, h); };
-      for_segments(plan, box, kKeys, list_of(box.sample, h), false, [&](const Segment& s) { tile->add(s, flush); });
+      for_segments(plan, box, kKeys, plan.list_of(box.sample, h), false,
+                   [&](const Segment& s) { tile->add(s, flush); });
       tile->finish(flush);
     }
     products.finish(2);
@@ -129,9 +130,6 @@ class Backward {
   float* row_sum;                                      // of dS, of the box's queries
   float* mean;                                         // (row,), of keys
 
-  int64_t list_of(int64_t sample, int64_t head) const {
-    return (plan.list_batch > 1 ? sample : 0) * plan.list_heads + (plan.list_heads > 1 ? head : 0);
-  }
   float* delta_of(int64_t b, int64_t head, const TokenRun& tokens) const {
     return a.delta + (b * H + head) * all_rows + (tokens.text ? video_rows : 0) + tokens.begin;
   }

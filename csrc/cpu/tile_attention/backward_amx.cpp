@@ -17,7 +17,8 @@ class MatrixProducts {
  public:
   static constexpr int64_t kTile = kOtherTile;
 
-  MatrixProducts(BackwardState& state, Arena& arena) : s(state), terms(whole_terms(state.D)) {
+  MatrixProducts(BackwardState& state, Arena& arena)
+      : s(state), terms(whole_terms(state.D)), depth(least_terms(state.D)) {
     for (uint16_t** x : {&own[0], &own[1]}) *x = halves(arena, kBoxTokens * terms);
     lanes_of = {halves(arena, kMostLanes * terms), terms};
     for (Rows* x : {&other[0], &other[1], &stage}) *x = {halves(arena, kTile * terms), terms};
@@ -66,7 +67,7 @@ class MatrixProducts {
     for (int64_t i = 0; i < steps.count; ++i)
       for (int64_t x = 0; x < 2; ++x) {
         const Run& r = steps.runs[i];
-        product(r.size(), used, terms, other[x].at(r.begin, 0), unit(x, u), {(x ? s.ds : s.p) + r.begin * lanes, lanes},
+        product(r.size(), used, depth, other[x].at(r.begin, 0), unit(x, u), {(x ? s.ds : s.p) + r.begin * lanes, lanes},
                 false);
       }
   }
@@ -103,7 +104,7 @@ class MatrixProducts {
 
  private:
   BackwardState& s;
-  const int64_t terms;
+  const int64_t terms, depth;
   TileScope registers;
   uint16_t* own[2];      // per unit pairs (terms, lanes): q and dout, or k and v
   Rows lanes_of;         // (kMostLanes, terms)

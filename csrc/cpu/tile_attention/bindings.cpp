@@ -83,9 +83,13 @@ OwnedPlan lists_plan(int64_t batch, int64_t frames, int64_t rows, int64_t column
   return plan_of_lists({batch, frames, frames, rows, columns, 0}, tile.data(), list_batch, list_heads, most, all, many);
 }
 
-// q, k, v, out, lse; backward: then dout, dlse, dq, dk, dv. lse and dlse may be None.
-FrameSegment tile_segment(const TilePlan& plan, const std::vector<py::object>& tensors, bool text, bool backward) {
-  require(tensors.size() == (backward ? 10 : 5), "a segment has 5 tensors, and 10 in backward");
+enum class Direction { forward, backward, tangents };
+
+// q, k, v, out, lse; but for forward then dout, dlse, dq, dk, dv. lse and dlse may be None, of tangents dq, dk and dv.
+FrameSegment tile_segment(const TilePlan& plan, const std::vector<py::object>& tensors, bool text,
+                          Direction direction) {
+  require(tensors.size() == (direction == Direction::forward ? 5 : 10),
+          "a segment has 5 tensors, and 10 where there are derivatives");
   FrameSegment s;
   s.q = query_view(tensors[0]);
   s.k = key_view(tensors[1], s.q);
@@ -98,25 +102,32 @@ FrameSegment tile_segment(const TilePlan& plan, const std::vector<py::object>& t
   const Sizes rows = {s.q.size[0], s.q.size[1], s.q.size[2], s.q.size[3]};
   s.out = like("out", tensors[3], s.q);
   s.lse = row_view("lse", tensors[4], rows);
-  if (!backward) return s;
-  require(static_cast<bool>(s.lse), "backward needs lse");
+  if (direction == Direction::forward) return s;
+  require(static_cast<bool>(s.lse), "derivatives need lse");
   s.dout = like("dout", tensors[5], s.q);
   s.dlse = row_view("dlse", tensors[6], rows);
-  s.dq = like("dq", tensors[7], s.q);
-  s.dk = like("dk", tensors[8], s.k);
-  s.dv = like("dv", tensors[9], s.k);
+  const bool tangents = direction == Direction::tangents;
+  require(s.dlse || !tangents, "dlse must be given");
+  const auto derivative = [&](const char* name, int at, const TensorView& of) {
+    return tangents ? optional_like(name, tensors[at], of) : like(name, tensors[at], of);
+  };
+  s.dq = derivative("dq", 7, s.q);
+  s.dk = derivative("dk", 8, s.k);
+  s.dv = derivative("dv", 9, s.k);
   return s;
 }
 
 TileAttention tile_call(const OwnedPlan& owned, const std::vector<py::object>& video,
-                        const std::vector<py::object>& text, float scale, int threads, bool backward) {
+                        const std::vector<py::object>& text, float scale, int threads, Direction direction) {
   TileAttention args;
   const TilePlan& plan = owned.plan;
-  const FrameSegment& s = args.segment[0] = tile_segment(plan, video, false, backward);
+  const FrameSegment& s = args.segment[0] = tile_segment(plan, video, false, direction);
   const int64_t H = s.q.size[3], G = s.k.size[3], D = s.q.size[4];
   if (plan.text) {
-    const FrameSegment& t = args.segment[1] = tile_segment(plan, text, true, backward);
+    const FrameSegment& t = args.segment[1] = tile_segment(plan, text, true, direction);
     require(t.q.size[3] == H && t.k.size[3] == G && t.q.size[4] == D, "text must have the heads of the video");
+    for (const auto& [x, y] : {std::pair(&s.dq, &t.dq), std::pair(&s.dk, &t.dk), std::pair(&s.dv, &t.dv)})
+      require(static_cast<bool>(*x) == static_cast<bool>(*y), "video and text have the same tangents");
   }
   if (plan.has_lists()) {
     require(plan.list_heads == 1 || plan.list_heads == H, "lists are of other heads");
@@ -136,7 +147,7 @@ TileAttention tile_call(const OwnedPlan& owned, const std::vector<py::object>& v
 
 void tile_attention_forward(const OwnedPlan& plan, const std::vector<py::object>& video,
                             const std::vector<py::object>& text, float scale, int threads) {
-  const TileAttention args = tile_call(plan, video, text, scale, threads, false);
+  const TileAttention args = tile_call(plan, video, text, scale, threads, Direction::forward);
   py::gil_scoped_release unlocked;
   kernels().tile_attention_forward(args);
 }
@@ -144,12 +155,19 @@ void tile_attention_forward(const OwnedPlan& plan, const std::vector<py::object>
 // `delta`: float32 (B, H, rows).
 void tile_attention_backward(const OwnedPlan& plan, const std::vector<py::object>& video,
                              const std::vector<py::object>& text, float scale, py::handle delta, int threads) {
-  TileAttention args = tile_call(plan, video, text, scale, threads, true);
+  TileAttention args = tile_call(plan, video, text, scale, threads, Direction::backward);
   const TensorView& q = args.segment[0].q;
   args.delta = floats("delta", delta, {q.size[0], q.size[3], q.size[1] * q.size[2] + plan.plan.text});
   require(args.delta, "delta must be given");
   py::gil_scoped_release unlocked;
   kernels().tile_attention_backward(args);
+}
+
+void tile_attention_tangents(const OwnedPlan& plan, const std::vector<py::object>& video,
+                             const std::vector<py::object>& text, float scale, int threads) {
+  const TileAttention args = tile_call(plan, video, text, scale, threads, Direction::tangents);
+  py::gil_scoped_release unlocked;
+  kernels().tile_attention_tangents(args);
 }
 
 }  // namespace
@@ -162,6 +180,7 @@ void define_tile_attention(py::module_& m) {
   m.def("lists_plan", lists_plan, "batch"_a, "frames"_a, "rows"_a, "columns"_a, "tile"_a, "list_batch"_a,
         "list_heads"_a, "most"_a, "indices"_a, "counts"_a);
   m.def("tile_attention_forward", tile_attention_forward, "plan"_a, "video"_a, "text"_a, "scale"_a, "threads"_a);
+  m.def("tile_attention_tangents", tile_attention_tangents, "plan"_a, "video"_a, "text"_a, "scale"_a, "threads"_a);
   m.def("tile_attention_backward", tile_attention_backward, "plan"_a, "video"_a, "text"_a, "scale"_a, "delta"_a,
         "threads"_a);
 }

@@ -116,6 +116,6 @@ class VectorProducts {
 
 }  // namespace
 
-void tile_attention_forward(const TileAttention& a) { ForwardJob<VectorProducts>::run_all(a); }
+void tile_attention_forward(const TileAttention& a) { QueryBoxesJob<Forward<VectorProducts>>::run_all(a); }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -8,7 +8,7 @@
 // `Products` is how a unit meets a tile: in vectors, or in pairs of bfloat16.
 #pragma once
 
-#include "common/threads.h"
+#include "cpu/tile_attention/job.h"
 #include "cpu/tile_attention/strange.h"
 
 namespace vdcore::cpu::VDCORE_ISA {
@@ -55,8 +55,7 @@ class Forward {
     const FrameSegment& segment = s.a.segment[box.text];
     s.box = box;
     s.kv_head = box.head / (segment.q.size[3] / segment.k.size[3]);
-    const int64_t list =
-        (s.plan.list_batch > 1 ? box.sample : 0) * s.plan.list_heads + (s.plan.list_heads > 1 ? box.head : 0);
+    const int64_t list = s.plan.list_of(box.sample, box.head);
     find_slots(s.plan, box, kQueries, shape, *s.slots);
     for_dead(s.plan, box, kQueries, [&](const TokenRun& tokens) { clear(tokens); });
     if (!s.slots->run_count) return;
@@ -126,28 +125,6 @@ class Forward {
     if (segment.lse)
       for_each_row(segment.lse, s.box.sample, s.box.head, tokens,
                    [&](char* at, int64_t) { *reinterpret_cast<float*>(at) = -kInf; });
-  }
-};
-
-template <typename Products>
-struct ForwardJob {
-  const TileAttention& a;
-  Boxes boxes;
-
-  void run(int64_t i) const {
-    const Box box = boxes.at(i);
-    Arena count(nullptr);
-    Forward<Products>(a, count);
-    Arena arena(scratch(count.used()));
-    Forward<Products>(a, arena).run(box, box.group ? &boxes.shape(box) : nullptr);
-  }
-
-  static void run_all(const TileAttention& a) {
-    Shape* shapes = new Shape[larger(a.plan->group_count, 1)];
-    ForwardJob job{a, {*a.plan, kQueries, a.segment[0].q.size[3], 1, shapes}};
-    parallel_for(
-        job.boxes.items(), a.threads, [](void* p, int64_t i) { static_cast<const ForwardJob*>(p)->run(i); }, &job);
-    delete[] shapes;
   }
 };
 

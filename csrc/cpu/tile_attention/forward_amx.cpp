@@ -18,7 +18,8 @@ class MatrixProducts {
   static constexpr int64_t kTile = kOtherTile;
   static constexpr bool kCenters = false;
 
-  MatrixProducts(ForwardState& state, Arena& arena) : s(state), terms(whole_terms(state.D)) {
+  MatrixProducts(ForwardState& state, Arena& arena)
+      : s(state), terms(whole_terms(state.D)), depth(least_terms(state.D)) {
     queries = halves(arena, kBoxTokens * terms);
     lanes_of = {halves(arena, kMostLanes * terms), terms};
     for (Rows* x : {&k, &stage}) *x = {halves(arena, kTile * terms), terms};
@@ -62,7 +63,7 @@ class MatrixProducts {
     const int64_t lanes = s.slots->lanes, used = s.slots->in_use(u);
     steps.find(*s.view);
     for (int64_t i = 0; i < steps.count; ++i)
-      product(steps.runs[i].size(), used, terms, k.at(steps.runs[i].begin, 0), unit(u),
+      product(steps.runs[i].size(), used, depth, k.at(steps.runs[i].begin, 0), unit(u),
               {scores + steps.runs[i].begin * lanes, lanes}, false);
     const Pairs p = {weights, 2 * lanes};
     for (int64_t lane = 0; lane < used; lane += W) softmax(u, lane, p);
@@ -83,7 +84,7 @@ class MatrixProducts {
 
  private:
   ForwardState& s;
-  const int64_t terms;
+  const int64_t terms, depth;
   TileScope registers;
   uint16_t* queries;  // per unit pairs (terms, lanes)
   Rows lanes_of;      // (kMostLanes, terms)
@@ -150,7 +151,7 @@ class MatrixProducts {
 // A factor of 0 would make NaN of what is hidden.
 void tile_attention_forward(const TileAttention& a) {
   if (!in_bf16(a) || a.scale == 0) return VDCORE_REST::tile_attention_forward(a);
-  ForwardJob<MatrixProducts>::run_all(a);
+  QueryBoxesJob<Forward<MatrixProducts>>::run_all(a);
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vdcore.ops.call import empty_like
 from vdcore.ops.cross_attention.cpu import problem
+from vdcore.ops.native import native
 from vdcore.ops.qk_norm_rope.tangents import Dual
 from vdcore.ops.temporal_attention.cpu_tangents import Part, run_tangents
 from vdcore.ops.temporal_attention.tangents import prepared
@@ -32,5 +34,5 @@ def cross_attention(c: CrossCall, outputs: tuple[Tensor, ...], given: dict[str, 
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
     part = Part(q, prompts(k), prompts((c.v, given.get("v"))), out, lse, dout, dlse)
-    run_tangents(groups, [part], c.scale)
+    run_tangents(partial(native().frame_attention_tangents, groups=groups), [part], c.scale)
     return dout, dlse

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from vdcore.grid_mask import HeadMasks
 from vdcore.ops.call import empty_like
 from vdcore.ops.frame_attention.cpu import groups_of, joint
+from vdcore.ops.frame_attention.windows_cpu import plan_of
+from vdcore.ops.native import native
 from vdcore.ops.qk_norm_rope.tangents import Dual
 from vdcore.ops.temporal_attention.cpu_tangents import Part, run_tangents
 from vdcore.ops.temporal_attention.tangents import prepared, qkv_duals
@@ -24,7 +28,11 @@ def video_attention(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, 
         qkv.append((*prepared(text[0], text[1], c.text_norm, None, 0, given, "text_"), text[2]))
     dout, dlse = (empty_like(x) for x in outputs)
     rows = zip(*(joint(c, x) for x in (*outputs, dout, dlse)))
-    run_tangents(groups_of(c), [Part(*x, *mine) for x, mine in zip(qkv, rows)], c.scale)
+    if isinstance(c.mask, HeadMasks):
+        engine = partial(native().tile_attention_tangents, plan=plan_of(c, c.mask))
+    else:
+        engine = partial(native().frame_attention_tangents, groups=groups_of(c))
+    run_tangents(engine, [Part(*x, *mine) for x, mine in zip(qkv, rows)], c.scale)
     return dout, dlse
 
 

@@ -27,7 +27,7 @@ def _windows(heads: int, mask: GridMask, T: int, T_k: int, q_start: int) -> tupl
     return heads, list(mask.tile), mask.border == "shift", min(mask.sink, most), clean, runs, *steps
 
 
-def _plan(c: VideoCall, masks: HeadMasks) -> Plan:
+def plan_of(c: VideoCall, masks: HeadMasks) -> Plan:
     B, T = c.q.shape[:2]
     T_k = c.k.shape[1]
     return native().windows_plan(
@@ -126,7 +126,7 @@ def _forward(c: VideoCall) -> tuple[Tensor | None, ...]:
     if not isinstance(c.mask, HeadMasks):
         return cpu.FRAMES.forward(c)
     out, lse = c.empty_outputs()
-    attend(_plan(c, c.mask), segments_of(c, _Live(c, c.mask)), joint(c, out), joint(c, lse), c.scale)
+    attend(plan_of(c, c.mask), segments_of(c, _Live(c, c.mask)), joint(c, out), joint(c, lse), c.scale)
     return out, lse
 
 
@@ -135,7 +135,7 @@ def _backward(
 ) -> Gradients:
     if not isinstance(c.mask, HeadMasks):
         return cpu.run_backward(c, outputs, grads, wanted)
-    plan, segments = _plan(c, c.mask), segments_of(c, _Live(c, c.mask))
+    plan, segments = plan_of(c, c.mask), segments_of(c, _Live(c, c.mask))
 
     def fill(rows: list[Joint], filled: list[Any]) -> None:
         attend_backward(plan, segments, rows, filled, c.scale)
@@ -143,8 +143,4 @@ def _backward(
     return gradients_of(c, segments, outputs, grads, wanted, fill)
 
 
-def _why_not_tangents(c: VideoCall) -> str | None:
-    return "its tangents know no GridMask" if isinstance(c.mask, HeadMasks) else None
-
-
-FRAMES = Implementation(_forward, _backward, cpu.FRAMES.why_not, why_not_tangents=_why_not_tangents)
+FRAMES = Implementation(_forward, _backward, cpu.FRAMES.why_not)

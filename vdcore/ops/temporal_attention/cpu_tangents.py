@@ -5,8 +5,9 @@ Norm and rope and their tangents take passes of their own before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,20 +42,18 @@ class Part:
     dlse: Tensor
 
 
-def run_tangents(groups: Any, parts: list[Part], scale: float) -> None:
-    """Fills the parts' dout and dlse."""
+def run_tangents(engine: Callable[..., None], parts: list[Part], scale: float) -> None:
+    """Fills the parts' dout and dlse; ``engine``: of the native module, with the groups or the plan that it takes."""
     for name in "qkv":  # a tangent that one part has, both have
         if any(getattr(part, name)[1] is not None for part in parts):
             for part in parts:
                 x, dx = getattr(part, name)
                 setattr(part, name, (x, torch.zeros_like(x) if dx is None else unit_stride(dx)))
     video, *text = (
-        [capsule(x) for x in (p.q[0], p.k[0], p.v[0], p.out, p.lse, p.q[1], p.k[1], p.v[1], p.dout, p.dlse)]
+        [capsule(x) for x in (p.q[0], p.k[0], p.v[0], p.out, p.lse, p.dout, p.dlse, p.q[1], p.k[1], p.v[1])]
         for p in parts
     )
-    native().frame_attention_tangents(
-        groups=groups, video=video, text=text[0] if text else [], scale=scale, threads=torch.get_num_threads()
-    )
+    engine(video=video, text=text[0] if text else [], scale=scale, threads=torch.get_num_threads())
 
 
 def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:

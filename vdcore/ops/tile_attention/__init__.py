@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from vdcore.ops.call import Call, empty, empty_like, lse_dtype
 from vdcore.ops.choose import Implementation
 from vdcore.ops.frame_attention import video_attention
 from vdcore.ops.operator import by_formula, register, run
-from vdcore.ops.tile_attention import cpu, reference, triton
+from vdcore.ops.tile_attention import cpu, cpu_tangents, reference, triton
 from vdcore.ops.tile_attention.boxes import check_tiles, tiles_of
 from vdcore.ops.tile_attention.lists import checked, select_tiles
 from vdcore.tile_lists import TileLists
@@ -118,7 +118,7 @@ def _with_checks(its: Implementation) -> Implementation:
         checked(call)
         return its.forward(call)
 
-    return Implementation(forward, its.backward, its.why_not, formula=its.formula)
+    return replace(its, forward=forward)
 
 
 @torch.no_grad()
@@ -184,6 +184,6 @@ register(
     tile_attention,
     TileCall,
     reference=_with_checks(by_formula(reference.tile_attention)),
-    cpu=_with_checks(cpu.TILES),
+    cpu=_with_checks(replace(cpu.TILES, tangents=cpu_tangents.tile_attention)),
     triton=_with_checks(triton.TILES),
 )

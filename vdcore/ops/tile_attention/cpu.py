@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vdcore.ops.tile_attention import TileCall
 
 
-def _plan(c: TileCall) -> Any:
+def plan_of(c: TileCall) -> Any:
     B, T = c.q.shape[:2]
     return native().lists_plan(
         batch=B,
@@ -41,7 +41,7 @@ def _segments(c: TileCall) -> list[Segment]:
 
 def _forward(c: TileCall) -> tuple[Tensor | None, ...]:
     out, lse = c.empty_outputs()
-    attend(_plan(c), _segments(c), (out,), (lse,), c.scale)
+    attend(plan_of(c), _segments(c), (out,), (lse,), c.scale)
     return out, lse
 
 
@@ -52,7 +52,7 @@ def _backward(
     dout = torch.zeros_like(out) if dout is None else dout
     gradients = [empty_like(x) for x in (c.q, c.k, c.v)]
     rows: Any = [(None if x is None else unit_stride(x),) for x in (out, lse, dout, dlse)]
-    attend_backward(_plan(c), _segments(c), rows, [gradients], c.scale)
+    attend_backward(plan_of(c), _segments(c), rows, [gradients], c.scale)
     return dict(zip("qkv", gradients))
 
 
