@@ -45,6 +45,22 @@ def test_results_come_from_committed_rows(tmp_path):
     assert "No results" in readme.fill(marked("gpu"), tmp_path)
 
 
+def test_machines_stand_apart(tmp_path):
+    """A peer's time on one is not held against ours on the other; the README's rows are of the last."""
+    folder = tmp_path / "bench" / "results" / "somewhere"
+    folder.mkdir(parents=True)
+    rows = []
+    for cpu, isa, ours, peer, time in (("old", "avx2", 1.0, 3.0, "2020"), ("new", "avx512", 2.0, 1.0, "2021")):
+        versions = {"cpu": cpu, "isa": isa, "torch": "2"}
+        rows += [row(p50=ours, time=time, versions=versions), row("naive", peer, time=time, versions=versions)]
+    (folder / "cpu.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    table = readme.fill(marked("cpu"), tmp_path)
+    assert table.index("new (avx512)") < table.index("0.50x") < table.index("old (avx2)") < table.index("3.00x")
+    lost = readme.fill(marked("losses"), tmp_path)
+    assert "faster in 1 of 1 jobs on new (avx512)" in lost and "faster in 0 of 1 jobs on old (avx2)" in lost
+    assert "old" not in readme.headline(tmp_path)
+
+
 def test_unknown_tables_and_missing_ends_are_errors(tmp_path):
     with pytest.raises(ValueError, match="known are operators"):
         readme.fill(marked("weather"), tmp_path)

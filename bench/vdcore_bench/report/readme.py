@@ -7,7 +7,7 @@ file and in the pages of docs/ beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,10 +52,19 @@ def _measured(root: Path, device: str) -> list[Row]:
     return [row for row in rows if row.metric != "gradient_error" and not row.case.startswith(elsewhere)]
 
 
+def _by_machine(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of every machine on which an operator was timed, those of the last one first."""
+    found: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.versions.get(name) for name in ("cpu", "isa", "gpu")), []).append(row)
+    timed = [rows for rows in found.values() if any(line.ours for line in summary.lines(rows))]
+    return sorted(timed, key=lambda rows: max(row.time for row in rows), reverse=True)
+
+
 def headline(root: Path) -> str:
-    """The rows of :data:`HEADLINE`, where they were measured, and how to measure them again."""
+    """The rows of :data:`HEADLINE`, where they were last measured, and how to measure them again."""
     found: dict[tuple[str, ...], summary.Line] = {}
-    rows = _measured(root, "cpu")
+    rows = next(iter(_by_machine(_measured(root, "cpu"))), [])
     for line in summary.lines(rows):
         job = line.job
         if line.speedup is not None and "norm" not in job.case:
@@ -88,30 +97,31 @@ def _headline_cells(line: summary.Line) -> tuple[str, ...]:
 
 
 def losses(root: Path) -> str:
-    """The measured jobs in which the best peer is faster, the worst ones first."""
-    found = [line for line in summary.lines(_measured(root, "cpu")) if line.speedup is not None]
-    lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
-    parts = [f"The best peer is faster in {len(lost)} of {len(found)} jobs measured on a CPU:\n\n"]
-    for line in lost[:MOST_LOSSES]:
-        job, name = line.job, "" if line.best is None else summary.name_of(line.best)
-        what = f"{_operator(line)}, {job.workload}, {job.dtype}, {job.mode}"
-        parts.append(f"- {what}: {summary.speedup_text(line)} ({name})\n")
-    if len(lost) > MOST_LOSSES:
-        parts.append(f"- and {len(lost) - MOST_LOSSES} more, less far behind\n")
-    return "".join(parts)
+    """The measured jobs in which the best peer is faster, by machine, the worst ones first."""
+    parts = []
+    for rows in _by_machine(_measured(root, "cpu")):
+        found = [line for line in summary.lines(rows) if line.speedup is not None]
+        lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
+        parts.append(f"The best peer is faster in {len(lost)} of {len(found)} jobs on {_where(rows)}:\n\n")
+        for line in lost[:MOST_LOSSES]:
+            job, name = line.job, "" if line.best is None else summary.name_of(line.best)
+            what = f"{_operator(line)}, {job.workload}, {job.dtype}, {job.mode}"
+            parts.append(f"- {what}: {summary.speedup_text(line)} ({name})\n")
+        if len(lost) > MOST_LOSSES:
+            parts.append(f"- and {len(lost) - MOST_LOSSES} more, less far behind\n")
+        parts.append("\n")
+    return "".join(parts[:-1])
 
 
 def _results(device: str) -> Callable[[Path], str]:
     def made(root: Path) -> str:
-        rows = _measured(root, device)
-        if not any(row.status == "ok" for row in rows):
-            return "No results of such a machine are committed.\n"
-        found = [line for line in summary.lines(rows) if line.ours is not None]
-        parts = [*_noise(rows), _machine(rows)]
-        tables = (results.bar_table(found), results.job_table(found, code="`"))
-        parts += [table.markdown() for table in tables if table.rows]
-        parts.append(f"{summary.LEGEND}\n")
-        return "\n".join(parts)
+        parts = []
+        for rows in _by_machine(_measured(root, device)):
+            found = [line for line in summary.lines(rows) if line.ours is not None]
+            parts += [*_noise(rows), _machine(rows)]
+            tables = (results.bar_table(found), results.job_table(found, code="`"))
+            parts += [table.markdown() for table in tables if table.rows]
+        return "\n".join([*parts, f"{summary.LEGEND}\n"]) if parts else "No results of such a machine are committed.\n"
 
     return made
 
@@ -126,12 +136,16 @@ def _noise(rows: Sequence[Row]) -> list[str]:
     return [f"{said}\n"] if said else []
 
 
+def _where(rows: Sequence[Row]) -> str:
+    v = rows[-1].versions
+    return f"{v.get('gpu')}" if rows[-1].device.startswith("cuda") else f"{v.get('cpu')} ({v.get('isa')})"
+
+
 def _machine(rows: Sequence[Row]) -> str:
     last = max(rows, key=lambda row: row.time)
     v = last.versions
-    where = v.get("gpu") if last.device.startswith("cuda") else f"{v.get('cpu')} ({v.get('isa')})"
     threads = max(row.threads or 1 for row in rows)
-    return f"{where}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
+    return f"{_where(rows)}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
 
 
 def _all(tables: Sequence[Table], otherwise: str) -> str:
