@@ -27,8 +27,8 @@ HEADLINE = (
     ("spatial_attention", "latte-1-512", "float32", "fwd+bwd"),
     ("video_attention", "wan2.2-5b-704p", "float32", "fwd"),
 )
-HEADLINE_HEADER = ("operator", "workload", "dtype, mode", "vdcore", "best peer", "speed-up", "error ratio")
-MOST_LOSSES = 6  # that the README names
+HEADLINE_HEADER = ("operator", "workload", "dtype, mode")
+MOST_LOSSES = 4  # that the README names of a machine
 
 
 def committed(root: Path) -> list[Row]:
@@ -62,55 +62,54 @@ def _by_machine(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def headline(root: Path) -> str:
-    """The rows of :data:`HEADLINE`, where they were last measured, and how to measure them again."""
-    found: dict[tuple[str, ...], summary.Line] = {}
-    rows = next(iter(_by_machine(_measured(root, "cpu"))), [])
-    for line in summary.lines(rows):
-        job = line.job
-        if line.speedup is not None and "norm" not in job.case:
-            found.setdefault((job.op, job.workload, job.dtype, job.mode), line)
-    shown = [found[key] for key in HEADLINE if key in found]
+    """The rows of :data:`HEADLINE`, a column for every machine, and how to measure them again."""
+    machines = _by_machine(_measured(root, "cpu"))
+    columns: dict[str, dict[tuple[str, ...], summary.Line]] = {}
+    for rows in machines:
+        found = columns.setdefault(_where(rows), {})
+        for line in summary.lines(rows):
+            job = line.job
+            if line.speedup is not None and "norm" not in job.case:
+                found.setdefault((job.op, job.workload, job.dtype, job.mode), line)
+    shown = [key for key in HEADLINE if any(key in found for found in columns.values())]
     if not shown:
         return "No results of a CPU are committed.\n"
-    ops = ",".join(dict.fromkeys(line.job.op for line in shown))
-    return "\n".join(
-        [
-            *_noise(rows),
-            Table.of(HEADLINE_HEADER, map(_headline_cells, shown)).markdown(),
-            f"{_machine([line.job for line in shown])[:-2]}; `vdcore bench --op {ops}` measures them again.\n",
-        ]
-    )
+    cells = [_headline_cells([found.get(key) for found in columns.values()]) for key in shown]
+    ops = ",".join(dict.fromkeys(op for op, *_ in shown))
+    noise = [text for rows in machines for text in _noise(rows)]
+    again = "".join(map(_machine, machines)) + f"`vdcore bench --op {ops}` measures them again.\n"
+    return "\n".join([*noise, Table.of((*HEADLINE_HEADER, *columns), cells).markdown(), again])
 
 
-def _headline_cells(line: summary.Line) -> tuple[str, ...]:
-    job, best = line.job, line.best
-    who = f"{summary.time_of(best)} {summary.name_of(best)}" if best else "-"
-    return (
-        _operator(line),
-        job.workload,
-        f"{job.dtype}, {job.mode}",
-        summary.time_of(line.ours),
-        who,
-        summary.speedup_text(line),
-        summary.error_text(line.ours),
-    )
+def _headline_cells(lines: Sequence[summary.Line | None]) -> tuple[str, ...]:
+    """The job, and for every machine our time, the best peer's over it and its name, and the error ratio."""
+    one = next(line for line in lines if line is not None)
+
+    def cell(line: summary.Line | None) -> str:
+        if line is None:
+            return "-"
+        who = summary.name_of(line.best) if line.best else "-"
+        times = f"{summary.time_of(line.ours)}, **{summary.speedup_text(line)}** {who}"
+        return f"{times}, {summary.error_text(line.ours)}"
+
+    return (_operator(one), one.job.workload, f"{one.job.dtype}, {one.job.mode}", *map(cell, lines))
 
 
 def losses(root: Path) -> str:
-    """The measured jobs in which the best peer is faster, by machine, the worst ones first."""
+    """The measured jobs in which the best peer is faster, a line for every machine, the worst ones first."""
     parts = []
     for rows in _by_machine(_measured(root, "cpu")):
         found = [line for line in summary.lines(rows) if line.speedup is not None]
         lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
-        parts.append(f"The best peer is faster in {len(lost)} of {len(found)} jobs on {_where(rows)}:\n\n")
-        for line in lost[:MOST_LOSSES]:
-            job, name = line.job, "" if line.best is None else summary.name_of(line.best)
-            what = f"{_operator(line)}, {job.workload}, {job.dtype}, {job.mode}"
-            parts.append(f"- {what}: {summary.speedup_text(line)} ({name})\n")
+        named = [
+            f"{_operator(line)}, {line.job.workload}, {line.job.dtype}, {line.job.mode}: {summary.speedup_text(line)}"
+            for line in lost[:MOST_LOSSES]
+        ]
         if len(lost) > MOST_LOSSES:
-            parts.append(f"- and {len(lost) - MOST_LOSSES} more, less far behind\n")
-        parts.append("\n")
-    return "".join(parts[:-1])
+            named.append(f"{len(lost) - MOST_LOSSES} more, less far behind")
+        count = f"the best peer is faster in {len(lost)} of {len(found)} jobs"
+        parts.append(f"- {_where(rows)}: {count}{': ' if named else ''}{'; '.join(named)}.\n")
+    return "".join(parts)
 
 
 def _results(device: str) -> Callable[[Path], str]:
