@@ -178,6 +178,12 @@ VDCORE_INLINE vu rounded(vf x) { return reinterpret_cast<vu>(x) + 0x8000u; }
 VDCORE_INLINE vu pair(vf first, vf second) { return (rounded(first) >> 16) | (rounded(second) & 0xFFFF0000u); }
 VDCORE_INLINE vf as_bf16(vf x) { return reinterpret_cast<vf>(rounded(x) & 0xFFFF0000u); }
 
+// Of sums of `count` values and of their squares: their mean where it is twice their deviation or more, else 0.
+VDCORE_INLINE vf large_mean(vf sum, vf squares, float count) {
+  const vf mean = sum * (1.f / count);
+  return select(1.25f * mean * mean * count > squares, mean, vf{});
+}
+
 // A row of n channels, in bfloat16. A last vector of less than W overlaps the one before it.
 template <DType T>
 VDCORE_INLINE void copy_row(const char* row, int64_t n, uint16_t* out) {

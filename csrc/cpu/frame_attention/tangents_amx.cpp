@@ -13,9 +13,10 @@ void frame_attention_tangents(const FrameTangents&);
 namespace vdcore::cpu::VDCORE_ISA {
 namespace {
 
+// Tangents are rounded if they are not, as norm and rope leave them in float32.
 bool in_bf16(const FrameTangents& a) {
   for (const TangentSegment& s : a.segment)
-    for (const TensorView* x : {&s.q, &s.k, &s.v, &s.dq, &s.dk, &s.dv})
+    for (const TensorView* x : {&s.q, &s.k, &s.v})
       if (*x && x->dtype != DType::bf16) return false;
   return true;
 }
@@ -180,21 +181,19 @@ class MatrixProducts {
     }
   }
 
-  // Staged values less a mean that is twice their deviation or more, where they have one: rounded, P (E - dlse) does
-  // not quite add up to 0, and would bring it in. Such differences of bfloat16 numbers are exact.
+  // Staged values less a large mean, where they have one: rounded, P (E - dlse) does not quite add up to 0, and would
+  // bring it in. Such differences of bfloat16 numbers are exact.
   void center(int64_t keys) const {
     const int64_t step = (keys + 15) / 16;
     for (int64_t c = 0; c < row; c += W) {
-      vf sum = {}, squares = {}, count = {};
-      for (int64_t j = 0; j < keys; j += step) {
+      vf sum = {}, squares = {};
+      float count = 0;
+      for (int64_t j = 0; j < keys; j += step, ++count) {
         const vf x = Element<DType::bf16>::load(stage.at(j, c).data);
-        sum += x, squares += x * x, count += 1.f;
+        sum += x, squares += x * x;
       }
-      const vf mean = as_bf16(sum / count), less = select(1.25f * mean * mean * count > squares, mean, vf{});
-      float lanes[W];
-      store(lanes, less);
-      bool any = false;
-      for (float x : lanes) any |= x != 0;
+      const vf less = as_bf16(large_mean(sum, squares, count));
+      const bool any = any_lane(less != 0.f);
       for (int64_t j = 0; any && j < keys; ++j)
         Element<DType::bf16>::store(stage.at(j, c).data, Element<DType::bf16>::load(stage.at(j, c).data) - less);
     }

@@ -78,7 +78,8 @@ class MatrixTangents {
   Pairs words;                   // the same, weights
   Rows weights, moved;           // (query_block, key_rows): P and P (E - dlse)
   float* left;                   // (query_block,): the sum of a row of P (E - dlse), rounded
-  float* mean;                   // (row,): of some values
+  float* mean;                   // (row,): of some values, where it is large
+  bool has_mean = false;         // it is, somewhere
 
   void load_keys(const Place& place, const SeenKeys& seen, HeadRange kv) const {
     for (const Run& run : seen.runs) {
@@ -90,32 +91,39 @@ class MatrixTangents {
     }
   }
 
-  void pack_values(const VisibleKeys& visible, const SeenKeys& seen, int64_t kv_head, bool first) const {
+  void pack_values(const VisibleKeys& visible, const SeenKeys& seen, int64_t kv_head, bool first) {
     for (const auto& [values, there] : {ValuesOf{v, p.moves}, ValuesOf{dv, static_cast<bool>(p.given.dv)}}) {
       if (!there) continue;
       if (first) values.take_out_strange(visible, seen, kv_head);
       values.pack(kv_head);
     }
-    if (p.moves) find_mean(seen, v.head(kv_head));
+    has_mean = p.moves && find_mean(seen, v.head(kv_head));
   }
   struct ValuesOf {
     const PairValues& values;
     bool there;
   };
 
-  // Of at most eight rows of values that somebody sees.
-  void find_mean(const SeenKeys& seen, Rows values) const {
+  // Of at most eight rows of values that somebody sees; whether any is large.
+  bool find_mean(const SeenKeys& seen, Rows values) const {
     int64_t keys[kMeanKeys], count = 0, next = 0, before = 0;
     const int64_t step = (seen.runs[0].size() + seen.runs[1].size() + kMeanKeys - 1) / kMeanKeys;
     for (const Run& run : seen.runs) {
       for (; next < before + run.size(); next += step) keys[count++] = run.begin + next - before;
       before += run.size();
     }
+    vi any = {};
     for (int64_t c = 0; c < n.row; c += W) {
-      vf sum = {};
-      for (int64_t i = 0; i < count; ++i) sum += Element<DType::bf16>::load(values.at(keys[i], c).data);
-      store(mean + c, sum * (1.f / static_cast<float>(larger(count, 1))));
+      vf sum = {}, squares = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const vf x = Element<DType::bf16>::load(values.at(keys[i], c).data);
+        sum += x, squares += x * x;
+      }
+      const vf found = large_mean(sum, squares, static_cast<float>(larger(count, 1)));
+      store(mean + c, found);
+      any |= found != 0.f;
     }
+    return any_lane(any);
   }
   static constexpr int64_t kMeanKeys = 8;
 
@@ -138,7 +146,7 @@ class MatrixTangents {
     }
     fetch(lines, prefetch);
     if (visible.dense) add({0, least_terms(n.K)}, 0, whole, out, false);
-    for (int64_t i = 0; i < count && p.moves; ++i)
+    for (int64_t i = 0; i < count && has_mean; ++i)
       for (int64_t c = 0; c < n.row; c += W) {
         float* at = out.at(i, c).data;
         store(at, load(at) - left[i] * load(mean + c));
