@@ -195,6 +195,16 @@ def test_explain_says_who_computes_tangents():
     assert vdcore.explain("temporal_attention", q, q, q) == plain
 
 
+def test_explain_says_who_computes_tangents_under_masks_of_a_grid():
+    q, dq = torch.randn(1, 2, 6, 2, 8), torch.randn(1, 2, 6, 2, 8)
+    lists = vdcore.select_tiles(q, q, tile=(1, 2, 3), grid=(2, 3), keep=1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, dq)
+        windows = vdcore.explain("video_attention", dual, q, q, mask=vdcore.GridMask(rows=0), grid=(2, 3))
+        tiles = vdcore.explain("tile_attention", dual, q, q, lists, tile=(1, 2, 3), grid=(2, 3))
+    assert windows[-1] == tiles[-1] == ("tangents", "by cpu")
+
+
 @pytest.mark.parametrize("level", ("jvp", "dual"))
 @pytest.mark.parametrize("needs", ((True, False), (False, True), (True, True)), ids=("q", "dq", "both"))
 def test_gradients_of_results_and_of_their_tangents(needs, level):

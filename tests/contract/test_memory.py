@@ -58,9 +58,10 @@ import torch, vdcore
 most, D, dtype = 24, 64, torch.{dtype}
 q, k, v = torch.randn(3, 1, 8, most, 36, 4, D).to(dtype)
 mask = vdcore.GridMask.neighborhood((3, 7, 9))
+def attend(n, *qkv):
+    return vdcore.video_attention(*qkv, mask=mask, grid=(n, 36), return_lse=True, backend="cpu")
 def call(n):
-    some = (x[:, :, :n].flatten(2, 3) for x in (q, k, v))
-    return vdcore.video_attention(*some, mask=mask, grid=(n, 36), return_lse=True, backend="cpu")
+    return attend(n, *(x[:, :, :n].flatten(2, 3) for x in (q, k, v)))
 """
 TILES = """
 import torch, vdcore
@@ -68,9 +69,10 @@ most, D, dtype, tile = 24, 64, torch.{dtype}, (2, 4, 6)
 q, k, v = torch.randn(3, 1, 8, most, 36, 4, D).to(dtype)
 lists = {{n: vdcore.select_tiles(*(x[:, :, :n].flatten(2, 3) for x in (q, k)), tile=tile, grid=(n, 36), keep=9)
          for n in (8, most)}}
+def attend(n, *qkv):
+    return vdcore.tile_attention(*qkv, lists[n], tile=tile, grid=(n, 36), return_lse=True, backend="cpu")
 def call(n):
-    some = (x[:, :, :n].flatten(2, 3) for x in (q, k, v))
-    return vdcore.tile_attention(*some, lists[n], tile=tile, grid=(n, 36), return_lse=True, backend="cpu")
+    return attend(n, *(x[:, :, :n].flatten(2, 3) for x in (q, k, v)))
 """
 
 
@@ -87,14 +89,21 @@ def call(n):
     out, leaves = done[n]
     return torch.autograd.grad(out, leaves, dout[:, :, : n * 36], retain_graph=True)
 """
+# After WINDOWS or TILES.
+PUSHED = """
+def call(n):
+    some = tuple(x[:, :, :n].flatten(2, 3) for x in (q, k, v))
+    results, tangents = torch.func.jvp(lambda *qkv: attend(n, *qkv), some, some)
+    return (*results, *tangents)
+"""
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("more", ["", GRADIENTS, PUSHED], ids=["forward", "backward", "tangents"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("code", [WINDOWS, TILES], ids=["windows", "tiles"])
-def test_windows_and_tiles(code, dtype, gradients):
-    """Tokens are gathered where they lie: no copy of q, k, v or their gradients in any layout."""
-    check((code + GRADIENTS if gradients else code).format(dtype=dtype))
+def test_windows_and_tiles(code, dtype, more):
+    """Tokens are gathered where they lie: no copy of q, k, v, their gradients or tangents in any layout."""
+    check((code + more).format(dtype=dtype))
 
 
 @pytest.mark.parametrize("kwargs", ["", "return_lse=True", "mask=vdcore.FrameMask(past=5, future=0, sink=1)"])
