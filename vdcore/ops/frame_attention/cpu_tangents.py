@@ -13,8 +13,8 @@ from vdcore.ops.frame_attention.cpu import groups_of, joint
 from vdcore.ops.frame_attention.windows_cpu import plan_of
 from vdcore.ops.native import native
 from vdcore.ops.qk_norm_rope.tangents import Dual
-from vdcore.ops.temporal_attention.cpu_tangents import Part, run_tangents
-from vdcore.ops.temporal_attention.tangents import prepared, qkv_duals
+from vdcore.ops.temporal_attention.cpu_tangents import Part, prepared, run_tangents
+from vdcore.ops.temporal_attention.tangents import qkv_duals
 
 if TYPE_CHECKING:
     from vdcore.ops.frame_attention import VideoCall
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def video_attention(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of out ``(B, rows, H, D)`` and lse ``(B, rows, H)``."""
-    qkv = [qkv_duals(c, given)]
+    qkv = [qkv_duals(c, given, prepared)]
     if c.text is not None:
         text = [_as_video((x, given.get(f"text_{name}"))) for name, x in zip("qkv", c.text)]
         qkv.append((*prepared(text[0], text[1], c.text_norm, None, 0, given, "text_"), text[2]))

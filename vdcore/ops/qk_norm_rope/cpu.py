@@ -118,6 +118,15 @@ def _why_not(c: QKNormRopeCall) -> str | None:
     return why_not(c.q)
 
 
+def rotated(tensors: list[Tensor], rope: Rope) -> list[Tensor]:
+    """One or two tensors ``(B, T, S, heads, D)`` of a dtype, rotated from row 0 of a table that heads share."""
+    tensors = [unit_stride(x) for x in tensors]
+    q, k = tensors[0], tensors[1] if len(tensors) > 1 else tensors[0][..., :1, :]
+    found = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    _run_forward(q, k, None, rope, 0, found)
+    return list(found[: len(tensors)])
+
+
 NORM_ROPE = Implementation(_forward, _backward, _why_not)
 
 
@@ -130,13 +139,13 @@ class NormRopeBefore:
 
     def __init__(self, q: Tensor, k: Tensor, norm: QKNorm | None, rope: Rope | None, q_start: int = 0) -> None:
         self.q, self.k, self.norm, self.rope, self.q_start = q, k, norm, rope, q_start
-        self._native = q.shape[:3] == k.shape[:3] and q_start == 0 and q.numel() > 0
+        self.on_engine = q.shape[:3] == k.shape[:3] and q_start == 0 and q.numel() > 0
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """In q's dtype."""
         if self.norm is None and self.rope is None:
             return self.q, self.k
-        if self._native:
+        if self.on_engine:
             outputs = torch.empty(self.q.shape, dtype=self.q.dtype), torch.empty(self.k.shape, dtype=self.k.dtype)
             _run_forward(self.q, self.k, self.norm, self.rope, 0, outputs)
             return outputs
@@ -147,7 +156,7 @@ class NormRopeBefore:
         """Gradients of q, k and the ``wanted`` of q_weight, k_weight, q_bias, k_bias, cos, sin."""
         if self.norm is None and self.rope is None:
             return {"q": dq, "k": dk}
-        if self._native:
+        if self.on_engine:
             return _run_backward(self.q, self.k, self.norm, self.rope, 0, (dq, dk), wanted)
         leaves: dict[str, Tensor] = {"q": self.q.detach().requires_grad_(), "k": self.k.detach().requires_grad_()}
 

@@ -1,6 +1,6 @@
 """Tangents of attention on the CPU engine: csrc/cpu/temporal_attention/tangents.cpp, and frame attention's.
 
-Norm and rope and their tangents take passes of their own before.
+Norm and rope and their tangents take passes of their own before, on the engine but for the tangents of a norm.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vdcore.norm import QKNorm
 from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.native import capsule, native
-from vdcore.ops.qk_norm_rope.tangents import Dual
+from vdcore.ops.qk_norm_rope.cpu import NormRopeBefore, rotated
+from vdcore.ops.qk_norm_rope.tangents import Dual, norm_rope
+from vdcore.ops.temporal_attention import tangents
 from vdcore.ops.temporal_attention.cpu import added_bias
 from vdcore.ops.temporal_attention.tangents import qkv_duals
+from vdcore.rope import Rope
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
@@ -42,6 +46,25 @@ class Part:
     dlse: Tensor
 
 
+def prepared(
+    q: Dual, k: Dual, norm: QKNorm | None, rope: Rope | None, q_start: int, given: dict[str, Tensor], prefix: str = ""
+) -> tuple[Dual, Dual]:
+    """As :func:`tangents.prepared`; on the engine where a table has no tangent and is of all heads."""
+    before = NormRopeBefore(q[0], k[0], norm, rope, q_start)
+    of_heads = rope is not None and rope.cos.ndim == 4 and rope.cos.shape[2] > 1
+    if not before.on_engine or of_heads or not given.keys().isdisjoint((f"{prefix}cos", f"{prefix}sin")):
+        return tangents.prepared(q, k, norm, rope, q_start, given, prefix)
+    moved = [dual[1] for dual in (q, k)]
+    if norm is not None:
+        moved = [norm_rope(dual, side, norm, None, 0, given, prefix)[1] for dual, side in ((q, "q"), (k, "k"))]
+    if rope is not None:
+        there = [dx for dx in moved if dx is not None]
+        each = iter(rotated(there, rope) if there else ())
+        moved = [None if dx is None else next(each) for dx in moved]
+    q_, k_ = before.forward()
+    return (q_, moved[0]), (k_, moved[1])
+
+
 def run_tangents(engine: Callable[..., None], parts: list[Part], scale: float) -> None:
     """Fills the parts' dout and dlse; ``engine``: of the native module, with the groups or the plan that it takes."""
     for name in "qkv":  # a tangent that one part has, both have
@@ -60,7 +83,7 @@ def temporal_attention(c: TemporalCall, outputs: tuple[Tensor, ...], given: dict
     """Of out ``(B, T, S, H, D)`` and lse ``(B, T, S, H)``."""
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
-    (q, dq), (k, dk), (v, dv) = qkv_duals(c, given)
+    (q, dq), (k, dk), (v, dv) = qkv_duals(c, given, prepared)
     native().temporal_attention_tangents(
         q=capsule(q),
         k=capsule(k),

@@ -74,13 +74,15 @@ def prepared(
     return (q_.to(q[0].dtype), dq), (k_.to(k[0].dtype), dk)
 
 
-def qkv_duals(c: AttentionCall, given: dict[str, Tensor]) -> tuple[Dual, Dual, Dual]:
-    """q, k and v as the scores see them."""
+def qkv_duals(
+    c: AttentionCall, given: dict[str, Tensor], prepare: Callable[..., tuple[Dual, Dual]] = prepared
+) -> tuple[Dual, Dual, Dual]:
+    """q, k and v as the scores see them; ``prepare``: norm and rope, with the arguments of :func:`prepared`."""
     if c.packed is not None:
         parts: Any = (None,) * 3 if "q" not in given else given["q"].unbind(3)
     else:
         parts = [given.get(x) for x in "qkv"]
-    q, k = prepared((c.q, parts[0]), (c.k, parts[1]), c.norm, c.rope, c.q_start, given)
+    q, k = prepare((c.q, parts[0]), (c.k, parts[1]), c.norm, c.rope, c.q_start, given)
     return q, k, (c.v, parts[2])
 
 
