@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vdcore
-from vdcore import FrameMask, GridMask, TileLists
+from vdcore import FrameMask, GridMask, QKNorm, Rope, TileLists
 from vdcore.testing import Case, judge_tangents
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -44,6 +44,24 @@ def test_teacher_forcing_and_grouped_heads(scale, dtype):
 
     ratios = judge_tangents(Case("temporal_attention", "grouped", build), "cpu", dtype)
     assert all(r.worst <= 1 for r in ratios.values())
+
+
+NORMS = [(kind, over) for kind in ("rms", "layer") for over in ("head", "all")]
+
+
+@DTYPES
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("kind,over", NORMS)
+@pytest.mark.parametrize("op", ["temporal_attention", "spatial_attention"])
+def test_behind_norm_and_rope(op, kind, over, style, dtype):
+    """Whose weights and tables have no tangents of their own."""
+    T, S, H, D = 5, 6, 4, 24
+    weight, angle = torch.linspace(0.5, 1.5, D if over == "head" else H * D), torch.linspace(0, 3, T * S * 10)
+    table = angle.view(T, S, 10)
+    norm = QKNorm(weight, weight.flip(0), kind, over, q_bias=weight - 1 if kind == "layer" else None)
+    rope = Rope(table.cos(), table.sin(), style)
+    case = Case(op, "norm and rope", lambda d: qkv(d, 2, T, S, H, D, norm=norm, rope=rope))
+    assert all(r.worst <= 1 for r in judge_tangents(case, "cpu", dtype).values())
 
 
 WINDOWS = {

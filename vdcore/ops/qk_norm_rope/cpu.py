@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,6 +117,17 @@ def _backward(
 
 def _why_not(c: QKNormRopeCall) -> str | None:
     return why_not(c.q)
+
+
+def normed_tangents(q: Tensor, k: Tensor, norm: QKNorm, given: list[Tensor | None]) -> list[Tensor | None]:
+    """Of q and k, normed: of a norm without weights the Jacobian is symmetric, so that its backward is its tangent."""
+    bare = replace(norm, q_weight=None, k_weight=None, q_bias=None, k_bias=None)
+    moved = tuple(None if dx is None else unit_stride(dx) for dx in given)
+    found = _run_backward(q, k, bare, None, 0, moved, frozenset())
+    for name, weight in (("q", norm.q_weight), ("k", norm.k_weight)):
+        if weight is not None:
+            found[name].mul_(weight.view(-1, q.shape[-1]))
+    return [None if dx is None else found[name] for name, dx in zip("qk", given)]
 
 
 def rotated(tensors: list[Tensor], rope: Rope) -> list[Tensor]:

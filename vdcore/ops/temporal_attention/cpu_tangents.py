@@ -1,6 +1,6 @@
 """Tangents of attention on the CPU engine: csrc/cpu/temporal_attention/tangents.cpp, and frame attention's.
 
-Norm and rope and their tangents take passes of their own before, on the engine but for the tangents of a norm.
+Norm and rope and their tangents take passes of their own before.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vdcore.norm import QKNorm
 from vdcore.ops.call import empty_like, mask_numbers
 from vdcore.ops.check import unit_stride
 from vdcore.ops.native import capsule, native
-from vdcore.ops.qk_norm_rope.cpu import NormRopeBefore, rotated
-from vdcore.ops.qk_norm_rope.tangents import Dual, norm_rope
+from vdcore.ops.qk_norm_rope.cpu import WEIGHTS, NormRopeBefore, normed_tangents, rotated
+from vdcore.ops.qk_norm_rope.tangents import Dual
 from vdcore.ops.temporal_attention import tangents
 from vdcore.ops.temporal_attention.cpu import added_bias
 from vdcore.ops.temporal_attention.tangents import qkv_duals
@@ -25,6 +25,9 @@ from vdcore.rope import Rope
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
+
+
+SHARED = (*WEIGHTS, "cos", "sin")  # by all rows
 
 
 @dataclass
@@ -49,14 +52,14 @@ class Part:
 def prepared(
     q: Dual, k: Dual, norm: QKNorm | None, rope: Rope | None, q_start: int, given: dict[str, Tensor], prefix: str = ""
 ) -> tuple[Dual, Dual]:
-    """As :func:`tangents.prepared`; on the engine where a table has no tangent and is of all heads."""
+    """As :func:`tangents.prepared`; on the engine where no weight or table has a tangent, and heads share the table."""
     before = NormRopeBefore(q[0], k[0], norm, rope, q_start)
     of_heads = rope is not None and rope.cos.ndim == 4 and rope.cos.shape[2] > 1
-    if not before.on_engine or of_heads or not given.keys().isdisjoint((f"{prefix}cos", f"{prefix}sin")):
+    if not before.on_engine or of_heads or not given.keys().isdisjoint(prefix + name for name in SHARED):
         return tangents.prepared(q, k, norm, rope, q_start, given, prefix)
     moved = [dual[1] for dual in (q, k)]
     if norm is not None:
-        moved = [norm_rope(dual, side, norm, None, 0, given, prefix)[1] for dual, side in ((q, "q"), (k, "k"))]
+        moved = normed_tangents(q[0], k[0], norm, moved)
     if rope is not None:
         there = [dx for dx in moved if dx is not None]
         each = iter(rotated(there, rope) if there else ())
