@@ -118,9 +118,10 @@ struct KeySum {
   }
 };
 
-// dlse = sum of P E over sum of P, of W rows whose keys are all at hand: the sum is taken of E less a guess, its mean,
-// and over the sum of P, which comes from an lse that was rounded. So neither brings in an error, and a row with one
-// key gets its E exactly. (A mean over all keys errs by half of what one key's E as the guess does, 33 keys.)
+// dlse = sum of P E over sum of P, of W rows whose keys are all at hand, 0 where they see none: the sum is taken of E
+// less a guess, its mean, and over the sum of P, which comes from an lse that was rounded, or from scores of q and k
+// that were not: P is to be divided by it. So neither brings in an error, and a row with one key gets its E exactly. (A
+// mean over all keys errs by half of what one key's E as the guess does, 33 keys.)
 struct TangentOfSum {
   vf guess;
   KeySum weights = {}, weighted = {};
@@ -129,10 +130,15 @@ struct TangentOfSum {
     weights.add(key, p);
     weighted.add(key, p * (e - guess));
   }
-  VDCORE_INLINE vf dlse() {
+  struct Found {
+    vf dlse, inverse;  // of the sum of P
+  };
+  VDCORE_INLINE Found find() {
     weights.flush();
     weighted.flush();
-    return guess + weighted.total / select(weights.total == 0.f, splat(1.f), weights.total);
+    const vi none = weights.total == 0.f;
+    const vf inverse = select(none, vf{}, 1.f / weights.total);
+    return {select(none, vf{}, guess) + weighted.total * inverse, inverse};
   }
 };
 

@@ -104,10 +104,14 @@ class VectorProducts {
       store(weight_at + j * kPanel, weight);
       sum.add(j, weight, load(moved_at + j * kPanel));
     }
-    const vf dlse = sum.dlse();
+    const auto found = sum.find();
+    const vf dlse = found.dlse, inverse = found.inverse;
     store(dlse_at, dlse * kLn2);
-    for (int64_t j = 0; j < keys; ++j, weight_at += kPanel, moved_at += kPanel)
-      store(moved_at, load(weight_at) * ((load(moved_at) - dlse) * kLn2));
+    for (int64_t j = 0; j < keys; ++j, weight_at += kPanel, moved_at += kPanel) {
+      const vf weight = load(weight_at) * inverse;
+      store(weight_at, weight);
+      store(moved_at, weight * ((load(moved_at) - dlse) * kLn2));
+    }
   }
 };
 

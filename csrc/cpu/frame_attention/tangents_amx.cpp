@@ -171,10 +171,11 @@ class MatrixProducts {
       store(score + j * kPanel, p);
       sum.add(j, p, load(tangent + j * kPanel));
     }
-    const vf dlse = sum.dlse();
+    const auto found = sum.find();
+    const vf dlse = found.dlse, inverse = found.inverse;
     store(t.sum + query, dlse * factor);
     for (int64_t j = 0; j < whole_terms(keys); j += 2, score += 2 * kPanel, tangent += 2 * kPanel) {
-      const vf p[] = {load(score), load(score + kPanel)};
+      const vf p[] = {load(score) * inverse, load(score + kPanel) * inverse};
       const vf e[] = {load(tangent), load(tangent + kPanel)};
       if constexpr (kValuesMove) store_words(weights.at(j, lane).data, pair(p[0], p[1]));
       store_words(moved.at(j, lane).data, pair(p[0] * ((e[0] - dlse) * factor), p[1] * ((e[1] - dlse) * factor)));

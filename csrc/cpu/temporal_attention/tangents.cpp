@@ -25,7 +25,7 @@ class FloatTangents {
     k = stage(kv_heads, p.key_block), dk = stage(kv_heads, p.key_block);
     v = stage(kv_heads, p.key_block), dv = stage(kv_heads, p.key_block);
     q_transposed = tile(n.row), dq_transposed = tile(n.row), weights = tile(p.key_block), moved = tile(p.key_block);
-    for (float** x : {&shift, &counted}) *x = arena.floats(p.rows());
+    for (float** x : {&shift, &counted, &mass}) *x = arena.floats(p.rows());
     for (Run** x : {&windows, &lows}) *x = reinterpret_cast<Run*>(arena.floats(p.query_block * sizeof(Run) / 4));
   }
 
@@ -50,7 +50,7 @@ class FloatTangents {
         first = false;
       }
       if (first || !(p.moves || p.given.dv)) memset(t.out.data, 0, p.rows() * n.row * sizeof(float));
-      for (int64_t h = 0; h < place.heads.count && !p.one_key_block() && p.moves; ++h) take_mean_out(place, h, queries);
+      for (int64_t h = 0; h < place.heads.count && !p.one_key_block(); ++h) take_mean_out(place, h, queries);
       t.write(p, place, queries);
     }
   }
@@ -61,8 +61,8 @@ class FloatTangents {
   TemporalTangentResults t;
   Stage q, dq, k, dk, v, dv;
   Tile q_transposed, dq_transposed;
-  Tile weights, moved;     // (key_block, query_block): scores and their tangents, then P and P (E - shift)
-  float *shift, *counted;  // (heads, query_block)
+  Tile weights, moved;            // (key_block, query_block): scores and their tangents, then P and P (E - shift)
+  float *shift, *counted, *mass;  // (heads, query_block): of results over several blocks of keys; the sum of P
   Run *windows, *lows;
 
   // Rows that are read once or twice are read where they lie, as in forward.
@@ -76,7 +76,7 @@ class FloatTangents {
     load_rows(p.a.q, q);
     load_rows(p.given.dq, dq);
     t.load_lse(p, place, queries);
-    for (float* x : {shift, counted}) memset(x, 0, p.rows() * sizeof(float));
+    for (float* x : {shift, counted, mass}) memset(x, 0, p.rows() * sizeof(float));
   }
 
   void load_keys(const Place& place, const SeenKeys& seen, int64_t first_key) const {
@@ -114,7 +114,7 @@ class FloatTangents {
     for (int64_t i = 0; i < queries.size(); i += W) {
       const ColumnMask mask(visible, i, queries.size(), keys.begin, keys.size());
       if (p.given.dk) move_by_keys(mask, keys_of(p.given.dk, dk), i, prefetch);
-      if (p.moves && p.one_key_block())
+      if (p.one_key_block())
         weigh_all(mask, i, row + i);
       else
         weigh(mask, i, row + i);
@@ -147,13 +147,29 @@ class FloatTangents {
   // Scores become P, their tangents P (E - shift), for one vector of queries.
   void weigh(const ColumnMask& mask, int64_t i, int64_t at) const {
     const vf lse = load(t.lse + at);
-    if (!p.moves) {
-      mask.for_each_key([&](int64_t j, bool) __attribute__((always_inline)) {
-        float* score = weights.at(j, i).data;
-        store(score, exp2(load(score) - lse));
-      });
-      return;
-    }
+    if (p.moves) find_shift(mask, i, at);
+    const vf less = load(shift + at);
+    KeySum sum, all;
+    mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
+      float *score = weights.at(j, i).data, *tangent = moved.at(j, i).data;
+      vf weight = exp2(load(score) - lse);
+      store(score, weight);
+      if (masked) weight = select(mask.sees(j), weight, vf{});
+      all.add(j, weight);
+      if (!p.moves) return;
+      vf term = weight * (load(tangent) * kLn2 - less);
+      store(tangent, term);
+      if (masked) term = select(mask.sees(j), term, vf{});
+      sum.add(j, term);
+    });
+    sum.flush();
+    all.flush();
+    store(t.dlse + at, load(t.dlse + at) + sum.total);
+    store(mass + at, load(mass + at) + all.total);
+  }
+
+  // The mean of E over the first block that a query sees.
+  void find_shift(const ColumnMask& mask, int64_t i, int64_t at) const {
     const vf before = load(counted + at);
     vf total = {}, count = {};
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
@@ -161,31 +177,17 @@ class FloatTangents {
       total += masked ? select(mask.sees(j), e, vf{}) : e;
       count += masked ? select(mask.sees(j), splat(1.f), vf{}) : splat(1.f);
     });
-    const vf mean = total * kLn2 / max(count, splat(1.f));
-    const vf less = select(before == 0.f, mean, load(shift + at));  // of the first block that a query sees
-    store(shift + at, less);
+    store(shift + at, select(before == 0.f, total * kLn2 / max(count, splat(1.f)), load(shift + at)));
     store(counted + at, before + count);
-    KeySum sum;
-    mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
-      float *score = weights.at(j, i).data, *tangent = moved.at(j, i).data;
-      const vf weight = exp2(load(score) - lse);
-      vf term = weight * (load(tangent) * kLn2 - less);
-      store(score, weight);
-      store(tangent, term);
-      if (masked) term = select(mask.sees(j), term, vf{});
-      sum.add(j, term);
-    });
-    sum.flush();
-    store(t.dlse + at, load(t.dlse + at) + sum.total);
   }
 
-  // The same of queries all of whose keys are here: P (E - dlse).
+  // The same of queries all of whose keys are here: P over its sum, and times E - dlse.
   void weigh_all(const ColumnMask& mask, int64_t i, int64_t at) const {
     const vf lse = load(t.lse + at);
-    TangentOfSum sum{mean_seen(mask, moved.at(0, i))};
+    TangentOfSum sum{p.moves ? mean_seen(mask, moved.at(0, i)) : vf{}};
     mask.for_each_key([&](int64_t j, bool masked) __attribute__((always_inline)) {
       float* score = weights.at(j, i).data;
-      vf weight = exp2(load(score) - lse), e = load(moved.at(j, i).data);
+      vf weight = exp2(load(score) - lse), e = p.moves ? load(moved.at(j, i).data) : vf{};
       store(score, weight);
       if (masked) {
         const vi sees = mask.sees(j);
@@ -194,11 +196,14 @@ class FloatTangents {
       }
       sum.add(j, weight, e);
     });
-    const vf dlse = sum.dlse();
+    const auto found = sum.find();
+    const vf dlse = found.dlse, inverse = found.inverse;
     store(t.dlse + at, dlse * kLn2);
     mask.for_each_key([&](int64_t j, bool) __attribute__((always_inline)) {
-      float* tangent = moved.at(j, i).data;
-      store(tangent, load(weights.at(j, i).data) * ((load(tangent) - dlse) * kLn2));
+      float *score = weights.at(j, i).data, *tangent = moved.at(j, i).data;
+      const vf weight = load(score) * inverse;
+      store(score, weight);
+      if (p.moves) store(tangent, weight * ((load(tangent) - dlse) * kLn2));
     });
   }
 
@@ -210,19 +215,20 @@ class FloatTangents {
     product_over_runs(queries, n.row, lows, left, values, out, true, prefetch);
   }
 
-  // Of results over several blocks of keys: dout less dlse out, but for what the shift has taken.
+  // Of results over several blocks of keys: dout less dlse out, but for what the shift has taken, over the sum of P.
   void take_mean_out(const Place& place, int64_t head, Run queries) const {
     float* const row = q_transposed.data;
     for (int64_t i = 0; i < queries.size(); ++i) {
       const int64_t at = head * p.query_block + i;
+      const float inverse = mass[at] == 0 ? 0 : 1 / mass[at];
       with_dtype(p.a.out.dtype, [&](auto type) {
         read_row<decltype(type)::value>(p.a.out.at(place.b, queries.begin + i, place.s, place.heads.first + head), n.D,
                                         row);
       });
-      const vf sum = splat(t.dlse[at]);
+      const float sum = t.dlse[at];
       float* mine = t.out.head(head).at(i, 0).data;
-      for (int64_t c = 0; c < n.row; c += W) store(mine + c, load(mine + c) - sum * load(row + c));
-      t.dlse[at] += shift[at];
+      for (int64_t c = 0; c < n.row; c += W) store(mine + c, (load(mine + c) - sum * load(row + c)) * inverse);
+      t.dlse[at] = mass[at] == 0 ? 0 : sum * inverse + shift[at];
     }
   }
 };

@@ -185,7 +185,7 @@ class MatrixTangents {
           vf weight = exp2(load(score + j * row) * (factor * kLog2E) - lse);
           if (masked) weight = select(mask.sees(j), weight, vf{});
           store(score + j * row, weight);
-          if (!p.moves) return;
+          if (!p.moves) return sum.weights.add(j, weight);
           vf e = load(tangent + j * row);
           if (masked) {
             e = select(mask.sees(j), e, vf{});
@@ -197,22 +197,25 @@ class MatrixTangents {
           store(score + j * row, vf{});
           store(tangent + j * row, vf{});
         });
-    const vf dlse = sum.dlse();
+    const auto found = sum.find();
+    const vf dlse = found.dlse, inverse = found.inverse;
     if (p.moves) store(t.dlse + at, dlse * factor);
     if (p.given.dv) {
       for (int64_t r = 0; r < steps.count; ++r)
         for (int64_t j = steps.runs[r].begin; j < steps.runs[r].end; j += 2)
-          store_words(words.at(j, i).data, pair(load(score + j * row), load(score + (j + 1) * row)));
+          store_words(words.at(j, i).data,
+                      pair(load(score + j * row) * inverse, load(score + (j + 1) * row) * inverse));
       transpose_weights(steps, i, words, weights);
     }
     if (!p.moves) return;
+    const vf by = inverse * factor;
     vf rounded_sum = {};
     for (int64_t r = 0; r < steps.count; ++r)
       for (int64_t j = steps.runs[r].begin; j < steps.runs[r].end; j += 2) {
         vf term[2];
         for (int64_t key = 0; key < 2; ++key) {
           const int64_t k = (j + key) * row;
-          term[key] = load(score + k) * ((load(tangent + k) - dlse) * factor);
+          term[key] = load(score + k) * ((load(tangent + k) - dlse) * by);
         }
         store_words(words.at(j, i).data, pair(term[0], term[1]));
         rounded_sum += as_bf16(term[0]) + as_bf16(term[1]);
