@@ -32,7 +32,10 @@ def tables():
 
 CASES = {
     "frame_attention.forward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
-    "frame_attention.backward": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)}),
+    **{
+        f"frame_attention.{name}": ("video_attention", (1, 3, 150, 2), {"mask": FrameMask.window(1)})
+        for name in ("backward_queries", "backward_keys")
+    },
     "temporal_attention.forward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
     "temporal_attention.backward": ("temporal_attention", (1, 30, 5, 2), {"mask": FrameMask.causal()}),
     "temporal_attention.long": ("temporal_attention", (1, 150, 2, 2), {"mask": FrameMask.window(40)}),

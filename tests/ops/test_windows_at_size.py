@@ -107,9 +107,11 @@ HALF = {"tiles", "radial"}  # are tried in float16, the others in float32
 def hopper_boxes():
     """With the boxes that sm_90 takes: the interpreter's own are for small cases."""
     from vdcore_kernels.core.launch import force, pick
-    from vdcore_kernels.tile_attention import backward, forward
+    from vdcore_kernels.tile_attention.backward_keys import KEYS
+    from vdcore_kernels.tile_attention.backward_queries import QUERIES
+    from vdcore_kernels.tile_attention.forward import FORWARD
 
-    return force(*(pick(table, "sm_90") for table in (forward.FORWARD, backward.QUERIES, backward.KEYS)))
+    return force(*(pick(table, "sm_90") for table in (FORWARD, QUERIES, KEYS)))
 
 
 @INTERPRETED

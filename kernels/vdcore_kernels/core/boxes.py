@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vdcore_kernels.core.frames import Frames, valid_frames
 from vdcore_kernels.core.tile import load_rows, store_rows
-from vdcore_kernels.core.tokens import Runs, either_pointer, left_tile, text_length, valid_key_frames, whole_tile
+from vdcore_kernels.core.tokens import At, Runs, either_pointer, left_tile, text_length, valid_key_frames, whole_tile
 
 # Words of a held and of a walked box.
 HELD = tl.constexpr(8)
@@ -286,15 +286,14 @@ def key_sight(held, lengths, S, L, T, T_k, q_start, TILE: tl.constexpr):
 
 
 @triton.jit
-def run_tile(i, n_low, n_run, n_txt, runs, N: tl.constexpr):
-    """Whether the i-th tile of runs, of whole ones and then of what is left of each, is text, its first token and its
-    end."""
-    n_whole = n_low + n_run + n_txt
-    is_text, first = whole_tile(i, n_low, n_run, runs, N)
-    left_text, left_first, left_stop = left_tile(i - n_whole, runs, N)
-    is_whole = i < n_whole
-    stop = tl.where(is_whole, first + N, left_stop)
-    return tl.where(is_whole, is_text, left_text), tl.where(is_whole, first, left_first), stop
+def run_tile(i, at, steps, N: tl.constexpr):
+    """Where the i-th tile of a Walk is, of whole ones and then of what is left of each run, and its end."""
+    whole = whole_tile(i, at, steps, N)
+    left, left_stop = left_tile(i - steps.n_whole, at, steps, N)
+    is_whole = i < steps.n_whole
+    is_text = tl.where(is_whole, whole.is_text, left.is_text)
+    start = tl.where(is_whole, whole.start, left.start)
+    return At(is_text, at.b, at.h, start), tl.where(is_whole, whole.start + N, left_stop)
 
 
 @triton.jit

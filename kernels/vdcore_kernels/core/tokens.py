@@ -222,6 +222,13 @@ def result_token(at, sizes, frames, TILE: tl.constexpr):
 
 
 @triton.jit
+def result_row(at, sizes, frames, TILE: tl.constexpr):
+    """A tile's first row in the result (B, N, H): the others are H apart."""
+    first, N = result_token(at, sizes, frames, TILE)
+    return (at.b * N + first) * sizes.H + at.h
+
+
+@triton.jit
 def text_length(lengths, i_b, L):
     n = L + 0
     if lengths.text is not None:
@@ -289,33 +296,61 @@ def query_tiles(T: int, S_q: int, L: int, q_start: int, group: int, BM: int) -> 
     return groups * -(-min(group, T) * S_q // BM) + -(-L // BM)
 
 
+class Walk(NamedTuple):
+    """How a program goes through Runs: so many whole tiles of the first, of the first two and of all three, and then so
+    many parts that are left."""
+
+    runs: Any
+    n_low: Any
+    n_video: Any
+    n_whole: Any
+    n_left: Any
+
+
 @triton.jit
-def walk(runs, BN: tl.constexpr):
-    """Whole tiles of the three runs, and how many runs leave a part of one over."""
+def walk(runs, N: tl.constexpr):
+    """In tiles of N tokens."""
     low, low_end, begin, end, n_text = runs
-    n_low = (low_end - low) // BN
-    n_run = tl.maximum(end - begin, 0) // BN
-    n_txt = n_text // BN
-    left = tl.where((low_end - low) % BN > 0, 1, 0) + tl.where((end > begin) & ((end - begin) % BN > 0), 1, 0)
-    return n_low, n_run, n_txt, left + tl.where(n_text % BN > 0, 1, 0)
+    n_low = (low_end - low) // N
+    n_video = n_low + tl.maximum(end - begin, 0) // N
+    left = tl.where((low_end - low) % N > 0, 1, 0) + tl.where((end > begin) & ((end - begin) % N > 0), 1, 0)
+    return Walk(runs, n_low, n_video, n_video + n_text // N, left + tl.where(n_text % N > 0, 1, 0))
 
 
 @triton.jit
-def whole_tile(i, n_low, n_run, runs, BN: tl.constexpr):
-    """Whether the i-th whole tile is text, and its first token."""
-    is_text = i >= n_low + n_run
-    start = tl.where(i < n_low, runs.low + i * BN, runs.begin + (i - n_low) * BN)
-    return is_text, tl.where(is_text, (i - n_low - n_run) * BN, start)
+def whole_tile(i, at, steps, N: tl.constexpr):
+    """Where the i-th whole tile of a Walk is, of at's sample and head."""
+    is_text = i >= steps.n_video
+    start = tl.where(i < steps.n_low, steps.runs.low + i * N, steps.runs.begin + (i - steps.n_low) * N)
+    return At(is_text, at.b, at.h, tl.where(is_text, (i - steps.n_video) * N, start))
 
 
 @triton.jit
-def left_tile(i, runs, BN: tl.constexpr):
-    """Whether the i-th part that is left is text, its first token, and its end."""
-    low, low_end, begin, end, n_text = runs
-    has_low = (low_end - low) % BN > 0
-    has_run = (end > begin) & ((end - begin) % BN > 0)
+def left_tile(i, at, steps, N: tl.constexpr):
+    """Where the i-th part that is left is, and its end."""
+    low, low_end, begin, end, n_text = steps.runs
+    has_low = (low_end - low) % N > 0
+    has_run = (end > begin) & ((end - begin) % N > 0)
     is_low = has_low & (i == 0)
     is_run = has_run & (i == tl.where(has_low, 1, 0))
     stop = tl.where(is_low, low_end, tl.where(is_run, end, n_text))
-    count = tl.where(is_low, low_end - low, tl.where(is_run, end - begin, n_text)) % BN
-    return ~(is_low | is_run), stop - count, stop
+    count = tl.where(is_low, low_end - low, tl.where(is_run, end - begin, n_text)) % N
+    return At(~(is_low | is_run), at.b, at.h, stop - count), stop
+
+
+@triton.jit
+def key_head(at, TILE: tl.constexpr):
+    """Sample and key/value head of a tile of queries."""
+    return At(False, at.b, at.h // TILE.R, 0)
+
+
+@triton.jit
+def first_keys(at, runs, N):
+    """The first N keys, or fewer, in the longest of the runs, of at's sample and head; and how many these are."""
+    low, low_end, begin, end, n_text = runs
+    n_low = low_end - low
+    is_text = n_text > tl.maximum(n_low, end - begin)
+    is_run = (end - begin >= n_low) & ~is_text
+    start = tl.where(is_run, begin, tl.where(is_text, 0, low))
+    count = tl.minimum(tl.where(is_text, n_text, tl.where(is_run, end - begin, n_low)), N)
+    return At(is_text, at.b, at.h, start), count

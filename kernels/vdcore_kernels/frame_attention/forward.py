@@ -6,60 +6,30 @@ runs of keys; q and k come normalized and rotated, which is one pass over them b
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.mask import FrameMask
-from vdcore_kernels.core.frames import Frames, frame_bounds
-from vdcore_kernels.core.launch import Config, arch_of, launch, pick, step
+from vdcore_kernels.core.frames import Frames
+from vdcore_kernels.core.launch import launch, step
 from vdcore_kernels.core.tile import LN_2, filled, keep, scale, split_row, store_rows
 from vdcore_kernels.core.tokens import (
-    At,
-    Lengths,
     Sizes,
-    Tile,
-    amd_alignment,
-    is_flat,
+    key_head,
     left_tile,
     load_keys,
     load_tokens,
-    near,
     power,
     query_tile,
-    query_tiles,
-    result_token,
+    result_row,
     rows_times,
     times_rows,
-    token_pair,
     walk,
     whole_tile,
 )
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, FrameProblem, pick_for
 
-Triple = tuple[Tensor, Tensor, Tensor]
-Text = Triple | tuple[None, None, None]
-NO_TEXT = (None, None, None)
-
-
-@dataclass(frozen=True)
-class FrameConfig(Config):
-    """m, n: rows of a tile of queries and of keys; for at most ``channels`` channels of at most ``size`` bytes."""
-
-    m: int = 128
-    n: int = 64
-    channels: int = 256
-    size: int = 2
-
-
-# Warps that multiply as warps, not as a warpgroup, hold 16 rows each: eight of them share 128, and 64 rows twice.
-SMALL = "sm_8|sm_11|sm_12"
 _OTHERS = "sm_86|sm_87|sm_89|sm_11|sm_12"
-# Not as three products of tf32 (tf32x3): a tensor core cuts its sums toward zero, and a model of that errs by up to 0.8
-# of what the tolerance rule allows at 64 channels and 1.2 at 128 (tests/ops/test_tf32x3.py), plain units by 0.4.
-FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
@@ -133,114 +103,40 @@ def frame_attention_fwd_kernel(
     ROW: tl.constexpr = TILE.ROW
     sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
-    i_g = at.h // TILE.R
-    m_live = tl.arange(0, BM) < n_live
+    o_n = tl.arange(0, BM)
+    m_live = o_n < n_live
     b_q = load_tokens(q, at, m_live, S_q, BM, TILE)  # [BM, W]
     b_m = tl.full([BM], -float("inf"), tl.float32)
     b_l = tl.full([BM], 0.0, tl.float32)
     b_o = filled(BM, 0.0, ROW)
-    n_low, n_run, n_txt, n_left = walk(runs, BN)
-    for i in range(n_low + n_run + n_txt):
-        is_text, first = whole_tile(i, n_low, n_run, runs, BN)
-        at_k = At(is_text, at.b, i_g, first)
-        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, first, S_k, exponent, WHOLE=True, TILE=TILE)
-    for i in tl.range(n_left, num_stages=1):
-        is_text, first, stop = left_tile(i, runs, BN)
-        at_k = At(is_text, at.b, i_g, first)
+    of_keys, steps = key_head(at, TILE), walk(runs, BN)
+    for i in range(steps.n_whole):
+        at_k = whole_tile(i, of_keys, steps, BN)
+        b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, at_k.start, S_k, exponent, WHOLE=True, TILE=TILE)
+    for i in tl.range(steps.n_left, num_stages=1):
+        at_k, stop = left_tile(i, of_keys, steps, BN)
         b_m, b_l, b_o = _attend((b_m, b_l, b_o), b_q, k, v, at_k, stop, S_k, exponent, WHOLE=False, TILE=TILE)
-    m_seeing = m_live & (n_low + n_run + n_txt + n_left > 0)
+    m_seeing = m_live & (steps.n_whole + steps.n_left > 0)
     b_o = keep(scale(b_o, (1 / b_l)[:, None]), m_seeing[:, None])
-    o_n = tl.arange(0, BM)
     m_rows = o_n < n_rows
-    first, N = result_token(at, sizes, frames, TILE)
-    row = (at.b * N + first) * H + at.h
+    row = result_row(at, sizes, frames, TILE)
     store_rows(p_o + row * ROW.D, o_n * H * ROW.D, m_rows, b_o, ROW)
     if p_lse is not None:
         b_lse = tl.where(m_seeing, b_m * (exponent * LN_2) + tl.log(b_l), -float("inf"))
         tl.store(p_lse + row + o_n * H, b_lse, mask=m_rows)
 
 
-def pick_for(table: tuple[FrameConfig, ...], q: Tensor) -> FrameConfig:
-    D, size = q.shape[-1], q.element_size()
-    return pick(table, arch_of(q), lambda c: c.channels >= D and c.size >= size)
-
-
-def base_2(sm_scale: float) -> float:
-    """The size of a scale for powers of two. Not quite 0: a maximum of -inf is multiplied by it."""
-    return max(abs(sm_scale), 1e-30) / math.log(2)
-
-
-def with_positive_scale(q: Tensor, text: Triple | None, sm_scale: float) -> tuple[Tensor, Text]:
-    """Queries whose scores are to be scaled by ``abs(sm_scale)``, and text whose tokens are near one another."""
-    q = -q if sm_scale < 0 else q
-    if text is None:
-        return q, NO_TEXT
-    text_q, text_k, text_v = (near(x) for x in text)
-    return q, (-text_q if sm_scale < 0 else text_q, text_k, text_v)
-
-
-def frame_sizes(q: Tensor, k: Tensor, text: Text, mask: FrameMask, q_start: int) -> tuple[Sizes, Frames]:
-    """The numbers that the kernels of both directions take by the same names."""
-    _, T, S_q, H, _ = q.shape
-    L = 0 if text[0] is None else text[0].shape[1]
-    frames, _ = frame_bounds(mask, T, k.shape[1], q_start, q.device)
-    return Sizes(S_q, k.shape[2], L, H), frames
-
-
-def query_programs(B: int, sizes: Sizes, frames: Frames, BM: int) -> tuple[int, int]:
-    """Programs of a kernel over queries, and tiles per sample and head."""
-    tiles = query_tiles(frames.T, sizes.S_q, sizes.L, frames.q_start, frames.group, BM)
-    return B * sizes.H * tiles, tiles
-
-
-def frame_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text: Triple | None,
-    out: Tensor,
-    lse: Tensor | None,
-    *,
-    text_first: bool,
-    text_sees: bool,
-    sm_scale: float,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Lengths,
-) -> None:
-    """q ``(B, T, S_q, H, D)``, k and v ``(B, T_k, S_k, G, D)``, text ``(B, L, heads, D)``, all normalized and rotated.
-
-    Fills out ``(B, T*S_q + L, H, D)`` and lse ``(B, T*S_q + L, H)``.
-
-    Args:
-        text: its queries, keys and values, or None.
-        text_first: it comes before the video in the result.
-        text_sees: it sees the video.
-        sm_scale: of the scores.
-        lengths: of the video and of the text.
-    """
-    q, words = with_positive_scale(q, text, sm_scale)
-    config = pick_for(FORWARD, q)
-    A = step(q, k, v, *(x for x in words if x is not None))
-    sides = [token_pair(x, of_text, A) for x, of_text in zip((q, k, v), words)]
-    sizes, frames = frame_sizes(q, k, words, mask, q_start)
-    programs, tiles = query_programs(q.shape[0], sizes, frames, config.m)
-    tile = Tile(
-        ROW=split_row(q.shape[4]),
-        A=A,
-        R=q.shape[3] // k.shape[3],
-        BM=config.m,
-        BN=config.n,
-        FLAT=all(is_flat(x, A) for x in sides),
-        TEXT=text is not None,
-        TEXT_FIRST=text_first,
-        TEXT_SEES=text_sees,
-        AMD=amd_alignment(sides, A),
-    )
+def frame_forward(problem: FrameProblem, out: Tensor, lse: Tensor | None) -> None:
+    """Fills out ``(B, T*S_q + L, H, D)`` and lse ``(B, T*S_q + L, H)``."""
+    p = problem.with_positive_scores()
+    config = pick_for(FORWARD, p.q)
+    A = step(*p.tensors())
+    sides = p.sides(A)
+    programs, tiles = p.query_programs(config.m)
     launch(
         frame_attention_fwd_kernel,
         programs,
-        like=q,
+        like=p.q,
         config=config,
         q=sides[0],
         k=sides[1],
@@ -248,9 +144,6 @@ def frame_forward(
         p_o=out,
         p_lse=lse,
         tiles=tiles,
-        exponent=base_2(sm_scale),
-        TILE=tile,
-        lengths=lengths,
-        **sizes._asdict(),
-        **frames._asdict(),
+        TILE=p.constants(sides, config, split_row(p.q.shape[4]), A),
+        **p.numbers(),
     )

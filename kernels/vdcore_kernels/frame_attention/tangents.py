@@ -18,25 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.mask import FrameMask
 from vdcore_kernels.core.frames import Frames
 from vdcore_kernels.core.launch import launch, step
 from vdcore_kernels.core.tile import LOG2_E, add, filled, keep, load_rows, scale, split_row, store_rows, to
 from vdcore_kernels.core.tokens import (
-    At,
-    Lengths,
     Pair,
     Sizes,
-    Tile,
-    amd_alignment,
-    is_flat,
+    first_keys,
+    key_head,
     left_tile,
     load_keys,
     load_tokens,
     near,
     power,
     query_tile,
-    result_token,
+    result_row,
     rows_times,
     sequence_rows,
     times_rows,
@@ -44,17 +40,7 @@ from vdcore_kernels.core.tokens import (
     walk,
     whole_tile,
 )
-from vdcore_kernels.frame_attention.backward import first_keys
-from vdcore_kernels.frame_attention.forward import (
-    FLOAT32,
-    FrameConfig,
-    Triple,
-    base_2,
-    frame_sizes,
-    pick_for,
-    query_programs,
-    with_positive_scale,
-)
+from vdcore_kernels.frame_attention.problem import FLOAT32, FrameConfig, FrameProblem, pick_for
 
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_TANGENTS: Tangents = (None, None, None)
@@ -176,28 +162,23 @@ def frame_attention_jvp_kernel(
     ROW: tl.constexpr = TILE.ROW
     sizes, frames = Sizes(S_q, S_k, L, H), Frames(T, T_k, q_start, past, future, chunk, sink, group, clean, shots)
     at, n_rows, n_live, runs = query_tile(tiles, lengths, sizes, frames, TILE)
-    i_g = at.h // TILE.R
     o_n = tl.arange(0, BM)
     m_live = o_n < n_live
-    first, N = result_token(at, sizes, frames, TILE)
-    row = (at.b * N + first) * H + at.h
+    row = result_row(at, sizes, frames, TILE)
     b_q, b_dq, b_lse = _load_queries(q, dq, p_lse, at, m_live, row, sizes, exponent, TILE)
-    at_k = At(False, at.b, i_g, 0)
-    b_shift = _mean_tangent(b_q, b_dq, k, dq, dk, at_k, runs, S_k, sm_scale, N=16, TILE=TILE)
+    of_keys, steps = key_head(at, TILE), walk(runs, BN)
+    b_shift = _mean_tangent(b_q, b_dq, k, dq, dk, of_keys, runs, S_k, sm_scale, N=16, TILE=TILE)
     queries = Queries(b_q, b_dq, b_lse, b_shift)
     sides = (k, v, dq, dk, dv)
     state = (filled(BM, 0.0, ROW), tl.full([BM], 0.0, tl.float32), tl.full([BM], 0.0, tl.float32))
-    n_low, n_run, n_txt, n_left = walk(runs, BN)
-    for i in range(n_low + n_run + n_txt):
-        is_text, start = whole_tile(i, n_low, n_run, runs, BN)
-        at_k = At(is_text, at.b, i_g, start)
-        state = _push(state, queries, sides, at_k, start, S_k, exponent, sm_scale, WHOLE=True, TILE=TILE)
-    for i in tl.range(n_left, num_stages=1):
-        is_text, start, stop = left_tile(i, runs, BN)
-        at_k = At(is_text, at.b, i_g, start)
+    for i in range(steps.n_whole):
+        at_k = whole_tile(i, of_keys, steps, BN)
+        state = _push(state, queries, sides, at_k, at_k.start, S_k, exponent, sm_scale, WHOLE=True, TILE=TILE)
+    for i in tl.range(steps.n_left, num_stages=1):
+        at_k, stop = left_tile(i, of_keys, steps, BN)
         state = _push(state, queries, sides, at_k, stop, S_k, exponent, sm_scale, WHOLE=False, TILE=TILE)
     b_o, b_sum, b_terms = state
-    m_seeing = m_live & (n_low + n_run + n_txt + n_left > 0)
+    m_seeing = m_live & (steps.n_whole + steps.n_left > 0)
     m_rows = o_n < n_rows
     if dq.video.p is not None or dk.video.p is not None:
         out = to(load_rows(p_o + row * ROW.D, o_n * H * ROW.D, m_seeing, ROW), tl.float32)
@@ -216,93 +197,53 @@ def _as_like(dx: Tensor | None, x: Tensor, wanted: bool) -> Tensor | None:
     return dx if dx.stride(-1) == 1 or dx.shape[-1] == 1 else dx.contiguous()
 
 
-def _filled_in(
-    given: tuple[Tangents, Tangents], q: Tensor, k: Tensor, v: Tensor, text: Triple | None
-) -> tuple[Tangents, Tangents]:
-    """Tangents that either the video or the text has, both have."""
+def _filled_in(given: tuple[Tangents, Tangents], problem: FrameProblem) -> tuple[Tangents, Tangents]:
+    """Tangents that either the video or the text has, both have; of scores that take the size of the scale."""
+    p, (video, text) = problem, given
     wanted = [any(side[i] is not None for side in given) for i in range(3)]
-    of_video = tuple(map(_as_like, given[0], (q, k, v), wanted))
-    of_text = NO_TANGENTS if text is None else tuple(map(_as_like, given[1], text, wanted))
-    return of_video, of_text  # type: ignore[return-value]
-
-
-def _with_positive_scale(video: Tangents, text: Tangents, sm_scale: float) -> tuple[Tangents, Tangents]:
-    """As with_positive_scale, of tangents."""
-    words = [None if x is None else near(x) for x in text]
-    if sm_scale >= 0:
-        return video, tuple(words)  # type: ignore[return-value]
-    (dq, *rest), (text_dq, *text_rest) = video, words
-    dq, text_dq = (None if x is None else -x for x in (dq, text_dq))
-    return (dq, *rest), (text_dq, *text_rest)  # type: ignore[return-value]
+    dq, dk, dv = map(_as_like, video, (p.q, p.k, p.v), wanted)
+    text_dq, text_dk, text_dv = NO_TANGENTS
+    if p.text is not None:
+        text_dq, text_dk, text_dv = (None if dx is None else near(dx) for dx in map(_as_like, text, p.text, wanted))
+    if p.sm_scale < 0:
+        dq, text_dq = (None if dx is None else -dx for dx in (dq, text_dq))
+    return (dq, dk, dv), (text_dq, text_dk, text_dv)
 
 
 def frame_tangents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text: Triple | None,
+    problem: FrameProblem,
     out: Tensor,
     lse: Tensor,
     given: tuple[Tangents, Tangents],
     dout: Tensor,
     dlse: Tensor,
-    *,
-    text_first: bool,
-    text_sees: bool,
-    sm_scale: float,
-    mask: FrameMask,
-    q_start: int,
-    lengths: Lengths,
 ) -> None:
-    """As frame_forward, of whose out and lse it fills the tangents.
+    """Fills the tangents of frame_forward's out and lse.
 
     Args:
         given: tangents of q, k and v, and of the text's, each or None.
     """
-    tangents, text_tangents = _filled_in(given, q, k, v, text)
-    q, words = with_positive_scale(q, text, sm_scale)
-    moved, moved_words = _with_positive_scale(tangents, text_tangents, sm_scale)
-    config = pick_for(TANGENTS, q)
-    everything = (q, k, v, *words, *moved, *moved_words)
-    A = step(*(x for x in everything if x is not None))
-    sides = [token_pair(x, of_text, A) for x, of_text in zip((q, k, v), words)]
+    moved, moved_text = _filled_in(given, problem)
+    p = problem.with_positive_scores()
+    config = pick_for(TANGENTS, p.q)
+    A = step(*p.tensors(), *(x for x in (*moved, *moved_text) if x is not None))
+    sides = p.sides(A)
     nothing = Pair(sequence_rows(None, A), sequence_rows(None, A))
-    pairs = [nothing if x is None else token_pair(x, of_text, A) for x, of_text in zip(moved, moved_words)]
+    pairs = [nothing if x is None else token_pair(x, of_text, A) for x, of_text in zip(moved, moved_text)]
+    programs, tiles = p.query_programs(config.m)
     here = [*sides, *(x for x in pairs if x is not nothing)]
-    sizes, frames = frame_sizes(q, k, words, mask, q_start)
-    programs, tiles = query_programs(q.shape[0], sizes, frames, config.m)
-    tile = Tile(
-        ROW=split_row(q.shape[4]),
-        A=A,
-        R=q.shape[3] // k.shape[3],
-        BM=config.m,
-        BN=config.n,
-        FLAT=all(is_flat(x, A) for x in here),
-        TEXT=text is not None,
-        TEXT_FIRST=text_first,
-        TEXT_SEES=text_sees,
-        AMD=amd_alignment(here, A),
-    )
     launch(
         frame_attention_jvp_kernel,
         programs,
-        like=q,
+        like=p.q,
         config=config,
-        q=sides[0],
-        k=sides[1],
-        v=sides[2],
-        dq=pairs[0],
-        dk=pairs[1],
-        dv=pairs[2],
+        **dict(zip(("q", "k", "v", "dq", "dk", "dv"), [*sides, *pairs])),
         p_o=out,
         p_lse=lse,
         p_do=dout,
         p_dlse=dlse,
         tiles=tiles,
-        exponent=base_2(sm_scale),
-        sm_scale=abs(sm_scale),
-        TILE=tile,
-        lengths=lengths,
-        **sizes._asdict(),
-        **frames._asdict(),
+        sm_scale=abs(p.sm_scale),
+        TILE=p.constants(here, config, split_row(p.q.shape[4]), A),
+        **p.numbers(),
     )

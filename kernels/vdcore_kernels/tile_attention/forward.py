@@ -6,16 +6,13 @@ all of the queries see come first and need no test; in the others coordinates ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdcore.grid_mask import GridMask, HeadMasks
 from vdcore_kernels.core.boxes import (
-    BoxTile,
     Lists,
     Windows,
     box_places,
@@ -37,30 +34,18 @@ from vdcore_kernels.core.boxes import (
     window_sight,
     window_walk,
 )
-from vdcore_kernels.core.launch import cdiv, launch, step
-from vdcore_kernels.core.tile import LN_2, Row, filled, keep, scale, split_row, store_rows
+from vdcore_kernels.core.launch import launch, step
+from vdcore_kernels.core.tile import LN_2, filled, keep, scale, split_row, store_rows
 from vdcore_kernels.core.tokens import (
-    At,
-    Lengths,
-    Pair,
-    amd_alignment,
-    is_flat,
+    key_head,
     load_keys,
     power,
     rows_times,
     times_rows,
-    token_pair,
     walk,
 )
-from vdcore_kernels.frame_attention.forward import (
-    FLOAT32,
-    FrameConfig,
-    Triple,
-    base_2,
-    pick_for,
-    with_positive_scale,
-)
-from vdcore_kernels.tile_attention import plan
+from vdcore_kernels.frame_attention.problem import FLOAT32, FrameConfig, pick_for
+from vdcore_kernels.tile_attention.problem import BoxProblem
 
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "several boxes in a small case", 32, 32, 128, 4),
@@ -163,14 +148,14 @@ def _over_windows(state, b_q, k, v, held, i_g, walked, windows, until, exponent,
 
 
 @triton.jit
-def _over_runs(state, b_q, k, v, i_b, i_g, runs, S, exponent, TILE: tl.constexpr):
+def _over_runs(state, b_q, k, v, of_keys, runs, S, exponent, TILE: tl.constexpr):
     """State after runs of the video and of the text, and how many tiles they are."""
     BN: tl.constexpr = TILE.BN
-    n_low, n_run, n_txt, n_left = walk(runs, BN)
-    n_tiles = n_low + n_run + n_txt + n_left
+    steps = walk(runs, BN)
+    n_tiles = steps.n_whole + steps.n_left
     for i in tl.range(n_tiles, num_stages=1):  # few: stages would take registers of the other loops
-        is_text, first, stop = run_tile(i, n_low, n_run, n_txt, runs, BN)
-        b_k, b_v, m = load_keys(k, v, At(is_text, i_b, i_g, first), stop, S, False, TILE)
+        at, stop = run_tile(i, of_keys, steps, BN)
+        b_k, b_v, m = load_keys(k, v, at, stop, S, False, TILE)
         state = _attend(state, b_q, b_k, b_v, m[None, :], None, exponent, WHOLE=False)
     return state, n_tiles
 
@@ -241,7 +226,7 @@ def tile_attention_fwd_kernel(
     else:
         state, n_seen = _over_windows(state, b_q, k, v, held, i_g, walked, windows, until, exponent, TILE)
     if TILE.TEXT:
-        state, n_read = _over_runs(state, b_q, k, v, held.b, i_g, runs, S, exponent, TILE)
+        state, n_read = _over_runs(state, b_q, k, v, key_head(held, TILE), runs, S, exponent, TILE)
         n_seen += n_read
     b_m, b_l, b_o = state
     m_seeing = m_live & (n_seen > 0)
@@ -254,139 +239,13 @@ def tile_attention_fwd_kernel(
         tl.store(p_lse + row + o * H, b_lse, mask=held.m)
 
 
-# ---- Launches ----
-
-
-NO_LENGTHS = Lengths(None, None, None)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What all launches of a call share.
-
-    Args:
-        q, k, v: ``(B, T, S, heads, D)``, normalized and rotated.
-        text: ``(B, L, heads, D)`` of each, normalized, or None.
-        text_first: it comes before the video in the result.
-        text_sees: it sees the video.
-        grid: rows and columns of a frame.
-        mask: windows; None: tiles are listed.
-        q_start: the key frame of the first query frame.
-        lengths: of the video and of the text.
-        tile: frames, rows and columns of a listed tile.
-        tiles: int32 ``(B or 1, H or 1, n, K)`` and counts without K.
-        sm_scale: of the scores.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grid: tuple[int, int]
-    sm_scale: float
-    text: Triple | None = None
-    text_first: bool = False
-    text_sees: bool = True
-    mask: HeadMasks | None = None
-    q_start: int = 0
-    lengths: Lengths = NO_LENGTHS
-    tile: plan.Box = (1, 1, 1)
-    tiles: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def L(self) -> int:
-        return 0 if self.text is None else self.text[0].shape[1]
-
-    def parts(self) -> list[tuple[int, int, GridMask | None]]:
-        """Heads [first, end) whose boxes are the same, and their mask: what a launch is for."""
-        return [(0, self.q.shape[3], None)] if self.mask is None else list(self.mask.heads())
-
-    def boxes(self, mask: GridMask | None, *, of_keys: bool, held: int, walked: int) -> plan.Boxes:
-        T, T_k, device = self.q.shape[1], self.k.shape[1], self.q.device
-        if mask is None:
-            return plan.tiles(T, self.grid, self.tile, held=held, walked=walked, device=device)
-        sizes = {"of_keys": of_keys, "held": held, "walked": walked, "device": device}
-        return plan.windows(mask, self.grid, T, T_k, self.q_start, **sizes)
-
-    def numbers(self, mask: GridMask | None, boxes: plan.Boxes) -> dict[str, Any]:
-        """Of the kernels' NUMBERS those that are the same for all heads of a launch, but for its programs."""
-        (_, T, S, H, _), (rows, columns) = self.q.shape, self.grid
-        found = {"S": S, "L": self.L, "H": H, "T": T, "T_k": self.k.shape[1], "q_start": self.q_start}
-        for name, box in (("held", boxes.held_box), ("walked", boxes.walked_box)):
-            found |= {f"{name}_rows": box[1], f"{name}_columns": box[2]}
-        _, tile_rows, tile_columns = mask.tile if mask is not None else self.tile
-        tile_rows, tile_columns = min(tile_rows, rows), min(tile_columns, columns)
-        shift = int(mask is not None and mask.border == "shift")
-        n_rows, n_columns = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
-        by = 1 / tile_rows, 1 / tile_columns
-        windows = Windows(rows, columns, tile_rows, tile_columns, *by, n_rows, n_columns, shift)
-        return found | windows._asdict() | self.list_numbers()
-
-    def list_numbers(self) -> dict[str, int]:
-        if self.tiles is None:
-            return {"list_b": 0, "list_h": 0, "n": 0, "K": 0}
-        batch, heads, n, K = self.tiles[0].shape
-        return {"list_b": heads if batch > 1 else 0, "list_h": 1 if heads > 1 else 0, "n": n, "K": K}
-
-    def programs(self, boxes: plan.Boxes, first: int, end: int, rows: int) -> dict[str, Any]:
-        """What a launch is for: heads [first, end) of the held side, its boxes, and text in tiles of so many rows."""
-        tiles = len(boxes.held) + cdiv(self.L, rows)
-        found = {"first_head": first, "heads": end - first, "boxes": len(boxes.held), "tiles": tiles}
-        return {
-            **found,
-            "programs": self.q.shape[0] * (end - first) * tiles,
-            "like": self.q,
-            "p_held": boxes.held,
-            "p_walked": boxes.walked,
-        }
-
-    def constants(
-        self,
-        boxes: plan.Boxes,
-        sides: list[Pair],
-        *,
-        row: Row,
-        A: int,
-        m: int,
-        n: int,
-        dout: Tensor | None = None,
-    ) -> BoxTile:
-        """sides: of all tensors that a kernel reads or writes, q, k and v first, but for dout, ``(B, N, H, D)``."""
-        (_, _, S, H, D), parts = self.q.shape, boxes.parts
-        token = max(H * D, 0 if dout is None else dout.stride(1))
-        apart = [(S * token, token), *((x.video.t * A, x.video.s * A) for x in sides)]
-        return BoxTile(
-            ROW=row,
-            A=A,
-            R=self.q.shape[3] // self.k.shape[3],
-            BM=m,
-            BN=n,
-            FLAT=all(is_flat(x, A) for x in sides),
-            TEXT=self.text is not None,
-            TEXT_FIRST=self.text_first,
-            TEXT_SEES=self.text_sees,
-            AMD=amd_alignment(sides, A),
-            LISTS=self.mask is None,
-            EVEN=boxes.even,
-            HELD_PARTS=parts[0],
-            WALKED_PARTS=parts[1],
-            CUT=self.lengths.frames is not None,
-            SAME=sides[1].video[1:] == sides[2].video[1:],
-            CLOSE=all(self._is_close(box, *far) for box in (boxes.held_box, boxes.walked_box) for far in apart),
-        )
-
-    def _is_close(self, box: plan.Box, frame: int, token: int) -> bool:
-        """Whether 32 bits count elements between the places of a box, its frames and tokens so far from one another."""
-        # Places beyond a box's tokens are counted, too: at most 128 in all.
-        return (box[0] + 128) * frame * (box[0] > 1) + (box[1] * self.grid[1] + box[2]) * token < 2**31
-
-
-def tile_forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
+def tile_forward(problem: BoxProblem, out: Tensor, lse: Tensor | None) -> None:
     """Fills out ``(B, T*S + L, H, D)`` and lse ``(B, T*S + L, H)``."""
-    p = problem
-    q, words = with_positive_scale(p.q, p.text, p.sm_scale)
-    config = pick_for(FORWARD, q)
-    A = step(q, p.k, p.v, *(x for x in words if x is not None))
-    sides = [token_pair(x, of_text, A) for x, of_text in zip((q, p.k, p.v), words)]
+    p = problem.with_positive_scores()
+    config = pick_for(FORWARD, p.q)
+    A = step(*p.tensors())
+    sides = p.sides(A)
+    tile = p.constants(sides, config, split_row(p.q.shape[4]), A)
     indices, counts = p.tiles or (None, None)
     for first, end, mask in p.parts():
         boxes = p.boxes(mask, of_keys=False, held=config.m, walked=config.n)
@@ -398,11 +257,9 @@ def tile_forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
             v=sides[2],
             p_o=out,
             p_lse=lse,
-            lengths=p.lengths,
             p_tiles=indices,
             p_counts=counts,
-            exponent=base_2(p.sm_scale),
-            TILE=p.constants(boxes, sides, row=split_row(q.shape[4]), A=A, m=config.m, n=config.n),
+            TILE=p.box_constants(boxes, sides, tile),
             **p.programs(boxes, first, end, config.m),
             **p.numbers(mask, boxes),
         )

@@ -39,26 +39,19 @@ def _as_prompts(dx: Tensor, k: Tensor) -> Tensor:
     return (dx if dx.ndim == 5 else dx.unsqueeze(1)).expand(k.shape)
 
 
-def _arguments(c: CrossCall, lengths: Tensor | None, mask: FrameMask) -> dict[str, Any]:
+def _problem(c: CrossCall, k: Tensor, v: Tensor, lengths: Tensor | None, mask: FrameMask) -> Any:
     from vdcore_kernels.core.tokens import Lengths
+    from vdcore_kernels.frame_attention.problem import FrameProblem
 
-    return {
-        "mask": mask,
-        "q_start": 0,
-        "lengths": Lengths(None, lengths, None),
-        "text_first": False,
-        "text_sees": False,
-        "sm_scale": c.scale,
-    }
+    q, k = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
+    return FrameProblem(q, k, v, c.scale, lengths=Lengths(None, lengths, None), mask=mask)
 
 
 def _forward(c: CrossCall) -> tuple[Tensor | None, ...]:
     from vdcore_kernels.frame_attention.forward import frame_forward
 
     out, lse = c.empty_outputs()
-    k, v, lengths, mask = _prompts(c)
-    q, k = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
-    frame_forward(q, k, v, None, out, lse, **_arguments(c, lengths, mask))
+    frame_forward(_problem(c, *_prompts(c)), out, lse)
     return out, lse
 
 
@@ -70,14 +63,12 @@ def _backward(
     out, lse = outputs
     dout, dlse = output_gradients(out, grads)
     k, v, lengths, mask = _prompts(c)
-    q_seen, k_seen = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
     # One prompt that frames see differently much of: its gradients are summed over frames.
     shared = c.k.shape[:-2] != k.shape[:-2] and k.shape[1] > 1
     dq = empty_like(c.q)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32 if shared else k.dtype, device=k.device) for _ in range(2))
-    more = _arguments(c, lengths, mask)
-    given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout.flatten(1, 2), "dlse": dlse}
-    frame_backward(q_seen, k_seen, v, None, gradients=(dq, dk, dv), text_gradients=None, **given, **more)
+    problem = _problem(c, k, v, lengths, mask)
+    frame_backward(problem, out, lse, dout.flatten(1, 2), dlse, (dq, dk, dv))
     found: Gradients = {"q": dq, "k": dk, "v": dv}
     if c.norm is not None:
         L = k.shape[2]
@@ -96,13 +87,12 @@ def _backward(
 def _tangents(c: CrossCall, outputs: tuple[Tensor, ...], given: Gradients) -> tuple[Tensor, ...]:
     from vdcore_kernels.frame_attention.tangents import NO_TANGENTS, frame_tangents
 
-    k, v, lengths, mask = _prompts(c)
-    q, k = normalized_rotated(c.q, c.norm, "q"), normalized_rotated(k, c.norm, "k")
+    problem = _problem(c, *_prompts(c))
     (_, dq), (_, dk) = prepared((c.q, given.get("q")), (c.k, given.get("k")), c.norm, None, 0, given)
-    dk, dv = (dx if dx is None else _as_prompts(dx, k) for dx in (dk, given.get("v")))
+    dk, dv = (dx if dx is None else _as_prompts(dx, problem.k) for dx in (dk, given.get("v")))
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
-    frame_tangents(q, k, v, None, out, lse, ((dq, dk, dv), NO_TANGENTS), dout, dlse, **_arguments(c, lengths, mask))
+    frame_tangents(problem, out, lse, ((dq, dk, dv), NO_TANGENTS), dout, dlse)
     return dout, dlse
 
 

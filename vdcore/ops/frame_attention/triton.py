@@ -56,25 +56,24 @@ def _seen(c: VideoCall) -> tuple[Tensor, Tensor, Tensor, Triple | None]:
     return q, normalized_rotated(c.k, c.norm, "k", c.rope), c.v, text
 
 
-def _visibility(c: VideoCall) -> dict[str, Any]:
+def _problem(c: VideoCall) -> Any:
+    """The call as its kernels take it: under masks of frames, or under masks of a grid."""
     from vdcore_kernels.core.tokens import Lengths
-
-    return {
-        "mask": c.mask,
-        "q_start": c.q_start,
-        "lengths": Lengths(c.lengths, None, c.text_lengths),
-        "text_first": c.text_first,
-        "text_sees": c.text_sees == "all",
-        "sm_scale": c.scale,
-    }
-
-
-def _windows(c: VideoCall, masks: HeadMasks) -> Any:
-    """The call under masks of a grid, as its kernels take it."""
-    from vdcore_kernels.tile_attention.forward import Problem
+    from vdcore_kernels.frame_attention.problem import FrameProblem
+    from vdcore_kernels.tile_attention.problem import BoxProblem
 
     q, k, v, text = _seen(c)
-    return Problem(q, k, v, masks.grid, text=text, **{**_visibility(c), "mask": masks})
+    given: dict[str, Any] = {
+        "sm_scale": c.scale,
+        "q_start": c.q_start,
+        "lengths": Lengths(c.lengths, None, c.text_lengths),
+        "text": text,
+        "text_first": c.text_first,
+        "text_sees": c.text_sees == "all",
+    }
+    if isinstance(c.mask, HeadMasks):
+        return BoxProblem(q, k, v, mask=c.mask, grid=c.mask.grid, **given)
+    return FrameProblem(q, k, v, mask=c.mask, **given)
 
 
 def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
@@ -82,11 +81,7 @@ def _frame(c: VideoCall) -> tuple[Tensor | None, ...]:
     from vdcore_kernels.tile_attention.forward import tile_forward
 
     out, lse = c.empty_outputs()
-    if isinstance(c.mask, HeadMasks):
-        tile_forward(_windows(c, c.mask), out, lse)
-        return out, lse
-    q, k, v, text = _seen(c)
-    frame_forward(q, k, v, text, out, lse, **_visibility(c))
+    (tile_forward if isinstance(c.mask, HeadMasks) else frame_forward)(_problem(c), out, lse)
     return out, lse
 
 
@@ -178,11 +173,7 @@ def _frame_backward(
         filled_text = (*(empty_like(x) for x in text_gradients[:2]), text_gradients[2])
     given: dict[str, Any] = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
     given |= {"gradients": (dq, dk, gradients[2]), "text_gradients": filled_text}
-    if isinstance(c.mask, HeadMasks):
-        tile_backward(_windows(c, c.mask), **given)
-    else:
-        q, k, v, text = _seen(c)
-        frame_backward(q, k, v, text, **given, **_visibility(c))
+    (tile_backward if isinstance(c.mask, HeadMasks) else frame_backward)(_problem(c), **given)
     if c.norm or c.rope:
         live = _live_windows(c, c.mask) if isinstance(c.mask, HeadMasks) else _live_frames(c)
         rows = (("q", c.q, dq, c.q_start), ("k", c.k, dk, 0))
@@ -210,7 +201,6 @@ def frame_tangents(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, T
     """Of out ``(B, rows, H, D)`` and lse ``(B, rows, H)``."""
     from vdcore_kernels.frame_attention import tangents
 
-    q, k, v, text = _seen(c)
     (_, dq), (_, dk), (_, dv) = qkv_duals(c, given)
     moved, of_text = (dq, dk, dv), tangents.NO_TANGENTS
     if c.text is not None:
@@ -219,7 +209,7 @@ def frame_tangents(c: VideoCall, outputs: tuple[Tensor, ...], given: dict[str, T
         of_text = dq, dk, dv
     out, lse = outputs
     dout, dlse = empty_like(out), empty_like(lse)
-    tangents.frame_tangents(q, k, v, text, out, lse, (moved, of_text), dout, dlse, **_visibility(c))
+    tangents.frame_tangents(_problem(c), out, lse, (moved, of_text), dout, dlse)
     return dout, dlse
 
 

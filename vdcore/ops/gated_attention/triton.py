@@ -26,23 +26,14 @@ def _why_not(c: GatedCall) -> str | None:
     return why_not(q) or why_not_head(q) or why_not_tokens(q) or norms
 
 
-def _seen(c: GatedCall) -> Triple:
-    """Spatial q, k, v after norm and RoPE."""
-    q, k = (normalized_rotated(x, c.spatial_norm, role, c.spatial_rope) for role, x in zip("qk", c.spatial))
-    return q, k, c.spatial[2]
-
-
-def _spatial_arguments(c: GatedCall) -> dict[str, Any]:
+def _spatial(c: GatedCall) -> Any:
+    """Spatial attention, of q and k after norm and RoPE, as its kernels take it."""
     from vdcore_kernels.core.tokens import Lengths
+    from vdcore_kernels.frame_attention.problem import FrameProblem
 
-    return {
-        "mask": FrameMask.same_frame(),
-        "q_start": 0,
-        "lengths": Lengths(c.lengths, None, None),
-        "text_first": False,
-        "text_sees": False,
-        "sm_scale": c.scale,
-    }
+    q, k = (normalized_rotated(x, c.spatial_norm, role, c.spatial_rope) for role, x in zip("qk", c.spatial))
+    mask, lengths = FrameMask.same_frame(), Lengths(c.lengths, None, None)
+    return FrameProblem(q, k, c.spatial[2], c.scale, lengths=lengths, mask=mask)
 
 
 def _temporal_arguments(c: GatedCall) -> dict[str, Any]:
@@ -68,7 +59,7 @@ def _forward(c: GatedCall) -> tuple[Tensor | None, ...]:
 
     out, kept, lse_a, lse_b = c.empty_outputs()
     a = out if kept is None else kept
-    frame_forward(*_seen(c), None, a, lse_a, **_spatial_arguments(c))
+    frame_forward(_spatial(c), a, lse_a)
     temporal_forward(*c.temporal, out, lse_b, gate=gate_arguments(c.gate, a), **_temporal_arguments(c))
     return out, kept, lse_a, lse_b
 
@@ -96,9 +87,7 @@ def _backward(
 
     gradients = _empty_gradients(c.spatial)
     found |= {f"spatial_{name}": dx for name, dx in zip("qkv", gradients)}
-    given = {"out": a, "lse": lse_a, "dout": da.flatten(1, 2), "dlse": None, "gradients": gradients}
-    q, k, v = _seen(c)
-    frame_backward(q, k, v, None, text_gradients=None, **given, **_spatial_arguments(c))
+    frame_backward(_spatial(c), a, lse_a, da.flatten(1, 2), None, gradients)
     if c.spatial_norm or c.spatial_rope:
         live = live_frames(c.main, c.spatial[1], mask=FrameMask.same_frame(), q_start=0, lengths=c.lengths)
         for role, x, dx, alive in zip("qk", c.spatial, gradients, live):

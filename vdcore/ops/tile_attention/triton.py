@@ -19,10 +19,10 @@ def _why_not(c: TileCall) -> str | None:
 
 
 def _problem(c: TileCall) -> Any:
-    from vdcore_kernels.tile_attention.forward import Problem
+    from vdcore_kernels.tile_attention.problem import BoxProblem
 
     lists = c.indices.contiguous(), c.counts.contiguous()
-    return Problem(c.q, c.k, c.v, c.grid, c.scale, tile=c.tile, tiles=lists)
+    return BoxProblem(c.q, c.k, c.v, c.scale, grid=c.grid, tile=c.tile, tiles=lists)
 
 
 def _forward(c: TileCall) -> tuple[Tensor | None, ...]:

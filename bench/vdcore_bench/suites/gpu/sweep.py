@@ -60,7 +60,9 @@ TARGETS = (
     ),
     *(
         Target(f"frame_attention.{where}", op, workload, mode, _TILES)
-        for where, mode in (("forward.FORWARD", "fwd"), ("backward.QUERIES", "bwd"), ("backward.KEYS", "bwd"))
+        for where, mode in (
+            *(("forward.FORWARD", "fwd"), ("backward_queries.QUERIES", "bwd"), ("backward_keys.KEYS", "bwd")),
+        )
         for op, workload in (("video_attention", "wan2.2-5b-704p"), ("spatial_attention", "stdit3-720p-102f"))
     ),
     Target("adaln.backward.BACKWARD_ROWS", "modulate", "wan2.2-5b-704p", "bwd", _ROWS),
