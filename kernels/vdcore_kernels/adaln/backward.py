@@ -22,6 +22,7 @@ from vdcore_kernels.core.tile import (
     column_sum,
     contiguous,
     filled,
+    load_affine,
     mul,
     standardize,
     standardize_backward,
@@ -79,6 +80,7 @@ def modulate_bwd_kernel(
         b_x = to(token_rows(x, at, ROW), tl.float32)  # [BR, W]
         b_g = to(token_rows(dy, at, ROW), tl.float32)
         b_c = table_rows(scale, at, ROW, SCALE_ROWS)
+        b_w, b_b = load_affine(norm, o_s, m_s, ROW, 0)
         b_h, rstd = standardize(b_x, m_s, ROW.D, norm.eps, ROW, KIND, 0)
         o_y = contiguous_rows(at, T, S, ROW)
         if p_dshift is not None:
@@ -87,7 +89,7 @@ def modulate_bwd_kernel(
             else:
                 b_dshift = add(b_dshift, column_sum(b_g))
         if p_dscale is not None:
-            b_d = mul(b_g, affine(b_h, norm, o_s, m_s, ROW, 0))
+            b_d = mul(b_g, affine(b_h, norm, b_w, b_b))
             if SCALE_ROWS:
                 store_rows(p_dscale, o_y, m_s, b_d, ROW)
             else:
@@ -98,7 +100,7 @@ def modulate_bwd_kernel(
         if p_db is not None:
             b_db = add(b_db, column_sum(b_g))
         if p_dx is not None:
-            b_g = standardize_backward(by_weight(b_g, norm, o_s, m_s, ROW, 0), b_h, rstd, m_s, ROW.D, ROW, KIND, 0)
+            b_g = standardize_backward(by_weight(b_g, norm, b_w), b_h, rstd, m_s, ROW.D, ROW, KIND, 0)
             store_rows(p_dx, o_y, m_s, b_g, ROW)
     o_p = tl.program_id(0).to(tl.int64) * ROW.D + o_w
     if p_dshift is not None and not SHIFT_ROWS:

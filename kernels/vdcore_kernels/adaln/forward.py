@@ -21,6 +21,7 @@ from vdcore_kernels.core.tile import (
     add,
     affine,
     contiguous,
+    load_affine,
     load_rows,
     mul,
     split_row,
@@ -78,7 +79,8 @@ def modulate_fwd_kernel(
     b_f = table_rows(shift, at, ROW, SHIFT_ROWS)  # [BR or 1, W]
     b_c = table_rows(scale, at, ROW, SCALE_ROWS)
     b_y, _ = standardize(to(b_x, tl.float32), m_s, ROW.D, norm.eps, ROW, KIND, 0)
-    b_y = affine(b_y, norm, o_s, m_s, ROW, 0)
+    b_w, b_b = load_affine(norm, o_s, m_s, ROW, 0)  # not above: its registers would cost two programs
+    b_y = affine(b_y, norm, b_w, b_b)
     b_y = add(add(b_y, mul(b_y, b_c)), b_f)
     store_rows(p_y, contiguous_rows(at, T, S, ROW), m_s, b_y, ROW)
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from vdcore.mask import FrameMask
 from vdcore_kernels.core.tile import (
-    add,
+    affine,
     center,
+    load_affine,
     load_angles,
     load_rows,
-    load_weights,
     materialize_before_dot,
-    mul,
     rotate,
     scale,
     standardize,
@@ -325,16 +324,13 @@ def load_turn(side, at, o_t, m_t, SHAPE: tl.constexpr):
     ROW: tl.constexpr = SHAPE.ROW
     NR: tl.constexpr = SHAPE.NR
     norm = side.norm
-    mean, rstd, w, b = 0.0, 0.0, 0.0, 0.0
+    mean, rstd = 0.0, 0.0
     m = at.m[:, None] & m_t[None, :]
     if NR.ALL:
         p_row = norm.stats + ((at.b * side.T + o_t)[None, :] * side.S + at.s[:, None]) * 2
         mean = tl.load(p_row, mask=m, other=0.0)[:, :, None]
         rstd = tl.load(p_row + 1, mask=m, other=0.0)[:, :, None]
-    if norm.w is not None:
-        w = load_weights(norm.w, (at.h * ROW.D)[:, None], m, ROW, NR.ALL)
-    if norm.b is not None:
-        b = load_weights(norm.b, (at.h * ROW.D)[:, None], m, ROW, NR.ALL)
+    w, b = load_affine(norm, (at.h * ROW.D)[:, None], m, ROW, NR.ALL)
     return Turn(mean, rstd, w, b)
 
 
@@ -369,10 +365,7 @@ def normalized(b_x, turn, norm, m, SHAPE: tl.constexpr):
             b_y = scale(center(b_y, turn.mean, m, ROW), turn.rstd)
         else:
             b_y, _ = standardize(b_y, m, ROW.D, norm.eps, ROW, NR.KIND, 0)
-        if norm.w is not None:
-            b_y = mul(b_y, to(turn.w, tl.float32))
-        if norm.b is not None:
-            b_y = add(b_y, to(turn.b, tl.float32))
+        b_y = affine(b_y, norm, turn.w, turn.b)
     return b_y
 
 

@@ -3,7 +3,8 @@
 A row is held as one or two power-of-two tiles, so that 72 channels cost 64 + 16 and not 128: a tuple ``(x0,)`` or
 ``(x0, x1)``. Tile 0 holds the first C0 channels in W0 places, tile 1 the other D - C0 in W1 places. With a "half"
 rotary table channel r is rotated with channel r + R/2: then tile 0 holds the first and tile 1 the second of every pair,
-and rotation is elementwise. Places beyond the channels hold 0.
+and rotation is elementwise. Places beyond the channels hold 0. Rows of one tile may come as several blocks of a token's
+heads, ``(x0, x1, x2)``: a tile each, of the same channels.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def rope_arguments(rope: Rope | None) -> Angles:
 
 class NormRope(NamedTuple):
     """Which norm and rotary embedding a kernel applies, a constant; 0: none. R2: pairs of channels that are rotated; A:
-    elements per step of a table's stride.
+    elements per step of a table's stride; PER_HEAD: angles vary with the head.
     """
 
     KIND: int
@@ -136,13 +137,20 @@ class NormRope(NamedTuple):
     STYLE: int
     R2: int
     A: int
+    PER_HEAD: bool
 
 
 def norm_rope_constants(norm: QKNorm | None, rope: Rope | None) -> NormRope:
     kind, over_all = (KINDS[norm.kind], int(norm.over == "all")) if norm is not None else (0, 0)
     if rope is None:
-        return NormRope(kind, over_all, 0, 0, 1)
-    return NormRope(kind, over_all, STYLES[rope.style], rope.cos.shape[-1], step(rope.cos, rope.sin))
+        return NormRope(kind, over_all, 0, 0, 1, False)
+    A = step(rope.cos, rope.sin)
+    return NormRope(kind, over_all, STYLES[rope.style], rope.cos.shape[-1], A, rope_per_head(rope))
+
+
+def rope_per_head(rope: Rope | None) -> bool:
+    """Whether angles vary with the head."""
+    return rope is not None and rope.cos.ndim == 4 and rope.cos.shape[2] > 1
 
 
 def norm_fits(heads: int, D: int, norm: QKNorm | None) -> bool:
@@ -152,44 +160,49 @@ def norm_fits(heads: int, D: int, norm: QKNorm | None) -> bool:
 
 @triton.jit
 def to(x, dtype: tl.constexpr):
-    if len(x) > 1:
-        return x[0].to(dtype), x[1].to(dtype)
-    else:
-        return (x[0].to(dtype),)
+    TILES: tl.constexpr = len(x)
+    y = x[:0]
+    for i in tl.static_range(TILES):
+        y += (x[i].to(dtype),)
+    return y
 
 
 @triton.jit
 def add(a, b):
-    if len(a) > 1:
-        return a[0] + b[0], a[1] + b[1]
-    else:
-        return (a[0] + b[0],)
+    TILES: tl.constexpr = len(a)
+    y = a[:0]
+    for i in tl.static_range(TILES):
+        y += (a[i] + b[i],)
+    return y
 
 
 @triton.jit
 def mul(a, b):
-    if len(a) > 1:
-        return a[0] * b[0], a[1] * b[1]
-    else:
-        return (a[0] * b[0],)
+    TILES: tl.constexpr = len(a)
+    y = a[:0]
+    for i in tl.static_range(TILES):
+        y += (a[i] * b[i],)
+    return y
 
 
 @triton.jit
 def scale(a, by):
     """Every row times its number [..., 1], or all times one."""
-    if len(a) > 1:
-        return a[0] * by, a[1] * by
-    else:
-        return (a[0] * by,)
+    TILES: tl.constexpr = len(a)
+    y = a[:0]
+    for i in tl.static_range(TILES):
+        y += (a[i] * by,)
+    return y
 
 
 @triton.jit
 def keep(x, m):
     """x where m, else 0."""
-    if len(x) > 1:
-        return tl.where(m, x[0], 0.0), tl.where(m, x[1], 0.0)
-    else:
-        return (tl.where(m, x[0], 0.0),)
+    TILES: tl.constexpr = len(x)
+    y = x[:0]
+    for i in tl.static_range(TILES):
+        y += (tl.where(m, x[i], 0.0),)
+    return y
 
 
 @triton.jit
@@ -231,19 +244,27 @@ def zeros(P: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr):
 @triton.jit
 def column_sum(x):
     """[N, W] -> [1, W]."""
-    if len(x) > 1:
-        return tl.sum(x[0], 0, keep_dims=True), tl.sum(x[1], 0, keep_dims=True)
-    else:
-        return (tl.sum(x[0], 0, keep_dims=True),)
+    TILES: tl.constexpr = len(x)
+    y = x[:0]
+    for i in tl.static_range(TILES):
+        y += (tl.sum(x[i], 0, keep_dims=True),)
+    return y
 
 
 @triton.jit
 def row_sum(x, ALL: tl.constexpr):
     """[..., 1]: sums over channels; with ALL also over axis 0, the heads of one token: [1, 1]."""
+    TILES: tl.constexpr = len(x)
     axis: tl.constexpr = len(x[0].shape) - 1
-    total = tl.sum(x[0], axis, keep_dims=True)
-    if len(x) > 1:
-        total += tl.sum(x[1], axis, keep_dims=True)
+    if len(x) > 1 and x[1].shape == x[0].shape:
+        together = x[0]
+        for i in tl.static_range(1, TILES):
+            together += x[i]
+        total = tl.sum(together, axis, keep_dims=True)
+    else:
+        total = tl.sum(x[0], axis, keep_dims=True)
+        if len(x) > 1:
+            total += tl.sum(x[1], axis, keep_dims=True)
     if ALL:
         total = tl.sum(total, 0, keep_dims=True)
     return total
@@ -306,12 +327,15 @@ def store_rows(p, o_row, m_row, x, ROW: tl.constexpr):
 @triton.jit
 def center(x, mean, m_row, ROW: tl.constexpr):
     """Rows minus their mean [..., 1]; places that hold no channel, and rows where m_row [...] is false, stay 0."""
-    m = tl.expand_dims(m_row, -1)
-    x0 = tl.where(m & (tl.arange(0, ROW.W0) < ROW.C0), x[0] - mean, 0.0)
+    TILES: tl.constexpr = len(x)
     if ROW.W1 > 0:
-        return x0, tl.where(m & (tl.arange(0, ROW.W1) < ROW.D - ROW.C0), x[1] - mean, 0.0)
+        x0 = tl.where(_mask_0(m_row, ROW), x[0] - mean, 0.0)
+        return x0, tl.where(_mask_1(m_row, ROW), x[1] - mean, 0.0)
     else:
-        return (x0,)
+        y = x[:0]
+        for i in tl.static_range(TILES):
+            y += (tl.where(_mask_0(m_row, ROW), x[i] - mean, 0.0),)
+        return y
 
 
 @triton.jit
@@ -352,19 +376,30 @@ def load_weights(p, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
 
 
 @triton.jit
-def by_weight(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
-    """Rows times the norm's weight; o_row, m_row: with ALL, where the weights of the rows' heads are."""
+def load_affine(norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
+    """A norm's weight and bias, as load_weights; 0.0 for one that it has not."""
+    w, b = 0.0, 0.0
     if norm.w is not None:
-        x = mul(x, to(load_weights(norm.w, o_row, m_row, ROW, ALL), tl.float32))
+        w = load_weights(norm.w, o_row, m_row, ROW, ALL)
+    if norm.b is not None:
+        b = load_weights(norm.b, o_row, m_row, ROW, ALL)
+    return w, b
+
+
+@triton.jit
+def by_weight(x, norm, w):
+    """Rows times the norm's weight."""
+    if norm.w is not None:
+        x = mul(x, to(w, tl.float32))
     return x
 
 
 @triton.jit
-def affine(x, norm, o_row, m_row, ROW: tl.constexpr, ALL: tl.constexpr):
+def affine(x, norm, w, b):
     """The same, plus the norm's bias."""
-    x = by_weight(x, norm, o_row, m_row, ROW, ALL)
+    x = by_weight(x, norm, w)
     if norm.b is not None:
-        x = add(x, to(load_weights(norm.b, o_row, m_row, ROW, ALL), tl.float32))
+        x = add(x, to(b, tl.float32))
     return x
 
 
@@ -407,9 +442,11 @@ def _rotate(x, cos, sin):
 @triton.jit
 def rotate(x, cos, sin, STYLE: tl.constexpr):
     """Rows rotated; by the negative angle with -sin."""
+    TILES: tl.constexpr = len(x)
     if STYLE == 2:
         return x[0] * cos[0] - x[1] * sin[0], x[1] * cos[0] + x[0] * sin[0]
-    elif len(x) > 1:
-        return _rotate(x[0], cos[0], sin[0]), _rotate(x[1], cos[1], sin[1])
     else:
-        return (_rotate(x[0], cos[0], sin[0]),)
+        y = x[:0]
+        for i in tl.static_range(TILES):  # a second tile of channels, or more heads with the same angles
+            y += (_rotate(x[i], cos[i % len(cos)], sin[i % len(cos)]),)
+        return y

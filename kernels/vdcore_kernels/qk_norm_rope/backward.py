@@ -25,6 +25,7 @@ from vdcore_kernels.core.tile import (
     center,
     column_sum,
     filled,
+    load_affine,
     load_rows,
     mul,
     neighbors,
@@ -35,17 +36,19 @@ from vdcore_kernels.core.tile import (
     scale,
     standardize,
     standardize_backward,
-    store_rows,
     to,
 )
 from vdcore_kernels.qk_norm_rope.forward import (
-    WHOLE_TOKEN,
     blocks_of,
     is_over_all,
+    load_block,
+    load_block_affine,
     row_angles,
     row_arguments,
     row_block,
     row_stats,
+    store_block,
+    zero_block,
 )
 
 
@@ -64,7 +67,9 @@ def _live(x: Tensor | None) -> Live | None:
 
 @dataclass(frozen=True)
 class SumConfig(ValuesConfig):
-    """programs: of sums, each with a part that is then added up: of one head, or of all of a token's."""
+    """programs: of sums, each with a part that is then added up: of one head, 7 to 10 waves of a large GPU, or of all
+    heads of a token, a part as large as it is.
+    """
 
     programs: int = 8192
 
@@ -73,8 +78,12 @@ _SUMS = "rows, gradients and sums of 32 values a thread: a quarter less to issue
 BACKWARD_ROWS = (
     SumConfig("interpreter", 4, 1, "so few rows that a small case takes several programs", 1024, 16),
     SumConfig("", 2, 1, _SUMS, 2048, registers=255),
-    SumConfig("", 4, 1, WHOLE_TOKEN, 4096),
-    SumConfig("", 8, 1, WHOLE_TOKEN, 8192),
+)
+BACKWARD_TOKENS = (
+    SumConfig("interpreter", 4, 1, "a small case takes several programs", 8192, 16),
+    SumConfig("", 2, 1, "32 values a thread at most", 2048, 2048, registers=255),
+    SumConfig("", 4, 1, "40 values a thread at most", 5120, 2048),
+    SumConfig("", 8, 1, "32 values a thread at most", 8192, 2048),
 )
 
 
@@ -82,7 +91,8 @@ BACKWARD_ROWS = (
 def _alive(live, m, i_b, i_t, i_s):
     """Of tokens those that take part."""
     if live is not None:
-        m = m & (tl.load(live.p + i_b * live.b + i_t * live.t + i_s * live.s, mask=m, other=0) > 0)
+        p = tl.broadcast_to(live.p + (i_b * live.b + i_t * live.t + i_s * live.s), m.shape)
+        m = m & (tl.load(p, mask=m, other=0) > 0)
     return m
 
 
@@ -97,43 +107,42 @@ def norm_rope_bwd_kernel(
     the table's row of frame 0.
     """
     ROW: tl.constexpr = TILE.ROW
-    A: tl.constexpr = TILE.A
     BN: tl.constexpr = TILE.BN
     NR: tl.constexpr = TILE.NR
     ALL: tl.constexpr = NR.ALL
-    # Where the weights of the block's rows are: with ALL of every head, else of one for all.
-    NW: tl.constexpr = BN if ALL else 1
-    o_w = tl.arange(0, NW).to(tl.int64) * ROW.D
-    m_w = tl.arange(0, NW) < (H if ALL else 1)
-    b_dw = filled(BN, 0.0, ROW)
+    o_w = tl.arange(0, BN).to(tl.int64)
+    b_w, _ = load_block_affine(norm, o_w, o_w < H, TILE)
+    b_dw = zero_block(TILE)
     b_db = b_dw
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i_b, i_t, o_n, o_s, o_h, m_n = row_block(i, T, S, H, BN, ALL)
         m_x = _alive(live, m_n, i_b, i_t, o_s)
-        b_g = load_rows(dy.p + (i_b * dy.b + i_t * dy.t) * A, (o_s * dy.s + o_h * dy.h) * A, m_x, ROW)  # [BN, W]
-        b_g = to(b_g, tl.float32)
+        b_g = to(load_block(dy, i_b, i_t, o_s, o_h, m_x, TILE), tl.float32)
+        b_cos, b_sin = row_angles(angles, i_t + frame_start, o_s, o_h, m_n, -1.0, ROW, NR)
         if NR.STYLE > 0:
-            b_cos, b_sin = row_angles(angles, i_t + frame_start, o_s, o_h, m_n, -1.0, ROW, NR)
             b_g = rotate(b_g, b_cos, b_sin, NR.STYLE)
         if NR.KIND > 0:
-            b_x = load_rows(x.p + (i_b * x.b + i_t * x.t) * A, (o_s * x.s + o_h * x.h) * A, m_x, ROW)
+            b_x = to(load_block(x, i_b, i_t, o_s, o_h, m_x, TILE), tl.float32)
             count = H * ROW.D if ALL else ROW.D
-            b_h, rstd = standardize(to(b_x, tl.float32), m_x, count, norm.eps, ROW, NR.KIND, ALL)
+            b_h, rstd = standardize(b_x, m_x, count, norm.eps, ROW, NR.KIND, ALL)
             if p_dw is not None:
                 b_dw = add(b_dw, mul(b_g, b_h))
             if p_db is not None:
                 b_db = add(b_db, b_g)
-            b_g = by_weight(b_g, norm, o_h * ROW.D, m_n, ROW, ALL)
+            b_g = by_weight(b_g, norm, b_w)
             b_g = standardize_backward(b_g, b_h, rstd, m_x, count, ROW, NR.KIND, ALL)
         o_dx = ((i_b * T + i_t) * S + o_s) * s_dx + o_h * ROW.D
-        store_rows(p_dx, o_dx, m_n, b_g, ROW)
-    o_p = tl.program_id(0).to(tl.int64) * (H * ROW.D if ALL else ROW.D) + o_w
-    if not ALL:
+        store_block(p_dx, o_dx, m_n, b_g, TILE)
+    i_part = tl.program_id(0).to(tl.int64) * ROW.D
+    if ALL:
+        o_part, m_part = i_part * H + o_w * ROW.D, o_w < H
+    else:
+        o_part, m_part = i_part + tl.arange(0, 1), tl.full([1], 1, tl.int1)
         b_dw, b_db = column_sum(b_dw), column_sum(b_db)
     if p_dw is not None:
-        store_rows(p_dw, o_p, m_w, b_dw, ROW)
+        store_block(p_dw, o_part, m_part, b_dw, TILE)
     if p_db is not None:
-        store_rows(p_db, o_p, m_w, b_db, ROW)
+        store_block(p_db, o_part, m_part, b_db, TILE)
 
 
 @triton.jit
@@ -202,7 +211,8 @@ def rope_table_bwd_kernel(x, dy, p_out, live, norm, T, S, H, CT, CS, CH, summed,
                 b_x = scale(center(b_x, mean, m_j, ROW), rstd)
             else:
                 b_x, _ = standardize(b_x, m_j, ROW.D, norm.eps, ROW, NR.KIND, 0)
-            b_x = affine(b_x, norm, o_h * ROW.D, m_j, ROW, NR.ALL)
+            b_w, b_b = load_affine(norm, o_h * ROW.D, m_j, ROW, NR.ALL)
+            b_x = affine(b_x, norm, b_w, b_b)
         dcos, dsin = _angle_gradients(b_x, b_g, NR.STYLE)
         b_dcos, b_dsin = add(b_dcos, dcos), add(b_dsin, dsin)
     cells = CT * CS * CH
@@ -242,10 +252,10 @@ def norm_rope_backward(
         return found
 
     over_all = is_over_all(norm)
-    config, tile, shared = row_arguments(BACKWARD_ROWS, x, norm, rope, over_all=over_all, also=dy)
+    table = BACKWARD_TOKENS if over_all else BACKWARD_ROWS
+    config, tile, shared = row_arguments(table, x, norm, rope, over_all=over_all, also=dy)
     blocks = blocks_of(x, tile.BN, over_all)
-    # Of one head 7 to 10 waves of a large GPU; of all of them a part is as large as a token.
-    programs = min(blocks, config.programs // 4 if over_all else config.programs)
+    programs = min(blocks, config.programs)
     partial = {
         name: torch.empty(programs, found[name].numel(), dtype=torch.float32, device=x.device)
         for name in ("weight", "bias")

@@ -49,6 +49,7 @@ from vdcore_kernels.core.tile import (
     norm_arguments,
     norm_rope_constants,
     rope_arguments,
+    rope_per_head,
     scale,
     split_row,
     store_rows,
@@ -203,11 +204,6 @@ def _weight(norm: QKNorm | None, rope: Rope | None, arch: str) -> int:
 def rope_per_sequence(rope: Rope | None) -> bool:
     """Whether angles vary with the position or the head."""
     return rope is not None and (rope.cos.shape[1] > 1 or rope_per_head(rope))
-
-
-def rope_per_head(rope: Rope | None) -> bool:
-    """Whether angles vary with the head."""
-    return rope is not None and rope.cos.ndim == 4 and rope.cos.shape[2] > 1
 
 
 def temporal_arguments(

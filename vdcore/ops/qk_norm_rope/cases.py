@@ -42,6 +42,12 @@ def _(d: Draw) -> dict[str, Any]:
     return {"q": q, "k": k, "norm": d.norm(3, 3, 20, over="all"), "rope": d.rope(1, 6, 10)}
 
 
+@case("qk_norm_rope", "layer norm over all of twelve heads")
+def _(d: Draw) -> dict[str, Any]:
+    q, k = d("q", 1, 2, 3, 12, 128), d("k", 1, 2, 3, 12, 128)
+    return {"q": q, "k": k, "norm": d.norm(12, 12, 128, "layer", "all"), "rope": d.rope(2, 3, 64)}
+
+
 def _qk_norm_rope_form(
     q: Tensor, k: Tensor, *, norm: QKNorm | None = None, rope: Rope | None = None, frame_start: int = 0
 ) -> tuple[Tensor, Tensor]:
