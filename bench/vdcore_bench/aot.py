@@ -280,7 +280,10 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], bool]] = {
         },
         True,
     ),
-    **{f"norm over {H} x {D}": ("qk_norm_rope", _norm_over(H, D), False) for H, D in ((16, 72), (24, 128), (40, 128))},
+    **{
+        f"norm over {H} x {D}": ("qk_norm_rope", _norm_over(H, D), False)
+        for H, D in ((16, 72), (24, 128), (40, 128), (48, 128))
+    },
     **{f"modulate, {C} channels": ("modulate", _modulate(C), C == 3072) for C in (1152, 1536, 3072, 5120, 8192)},
     "gate_residual, 3072 channels": (
         "gate_residual",

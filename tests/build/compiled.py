@@ -3,6 +3,7 @@
 usage: compiled.py report ARCH,ARCH... (all | few)
        compiled.py rows ARCH
        compiled.py narrow ARCH
+       compiled.py products ARCH
 """
 
 import dataclasses
@@ -115,5 +116,36 @@ def narrow(arch):
     return found
 
 
+# ---- Products that are computed again ----
+
+A_PRODUCT = 2 * 16 * 8 * 16  # FLOP of a warp's instruction on 16 bits
+
+
+def products(arch):
+    """Of kernels over tiles of tokens: what their call is, and how many products each of their loops multiplies for
+    every tile, beside those that a tile needs.
+    """
+    from vdcore_bench.machine_code.code import code_of
+    from vdcore_bench.machine_code.triton import disassembled
+
+    found = []
+    for call, launch in aot.collect(arch):
+        name, arguments = launch.kernel.__name__, launch.arguments
+        if not name.startswith(("frame_attention", "tile_attention")) or arguments["q"].video.p.element_size() != 2:
+            continue
+        if name.endswith("jvp_kernel"):
+            dq, dk, dv = (arguments[side].video.p is not None for side in ("dq", "dk", "dv"))
+            needed = 1 + dq + dk + (dq or dk) + dv
+        else:
+            needed = 4 if name.endswith("kv_kernel") else 3 if name.endswith("bwd_q_kernel") else 2
+        tile = arguments["TILE"]
+        a_tile = 2 * tile.BM * tile.BN * tile.ROW.width
+        code = code_of(disassembled(aot.compile_launch(launch, arch).asm["cubin"]))
+        of_loops = [n * launch.config.warps * A_PRODUCT / a_tile for _, n in code.loops]
+        found.append({"kernel": name, "call": call, "channels": tile.ROW.D, "needed": needed, "loops": of_loops})
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"report": report, "rows": rows, "narrow": narrow}[sys.argv[1]](*sys.argv[2:])))
+    tasks = {"report": report, "rows": rows, "narrow": narrow, "products": products}
+    print(json.dumps(tasks[sys.argv[1]](*sys.argv[2:])))

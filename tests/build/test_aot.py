@@ -61,6 +61,18 @@ def test_every_row_of_the_tables_is_taken(arch):
     assert not [name for name, taken in rows.items() if not taken]
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
+def test_no_warp_multiplies_what_another_does(arch):
+    """Where warps multiply on their own, a tile with less rows than they hold together is multiplied several times."""
+    found = compiled("products", arch)
+    assert len({kernel["kernel"] for kernel in found}) == 7
+    # More would not fit: registers hold queries and their tangents, 99 KB of shared memory keys and values.
+    excused = {("frame_attention_jvp_kernel", D) for D in (160, 256)}
+    if arch == "sm_89":
+        excused |= {("frame_attention_bwd_kv_kernel", D) for D in (160, 256)}
+    assert {(k["kernel"], k["channels"]) for k in found if set(k["loops"]) != {k["needed"]}} == excused
+
+
 def test_no_program_id_is_multiplied_by_a_stride_in_32_bits():
     found = compiled("narrow", "sm_90")
     assert found.pop("careless_kernel"), "the check must see what is wrong"

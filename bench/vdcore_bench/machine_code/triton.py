@@ -61,7 +61,7 @@ def _row(i: int) -> Row:
     try:
         kernel = aot.compile_launch(w.launch, w.arch)
         regs, spills, shared = aot.resources(kernel, w.arch)
-        code = code_of(_disassembled(kernel.asm["cubin"]))
+        code = code_of(disassembled(kernel.asm["cubin"]))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return failed(row, warps, f"{type(error).__name__}: {lines[-1][:200]}")
@@ -70,7 +70,8 @@ def _row(i: int) -> Row:
     return row if walk is None else by_pairs(row, code, walk, w.job)
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
+    """A kernel's machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -27,7 +27,7 @@ from vdcore_kernels.core.tokens import (
     whole_tile,
 )
 from vdcore_kernels.frame_attention.backward_rows import Given, load_queries
-from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, FrameProblem, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, SMALLER, FrameConfig, FrameProblem, pick_for
 
 # m: queries, walked through; n: keys, held.
 KEYS = (
@@ -40,7 +40,8 @@ KEYS = (
     FrameConfig(SMALL, 4, 2, "two stages of 32 queries; 64 spill", 32, 64, 64),
     FrameConfig(SMALL, 4, 1, "64 keys over four warps: half the products of eight; 32 queries spill", 16, 64, 96),
     FrameConfig(SMALL, 8, 2, "64 queries: two thirds of the products of 32 over eight warps", 64, 64, 128),
-    FrameConfig(SMALL, 8, 1, "one stage", 32, 32, 256),
+    FrameConfig("sm_80", 8, 1, "1.3 instructions a pair for 2.6 of 32, whose products warps repeat", 64, 64, 256),
+    FrameConfig(SMALLER, 8, 1, "82 KB of shared memory: warps repeat half the products; four warps spill", 32, 32, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 16, 32, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4, registers=255),

@@ -26,7 +26,7 @@ from vdcore_kernels.core.tokens import (
     whole_tile,
 )
 from vdcore_kernels.frame_attention.backward_rows import Given, load_queries
-from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, FrameProblem, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, SMALLER, FrameConfig, FrameProblem, pick_for
 
 QUERIES = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
@@ -38,7 +38,8 @@ QUERIES = (
     FrameConfig("sm_11|sm_12", 8, 2, "the same; 64 keys spill", 128, 32, 64),
     FrameConfig("sm_11|sm_12", 8, 1, "two tiles of 96 channels: two stages spill", 128, 32, 96),
     FrameConfig(SMALL, 8, 2, "the same, 82 KB of shared memory", 128, 32, 128),
-    FrameConfig(SMALL, 8, 1, "one stage; 128 queries spill", 64, 32, 256),
+    FrameConfig("sm_80", 8, 1, "1.3 instructions a pair for 2.2 of 32 keys, whose products warps repeat", 64, 64, 256),
+    FrameConfig(SMALLER, 8, 1, "98 KB of shared memory; 64 queries with 32 keys repeat products", 32, 64, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("gfx", 8, 1, "64 KB of shared memory", 32, 16, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4, registers=255),

@@ -27,9 +27,8 @@ from vdcore_kernels.core.tokens import (
     walk,
     whole_tile,
 )
-from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, FrameProblem, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, SMALLER, FrameConfig, FrameProblem, pick_for
 
-_OTHERS = "sm_86|sm_87|sm_89|sm_11|sm_12"
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "whole and partial tiles in a small case", 32, 32, 256, 4),
     FrameConfig("sm_9|sm_10", 8, 3, "128 queries: half the L2's traffic of 64", 128, 64, 64),
@@ -40,10 +39,10 @@ FORWARD = (
         "sm_80", 4, 3, "128 queries: half the L2's traffic of 64, 5.2 instructions a product for 6.1", 128, 64, 64
     ),
     FrameConfig("sm_80", 8, 3, "half the L2's traffic of 64, 5.4 instructions for 7.6; 64 keys spill", 128, 32, 128),
-    FrameConfig(_OTHERS, 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
-    FrameConfig(_OTHERS, 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
+    FrameConfig(SMALLER, 4, 3, "48 KB of shared memory: two programs", 64, 64, 64),
+    FrameConfig(SMALLER, 4, 2, "57 KB of shared memory; 64 keys spill", 64, 32, 128),
     FrameConfig(SMALL, 8, 1, "128 queries: half the products of 64 over eight warps", 128, 32, 160),
-    FrameConfig(SMALL, 8, 1, "one stage of 256 channels; 128 queries spill", 64, 32, 256),
+    FrameConfig(SMALL, 8, 1, "256 channels: warps repeat none of 64 keys' products, of 32 half", 64, 64, 256),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 256),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 256, 4, registers=255),

@@ -43,6 +43,8 @@ class FrameConfig(Config):
 
 # Warps that multiply as warps, not as a warpgroup, hold 16 rows each: eight of them share 128, and 64 rows twice.
 SMALL = "sm_8|sm_11|sm_12"
+# Of these all but sm_80, whose programs can have 163 KB of shared memory, not 99.
+SMALLER = "sm_86|sm_87|sm_89|sm_11|sm_12"
 # Not as three products of tf32 (tf32x3): a tensor core cuts its sums toward zero, and a model of that errs by up to 0.8
 # of what the tolerance rule allows at 64 channels and 1.2 at 128 (tests/ops/test_tf32x3.py), plain units by 0.4.
 FLOAT32 = "float32 is multiplied exactly, on the plain units: small tiles keep its operands in registers"

@@ -37,7 +37,7 @@ from vdcore_kernels.core.tile import add, column_sum, filled, keep, scale, to
 from vdcore_kernels.core.tokens import key_head, load_keys, power, rows_times, times_rows, walk
 from vdcore_kernels.frame_attention.backward_queries import mean_key
 from vdcore_kernels.frame_attention.backward_rows import Given, Queries
-from vdcore_kernels.frame_attention.problem import FLOAT32, FrameConfig, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, pick_for
 from vdcore_kernels.tile_attention.backward_rows import load_box_do, load_box_pairs
 from vdcore_kernels.tile_attention.forward import NUMBERS, load_box_keys, walked_keys
 from vdcore_kernels.tile_attention.problem import BoxProblem
@@ -46,8 +46,10 @@ QUERIES = (
     FrameConfig("interpreter", 4, 1, "several boxes in a small case", 32, 32, 128, 4),
     FrameConfig("sm_9|sm_10", 4, 2, "a warpgroup holds 64 rows' scores and their gradient", 64, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 2, "64 keys spill where they are tested", 128, 32, 128),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "0.49 instructions a pair for 0.98 of 64 queries", 128, 32, 64),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "128 queries spill 72 bytes, 4 warps with text 112", 64, 32, 128),
+    FrameConfig(SMALL, 8, 1, "0.5 instructions a pair: warps repeat none of 128 queries' products", 128, 32, 64),
+    FrameConfig("sm_8", 8, 1, "the same, two tiles of 72 channels", 128, 32, 96),
+    FrameConfig("sm_11|sm_12", 4, 1, "two tiles of 72 channels: 128 queries spill 16 bytes", 64, 16, 96),
+    FrameConfig(SMALL, 8, 1, "1.0 instructions a pair for 1.6 of 32 keys, whose products warps repeat", 64, 64, 128),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 32, 32, 128),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
 )

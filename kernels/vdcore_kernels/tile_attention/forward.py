@@ -44,16 +44,16 @@ from vdcore_kernels.core.tokens import (
     times_rows,
     walk,
 )
-from vdcore_kernels.frame_attention.problem import FLOAT32, FrameConfig, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, pick_for
 from vdcore_kernels.tile_attention.problem import BoxProblem
 
 FORWARD = (
     FrameConfig("interpreter", 4, 1, "several boxes in a small case", 32, 32, 128, 4),
     FrameConfig("sm_9", 8, 3, "frame attention's: two warpgroups of 64 rows share the keys", 128, 64, 128),
     FrameConfig("sm_10", 8, 3, "64 keys spill where there is text", 128, 32, 128),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 2, "0.44 instructions a pair for 0.89 of 64 queries", 128, 32, 64),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "two tiles of 72 channels: 2 stages spill up to 208 bytes", 128, 32, 96),
-    FrameConfig("sm_8|sm_11|sm_12", 8, 1, "32 keys spill 360 bytes, of 64 queries with text 48", 128, 16, 128),
+    FrameConfig(SMALL, 8, 2, "0.44 instructions a pair for 0.89 of 64 queries", 128, 32, 64),
+    FrameConfig(SMALL, 8, 1, "two tiles of 72 channels: 2 stages spill up to 208 bytes", 128, 32, 96),
+    FrameConfig(SMALL, 8, 1, "32 keys spill 360 bytes, of 64 queries with text 48", 128, 16, 128),
     FrameConfig("gfx", 4, 1, "64 KB of shared memory", 64, 32, 128),
     FrameConfig("", 8, 1, "frame attention's with twice the rows: of 16 of 64 channels 16 bytes spill", 32, 32, 64, 4),
     FrameConfig("", 8, 1, FLOAT32, 16, 32, 128, 4),
