@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vdcore_bench import aot
@@ -84,7 +85,9 @@ def rows(archs: Sequence[str], workers: int = 0, ops: Collection[str] = ()) -> l
     global _wanted
     _wanted = wanted_kernels(archs, ops)
     found = []
-    with ProcessPoolExecutor(workers or os.cpu_count() or 1, multiprocessing.get_context("fork")) as pool:
+    # A fork has none of the threads that torch here may have begun to share work with, and would wait for them.
+    alone: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers or os.cpu_count() or 1, multiprocessing.get_context("fork"), **alone) as pool:
         for number, row in enumerate(pool.map(_row, range(len(_wanted)))):
             what = f"{row['arch']} {row['kernel']}, {row['workload']}, {row['variant']}"
             print(f"{number + 1} of {len(_wanted)}: {what}", file=sys.stderr, flush=True)

@@ -7,9 +7,11 @@ mask, then what is left of each run. What no row sees is never loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,26 +99,59 @@ def near(x: Tensor) -> Tensor:
     return x if x.stride(1) < NEAR else x.contiguous()
 
 
-def sequence_rows(x: Tensor | None, A: int) -> Rows:
+NO_ROWS = Rows(None, 0, 0, 0, 0)
+
+
+def sequence_rows(x: Tensor, A: int) -> Rows:
     """Rows of a near sequence."""
-    if x is None:
-        return Rows(None, 0, 0, 0, 0)
     return Rows(x, x.stride(0) // A, 0, x.stride(1) // A, x.stride(2) // A)
 
 
-def token_pair(x: Tensor, text: Tensor | None, A: int) -> Pair:
-    """Of ``(B, T, S, heads, D)`` and a near sequence."""
-    b, t, s, h = (n // A for n in x.stride()[:4])
-    return Pair(
-        Rows(x, b if x.shape[0] > 1 else 0, t, t if x.shape[2] == 1 else s, h if x.shape[3] > 1 else 0),
-        sequence_rows(text, A),
-    )
+class Layout(NamedTuple):
+    """How tensors of tokens lie.
+
+    Args:
+        A: elements per step of a stride.
+        pairs: the tensors, each with its text.
+        flat: in all of them tokens are evenly spaced through all frames, and near.
+    """
+
+    A: int
+    pairs: tuple[Pair, ...]
+    flat: bool
 
 
-def is_flat(x: Pair, A: int) -> bool:
-    """Whether the video's tokens are evenly spaced through all frames, and near."""
-    T, S = x.video.p.shape[1:3]
-    return (T == 1 or x.video.t == S * x.video.s) and x.video.s * A < NEAR
+def layout_of(video: Sequence[Tensor], text: Sequence[Tensor] | None, *others: Tensor) -> Layout:
+    """Of ``(B, T, S, heads, D)`` and near sequences, one for each or None; ``others`` have the same step."""
+    every = (*video, *(text or ()), *others)
+    size = max(x.element_size() for x in every)
+    A, steps_of, flat = _steps_of(size, len(video), *((x.shape, x.stride()) for x in every))
+    of_video = [Rows(x, *n) for x, n in zip(video, steps_of)]
+    of_text = [NO_ROWS] * len(video) if text is None else [Rows(x, *n) for x, n in zip(text, steps_of[len(video) :])]
+    return Layout(A, tuple(map(Pair, of_video, of_text)), flat)
+
+
+@lru_cache(maxsize=1024)
+def _steps_of(
+    size: int, videos: int, *layouts: tuple[torch.Size, tuple[int, ...]]
+) -> tuple[int, list[tuple[int, ...]], bool]:
+    """Kept, since Python's time is eager mode's: the step, all strides in it, and whether the videos are flat."""
+    A = 16 // size
+    for shape, strides in layouts:
+        for n, stride in zip(shape[:-1], strides[:-1]):
+            while n > 1 and stride % A:
+                A //= 2
+    found: list[tuple[int, ...]] = []
+    flat = True
+    for shape, strides in layouts[:videos]:
+        (B, T, S, heads, _), (b, t, s, h, _) = shape, strides
+        s = t if S == 1 else s
+        flat = flat and (T == 1 or t == S * s) and s < NEAR
+        found.append((b // A if B > 1 else 0, t // A, s // A, h // A if heads > 1 else 0))
+    for shape, strides in layouts[videos:]:
+        if len(shape) == 4:
+            found.append((strides[0] // A, 0, strides[1] // A, strides[2] // A))
+    return A, found, flat
 
 
 def amd_alignment(sides: Iterable[Pair], A: int) -> int:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdcore_kernels.core.launch import step
 from vdcore_kernels.core.tokens import NEAR
 from vdcore_kernels.frame_attention.backward_keys import key_programs, launch_keys
 from vdcore_kernels.frame_attention.backward_queries import launch_queries
-from vdcore_kernels.frame_attention.backward_rows import Given, gradient_row, row_pairs
-from vdcore_kernels.frame_attention.problem import FrameProblem, Triple, token_pairs
+from vdcore_kernels.frame_attention.backward_rows import Given, gradient_layout, gradient_row, row_pairs
+from vdcore_kernels.frame_attention.problem import FrameProblem, Triple
 
 
 def frame_backward(
@@ -35,10 +34,9 @@ def frame_backward(
     if programs.splits > 1:
         size = (programs.splits * p.k.shape[0], *p.k.shape[1:])
         dk, dv = (torch.empty(size, dtype=torch.float32, device=p.k.device) for _ in range(2))
-    A = step(*p.tensors(), dout, *gradients, *(text_gradients or ()), dk)
+    layout = gradient_layout(p, dout, (dq, dk, dv), text_gradients)
     row = gradient_row(p.q.shape[4])
-    pairs = row_pairs(out, lse, dout, dlse, row=row, A=A, exponent=p.exponent)
-    given = Given(p.sides(A), token_pairs((dq, dk, dv), text_gradients, A), dout, pairs, row, A)
+    given = Given(layout, row, dout, row_pairs(out, lse, dout, dlse, row=row, A=layout.A, exponent=p.exponent))
     launch_queries(p, given, dlse)
     launch_keys(p, given, programs)
     if programs.splits > 1:

@@ -207,7 +207,7 @@ def key_programs(p: FrameProblem) -> KeyPrograms:
     """Frames form a group that share a chunk and are sinks together or not: a sink may end inside a chunk. The first
     frame of a shot is in a group of its own.
     """
-    config, sizes, frames = pick_for(KEYS, p.q), p.sizes(), p.frames()
+    config, sizes, frames = pick_for(KEYS, p.q), p.sizes, p.frames
     group = min(math.gcd(frames.group, frames.sink) if frames.shots is None else 1, frames.T_k)
     tiles = cdiv(frames.T_k, group) * cdiv(group * sizes.S_k, config.n) + cdiv(sizes.L, config.n)
     most = cdiv(frames.T * sizes.S_q, 8 * config.m)
@@ -224,14 +224,14 @@ def launch_keys(p: FrameProblem, given: Given, programs: KeyPrograms) -> None:
         B * G * programs.splits * programs.tiles,
         like=p.q,
         config=programs.config,
-        dk=given.gradients[1],
-        dv=given.gradients[2],
+        dk=given.layout.pairs[4],
+        dv=given.layout.pairs[5],
         key_group=programs.group,
         tiles=programs.tiles,
         splits=programs.splits,
         B=B,
         sm_scale=abs(p.sm_scale),
-        TILE=p.constants(given.every, programs.config, given.row, given.A),
+        TILE=p.constants(given.layout, programs.config, given.row),
         **given.tensors(),
-        **p.numbers(),
+        **p.numbers,
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vdcore_kernels.core.launch import ValuesConfig, cdiv, how_many, launch, power_of_2
 from vdcore_kernels.core.tile import LOG2_E, Row, load_rows, mul, row_sum, split_row, to
-from vdcore_kernels.core.tokens import Pair, load_tokens, result_token, sequence_rows
+from vdcore_kernels.core.tokens import Layout, layout_of, load_tokens, result_token, sequence_rows
+from vdcore_kernels.frame_attention.problem import Problem, Triple
 
 DELTA = ValuesConfig("", 4, 1, "4 loads of 16 bytes a thread of out and of its gradient", 4096)
 
@@ -117,28 +118,29 @@ def load_queries(
     return Queries(b_q, b_do, tl.where(m, b_lse, NO_LSE), b_delta)
 
 
+def gradient_layout(p: Problem, dout: Tensor, gradients: Triple, text_gradients: Triple | None) -> Layout:
+    """Of q, k and v and of their gradients, with a step that dout shares."""
+    text = None if p.text is None or text_gradients is None else (*p.text, *text_gradients)
+    return layout_of((p.q, p.k, p.v, *gradients), text, dout)
+
+
 @dataclass(frozen=True)
 class Given:
     """What launches of both kernels take.
 
     Args:
-        sides, gradients: q, k and v, and what is filled.
+        layout: of q, k and v, and of the gradients that are filled.
         dout: ``(B, N, H, D)``, its tokens near.
         pairs: of row_pairs.
-        row, A: rows, and elements per step of all strides.
     """
 
-    sides: list[Pair]
-    gradients: list[Pair]
+    layout: Layout
+    row: Row
     dout: Tensor
     pairs: Tensor
-    row: Row
-    A: int
-
-    @property
-    def every(self) -> list[Pair]:
-        return [*self.sides, *self.gradients]
 
     def tensors(self) -> dict[str, Any]:
         """What the kernels take by the same names."""
-        return {**dict(zip("qkv", self.sides)), "do": sequence_rows(self.dout, self.A), "p_pairs": self.pairs}
+        of_q, of_k, of_v = self.layout.pairs[:3]
+        dout = sequence_rows(self.dout, self.layout.A)
+        return {"q": of_q, "k": of_k, "v": of_v, "do": dout, "p_pairs": self.pairs}

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore_kernels.core.frames import Frames
-from vdcore_kernels.core.launch import launch, step
+from vdcore_kernels.core.launch import launch
 from vdcore_kernels.core.tile import LN_2, filled, keep, scale, split_row, store_rows
 from vdcore_kernels.core.tokens import (
     Sizes,
@@ -129,20 +129,19 @@ def frame_forward(problem: FrameProblem, out: Tensor, lse: Tensor | None) -> Non
     """Fills out ``(B, T*S_q + L, H, D)`` and lse ``(B, T*S_q + L, H)``."""
     p = problem.with_positive_scores()
     config = pick_for(FORWARD, p.q)
-    A = step(*p.tensors())
-    sides = p.sides(A)
+    layout = p.layout()
     programs, tiles = p.query_programs(config.m)
     launch(
         frame_attention_fwd_kernel,
         programs,
         like=p.q,
         config=config,
-        q=sides[0],
-        k=sides[1],
-        v=sides[2],
+        q=layout.pairs[0],
+        k=layout.pairs[1],
+        v=layout.pairs[2],
         p_o=out,
         p_lse=lse,
         tiles=tiles,
-        TILE=p.constants(sides, config, split_row(p.q.shape[4]), A),
-        **p.numbers(),
+        TILE=p.constants(layout, config, split_row(p.q.shape[4])),
+        **p.numbers,
     )

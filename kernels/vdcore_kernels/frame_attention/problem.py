@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,20 +14,17 @@ from vdcore_kernels.core.frames import Frames, frame_bounds
 from vdcore_kernels.core.launch import Config, arch_of, pick
 from vdcore_kernels.core.tile import Row
 from vdcore_kernels.core.tokens import (
+    Layout,
     Lengths,
-    Pair,
     Sizes,
     Tile,
     amd_alignment,
-    is_flat,
+    layout_of,
     near,
     query_tiles,
-    token_pair,
 )
 
 Triple = tuple[Tensor, Tensor, Tensor]
-Text = Triple | tuple[None, None, None]
-NO_TEXT = (None, None, None)
 NO_LENGTHS = Lengths(None, None, None)
 
 
@@ -95,36 +92,31 @@ class Problem:
     def with_positive_scores(self: P) -> P:
         """The same with queries, negated or not, whose scores take the size of the scale; text's tokens are near."""
         q, text = self.q, self.text
+        if self.sm_scale >= 0 and text is None:
+            return self
         if text is not None:
             text_q, text_k, text_v = (near(x) for x in text)
             text = (-text_q if self.sm_scale < 0 else text_q, text_k, text_v)
         return replace(self, q=-q if self.sm_scale < 0 else q, text=text)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.q, self.k, self.v, *(self.text or ()))
+    def layout(self) -> Layout:
+        """Of q, k and v."""
+        return layout_of((self.q, self.k, self.v), self.text)
 
-    def sides(self, A: int) -> list[Pair]:
-        """q, k and v as kernels take them."""
-        return token_pairs((self.q, self.k, self.v), self.text, A)
-
-    def constants(self, sides: Sequence[Pair], config: FrameConfig, row: Row, A: int) -> Tile:
-        """Of kernels over tiles of tokens; sides: of all tensors whose tokens lie as the video's and the text's."""
+    def constants(self, layout: Layout, config: FrameConfig, row: Row) -> Tile:
+        """Of kernels over tiles of tokens that lie so."""
         return Tile(
             ROW=row,
-            A=A,
+            A=layout.A,
             R=self.q.shape[3] // self.k.shape[3],
             BM=config.m,
             BN=config.n,
-            FLAT=all(is_flat(x, A) for x in sides),
+            FLAT=layout.flat,
             TEXT=self.text is not None,
             TEXT_FIRST=self.text_first,
             TEXT_SEES=self.text_sees,
-            AMD=amd_alignment(sides, A),
+            AMD=amd_alignment(layout.pairs, layout.A),
         )
-
-
-def token_pairs(video: Triple, text: Triple | None, A: int) -> list[Pair]:
-    return [token_pair(x, of_text, A) for x, of_text in zip(video, text or NO_TEXT)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,25 +125,24 @@ class FrameProblem(Problem):
 
     mask: FrameMask
 
+    @cached_property
     def frames(self) -> Frames:
         frames, _ = frame_bounds(self.mask, self.q.shape[1], self.k.shape[1], self.q_start, self.q.device)
         return frames
 
+    @cached_property
     def sizes(self) -> Sizes:
         _, _, S_q, H, _ = self.q.shape
         return Sizes(S_q, self.k.shape[2], self.L, H)
 
+    @cached_property
     def numbers(self) -> dict[str, Any]:
         """What the kernels take by the same names, but for tensors of tokens."""
-        return {
-            "lengths": self.lengths,
-            **self.sizes()._asdict(),
-            **self.frames()._asdict(),
-            "exponent": self.exponent,
-        }
+        numbers = {**self.sizes._asdict(), **self.frames._asdict(), "exponent": self.exponent}
+        return {"lengths": self.lengths, **numbers}
 
     def query_programs(self, BM: int) -> tuple[int, int]:
         """Programs of a kernel over queries, and tiles per sample and head."""
-        (B, T, S_q, H, _), frames = self.q.shape, self.frames()
+        (B, T, S_q, H, _), frames = self.q.shape, self.frames
         tiles = query_tiles(T, S_q, self.L, frames.q_start, frames.group, BM)
         return B * H * tiles, tiles

@@ -19,13 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vdcore_kernels.core.frames import Frames
-from vdcore_kernels.core.launch import launch, step
+from vdcore_kernels.core.launch import launch
 from vdcore_kernels.core.tile import LOG2_E, add, filled, keep, load_rows, scale, split_row, store_rows, to
 from vdcore_kernels.core.tokens import (
+    NO_ROWS,
     Pair,
     Sizes,
     first_keys,
     key_head,
+    layout_of,
     left_tile,
     load_keys,
     load_tokens,
@@ -34,9 +36,7 @@ from vdcore_kernels.core.tokens import (
     query_tile,
     result_row,
     rows_times,
-    sequence_rows,
     times_rows,
-    token_pair,
     walk,
     whole_tile,
 )
@@ -228,24 +228,28 @@ def frame_tangents(
     moved, moved_text = _filled_in(given, problem)
     p = problem.with_positive_scores()
     config = pick_for(TANGENTS, p.q)
-    A = step(*p.tensors(), *(x for x in (*moved, *moved_text) if x is not None))
-    sides = p.sides(A)
-    nothing = Pair(sequence_rows(None, A), sequence_rows(None, A))
-    pairs = [nothing if x is None else token_pair(x, of_text, A) for x, of_text in zip(moved, moved_text)]
+    there = [(x, of_text) for x, of_text in zip(moved, moved_text) if x is not None]
+    text = None if p.text is None else (*p.text, *(of_text for _, of_text in there))
+    layout = layout_of((p.q, p.k, p.v, *(x for x, _ in there)), text)  # type: ignore[arg-type]
+    pairs = list(layout.pairs[3:])
+    nothing = Pair(NO_ROWS, NO_ROWS)
+    named = {name: nothing if x is None else pairs.pop(0) for name, x in zip(("dq", "dk", "dv"), moved)}
     programs, tiles = p.query_programs(config.m)
-    here = [*sides, *(x for x in pairs if x is not nothing)]
     launch(
         frame_attention_jvp_kernel,
         programs,
         like=p.q,
         config=config,
-        **dict(zip(("q", "k", "v", "dq", "dk", "dv"), [*sides, *pairs])),
+        q=layout.pairs[0],
+        k=layout.pairs[1],
+        v=layout.pairs[2],
+        **named,
         p_o=out,
         p_lse=lse,
         p_do=dout,
         p_dlse=dlse,
         tiles=tiles,
         sm_scale=abs(p.sm_scale),
-        TILE=p.constants(here, config, split_row(p.q.shape[4]), A),
-        **p.numbers(),
+        TILE=p.constants(layout, config, split_row(p.q.shape[4])),
+        **p.numbers,
     )

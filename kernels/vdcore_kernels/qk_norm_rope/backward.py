@@ -117,14 +117,17 @@ def norm_rope_bwd_kernel(
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i_b, i_t, o_n, o_s, o_h, m_n = row_block(i, T, S, H, BN, ALL)
         m_x = _alive(live, m_n, i_b, i_t, o_s)
-        b_g = to(load_block(dy, i_b, i_t, o_s, o_h, m_x, TILE), tl.float32)
+        b_g = load_block(dy, i_b, i_t, o_s, o_h, m_x, TILE)
+        b_x = b_g
+        if NR.KIND > 0:  # beside dy: a barrier in between is a second trip to memory
+            b_x = load_block(x, i_b, i_t, o_s, o_h, m_x, TILE)
         b_cos, b_sin = row_angles(angles, i_t + frame_start, o_s, o_h, m_n, -1.0, ROW, NR)
+        b_g = to(b_g, tl.float32)
         if NR.STYLE > 0:
             b_g = rotate(b_g, b_cos, b_sin, NR.STYLE)
         if NR.KIND > 0:
-            b_x = to(load_block(x, i_b, i_t, o_s, o_h, m_x, TILE), tl.float32)
             count = H * ROW.D if ALL else ROW.D
-            b_h, rstd = standardize(b_x, m_x, count, norm.eps, ROW, NR.KIND, ALL)
+            b_h, rstd = standardize(to(b_x, tl.float32), m_x, count, norm.eps, ROW, NR.KIND, ALL)
             if p_dw is not None:
                 b_dw = add(b_dw, mul(b_g, b_h))
             if p_db is not None:

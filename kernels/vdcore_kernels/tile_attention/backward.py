@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vdcore_kernels.core.launch import step
 from vdcore_kernels.core.tokens import NEAR
-from vdcore_kernels.frame_attention.backward_rows import Given, gradient_row, row_pairs
-from vdcore_kernels.frame_attention.problem import Triple, token_pairs
+from vdcore_kernels.frame_attention.backward_rows import Given, gradient_layout, gradient_row, row_pairs
+from vdcore_kernels.frame_attention.problem import Triple
 from vdcore_kernels.tile_attention.backward_keys import launch_keys, transposed_lists
 from vdcore_kernels.tile_attention.backward_queries import launch_queries
 from vdcore_kernels.tile_attention.problem import BoxProblem
@@ -29,10 +28,9 @@ def tile_backward(
     # Scores of negated queries: the gradient of q turns its sign, that of k comes out right.
     p = problem.with_positive_scores()
     dout = dout if dout.stride(1) < NEAR else dout.contiguous()
-    A = step(*p.tensors(), dout, *gradients, *(text_gradients or ()))
+    layout = gradient_layout(p, dout, gradients, text_gradients)
     row = gradient_row(p.q.shape[4])
-    pairs = row_pairs(out, lse, dout, dlse, row=row, A=A, exponent=p.exponent)
-    given = Given(p.sides(A), token_pairs(gradients, text_gradients, A), dout, pairs, row, A)
+    given = Given(layout, row, dout, row_pairs(out, lse, dout, dlse, row=row, A=layout.A, exponent=p.exponent))
     listing = transposed_lists(p)
     for first, end, mask in p.parts():
         launch_queries(p, given, (first, end), mask, dlse)

@@ -242,16 +242,16 @@ def launch_keys(
     """Fills the gradients of k and v that heads [first, end) of q see under the mask; listing: transposed_lists."""
     config, R = pick_for(KEYS, p.q), p.q.shape[3] // p.k.shape[3]
     boxes = p.boxes(mask, of_keys=True, held=config.n, walked=config.m)
-    tile = p.constants(given.every, config, given.row, given.A)
+    tile = p.constants(given.layout, config, given.row)
     launch(
         tile_attention_bwd_kv_kernel,
         config=config,
-        dk=given.gradients[1],
-        dv=given.gradients[2],
+        dk=given.layout.pairs[4],
+        dv=given.layout.pairs[5],
         p_tiles=listing[0],
         p_begin=listing[1],
         sm_scale=abs(p.sm_scale),
-        TILE=p.box_constants(boxes, given.every, tile, given.dout),
+        TILE=p.box_constants(boxes, given.layout.pairs, tile, given.dout),
         **given.tensors(),
         **p.programs(boxes, heads[0] // R, heads[1] // R, config.n),
         **p.numbers(mask, boxes),

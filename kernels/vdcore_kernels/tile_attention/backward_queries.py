@@ -232,16 +232,16 @@ def launch_queries(
     config = pick_for(QUERIES, p.q)
     boxes = p.boxes(mask, of_keys=False, held=config.m, walked=config.n)
     indices, counts = p.tiles or (None, None)
-    tile = p.constants(given.every, config, given.row, given.A)
+    tile = p.constants(given.layout, config, given.row)
     launch(
         tile_attention_bwd_q_kernel,
         config=config,
-        dq=given.gradients[0],
+        dq=given.layout.pairs[3],
         p_dlse=dlse,
         p_tiles=indices,
         p_counts=counts,
         sm_scale=p.sm_scale,
-        TILE=p.box_constants(boxes, given.every, tile, given.dout),
+        TILE=p.box_constants(boxes, given.layout.pairs, tile, given.dout),
         **given.tensors(),
         **p.programs(boxes, *heads, config.m),
         **p.numbers(mask, boxes),

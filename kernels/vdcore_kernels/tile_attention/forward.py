@@ -34,7 +34,7 @@ from vdcore_kernels.core.boxes import (
     window_sight,
     window_walk,
 )
-from vdcore_kernels.core.launch import launch, step
+from vdcore_kernels.core.launch import launch
 from vdcore_kernels.core.tile import LN_2, filled, keep, scale, split_row, store_rows
 from vdcore_kernels.core.tokens import (
     key_head,
@@ -243,23 +243,22 @@ def tile_forward(problem: BoxProblem, out: Tensor, lse: Tensor | None) -> None:
     """Fills out ``(B, T*S + L, H, D)`` and lse ``(B, T*S + L, H)``."""
     p = problem.with_positive_scores()
     config = pick_for(FORWARD, p.q)
-    A = step(*p.tensors())
-    sides = p.sides(A)
-    tile = p.constants(sides, config, split_row(p.q.shape[4]), A)
+    layout = p.layout()
+    tile = p.constants(layout, config, split_row(p.q.shape[4]))
     indices, counts = p.tiles or (None, None)
     for first, end, mask in p.parts():
         boxes = p.boxes(mask, of_keys=False, held=config.m, walked=config.n)
         launch(
             tile_attention_fwd_kernel,
             config=config,
-            q=sides[0],
-            k=sides[1],
-            v=sides[2],
+            q=layout.pairs[0],
+            k=layout.pairs[1],
+            v=layout.pairs[2],
             p_o=out,
             p_lse=lse,
             p_tiles=indices,
             p_counts=counts,
-            TILE=p.box_constants(boxes, sides, tile),
+            TILE=p.box_constants(boxes, layout.pairs, tile),
             **p.programs(boxes, first, end, config.m),
             **p.numbers(mask, boxes),
         )
