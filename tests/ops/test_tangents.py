@@ -163,3 +163,25 @@ def test_values_with_a_mean(name, dtype):
     doubles = [x.double() for x in (q, k, v - 64, dq, dk)]
     exact, _ = pushed(lambda q, k, **how: f(q, k, doubles[2], **how), doubles[:2], doubles[3:], **kwargs)
     assert (found.double() - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-4) * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_frame_behind_a_sharp_norm(dtype):
+    """Its value's tangent is the result's, though scores of q and k rounded after the norm are not forward's."""
+    q, k, v, dv = torch.randn(4, 1, 1, 40, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = QKNorm(torch.full((64,), 4.0), torch.full((64,), 4.0))
+    f = lambda v, **how: vdcore.temporal_attention(q, k, v, norm=norm, backend="cpu", **how)  # noqa: E731
+    dout, _ = pushed(f, (v,), (dv,))
+    torch.testing.assert_close(dout, dv, rtol=0, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("T", [3, 17, 70])
+def test_a_row_of_which_a_bias_hides_all_moves_nothing(T, dtype):
+    q, k, v, dq = torch.randn(4, 1, T, 2, 1, 16).to(dtype)
+    bias, dbias = torch.zeros(1, T, T), torch.randn(1, T, T)
+    bias[:, 1] = -torch.inf
+    f = lambda q, bias, **how: vdcore.temporal_attention(q, k, v, bias=bias, backend="cpu", **how)  # noqa: E731
+    dout, dlse = pushed(f, (q, bias), (dq, dbias))
+    assert not dout[:, 1].any() and not dlse[:, 1].any()
+    assert dlse[:, 2:].all()
