@@ -149,6 +149,7 @@ def test_the_command(tmp_path, invoke, in_this_process):
         (("--model", "no_such:f"), "importing 'no_such' failed"),
         (("--model", "my_models:plain", "--mask", "radial"), "rows and columns are not known before a call"),
         (("--model", "my_models:plain", "--mask", "blue"), "expected one of dense"),
+        (("--model", "my_models:plain", "--attention", "sdpa"), "it is of workloads and VDiT variants"),
         (("--model", "vdit-full", "--mask", "causal"), "it goes with --model module:function"),
     ],
 )

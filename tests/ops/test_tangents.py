@@ -176,6 +176,21 @@ def test_one_frame_behind_a_sharp_norm(dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("T", [3, 8, 70])
+@pytest.mark.parametrize("norms", [(False, False), (True, False), (False, True)])
+def test_of_a_gate_alone(norms, T, dtype):
+    """No part moves: what is left is the difference of the parts."""
+    q, k, v = torch.randn(3, 1, T, 17, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = tuple(QKNorm(None, None) if there else None for there in norms)
+    gate = torch.rand(2, 1).to(dtype)
+    s, t = vdcore.spatial_attention(q, k, v, norm=norm[0]), vdcore.temporal_attention(q, k, v, norm=norm[1])
+    f = lambda gate: vdcore.gated_attention((q, k, v), (q, k, v), gate, norm=norm, backend="cpu")  # noqa: E731
+    for _ in range(3):  # scratch memory holds what was there before
+        _, dout = torch.func.jvp(f, (gate,), (torch.ones_like(gate),))
+        torch.testing.assert_close(dout.float(), s.float() - t.float(), rtol=2e-2, atol=2e-2)
+
+
+@DTYPES
 @pytest.mark.parametrize("T", [3, 17, 70])
 def test_a_row_of_which_a_bias_hides_all_moves_nothing(T, dtype):
     q, k, v, dq = torch.randn(4, 1, T, 2, 1, 16).to(dtype)

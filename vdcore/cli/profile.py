@@ -61,6 +61,8 @@ def profile(
     whole = options.models_named(model, device, blocks_alone=True)
     if set(whole) - set(models.PROFILED) and mode != "fwd":
         raise typer.BadParameter("blocks of diffusers are profiled forward", param_hint="--mode")
+    if own and attention is not None:
+        raise typer.BadParameter("it is of workloads and VDiT variants", param_hint="--attention")
     if sweep.lacks_gpu(device) and own and limit is None:
         raise typer.BadParameter("it is needed where there is no such device", param_hint="--memory-limit")
     given = Options(device=device, memory_limit=limit)

@@ -228,7 +228,7 @@ class MatrixTangents {
 }  // namespace
 
 void temporal_attention_tangents(const TemporalTangents& a) {
-  if (in_pairs(a.forward)) {
+  if (in_pairs(a.forward) && (a.dq || a.dk || a.dv)) {  // none: of a gate alone
     const int64_t queries = a.dq ? 2 : 1, keys = 2 + (a.dk ? 1 : 0) + (a.dv ? 1 : 0);
     const TemporalTangentsPlan plan(a, queries, keys, kStageHalves);
     if (plan.one_key_block()) return run_temporal<MatrixTangents>(plan);

@@ -71,7 +71,7 @@ class GivenPoint:
             torch.set_default_dtype(usual)
         module, given = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
         if not isinstance(module, nn.Module) or not (isinstance(given, Mapping) or callable(given)):
-            expected = "a module and the arguments of its forward, or a function that calls it"
+            expected = "a module and a dict of its forward's arguments, or a function that calls it"
             raise TypeError(f"{self.spec}: must return {expected}, got {found!r:.80}")
         if self.provider == SWAPPED:
             self._swap(module)
