@@ -40,7 +40,7 @@ from vdcore_kernels.core.tokens import (
     walk,
     whole_tile,
 )
-from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, SMALLER, FrameConfig, FrameProblem, pick_for
+from vdcore_kernels.frame_attention.problem import FLOAT32, SMALL, FrameConfig, FrameProblem, pick_for
 
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_TANGENTS: Tangents = (None, None, None)
@@ -51,8 +51,9 @@ TANGENTS = (
     FrameConfig("sm_9|sm_10", 8, 2, "two warpgroups of 64 rows' scores and their tangents", 128, 64, 64),
     FrameConfig("sm_9|sm_10", 8, 3, "64 keys spill; four tiles of 32 keys in three stages, 160 KB", 128, 32, 128),
     FrameConfig(SMALL, 4, 2, "64 keys would spill", 64, 32, 64),
-    FrameConfig("sm_80", 4, 1, "two tiles of 72 or 96 channels: of fewer queries warps repeat products", 64, 32, 96),
-    FrameConfig(SMALLER, 4, 1, "the same; 32 keys spill, of fewer queries warps repeat products", 64, 16, 96),
+    FrameConfig("sm_80", 4, 1, "two tiles of 72 channels: of fewer queries warps repeat products", 64, 32, 80),
+    FrameConfig("sm_11|sm_12", 8, 2, "64 queries spill, of two tiles of 72 channels 16 bytes", 32, 32, 96),
+    FrameConfig("sm_8", 4, 1, "two tiles of 96 channels: 32 keys spill", 64, 16, 96),
     FrameConfig(SMALL, 8, 1, "64 queries spill; 1.6 instructions a pair for 2.8 of 32 keys, repeated", 32, 64, 128),
     FrameConfig(_NVIDIA, 8, 1, "160 channels: 32 keys spill", 64, 16, 160),
     FrameConfig(_NVIDIA, 8, 1, "256 channels of queries and their tangents: 32 queries spill", 16, 32, 256),
