@@ -129,7 +129,8 @@ def test_a_rollout_s_gradients_are_those_of_each_chunk_s_last_step(generator):
             (model(*seen[-1], cache=cache) * weights[i]).sum().backward()  # it predicts the clean video itself
         with torch.no_grad():
             model(clean, torch.zeros(2, dtype=torch.float64), cache=cache, keep=True)
-    torch.testing.assert_close(found, [p.grad for p in model.parameters()])
+    # The scheduler steps in float32, whose rounding the last bit of a float64 turns.
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
 
 
 def test_a_cache_goes_on(generator):
