@@ -164,10 +164,15 @@ def draw_videos(
     )
     parts: list[Tensor] = []
     for part in splice(sampler, frames, recipe.frames, overlap if frames > recipe.frames else 0):
-        parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
+        parts.append(_pixels(part))
         if on_clip is not None:
             on_clip(sum(p.shape[2] for p in parts), frames)
     return torch.cat(parts, 2)
+
+
+def _pixels(video: Tensor) -> Tensor:
+    """From the model's [-1, 1] to [0, 1], on the CPU."""
+    return ((video.cpu() + 1) / 2).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -185,7 +190,7 @@ def continue_clips(
     noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     process = process_for(recipe.target, recipe.sampling_shift)
     video = sample(trained.model, process, noise, steps, held=held, known=given)
-    return ((video.cpu() + 1) / 2).clamp(0, 1), known
+    return _pixels(video), known
 
 
 def _rolled(
@@ -205,7 +210,7 @@ def _rolled(
     cache = trained.model.new_cache(count, *recipe.size, frames=chunks * mask.chunk)
     parts: list[Tensor] = []
     for part in roll(trained.model, process_for(recipe.target, recipe.sampling_shift), noises, steps, cache):
-        parts.append(((part.cpu() + 1) / 2).clamp(0, 1))
+        parts.append(_pixels(part))
         if on_clip is not None:
             on_clip(min(sum(p.shape[2] for p in parts), frames), frames)
     return torch.cat(parts, 2)[:, :, :frames]
