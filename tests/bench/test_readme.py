@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small import row
 
-from vdcore_bench.measure.journal import PROFILE
+from vdcore_bench.measure.journal import MASKS, PROFILE
 from vdcore_bench.report import readme
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,23 @@ def test_machines_stand_apart(tmp_path):
     lost = readme.fill(marked("losses"), tmp_path)
     assert "- new (avx512): the best peer is faster in 1 of 1 jobs: " in lost
     assert "- old (avx2): the best peer is faster in 0 of 1 jobs.\n" in lost
+
+
+def test_masks_of_two_machines_stand_in_two_tables(tmp_path):
+    """Dense attention of one is not what masks of the other are relative to, even where processors have one name."""
+    folder = tmp_path / "bench" / "results" / "somewhere"
+    folder.mkdir(parents=True)
+    rows = []
+    for isa, dense, time in (("avx2", 1.0, "2020"), ("avx512", 10.0, "2021")):
+        versions = {"cpu": "one name", "isa": isa, "torch": "2"}
+        for case, p50 in (("dense", dense), ("causal", dense / 2)):
+            rows.append(row("vdcore", p50, case=f"{MASKS}{case}", x=16, flops=1e9, time=time, versions=versions))
+    (folder / "cpu.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    new, old = readme.fill(marked("masks"), tmp_path).split("one name (avx2)")
+    assert "one name (avx512)" in new
+    for table, dense, causal in ((new, "10 s", "5 s"), (old, "1 s", "500 ms")):
+        assert table.count("| dense | 16 |") == table.count("| causal | 16 |") == 1
+        assert f"| {dense} |" in table and f"| {causal} |" in table
 
 
 def test_unknown_tables_and_missing_ends_are_errors(tmp_path):

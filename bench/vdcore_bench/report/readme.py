@@ -29,13 +29,14 @@ HEADLINE = (
 )
 HEADLINE_HEADER = ("operator", "workload", "dtype, mode")
 MOST_LOSSES = 4  # that the README names of a machine
+MACHINE = ("cpu", "isa", "gpu")  # the versions that tell machines apart
 
 
 def committed(root: Path) -> list[Row]:
     """The newest row of every measurement in ``bench/results`` of the repository."""
     rows = [row for file in sorted((root / RESULTS).rglob("*.jsonl")) for row in parse(file.read_text())]
     in_time = sorted(rows, key=lambda row: row.time)
-    return newest(in_time, lambda row: (*row.key(), row.versions.get("cpu"), row.versions.get("gpu")))
+    return newest(in_time, lambda row: (*row.key(), *_machine_of(row)))
 
 
 def operators(root: Path) -> str:
@@ -46,6 +47,10 @@ def operators(root: Path) -> str:
     return Table.of(("operator", *(f"`{name}`" for name in names)), rows, text=True).markdown()
 
 
+def _machine_of(row: Row) -> tuple[str | None, ...]:
+    return tuple(row.versions.get(name) for name in MACHINE)
+
+
 def _measured(root: Path, device: str) -> list[Row]:
     rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
     elsewhere = (MASKS, GRID_MASKS)  # these, and errors of gradients, have tables of their own
@@ -53,17 +58,22 @@ def _measured(root: Path, device: str) -> list[Row]:
 
 
 def _by_machine(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of every machine on which an operator was timed, those of the last one first."""
+    """The rows of every machine, those of the last one first: times of two machines never stand in one table."""
     found: dict[tuple[str | None, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row.versions.get(name) for name in ("cpu", "isa", "gpu")), []).append(row)
-    timed = [rows for rows in found.values() if any(line.ours for line in summary.lines(rows))]
-    return sorted(timed, key=lambda rows: max(row.time for row in rows), reverse=True)
+        found.setdefault(_machine_of(row), []).append(row)
+    return sorted(found.values(), key=lambda rows: max(row.time for row in rows), reverse=True)
+
+
+def _timed(root: Path, device: str) -> list[list[Row]]:
+    """The rows of every machine on which an operator was timed."""
+    machines = _by_machine(_measured(root, device))
+    return [rows for rows in machines if any(line.ours for line in summary.lines(rows))]
 
 
 def headline(root: Path) -> str:
     """The rows of :data:`HEADLINE`, a column for every machine, and how to measure them again."""
-    machines = _by_machine(_measured(root, "cpu"))
+    machines = _timed(root, "cpu")
     columns: dict[str, dict[tuple[str, ...], summary.Line]] = {}
     for rows in machines:
         found = columns.setdefault(_where(rows), {})
@@ -98,7 +108,7 @@ def _headline_cells(lines: Sequence[summary.Line | None]) -> tuple[str, ...]:
 def losses(root: Path) -> str:
     """The measured jobs in which the best peer is faster, a line for every machine, the worst ones first."""
     parts = []
-    for rows in _by_machine(_measured(root, "cpu")):
+    for rows in _timed(root, "cpu"):
         found = [line for line in summary.lines(rows) if line.speedup is not None]
         lost = sorted((line for line in found if (line.speedup or 0) < 1), key=lambda line: line.speedup or 0)
         named = [
@@ -115,7 +125,7 @@ def losses(root: Path) -> str:
 def _results(device: str) -> Callable[[Path], str]:
     def made(root: Path) -> str:
         parts = []
-        for rows in _by_machine(_measured(root, device)):
+        for rows in _timed(root, device):
             found = [line for line in summary.lines(rows) if line.ours is not None]
             parts += [*_noise(rows), _machine(rows)]
             tables = (results.bar_table(found), results.job_table(found, code="`"))
@@ -147,44 +157,56 @@ def _machine(rows: Sequence[Row]) -> str:
     return f"{_where(rows)}, {threads} threads, torch {v.get('torch')}, commit {last.commit}, {last.time[:10]}.\n"
 
 
-def _all(tables: Sequence[Table], otherwise: str) -> str:
-    """The tables below their titles, and what the last one says of them."""
-    if not any(table.rows for table in tables):
-        return f"{otherwise}\n"
-    parts = [f"{table.title}\n\n{table.markdown()}" if table.title else table.markdown() for table in tables]
-    return "\n".join([*parts, f"{tables[-1].note}\n"]) if tables[-1].note else "\n".join(parts)
+def _of_each_machine(rows: Iterable[Row], made: Callable[[Sequence[Row]], list[Table]], otherwise: str) -> str:
+    """What is made of every machine's rows: tables below their titles, and what the last one says of them.
+
+    Args:
+        otherwise: the text if there are no such rows.
+    """
+    parts = []
+    for group in _by_machine(rows):
+        tables = made(group)
+        if not any(table.rows for table in tables):
+            continue
+        parts.append(_machine(group))
+        parts += [f"{table.title}\n\n{table.markdown()}" if table.title else table.markdown() for table in tables]
+        parts += [f"{tables[-1].note}\n"] if tables[-1].note else []
+    return "\n".join(parts) if parts else f"{otherwise}\n"
 
 
 def memory(root: Path) -> str:
     """The profiles: peak memory and time against frames."""
-    rows = [row for row in committed(root) if not curves.is_model(row)]
-    return _all(results.profile_tables(rows), "No profile is committed.")
+    rows = [row for row in committed(root) if curves.is_profile(row) and not curves.is_model(row)]
+    return _of_each_machine(rows, results.profile_tables, "No profile is committed.")
 
 
 def models(root: Path) -> str:
     """Whole models and blocks of them against frames: ``vdcore profile --model``."""
-    table = Table.of(curves.MODEL_HEADER, curves.model_cells(committed(root)), note=curves.LEGEND)
-    return _all([table], "No profile of a model is committed.")
+
+    def made(rows: Sequence[Row]) -> list[Table]:
+        return [Table.of(curves.MODEL_HEADER, curves.model_cells(rows), note=curves.LEGEND)]
+
+    rows = [row for row in committed(root) if curves.is_model(row)]
+    return _of_each_machine(rows, made, "No profile of a model is committed.")
 
 
 def _of_masks(prefix: str, made: Callable[[Sequence[Row]], list[Table]]) -> Callable[[Path], str]:
-    """The tables of the cases of this prefix, below the machine that they were measured on."""
+    """The tables of the cases of this prefix."""
 
     def tables(root: Path) -> str:
         rows = [row for row in committed(root) if row.case.startswith(prefix)]
-        return f"{_machine(rows)}\n{_all(made(rows), '')}" if rows else "No sweep over masks is committed.\n"
+        return _of_each_machine(rows, made, "No sweep over masks is committed.")
 
     return tables
 
 
-def blocks(root: Path) -> str:
-    """A whole V-DiT block."""
-    return _all([replace(results.block_table(committed(root)), title="")], "No results of a block are committed.")
+def _untitled(made: Callable[[Sequence[Row]], Table], otherwise: str) -> Callable[[Path], str]:
+    """One table, whose page has a heading for it."""
 
+    def tables(root: Path) -> str:
+        return _of_each_machine(committed(root), lambda rows: [replace(made(rows), title="")], otherwise)
 
-def gradients(root: Path) -> str:
-    """Errors of gradients in half precision against tokens."""
-    return _all([replace(results.gradients_table(committed(root)), title="")], "No errors of gradients are committed.")
+    return tables
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -195,10 +217,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": _results("cuda"),
     "masks": _of_masks(MASKS, results.mask_tables),  # over frames
     "grid-masks": _of_masks(GRID_MASKS, results.grid_mask_tables),  # windows in frames, rows and columns
-    "block": blocks,
+    "block": _untitled(results.block_table, "No results of a block are committed."),  # of V-DiT
     "memory": memory,
     "models": models,
-    "gradients": gradients,
+    "gradients": _untitled(
+        results.gradients_table, "No errors of gradients are committed."
+    ),  # half precision, by tokens
 }
 
 
