@@ -200,18 +200,20 @@ VDCORE_INLINE void transpose_stages(vf (&x)[W]) {
   }
 }
 
-// out[0:columns, 0:round_up(rows)] = factor * in[0:rows, 0:columns] transposed; lanes past `rows` are 0.
-inline void transpose(int64_t rows, int64_t columns, Tile in, float factor, Tile out) {
+// out[0:columns, 0:round_up(rows)] = factor * in[0:rows, 0:columns] transposed; lanes past `rows` are 0. `read(r, c)`
+// is a vector of row r from column c on.
+template <typename Read>
+VDCORE_INLINE void transpose_rows(int64_t rows, int64_t columns, const Read& read, float factor, Tile out) {
   for (int64_t r = 0; r < rows; r += W) {
     const int64_t height = smaller(W, rows - r);
     for (int64_t c = 0; c < columns; c += W) {
       vf x[W];
       if (height == W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) x[i] = load(in.at(r + i, c).data) * factor;
+        for (int i = 0; i < W; ++i) x[i] = read(r + i, c) * factor;
       } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) x[i] = i < height ? load(in.at(r + i, c).data) * factor : vf{};
+        for (int i = 0; i < W; ++i) x[i] = i < height ? read(r + i, c) * factor : vf{};
       }
       transpose_stages<W / 2>(x);
       if (columns - c >= W) {
@@ -222,6 +224,22 @@ inline void transpose(int64_t rows, int64_t columns, Tile in, float factor, Tile
       }
     }
   }
+}
+// Of a tile.
+inline void transpose(int64_t rows, int64_t columns, Tile in, float factor, Tile out) {
+  transpose_rows(
+      rows, columns, [&](int64_t r, int64_t c) __attribute__((always_inline)) { return load(in.at(r, c).data); },
+      factor, out);
+}
+// Of rows of any dtype, `row` bytes apart, where they lie: `columns` is a multiple of W.
+template <DType T>
+void transpose_in_place(int64_t rows, int64_t columns, const char* in, int64_t row, float factor, Tile out) {
+  using Value = typename Element<T>::type;
+  transpose_rows(
+      rows, columns,
+      [&](int64_t r, int64_t c)
+          __attribute__((always_inline)) { return Element<T>::load(reinterpret_cast<const Value*>(in + r * row) + c); },
+      factor, out);
 }
 
 }  // namespace vdcore::cpu::VDCORE_ISA

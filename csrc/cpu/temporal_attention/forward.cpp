@@ -18,8 +18,9 @@ class FloatStep {
 
   FloatStep(const TemporalPlan& plan, Arena& arena)
       : p(plan), n(plan.shape), t(plan, arena), norm_rope(plan.a, plan.shape.row, arena) {
-    k_in_place = p.one_query_block() && p.a.k.dtype == DType::f32 && !transformed(p.a);
-    q_in_place = k_in_place && n.D % W == 0;  // the transpose reads whole vectors
+    const bool as_they_lie = p.one_query_block() && !transformed(p.a);
+    q_in_place = as_they_lie && n.D % W == 0;  // the transpose reads whole vectors
+    k_in_place = as_they_lie && p.a.k.dtype == DType::f32;
     const int64_t kv_heads = p.heads / n.group;
     q = {arena.floats(p.heads * p.query_block * n.row), p.query_block, n.row};
     k = {arena.floats(kv_heads * p.key_block * n.row), p.key_block, n.row};
@@ -66,9 +67,9 @@ class FloatStep {
   const Shape& n;
   TemporalResults t;
   StageNormRope norm_rope;
-  // Queries and keys of one block are read once, by the transpose and by the first product: where their rows can be
-  // read as they lie, a copy would only be more traffic (a fifth of the time at T = 16). V is read once for every four
-  // queries.
+  // Queries and keys of one block are read once, by the transpose, which converts them too, and by the first product:
+  // where their rows can be read as they lie, a copy would only be more traffic (at T = 16 a fifth of the time in
+  // float32; queries alone 2 to 7 % in half precision). V is read once for every four queries.
   bool q_in_place, k_in_place;
   Stage q, k, v;
   Tile q_transposed, scores;
@@ -92,11 +93,10 @@ class FloatStep {
   void attend(const Place& place, const VisibleKeys& visible, int64_t head, Run queries, Run keys, bool first,
               Prefetch& prefetch) const {
     const int64_t kv_head = head / n.group;
-    const Tile from_q = q_in_place ? place.rows(p.a.q, queries.begin, place.heads.first + head) : q.head(head);
     const Tile from_k =
         k_in_place ? place.rows(p.a.k, keys.begin, place.kv_heads(n.group).first + kv_head) : k.head(kv_head);
     const Tile from_v = v.head(kv_head), out = t.out.head(head);
-    transpose(queries.size(), n.D, from_q, p.a.scale * kLog2E, q_transposed);
+    transpose_queries(p, p.a.q, q_in_place, q, place, head, queries, q_transposed);
     score_products(visible, queries.size(), keys.begin, keys.size(), n.D, from_k, q_transposed, scores, prefetch);
     add_bias(p.a, place.heads.first + head, keys, queries, scores);
     for (int64_t i = 0; i < queries.size(); i += W) {

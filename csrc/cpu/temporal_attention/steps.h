@@ -67,6 +67,19 @@ struct TemporalPlan {
   }
 };
 
+// to = (channels, queries) of a head of x, in float32, times the scale of scores in base 2: from its stage, or from
+// where its rows lie.
+inline void transpose_queries(const TemporalPlan& p, const TensorView& x, bool in_place, const Stage& stage,
+                              const Place& place, int64_t head, Run queries, Tile to) {
+  const float scale = p.a.scale * kLog2E;
+  if (!in_place) return transpose(queries.size(), p.shape.D, stage.head(head), scale, to);
+  const char* at = x.at(place.b, queries.begin, place.s, place.heads.first + head);
+  with_dtype(x.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    transpose_in_place<kType>(queries.size(), p.shape.D, at, x.stride[1] * size_of(kType), scale, to);
+  });
+}
+
 // A Step has
 //   Plan: TemporalPlan, or what begins with one
 //   Step(plan, arena)

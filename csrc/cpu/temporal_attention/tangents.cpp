@@ -67,11 +67,11 @@ class FloatTangents {
 
   // Rows that are read once or twice are read where they lie, as in forward.
   bool keys_in_place(const TensorView& x) const { return p.one_query_block() && x.dtype == DType::f32; }
-  bool queries_in_place(const TensorView& x) const { return keys_in_place(x) && n.D % W == 0; }
+  bool queries_in_place() const { return p.one_query_block() && n.D % W == 0; }
 
   void load_queries(const Place& place, Run queries) const {
     const auto load_rows = [&](const TensorView& x, const Stage& to) {
-      if (x && !queries_in_place(x)) gather(x, place.b, place.s, queries, place.heads, n.D, to, 0);
+      if (x && !queries_in_place()) gather(x, place.b, place.s, queries, place.heads, n.D, to, 0);
     };
     load_rows(p.a.q, q);
     load_rows(p.given.dq, dq);
@@ -94,20 +94,19 @@ class FloatTangents {
   void attend(const Place& place, const VisibleKeys& visible, int64_t head, Run queries, Run keys, bool first,
               Prefetch& prefetch) const {
     const int64_t kv_head = head / n.group, row = head * p.query_block;
-    const float scale = p.a.scale * kLog2E;
-    const auto queries_of = [&](const TensorView& x, const Stage& stage) {
-      return queries_in_place(x) ? place.rows(x, queries.begin, place.heads.first + head) : stage.head(head);
+    const auto transpose_of = [&](const TensorView& x, const Stage& stage, Tile to) {
+      transpose_queries(p, x, queries_in_place(), stage, place, head, queries, to);
     };
     const auto keys_of = [&](const TensorView& x, const Stage& stage) {
       return keys_in_place(x) ? place.rows(x, keys.begin, place.kv_heads(n.group).first + kv_head)
                               : stage.head(kv_head);
     };
     const Tile from_k = keys_of(p.a.k, k);
-    transpose(queries.size(), n.D, queries_of(p.a.q, q), scale, q_transposed);
+    transpose_of(p.a.q, q, q_transposed);
     score_products(visible, queries.size(), keys.begin, keys.size(), n.D, from_k, q_transposed, weights, prefetch);
     add_bias(p.a, place.heads.first + head, keys, queries, weights);
     if (p.given.dq) {
-      transpose(queries.size(), n.D, queries_of(p.given.dq, dq), scale, dq_transposed);
+      transpose_of(p.given.dq, dq, dq_transposed);
       score_products(visible, queries.size(), keys.begin, keys.size(), n.D, from_k, dq_transposed, moved, prefetch);
     }
     if (p.given.dbias) move_by_bias(place.heads.first + head, queries, keys);
