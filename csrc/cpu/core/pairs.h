@@ -167,9 +167,7 @@ inline void product(int64_t m, int64_t n, int64_t k, Rows a, Pairs b, Tile c, bo
 
 // ---- Operands ----------------------------------------------------------------------------------------------------
 
-VDCORE_INLINE vu load_bf16(const uint16_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const vu16_unaligned*>(p), vu);
-}
+VDCORE_INLINE vu load_bf16(const uint16_t* p) { return widen(*reinterpret_cast<const vu16_unaligned*>(p)); }
 VDCORE_INLINE void store_words(uint16_t* p, vu x) { store(reinterpret_cast<float*>(p), reinterpret_cast<vf>(x)); }
 
 // Rounded to nearest, ties away from 0, in the upper half of a lane; the lower half is anything.

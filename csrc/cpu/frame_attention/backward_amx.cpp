@@ -110,7 +110,7 @@ class MatrixProducts {
   float factor = 0;
 
   static VDCORE_INLINE void store_half(uint16_t* at, vf x) {
-    *reinterpret_cast<vu16_unaligned*>(at) = __builtin_convertvector(rounded(x) >> 16, vu16);
+    *reinterpret_cast<vu16_unaligned*>(at) = narrow(rounded(x) >> 16);
   }
 
   void load_queries(const TensorView& x, int64_t b, int64_t head, TokenRun queries, Pairs channels,
