@@ -36,8 +36,9 @@ struct Tiles {
     turned = arena.floats(row);
     for (float** p : {&mean, &rstd, &sum, &sum_x}) *p = arena.floats(round_up(heads));
     table_row = arena.floats(round_up(pairs));
+    const int64_t angles_row = larger(2 * round_up(pairs), row);
     for (Angles* p : {&angles, &angle_sums})
-      *p = {arena.floats(2 * round_up(pairs)), arena.floats(2 * round_up(pairs)), pairs, a.rope.style};
+      *p = {arena.floats(angles_row), arena.floats(angles_row), pairs, a.rope.style};
     for (int i = 0; i < 2; ++i) {
       const int64_t n = (a.norm.over_all ? sides[i].heads() : 1) * row;
       weight[i] = sides[i].weight ? arena.floats(n) : nullptr;
@@ -124,6 +125,8 @@ class Item {
     cos_of = cos;
     sin_of = sin;
     with_dtype(a.rope.cos.dtype, [&](auto type) { t.angles.read<decltype(type)::value>(cos, sin, t.table_row); });
+    if (t.angles.style == RopeStyle::half) return;
+    for (int64_t c = 2 * t.angles.pairs; c < head_row(D); ++c) t.angles.cos[c] = 1, t.angles.sin[c] = 0;
   }
 
   template <DType T>
@@ -135,24 +138,83 @@ class Item {
       write_row<T>(out.at(b, frame, s, h), D, row, 1.f);
   }
 
+  // The vector of a head's row at channel c, normed.
+  struct Normed {
+    const float *x, *weight, *bias;
+    vf mean, rstd;
+    bool norm;
+
+    VDCORE_INLINE vf operator()(int64_t c) const {
+      vf y = load(x + c);
+      if (!norm) return y;
+      y = (y - mean) * rstd;
+      if (weight) y *= load(weight + c);
+      if (bias) y += load(bias + c);
+      return y;
+    }
+  };
+
+  // Norm, rotation and the way out in one pass: partners are in one vector, or whole vectors apart.
+  template <DType T, bool Stream>
+  void finish_head(const Normed& normed, char* out) const {
+    using Value = typename Element<T>::type;
+    Value* row = reinterpret_cast<Value*>(out);
+    const auto emit = [&](int64_t c, vf y) __attribute__((always_inline)) {
+      if constexpr (Stream) return Element<T>::stream(row + c, y);
+      if (c + W <= D) return Element<T>::store(row + c, y);
+      store_partial<T>(row + c, y, D - c);
+    };
+    const Angles& angles = t.angles;
+    const int64_t pairs = angles.pairs;
+    if (pairs && angles.style == RopeStyle::interleaved) {
+      for (int64_t c = 0; c < D; c += W) {
+        const vf y = normed(c);
+        emit(c, y * load(angles.cos + c) + swap_pairs(y) * load(angles.sin + c));
+      }
+      return;
+    }
+    for (int64_t c = 0; c < pairs; c += W) {
+      const vf y = normed(c), z = normed(c + pairs), cosine = load(angles.cos + c), sine = load(angles.sin + c);
+      emit(c, y * cosine - z * sine);
+      emit(c + pairs, z * cosine + y * sine);
+    }
+    for (int64_t c = 2 * pairs; c < D; c += W) emit(c, normed(c));
+  }
+
+  // Where a half of the rotated channels is no whole number of vectors.
+  template <DType T>
+  void finish_uneven_head(const Side& side, const Normed& normed, float* x, char* out) const {
+    for (int64_t c = 0; c < D; c += W) store(x + c, normed(c));
+    rotate_head<false>(x, D, t.angles, t.turned);
+    if (side.stream)
+      stream_row<T>(out, D, t.turned, 1.f);
+    else
+      write_row<T>(out, D, t.turned, 1.f);
+  }
+
   template <DType T>
   void forward_token(int i, int64_t b, int64_t frame, int64_t s) {
     const Side& side = sides[i];
     const bool norm = a.norm.kind != NormKind::none;
+    const bool uneven = t.angles.style == RopeStyle::half && t.angles.pairs % W != 0;
     read_heads<T>(side.x.at(b, frame, s), side.x.stride[3], side.heads(), D, t.x);
     if (norm) head_moments(a.norm, t.x, side.heads(), D, t.mean, t.rstd);
-    for (int64_t h = 0; h < side.heads(); ++h) {
-      float* row = t.x[h];
+    const bool rope = t.angles.pairs > 0, per_head = rope && a.rope.cos.stride[2] != 0;
+    if (rope && !per_head) read_angles(frame, s, 0);
+    char* out = side.y.at(b, frame, s);
+    const int64_t head_bytes = side.y.stride[3] * size_of(T);
+    for (int64_t h = 0; h < side.heads(); ++h, out += head_bytes) {
       const int64_t w = weight_offset(h);
-      if (norm)
-        normalize_head(row, D, t.mean[h], t.rstd[h], t.weight[i] ? t.weight[i] + w : nullptr,
-                       t.bias[i] ? t.bias[i] + w : nullptr);
-      if (t.angles.pairs) {
-        read_angles(frame, s, h);
-        rotate_head<false>(row, D, t.angles, t.turned);
-        row = t.turned;
-      }
-      write<T>(side, side.y, b, frame, s, h, row);
+      Normed normed = {t.x[h], t.weight[i] ? t.weight[i] + w : nullptr, t.bias[i] ? t.bias[i] + w : nullptr, {}, {},
+                       norm};
+      if (norm) normed.mean = splat(t.mean[h]), normed.rstd = splat(t.rstd[h]);
+      if (per_head) read_angles(frame, s, h);
+      if (uneven)
+        finish_uneven_head<T>(side, normed, t.x[h], out);
+      else if (side.stream)
+        finish_head<T, true>(normed, out);
+      else
+        finish_head<T, false>(normed, out);
     }
   }
 
