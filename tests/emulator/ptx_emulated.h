@@ -47,6 +47,9 @@ VDCORE_DEVICE void store_global(void* p, const V& v) {
   emulator::stored(p, sizeof(V));
   *static_cast<V*>(p) = v;
 }
+VDCORE_DEVICE void store_global_if(void* p, const Vec4& v, bool there) {
+  if (there) store_global(p, v);
+}
 template <typename V>
 VDCORE_DEVICE V load_shared(const void* p) {
   return emulated::load<V>(p, false);
@@ -249,6 +252,7 @@ VDCORE_DEVICE float shuffle_xor(float x, int lanes) {
 }
 VDCORE_DEVICE uint32_t ballot(bool x) { return emulated::meet(emulated::vote, x, 0, "vote"); }
 VDCORE_DEVICE bool warp_any(bool x) { return ballot(x) != 0; }
+VDCORE_DEVICE void rare() {}
 VDCORE_DEVICE void sync_warp() { emulator::sync_warp(); }
 VDCORE_DEVICE void sync_block(VDCORE_SITE) { emulator::meet_block(0, emulator::position().threads, {file, line}); }
 
@@ -272,6 +276,7 @@ VDCORE_DEVICE float log2_approx(float x) { return std::log2(x); }
 VDCORE_DEVICE float reciprocal(float x) { return 1 / x; }
 VDCORE_DEVICE float reciprocal_root(float x) { return 1 / std::sqrt(x); }
 VDCORE_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
+VDCORE_DEVICE bool either_nan(float a, float b) { return std::isnan(a) || std::isnan(b); }
 VDCORE_DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
 
 }  // namespace vdcore::cuda

@@ -52,6 +52,13 @@ VDCORE_DEVICE void store_global(void* p, const V& v) {
   *static_cast<V*>(p) = v;
 }
 
+VDCORE_DEVICE void store_global_if(void* p, const Vec4& v, bool there) {
+  asm volatile("{.reg .pred there; setp.ne.u32 there, %5, 0;\n @there st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(
+                   v.x[0]),
+               "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]), "l"(p), "r"(static_cast<uint32_t>(there))
+               : "memory");
+}
+
 template <typename V>
 VDCORE_DEVICE V load_shared(const void* p) {
   return *static_cast<const V*>(p);
@@ -99,6 +106,8 @@ VDCORE_DEVICE uint32_t transpose8x8(uint32_t x) {
 VDCORE_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 VDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 VDCORE_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+// Marks a branch that few calls ever take: profilers count its event, `vdcore doctor` leaves its instructions out.
+VDCORE_DEVICE void rare() { asm volatile("pmevent 0;"); }
 VDCORE_DEVICE void sync_warp() { __syncwarp(); }
 VDCORE_DEVICE void sync_block() { __syncthreads(); }
 
@@ -156,6 +165,7 @@ VDCORE_DEVICE float reciprocal(float x) {  // one instruction; a division that r
 }
 VDCORE_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 VDCORE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+VDCORE_DEVICE bool either_nan(float a, float b) { return bool(a != a) | bool(b != b); }  // one instruction
 VDCORE_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 }  // namespace vdcore::cuda

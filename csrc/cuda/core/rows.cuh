@@ -37,11 +37,21 @@ VDCORE_DEVICE bool has_chunk(int i, int D) {
 VDCORE_DEVICE bool has_channels(int i, int D) { return 32 * i + 8 * lane_column() < D; }
 
 // `row`: where the lane's row starts.
+VDCORE_DEVICE Vec4 load_chunk(const char* row, int i, bool valid, int D) {
+  return load_global_or(row + 64 * i + 16 * lane_column(), valid && has_channels(i, D), 0);
+}
 template <int C>
 VDCORE_DEVICE void load_rows(Rows<C>& r, const char* row, bool valid, int D) {
-  const char* p = row + 16 * lane_column();
   VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) r.x[i] = load_global_or(p + 64 * i, valid && has_channels(i, D), 0);
+  for (int i = 0; i < C; ++i) r.x[i] = load_chunk(row, i, valid, D);
+}
+
+// Chunk i, where that is known late: registers have no index.
+template <int C>
+VDCORE_DEVICE Vec4 chunk_of(const Rows<C>& r, int i) {
+  Vec4 found{};
+  unroll<C, 4>([&](int of, int j) { found.x[j] |= r.x[of].x[j] & (of == i ? ~uint32_t{0} : 0); });
+  return found;
 }
 
 // s[16, 8] += rows (first eight, last eight) times other rows, over channels.
@@ -79,25 +89,24 @@ VDCORE_DEVICE void store_rows(const RowSums<C>& sums, int h, float factor, char*
     Vec4 v;
     VDCORE_UNROLL
     for (int j = 0; j < 4; ++j) v.x[j] = pack<E>(sums.x[i][j][2 * h] * factor, sums.x[i][j][2 * h + 1] * factor);
-    if (valid && has_channels(i, D)) store_global(p + 64 * i, v);
+    store_global_if(p + 64 * i, v, valid && has_channels(i, D));
   }
 }
 
+// f of every c of a product.
+template <int C, typename F>
+VDCORE_DEVICE void for_sums(RowSums<C>& sums, F f) {
+  unroll<C, 4>([&](int i, int j) { f(sums.x[i][j]); });
+}
 template <int C>
 VDCORE_DEVICE void clear(RowSums<C>& sums) {
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
-  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
-  for (int e = 0; e < 4; ++e) sums.x[i][j][e] = 0;
+  for_sums(sums, [](float (&x)[4]) { x[0] = x[1] = x[2] = x[3] = 0; });
 }
 
 template <int C>
 VDCORE_DEVICE bool has_nan(const RowSums<C>& sums) {
   bool found = false;
-  VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
-  for (int j = 0; j < 4; ++j) VDCORE_UNROLL
-  for (int e = 0; e < 4; ++e) found |= !(sums.x[i][j][e] == sums.x[i][j][e]);
+  unroll<C, 4, 2>([&](int i, int j, int h) { found |= either_nan(sums.x[i][j][2 * h], sums.x[i][j][2 * h + 1]); });
   return found;
 }
 
@@ -110,6 +119,8 @@ VDCORE_DEVICE float row_maximum(float x) {
   x = maximum(x, shuffle_xor(x, 1));
   return maximum(x, shuffle_xor(x, 2));
 }
+
+VDCORE_DEVICE bool row_any(bool x) { return (ballot(x) >> 4 * lane_row() & 15) != 0; }
 
 // `i`: an element's index.
 template <typename E>
@@ -136,29 +147,28 @@ VDCORE_DEVICE void load_shared_row(Rows<C>& r, char* rows, int row) {
 
 // ---- Hidden rows ----
 // A product multiplies hidden rows by 0, and 0 * NaN is NaN. So where a sum holds a NaN it is taken again without the
-// infinities and NaN of its rows, and that is the result of all rows of the sum that do not see one of them.
+// infinities and NaN of its rows, and that is the sum of all rows that see none of them in its channel.
 
 template <typename E>
-VDCORE_DEVICE uint32_t finite_part(uint32_t x) {
-  constexpr uint32_t kExponent = E::dtype == DType::bf16 ? 0x7f80 : 0x7c00;
-  const bool lo = (x & kExponent) == kExponent, hi = (x >> 16 & kExponent) == kExponent;
-  return (lo ? 0 : x & 0xffffu) | (hi ? 0 : x & 0xffff0000u);
+VDCORE_DEVICE uint32_t ones(bool lo, bool hi) {
+  constexpr uint32_t kOne = E::dtype == DType::bf16 ? 0x3f80 : 0x3c00;
+  return (lo ? kOne : 0) | (hi ? kOne << 16 : 0);
 }
 
-// Leaves the finite values; bit 4 * r and the three after it of the result: row r of the eight held others.
-template <typename E, int C>
-VDCORE_DEVICE uint32_t make_finite(Rows<C>& r) {
-  bool changed = false;
+// Leaves the finite values; 1 in the result where there were others.
+template <typename E>
+VDCORE_DEVICE Vec4 take_infinite(Vec4& v) {
+  constexpr uint32_t kExponent = E::dtype == DType::bf16 ? 0x7f80 : 0x7c00;
+  Vec4 found;
   VDCORE_UNROLL
-  for (int i = 0; i < C; ++i) VDCORE_UNROLL
   for (int j = 0; j < 4; ++j) {
-    const uint32_t finite = finite_part<E>(r.x[i].x[j]);
-    changed |= finite != r.x[i].x[j];
-    r.x[i].x[j] = finite;
+    uint32_t& x = v.x[j];
+    const bool lo = (x & kExponent) == kExponent, hi = (x >> 16 & kExponent) == kExponent;
+    found.x[j] = ones<E>(lo, hi);
+    x = (lo ? 0 : x & 0xffffu) | (hi ? 0 : x & 0xffff0000u);
   }
-  return ballot(changed);
+  return found;
 }
-VDCORE_DEVICE bool row_changed(uint32_t ballots, int row) { return (ballots >> 4 * row & 15) != 0; }
 
 // ---- Which rows see which ----
 
@@ -194,69 +204,61 @@ VDCORE_DEVICE Seen seen_by_key(const Frames& f, int64_t length, int k) {
 
 // The weighted sums of rows over all tiles of the other side: `tiles` of them, N where that is known to the compiler,
 // else N = 0. weights(kk, w, sums): of the 16 columns of tiles 2 kk and 2 kk + 1, 0 where a pair is hidden; may scale
-// the sums so far. load(rows, next, n) loads tile n from `next` and moves it on; visible(n, h, e): row half h sees
-// column 2 (lane % 4) + e of tile n; finish(sums, now): the sums of the lane's row of half h are final if now[h].
-// `hides`: some pair may be hidden.
-template <typename E, int N, int C, typename Weights, typename Load, typename Visible, typename Finish>
-VDCORE_DEVICE void seen_sums(int tiles, Weights weights, const char* first_row, bool hides, int D, Load load,
-                             Visible visible, Finish finish) {
+// the sums so far. load(rows, n) loads tile n, chunk(n, i) only its channels 32 i to 32 i + 31; visible(n, h, e): row
+// half h sees column 2 (lane % 4) + e of tile n. `hides`: some pair may be hidden.
+template <typename E, int N, int C, typename Weights, typename Load, typename Chunk, typename Visible>
+VDCORE_DEVICE void seen_sums(RowSums<C>& sums, int tiles, Weights weights, bool hides, int D, Load load, Chunk chunk,
+                             Visible visible) {
   [[maybe_unused]] constexpr int kUnroll = N ? N : 1;
   const int count = N ? N : tiles;
-  bool done[2] = {false, false};
+  clear(sums);
+  VDCORE_UNROLL_BY(kUnroll)
+  for (int kk = 0; kk < count / 2; ++kk) {
+    uint32_t w[4];
+    weights(kk, w, sums);
+    Rows<C> first, last;
+    load(first, 2 * kk);
+    load(last, 2 * kk + 1);
+    weighted_sum<E>(sums, w, first, last, D);
+  }
+  if (!hides || !warp_any(has_nan(sums))) return;
+  rare();
   VDCORE_NO_UNROLL
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    RowSums<C> sums;
-    clear(sums);
-    const char* next = first_row;
+  for (int i = 0; i < C && 32 * i < D; ++i) {
+    RowSums<1> finite, others;  // others: how many values that are not finite a sum sees
+    clear(finite);
+    clear(others);
     VDCORE_UNROLL_BY(kUnroll)
     for (int kk = 0; kk < count / 2; ++kk) {
-      uint32_t w[4];
-      weights(kk, w, sums);
-      Rows<C> first, last;
-      load(first, next, 2 * kk);
-      load(last, next, 2 * kk + 1);
-      if (attempt) {
-        make_finite<E>(first);
-        make_finite<E>(last);
-      }
-      weighted_sum<E>(sums, w, first, last, D);
+      uint32_t w[4], sees[4];
+      weights(kk, w, finite);
+      Rows<1> rows[2], infinite[2];
+      unroll<2>([&](int m) {
+        const int n = 2 * kk + m;
+        rows[m].x[0] = chunk(n, i);
+        infinite[m].x[0] = take_infinite<E>(rows[m].x[0]);
+        unroll<2>([&](int h) { sees[h + 2 * m] = ones<E>(visible(n, h, 0), visible(n, h, 1)); });
+      });
+      weighted_sum<E>(finite, w, rows[0], rows[1], D);
+      weighted_sum<E>(others, sees, infinite[0], infinite[1], D);
     }
-    const bool again = hides && attempt == 0 && warp_any(has_nan(sums));
-    bool tainted[2] = {false, false};
-    if (again) {
-      next = first_row;
-      VDCORE_UNROLL_BY(kUnroll)
-      for (int n = 0; n < count; ++n) {
-        Rows<C> rows;
-        load(rows, next, n);
-        const uint32_t changed = make_finite<E>(rows);
-        VDCORE_UNROLL
-        for (int h = 0; h < 2; ++h) VDCORE_UNROLL
-        for (int e = 0; e < 2; ++e) tainted[h] |= visible(n, h, e) && row_changed(changed, 2 * lane_column() + e);
-      }
-    }
-    bool now[2];
-    VDCORE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      // A row that sees a NaN is right as it is; the others are taken again.
-      const bool right = !again || row_changed(ballot(tainted[h]), lane_row());
-      now[h] = right && !done[h];
-      done[h] |= right;
-    }
-    finish(sums, now);
-    if (!again) break;
+    unroll<C, 4, 4>([&](int of, int j, int e) {  // no branch, which makes of `of` an index that registers do not have
+      float& sum = sums.x[of][j][e];
+      const bool seen = of != i || others.x[0][j][e] != 0;
+      sum = seen ? sum : finite.x[0][j][e];
+    });
   }
 }
 
-// As above with all weights at hand.
-template <typename E, int N, int C, typename Load, typename Visible, typename Finish>
-VDCORE_DEVICE void seen_sums(const uint32_t (&weights)[N / 2][4], const char* first_row, bool hides, int D, Load load,
-                             Visible visible, Finish finish) {
-  const auto given = [&](int kk, uint32_t (&w)[4], RowSums<C>&) {
+// Weights at hand.
+template <int N>
+struct GivenWeights {
+  const uint32_t (&all)[N / 2][4];
+  template <int C>
+  VDCORE_DEVICE void operator()(int kk, uint32_t (&w)[4], const RowSums<C>&) const {
     VDCORE_UNROLL
-    for (int i = 0; i < 4; ++i) w[i] = weights[kk][i];
-  };
-  seen_sums<E, N, C>(N, given, first_row, hides, D, load, visible, finish);
-}
+    for (int i = 0; i < 4; ++i) w[i] = all[kk][i];
+  }
+};
 
 }  // namespace vdcore::cuda

@@ -131,7 +131,7 @@ VDCORE_DEVICE bool takes_part(const Rows<C>& dy, bool skips_zeros) {
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) VDCORE_UNROLL
   for (int j = 0; j < 4; ++j) some |= (dy.x[i].x[j] & 0x7fff7fffu) != 0;
-  return row_changed(ballot(some), lane_row());
+  return row_any(some);
 }
 
 struct RowsBackward {

@@ -33,173 +33,199 @@ struct TemporalBackward {
   TemporalAttentionBackward a;
   Sequences sequences;
   uint32_t items;  // sequences
+  SeenFrames seen;
 
   explicit TemporalBackward(const TemporalAttentionBackward& args)
       : a(args),
         sequences(args.forward.heads, args.forward.positions),
-        items(static_cast<uint32_t>(args.forward.sequences)) {}
+        items(static_cast<uint32_t>(args.forward.sequences)),
+        seen(args.forward.frames) {}
 };
 
 constexpr int kBackwardThreads = 128, kBackwardRows = kBackwardThreads / 32 * 16;  // of all sequences of a block
 constexpr int temporal_backward_blocks_per_sm(int N, int C) { return N == 2 && C <= 3 ? 3 : 2; }
-constexpr size_t temporal_backward_shared_bytes(int C, bool norm_rope) {
-  const int rows = 2 * 64 * C * kBackwardRows, sums = kBackwardThreads / 32 * weight_sum_bytes(C);
-  return 8 * kBackwardRows + (norm_rope ? rows + sums : 0);
+
+// Shared memory of a block, in this order: weights of pairs for the other warps of a sequence; q and k after norm and
+// RoPE, for the same; weight sums of each warp.
+constexpr int pair_bytes(int N) { return N == 2 ? 0 : 4 * N * N * 64; }  // a sequence's: P and dS
+constexpr int pair_bytes_of_block(int N) { return pair_bytes(N) * kBackwardThreads / 32 / (N / 2); }
+constexpr int scored_bytes(int N, int C) { return N == 2 ? 0 : 64 * C * kBackwardRows; }  // q's, or k's
+constexpr size_t temporal_backward_shared_bytes(int N, int C, bool norm_rope) {
+  const int sums = kBackwardThreads / 32 * weight_sum_bytes(C);
+  return pair_bytes_of_block(N) + (norm_rope ? 2 * scored_bytes(N, C) + sums : 0);
 }
 
 // A warp of the kernel. N: tiles of 8 rows of either side; C: chunks of 32 channels; kNormRope: with norm or RoPE.
 template <typename E, int N, int C, bool kNormRope>
 struct BackwardWarp {
   static constexpr int kWarps = N / 2, kSequences = kBackwardThreads / 32 / kWarps;  // per sequence; per block
+  static constexpr bool kAlone = kWarps == 1;  // a warp has its sequence's rows of either side in registers
   const TemporalBackward& f;
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
-  const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32);
+  const int D = a.head_dim, warp = static_cast<int>(thread_index() / 32), of_sequence = warp % kWarps;
   const uint32_t item = block_index() * kSequences + warp / kWarps;
-  const SequenceTile tile{f.sequences.at(item < f.items ? item : 0), warp % kWarps, item < f.items};
-  const int64_t length = valid_frames(a.frames, tile.sequence.b);
-  const bool hides = a.frames.masked;
-  const float factor = a.scale * kLog2E;
-  // Of a block: q and k after norm and RoPE, weight sums of each warp; then lse and delta of each row.
-  char* const q_rows = shared_memory() + warp / kWarps * (8 * N) * 64 * C;
-  float* const block_sums = reinterpret_cast<float*>(shared_memory() + 2 * kBackwardRows * 64 * C);
+  const SequenceTile tile{f.sequences.at(item < f.items ? item : 0), of_sequence, item < f.items};
+  char* const pairs = shared_memory() + warp / kWarps * pair_bytes(N);
+  char* const q_rows = shared_memory() + pair_bytes_of_block(N) + warp / kWarps * (8 * N) * 64 * C;
+  float* const block_sums =
+      reinterpret_cast<float*>(shared_memory() + pair_bytes_of_block(N) + 2 * scored_bytes(N, C));
   float* const warp_sums = block_sums + warp * (weight_sum_bytes(C) / 4);
-  static constexpr int kStats = temporal_backward_shared_bytes(C, kNormRope) - 8 * kBackwardRows;
-  Vec2* const stats = reinterpret_cast<Vec2*>(shared_memory() + kStats) + warp / kWarps * (8 * N);
-  const BackwardSide queries = query_side(g, q_rows), keys = key_side(g, q_rows + kBackwardRows * 64 * C);
-  // Scores, and products of gradients with values, of the warp's rows with all rows of the other side.
-  float s[N][4], dp[N][4];
+  const BackwardSide queries = query_side(g, q_rows), keys = key_side(g, q_rows + scored_bytes(N, C));
+  const SeenByRows seen_by_queries = tile.seen_by_queries(f.seen, a.frames);
+  Rows<C> q[2], dout[2], k[2], v[2];  // the warp's rows; of keys and values where it is alone
+  // Weights of pairs, 16 columns after 16 columns: P and dS of the warp's queries, then P^T and dS^T of its keys.
+  uint32_t p[N / 2][4], ds[N / 2][4];
 
   VDCORE_DEVICE explicit BackwardWarp(const TemporalBackward& f) : f(f) {}
-
-  // Of the lane's first row among those of its sequences.
-  VDCORE_DEVICE int row() const { return 16 * (warp % kWarps) + lane_row(); }
 
   VDCORE_DEVICE void load_own(Rows<C> (&rows)[2], const Tokens& x, int count) const {
     unroll<2>([&](int h) { load_rows(rows[h], tile.row(x, h), tile.has(h, count), D); });
   }
-  VDCORE_DEVICE void load_own_scored(Rows<C> (&rows)[2], const BackwardSide& side) const {
+  VDCORE_DEVICE void norm_own(Rows<C> (&rows)[2], const BackwardSide& side) const {
+    const bool there[2] = {tile.has(0, side.count), tile.has(1, side.count)};
+    const int64_t table[2] = {tile.angles(a.norm_rope, side.start, 0), tile.angles(a.norm_rope, side.start, 1)};
+    norm_rope<E>(rows, there, a.norm_rope, side.norm, table, D);
+  }
+  VDCORE_DEVICE void stage(const Rows<C> (&rows)[2], const BackwardSide& side) const {
+    unroll<2>([&](int h) { store_shared_row(side.rows, 16 * of_sequence + 8 * h + lane_row(), rows[h]); });
+  }
+
+  VDCORE_DEVICE void load() {
+    load_own(q, a.q, a.frames.queries);
+    if constexpr (kAlone || kNormRope) load_own(k, a.k, a.frames.keys);
+    load_own(dout, g.dout, a.frames.queries);
+    if constexpr (kAlone) load_own(v, a.v, a.frames.keys);
     if constexpr (kNormRope) {
-      unroll<2>([&](int h) { load_shared_row(rows[h], side.rows, row() + 8 * h); });
-    } else {
-      load_own(rows, side.scored, side.count);
+      if (g.sums) clear_weight_sums<C>(warp_sums);
+      norm_own(q, queries);
+      norm_own(k, keys);
+      if constexpr (!kAlone) {
+        stage(q, queries);
+        stage(k, keys);
+        sync_block();
+      }
     }
   }
-  VDCORE_DEVICE void load_scored(Rows<C>& rows, const BackwardSide& side, const char*& next, int n) const {
-    if constexpr (kNormRope)
+
+  // Tile n of a side's scored rows, and its chunk i; `own`: the warp's.
+  VDCORE_DEVICE void load_scored(Rows<C>& rows, const BackwardSide& side, const Rows<C> (&own)[2], int n) const {
+    if constexpr (kAlone)
+      rows = own[n];
+    else if constexpr (kNormRope)
       load_shared_row(rows, side.rows, 8 * n + lane_row());
     else
-      tile.load_other(rows, side.scored, next, n, side.count, D);
+      tile.load_other(rows, side.scored, n, side.count, D);
+  }
+  VDCORE_DEVICE Vec4 scored_chunk(const BackwardSide& side, const Rows<C> (&own)[2], int n, int i) const {
+    if constexpr (kAlone)
+      return chunk_of(own[n], i);
+    else if constexpr (kNormRope)
+      return load_shared<Vec4>(shared_chunk<C>(side.rows, 8 * n + lane_row(), i));
+    else
+      return tile.load_other_chunk(side.scored, n, i, side.count, D);
+  }
+  VDCORE_DEVICE void load_unscored(Rows<C>& rows, const Tokens& x, const Rows<C> (&own)[2], int n, int count) const {
+    if constexpr (kAlone)
+      rows = own[n];
+    else
+      tile.load_other(rows, x, n, count, D);
   }
 
-  VDCORE_DEVICE void products(const BackwardSide& own, const BackwardSide& other) {
-    Rows<C> x[2], y[2];
-    load_own_scored(x, own);
-    load_own(y, own.other, own.count);
-    const char *next_x = tile.first_other(other.scored), *next_y = tile.first_other(other.other);
+  // P and dS of the warp's queries.
+  VDCORE_DEVICE void weigh() {
+    float s[N][4], dp[N][4];
     unroll<N>([&](int n) {
       unroll<4>([&](int e) { s[n][e] = dp[n][e] = 0; });
-      Rows<C> x_tile, y_tile;
-      load_scored(x_tile, other, next_x, n);
-      tile.load_other(y_tile, other.other, next_y, n, other.count, D);
-      inner_product<E>(s[n], x[0], x[1], x_tile, D);
-      inner_product<E>(dp[n], y[0], y[1], y_tile, D);
+      Rows<C> k_tile, v_tile;
+      load_scored(k_tile, keys, k, n);
+      load_unscored(v_tile, a.v, v, n, a.frames.keys);
+      inner_product<E>(s[n], q[0], q[1], k_tile, D);
+      inner_product<E>(dp[n], dout[0], dout[1], v_tile, D);
     });
-  }
-
-  // Sums of scored rows of the other side: the gradient of the warp's own.
-  VDCORE_DEVICE void scored_gradient(const uint32_t (&weights)[N / 2][4], const BackwardSide& own,
-                                     const BackwardSide& other, const Seen (&seen)[2]) const {
-    seen_sums<E, N, C>(
-        weights, tile.first_other(other.scored), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { load_scored(rows, other, next, n); },
-        [&](int n, int h, int e) { return tile.sees(seen, n, h, e); },
-        [&](RowSums<C>& sums, const bool (&now)[2]) {
-          store_gradient<E, kNormRope>(sums, own, tile, seen, now, a.norm_rope, warp_sums, g.sums != nullptr, D);
-        });
-  }
-
-  VDCORE_DEVICE void stage() const {
-    if (g.sums) clear_weight_sums<C>(warp_sums);
-    stage_tile<E, C, kNormRope>(queries, tile, a.norm_rope, row(), D);
-    stage_tile<E, C, kNormRope>(keys, tile, a.norm_rope, row(), D);
-  }
-
-  // dq; leaves lse and delta of the rows.
-  VDCORE_DEVICE void query_gradients() {
-    Seen seen[2];
-    unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length, tile.frame[h]); });
-    const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
-    products(queries, keys);
-    uint32_t ds[N / 2][4];
+    const SeenByRows& visible = seen_by_queries;
     unroll<2>([&](int h) {
       float highest = -infinity(), delta = 0;
-      const float base = exponentials(s, h, factor, highest, visible), total = row_sum(add_columns(0, s, h));
+      exponentials(s, h, a.scale * kLog2E, highest, visible);
+      const float each = inverse(row_sum(add_columns(0, s, h)));
       unroll<N, 2>([&](int n, int e) {
-        if (visible(n, h, e)) delta += s[n][2 * h + e] * dp[n][2 * h + e];
+        if (visible(n, h, e)) delta = fmaf(s[n][2 * h + e], dp[n][2 * h + e], delta);
       });
-      const float each = inverse(total);
       delta = row_sum(delta) * each;
-      if (g.dlse && tile.has(h, queries.count))
+      if (g.dlse && tile.has(h, a.frames.queries))
         delta -= load_global<float>(g.dlse + row_index(a, tile.sequence, tile.frame[h]));
       unroll<N>([&](int n) {
-        float dx[2];
-        unroll<2>([&](int e) {
-          dx[e] = visible(n, h, e) ? s[n][2 * h + e] * each * (dp[n][2 * h + e] - delta) * a.scale : 0;
-        });
-        ds[n / 2][h + n % 2 * 2] = pack<E>(dx[0], dx[1]);
-      });
-      if (lane_column() == 0) store_shared(stats + row() + 8 * h, Float2{base + log2_approx(total), delta});
-    });
-    scored_gradient(ds, queries, keys, seen);
-  }
-
-  // dv and dk, from what all warps have left.
-  VDCORE_DEVICE void key_gradients() {
-    Seen seen[2];
-    unroll<2>([&](int h) { seen[h] = seen_by_key(a.frames, length, tile.frame[h]); });
-    const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
-    products(keys, queries);
-    uint32_t p[N / 2][4], ds[N / 2][4];
-    unroll<N>([&](int n) {
-      Float2 of[2];  // lse and delta of the two columns
-      unroll<2>([&](int e) { of[e] = load_shared<Float2>(stats + 8 * n + 2 * lane_column() + e); });
-      unroll<2>([&](int h) {
         float x[2], dx[2];
         unroll<2>([&](int e) {
-          const bool sees = visible(n, h, e);
-          x[e] = sees ? exp2_approx(s[n][2 * h + e] * factor - of[e].lo) : 0;
-          dx[e] = sees ? x[e] * (dp[n][2 * h + e] - of[e].hi) * a.scale : 0;
+          const float weight = s[n][2 * h + e] * each, dweight = fmaf(dp[n][2 * h + e], a.scale, -delta * a.scale);
+          x[e] = visible(n, h, e) ? weight : 0;
+          dx[e] = visible(n, h, e) ? weight * dweight : 0;
         });
         p[n / 2][h + n % 2 * 2] = pack<E>(x[0], x[1]);
         ds[n / 2][h + n % 2 * 2] = pack<E>(dx[0], dx[1]);
       });
     });
-    seen_sums<E, N, C>(
-        p, tile.first_other(g.dout), hides, D,
-        [&](Rows<C>& rows, const char*& next, int n) { tile.load_other(rows, g.dout, next, n, queries.count, D); },
-        visible,
-        [&](const RowSums<C>& sums, const bool (&now)[2]) {
-          store_tile<E>(sums, {1, 1}, g.dv, tile,
-                        {now[0] && tile.has(0, keys.count), now[1] && tile.has(1, keys.count)}, D);
-        });
-    scored_gradient(ds, keys, queries, seen);
+  }
+
+  // From pairs of the warp's queries with all keys to those of its keys with all queries: blocks of 8 x 8 are
+  // transposed, and change warps through shared memory where a sequence has two.
+  VDCORE_DEVICE void transpose_pairs() {
+    const auto transpose = [](uint32_t (&w)[4]) {
+      const uint32_t upper = transpose8x8(w[2]);
+      w[2] = transpose8x8(w[1]), w[1] = upper, w[0] = transpose8x8(w[0]), w[3] = transpose8x8(w[3]);
+    };
+    unroll<N / 2>([&](int kk) { transpose(p[kk]), transpose(ds[kk]); });
+    if constexpr (kAlone) return;
+    const auto place = [&](int of_keys, int of_queries) {
+      return pairs + (of_keys * kWarps + of_queries) * 1024 + static_cast<int>(thread_index() % 32) * 16;
+    };
+    unroll<N / 2>([&](int kk) {
+      char* const to = place(kk, of_sequence);
+      store_shared(to, Vec4{{p[kk][0], p[kk][1], p[kk][2], p[kk][3]}});
+      store_shared(to + 512, Vec4{{ds[kk][0], ds[kk][1], ds[kk][2], ds[kk][3]}});
+    });
+    sync_block();
+    unroll<N / 2>([&](int kk) {
+      const char* const from = place(of_sequence, kk);
+      const auto x = load_shared<Vec4>(from), dx = load_shared<Vec4>(from + 512);
+      unroll<4>([&](int i) { p[kk][i] = x.x[i], ds[kk][i] = dx.x[i]; });
+    });
+  }
+
+  // dS of the other side's scored rows: the gradient of the warp's own.
+  VDCORE_DEVICE void scored_gradient(const BackwardSide& own, const BackwardSide& other, const Rows<C> (&rows)[2],
+                                     const SeenByRows& visible) const {
+    RowSums<C> sums;
+    seen_sums<E, N>(
+        sums, N, GivenWeights<N>{ds}, a.frames.masked, D,
+        [&](Rows<C>& x, int n) { load_scored(x, other, rows, n); },
+        [&](int n, int i) { return scored_chunk(other, rows, n, i); }, visible);
+    store_gradient<E, kNormRope>(sums, own, tile, {visible.any(0), visible.any(1)}, a.norm_rope, warp_sums,
+                                 g.sums != nullptr, D);
+  }
+
+  VDCORE_DEVICE void run() {
+    load();
+    weigh();
+    scored_gradient(queries, keys, k, seen_by_queries);
+    transpose_pairs();
+    const SeenByRows visible = tile.seen_by_keys(f.seen, a.frames);
+    RowSums<C> sums;
+    seen_sums<E, N>(
+        sums, N, GivenWeights<N>{p}, a.frames.masked, D,
+        [&](Rows<C>& x, int n) { load_unscored(x, g.dout, dout, n, a.frames.queries); },
+        [&](int n, int i) { return tile.load_other_chunk(g.dout, n, i, a.frames.queries, D); }, visible);
+    store_tile<E>(sums, {1, 1}, g.dv, tile, a.frames.keys, D);
+    scored_gradient(keys, queries, q, visible);
+    if constexpr (kNormRope)
+      if (g.sums) store_weight_sums<C>(g.sums, block_sums, kBackwardThreads / 32, D);
   }
 };
 
 template <typename E, int N, int C, bool kNormRope>
 VDCORE_KERNEL(kBackwardThreads, temporal_backward_blocks_per_sm(N, C))
 temporal_backward_kernel(const TemporalBackward f) {
-  BackwardWarp<E, N, C, kNormRope> warp(f);
-  if constexpr (kNormRope) {
-    warp.stage();
-    sync_block();
-  }
-  warp.query_gradients();
-  sync_block();
-  warp.key_gradients();
-  if constexpr (kNormRope)
-    if (f.a.sums) store_weight_sums<C>(f.a.sums, warp.block_sums, kBackwardThreads / 32, warp.D);
+  BackwardWarp<E, N, C, kNormRope>(f).run();
 }
 
 template <typename E, int N, int C, bool kNormRope>
@@ -207,7 +233,7 @@ void temporal_backward_kernel_of(const Where& where, const TemporalBackward& f) 
   constexpr int kSequences = BackwardWarp<E, N, C, kNormRope>::kSequences;
   launch<temporal_backward_kernel<E, N, C, kNormRope>>(where,
                                                        {(int64_t{f.items} + kSequences - 1) / kSequences,
-                                                        kBackwardThreads, temporal_backward_shared_bytes(C, kNormRope)},
+                                                        kBackwardThreads, temporal_backward_shared_bytes(N, C, kNormRope)},
                                                        f);
 }
 

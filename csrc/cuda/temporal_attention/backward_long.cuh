@@ -180,24 +180,28 @@ struct LongGradient {
 
   VDCORE_DEVICE void run() {
     if constexpr (!kKeys) find_stats();
-    seen_sums<E, 0, C>(
-        2 * other.tiles * other.heads, [&](int kk, uint32_t (&w)[4], RowSums<C>&) { weights(kk, w); }, nullptr,
-        a.frames.masked, D,
-        [&](Rows<C>& rows, const char*&, int n) {
+    RowSums<C> sums;
+    seen_sums<E, 0>(
+        sums, 2 * other.tiles * other.heads, [&](int kk, uint32_t (&w)[4], auto&) { weights(kk, w); }, a.frames.masked,
+        D,
+        [&](Rows<C>& rows, int n) {
           if (kValues)
             load_other(rows, n);
           else
             load_shared_row(rows, other.rows, 8 * n + lane_row());
         },
-        [&](int n, int h, int e) { return visible(n, h, e); },
-        [&](RowSums<C>& sums, const bool (&now)[2]) {
-          if constexpr (kValues)
-            store_tile<E>(sums, {1, 1}, block.g.dv, tile,
-                          {now[0] && tile.has(0, own.count), now[1] && tile.has(1, own.count)}, D);
-          else
-            store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, seen, now, a.norm_rope, block.warp_sums,
-                                                       block.g.sums != nullptr, D);
-        });
+        [&](int n, int i) {
+          bool there;
+          const char* const from = other_row(n, there);
+          return kValues ? load_chunk(from, i, there, D)
+                         : load_shared<Vec4>(shared_chunk<C>(other.rows, 8 * n + lane_row(), i));
+        },
+        [&](int n, int h, int e) { return visible(n, h, e); });
+    if constexpr (kValues)
+      store_tile<E>(sums, {1, 1}, block.g.dv, tile, own.count, D);
+    else
+      store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, {seen[0].any(), seen[1].any()}, a.norm_rope,
+                                                 block.warp_sums, block.g.sums != nullptr, D);
   }
 };
 

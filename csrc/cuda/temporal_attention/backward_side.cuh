@@ -36,24 +36,23 @@ VDCORE_DEVICE void stage_tile(const BackwardSide& side, const SequenceTile& tile
   unroll<2>([&](int h) { store_shared_row(side.rows, row + 8 * h, x[h]); });
 }
 
-// Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. `weight_sums`: of the warp, if
-// they are wanted.
+// Stores the gradients of the tile's scored rows, through the backward of norm and RoPE. sees[h]: the row of half h
+// sees a frame. `weight_sums`: of the warp, if they are wanted.
 template <typename E, bool kNormRope, int C>
 VDCORE_DEVICE void store_gradient(RowSums<C>& sums, const BackwardSide& own, const SequenceTile& tile,
-                                  const Seen (&seen)[2], const bool (&now)[2], const NormRope& how, float* weight_sums,
-                                  bool wanted, int D) {
+                                  const bool (&sees)[2], const NormRope& how, float* weight_sums, bool wanted, int D) {
   if constexpr (kNormRope) {
     const char* rows[2];
     bool live[2];
     int64_t table[2];
     unroll<2>([&](int h) {
       rows[h] = tile.row(own.scored, h);
-      live[h] = now[h] && tile.has(h, own.count) && seen[h].any();
+      live[h] = tile.has(h, own.count) && sees[h];
       table[h] = tile.angles(how, own.start, h);
     });
     norm_rope_backward<E>(sums, rows, live, table, how, own.norm, weight_sums_of<C>(weight_sums, own.keys, wanted), D);
   }
-  unroll<2>([&](int h) { store_rows<E>(sums, h, 1, tile.row(own.gradient, h), now[h] && tile.has(h, own.count), D); });
+  store_tile<E>(sums, {1, 1}, own.gradient, tile, own.count, D);
 }
 
 }  // namespace vdcore::cuda

@@ -69,8 +69,8 @@ void temporal_backward(py::handle q, py::handle k, py::handle v, py::handle out,
 
 void define_temporal_attention(py::module_& m) {
   using namespace py::literals;
-  m.def("temporal_fits", temporal_fits, "keys"_a, "channels"_a);
-  m.def("temporal_fuses_norm_rope", temporal_fuses_norm_rope, "keys"_a, "channels"_a);
+  m.def("temporal_fits", temporal_fits, "queries"_a, "keys"_a, "channels"_a);
+  m.def("temporal_fuses_norm_rope", temporal_fuses_norm_rope, "queries"_a, "keys"_a, "channels"_a);
   m.def("temporal_attention_forward", temporal_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lengths"_a, "mask"_a,
         "q_start"_a, "masked"_a, "scale"_a, "norm"_a, "rope"_a, "stream"_a);
   m.def("temporal_backward_fits", temporal_backward_fits, "queries"_a, "keys"_a, "channels"_a, "shared"_a, "most"_a);

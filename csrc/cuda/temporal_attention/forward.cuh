@@ -68,16 +68,13 @@ temporal_forward_kernel(const TemporalForward f) {
   });
   const bool halves = kStaged && f.tiles.divisor == 2;  // each warp has one of its sequence's keys
   const auto load_keys = [&](int first) {
-    const char* next = tile.first_other(a.k) + first * 8 * a.k.t;
-    unroll<kKeys>([&](int n) { tile.load_other(k[n], a.k, next, first + n, a.frames.keys, D); });
+    unroll<kKeys>([&](int n) { tile.load_other(k[n], a.k, first + n, a.frames.keys, D); });
   };
   load_keys(halves ? 2 * of_sequence : 0);
-  if constexpr (kValues) tile.load_others(v, a.v, a.frames.keys, D);
+  const auto load_values = [&](Rows<C>& rows, int n) { tile.load_other(rows, a.v, n, a.frames.keys, D); };
+  if constexpr (kValues) unroll<N>([&](int n) { load_values(v[n], n); });
 
-  Seen seen[2];
-  const int64_t length = valid_frames(a.frames, tile.sequence.b);
-  unroll<2>([&](int h) { seen[h] = seen_by_query(a.frames, length, tile.frame[h]); });
-  const auto visible = [&](int n, int h, int e) { return tile.sees(seen, n, h, e); };
+  const SeenByRows visible = tile.seen_by_queries(f.seen, a.frames);
   if constexpr (kNormRope) {
     const int64_t table[2] = {tile.angles(how, a.frames.start, 0), tile.angles(how, a.frames.start, 1)};
     norm_rope<E>(q, valid, how, how.q, table, D);
@@ -124,19 +121,17 @@ temporal_forward_kernel(const TemporalForward f) {
     total[h] = row_sum(add_columns(0, s, h));
     unroll<N>([&](int n) { p[n / 2][h + n % 2 * 2] = pack<E>(s[n][2 * h], s[n][2 * h + 1]); });
   });
-  seen_sums<E, N, C>(
-      p, tile.first_other(a.v), a.frames.masked, D,
-      [&](Rows<C>& rows, const char*& row, int n) {
+  RowSums<C> sums;
+  seen_sums<E, N>(
+      sums, N, GivenWeights<N>{p}, a.frames.masked, D,
+      [&](Rows<C>& rows, int n) {
         if constexpr (kValues)
           rows = v[n];
         else
-          tile.load_other(rows, a.v, row, n, a.frames.keys, D);
+          load_values(rows, n);
       },
-      visible,
-      [&](const RowSums<C>& sums, const bool (&now)[2]) {
-        store_tile<E>(sums, {inverse(total[0]), inverse(total[1])}, a.out, tile,
-                      {now[0] && valid[0], now[1] && valid[1]}, D);
-      });
+      [&](int n, int i) { return tile.load_other_chunk(a.v, n, i, a.frames.keys, D); }, visible);
+  store_tile<E>(sums, {inverse(total[0]), inverse(total[1])}, a.out, tile, a.frames.queries, D);
 
   if (!a.lse || lane_column() != 0) return;
   unroll<2>([&](int h) {
@@ -148,7 +143,7 @@ template <typename E, int N>
 void temporal_forward(const Where& where, const TemporalForward& f) {
   with_chunks<2, 3, 4, 8>(where, f.a.head_dim, [&](auto chunks) {
     constexpr int C = decltype(chunks)::value;
-    if constexpr (temporal_fuses_norm_rope(8 * N, 32 * C))
+    if constexpr (temporal_fuses_norm_rope(8 * N, 8 * N, 32 * C))
       if (f.a.norm_rope.any())
         return launch_temporal<temporal_forward_kernel<E, N, C, true>>(
             where, f, stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
@@ -158,13 +153,14 @@ void temporal_forward(const Where& where, const TemporalForward& f) {
 
 template <typename E>
 void temporal_attention_forward_of(const Where& where, const TemporalAttention& a) {
-  if (!temporal_fits(a.frames.keys, a.head_dim)) launch_error(where, "no kernel for so many frames and channels");
-  if (a.norm_rope.any() && !temporal_fuses_norm_rope(a.frames.keys, a.head_dim))
+  if (!temporal_fits(a.frames.queries, a.frames.keys, a.head_dim))
+    launch_error(where, "no kernel for so many frames and channels");
+  if (a.norm_rope.any() && !temporal_fuses_norm_rope(a.frames.queries, a.frames.keys, a.head_dim))
     launch_error(where, "no kernel for such norm or rope");
   const TemporalForward f(where, a);
+  if (!temporal_is_short(a.frames.queries, a.frames.keys)) return temporal_long_forward<E>(where, f);
   if (a.frames.keys <= 16) return temporal_forward<E, 2>(where, f);
-  if (a.frames.keys <= 32) return temporal_forward<E, 4>(where, f);
-  temporal_long_forward<E>(where, f);
+  temporal_forward<E, 4>(where, f);
 }
 
 }  // namespace vdcore::cuda

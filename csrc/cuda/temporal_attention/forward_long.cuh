@@ -22,10 +22,11 @@ struct TemporalForward {
   Sequences sequences;
   Divider tiles;   // of 16 query rows, per sequence
   Divider shared;  // query heads per key head
+  SeenFrames seen;
   uint32_t items;  // warps' worth of work
 
   TemporalForward(const Where& where, const TemporalAttention& a)
-      : a(a), sequences(a.heads, a.positions), tiles((a.frames.queries + 15) / 16), shared(a.heads / a.groups) {
+      : a(a), sequences(a.heads, a.positions), tiles((a.frames.queries + 15) / 16), shared(a.heads / a.groups), seen(a.frames) {
     const int64_t all = a.sequences * tiles.divisor;
     if (all >= int64_t{1} << 31) launch_error(where, "2147483648 tiles of 16 frames or more");
     items = static_cast<uint32_t>(all);
@@ -69,7 +70,7 @@ temporal_long_forward_kernel(const TemporalForward f) {
   };
 
   float highest[2], total[2];  // total: of the lane's columns
-  const auto weights = [&](int kk, uint32_t (&w)[4], RowSums<C>& sums) {
+  const auto weights = [&](int kk, uint32_t (&w)[4], auto& sums) {
     float s[2][4];
     unroll<2>([&](int m) {
       s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0;
@@ -84,24 +85,25 @@ temporal_long_forward_kernel(const TemporalForward f) {
                                       [&](int m, int half, int e) { return visible(2 * kk + m, half, e); });
       const float shrink = exp2_approx(before - base);
       total[h] *= shrink;
-      unroll<C, 4>([&](int i, int j) { sums.x[i][j][2 * h] *= shrink, sums.x[i][j][2 * h + 1] *= shrink; });
+      for_sums(sums, [&](float (&x)[4]) { x[2 * h] *= shrink, x[2 * h + 1] *= shrink; });
       unroll<2>([&](int m) {
         total[h] += s[m][2 * h] + s[m][2 * h + 1];
         w[h + 2 * m] = pack<E>(s[m][2 * h], s[m][2 * h + 1]);
       });
     });
   };
-  const auto finish = [&](const RowSums<C>& sums, const bool (&now)[2]) {
-    const float all[2] = {row_sum(total[0]), row_sum(total[1])};
-    const bool final[2] = {now[0] && valid[0], now[1] && valid[1]};
-    store_tile<E>(sums, {inverse(all[0]), inverse(all[1])}, a.out, tile, final, D);
-    if (!a.lse || lane_column() != 0) return;
-    unroll<2>([&](int h) {
-      if (final[h]) store_global(a.lse + row_index(a, at, tile.frame[h]), log_sum(highest[h], all[h]));
-    });
-  };
-  seen_sums<E, 0, C>((a.frames.keys + 15) / 16 * 2, weights, of_keys.row(a.v, r), a.frames.masked, D,
-                     [&](Rows<C>& rows, const char* row, int n) { load_tile(rows, row, a.v.t, n); }, visible, finish);
+  const char* const v_row = of_keys.row(a.v, r);
+  RowSums<C> sums;
+  seen_sums<E, 0>(
+      sums, (a.frames.keys + 15) / 16 * 2, weights, a.frames.masked, D,
+      [&](Rows<C>& rows, int n) { load_tile(rows, v_row, a.v.t, n); },
+      [&](int n, int i) { return load_chunk(v_row + 8 * n * a.v.t, i, 8 * n + r < a.frames.keys, D); }, visible);
+  const float all[2] = {row_sum(total[0]), row_sum(total[1])};
+  store_tile<E>(sums, {inverse(all[0]), inverse(all[1])}, a.out, tile, a.frames.queries, D);
+  if (!a.lse || lane_column() != 0) return;
+  unroll<2>([&](int h) {
+    if (valid[h]) store_global(a.lse + row_index(a, at, tile.frame[h]), log_sum(highest[h], all[h]));
+  });
 }
 
 template <typename E>

@@ -25,6 +25,36 @@ struct Sequences {
   }
 };
 
+// Of a short line: the frames of the other side that each frame sees, a bit each.
+struct SeenFrames {
+  uint32_t of_query[kShortFrames] = {}, of_key[kShortFrames] = {};
+
+  SeenFrames() = default;
+  explicit SeenFrames(const Frames& f) {
+    for (int t = 0; t < f.queries && t < kShortFrames; ++t) {
+      Run sink, window;
+      f.mask.visible(f.start + t, f.keys, sink, window);
+      of_query[t] = below(sink.end) | (below(window.end) & ~below(window.begin));
+    }
+    for (int k = 0; k < f.keys && k < kShortFrames; ++k) {
+      const Run run = f.mask.seen_by(k, f.start, f.queries);
+      of_key[k] = below(run.end) & ~below(run.begin);
+    }
+  }
+  static VDCORE_INLINE uint32_t below(int64_t frame) {
+    return frame <= 0 ? 0 : frame >= 32 ? ~uint32_t{0} : (uint32_t{1} << frame) - 1;
+  }
+};
+
+// What a lane's two rows of a tile see: row half h column 2 (lane % 4) + e of tile n of the other side.
+struct SeenByRows {
+  uint32_t rows[2], columns[2];  // all frames; those from the lane's first column on
+
+  VDCORE_DEVICE bool operator()(int n, int h, int e) const { return (columns[h] >> (8 * n + e) & 1) != 0; }
+  VDCORE_DEVICE bool any(int h) const { return rows[h] != 0; }
+  VDCORE_DEVICE void of(int h, uint32_t frames) { rows[h] = frames, columns[h] = frames >> 2 * lane_column(); }
+};
+
 // Where a query row's number is in (B, T, S, H).
 VDCORE_DEVICE int64_t row_index(const TemporalAttention& a, const Sequence& at, int frame) {
   return ((static_cast<int64_t>(at.b) * a.frames.queries + frame) * a.positions + at.s) * a.heads + at.h;
@@ -52,6 +82,14 @@ struct SequenceTile {
     return angles_at(how, sequence, first, frame[0]) + (h ? 8 * how.table_t : 0);
   }
 
+  // Which frames of the other side its rows see; frames past `lengths` see nothing and are not seen.
+  VDCORE_DEVICE SeenByRows seen_by_queries(const SeenFrames& frames, const Frames& f) const {
+    return seen_by(frames.of_query, f, f.start, 0);
+  }
+  VDCORE_DEVICE SeenByRows seen_by_keys(const SeenFrames& frames, const Frames& f) const {
+    return seen_by(frames.of_key, f, 0, f.start);
+  }
+
   // Whether row half h sees column 2 c + e of tile n of the other side.
   VDCORE_DEVICE bool sees(const Seen (&seen)[2], int n, int h, int e) const {
     return seen[h](8 * n + 2 * lane_column() + e);
@@ -59,25 +97,38 @@ struct SequenceTile {
 
   // Row r of tile n of the other side.
   VDCORE_DEVICE bool has_other(int n, int count) const { return there && 8 * n + lane_row() < count; }
-  // Loads it; tiles come one after another, from `next` = first_other(x) on.
-  VDCORE_DEVICE const char* first_other(const Tokens& x) const { return other.row(x, lane_row()); }
-  template <int C>
-  VDCORE_DEVICE void load_other(Rows<C>& rows, const Tokens& x, const char*& next, int n, int count, int D) const {
-    load_rows(rows, next, has_other(n, count), D);
-    next += 8 * x.t;
+  VDCORE_DEVICE const char* other_row(const Tokens& x, int n) const {
+    return other.row(x, lane_row()) + Tokens::offset(8 * n, x.t);
   }
-  template <int M, int C>
-  VDCORE_DEVICE void load_others(Rows<C> (&rows)[M], const Tokens& x, int count, int D) const {
-    const char* next = first_other(x);
-    unroll<M>([&](int n) { load_other(rows[n], x, next, n, count, D); });
+  template <int C>
+  VDCORE_DEVICE void load_other(Rows<C>& rows, const Tokens& x, int n, int count, int D) const {
+    load_rows(rows, other_row(x, n), has_other(n, count), D);
+  }
+  VDCORE_DEVICE Vec4 load_other_chunk(const Tokens& x, int n, int i, int count, int D) const {
+    return load_chunk(other_row(x, n), i, has_other(n, count), D);
+  }
+
+ private:
+  VDCORE_DEVICE SeenByRows seen_by(const uint32_t (&frames)[kShortFrames], const Frames& f, int64_t start,
+                                   int64_t other_start) const {
+    SeenByRows seen;
+    uint32_t found[2] = {frames[frame[0]], frames[frame[1]]};
+    if (f.lengths) {
+      const int64_t length = valid_frames(f, sequence.b);
+      unroll<2>([&](int h) {
+        found[h] = start + frame[h] < length ? found[h] & SeenFrames::below(length - other_start) : 0;
+      });
+    }
+    unroll<2>([&](int h) { seen.of(h, found[h]); });
+    return seen;
   }
 };
 
-// Sums of the tile's rows, times a factor each, to `to`; `final`: whose sums are.
+// Sums of the tile's rows, times a factor each, to those of `to`, which has so many frames.
 template <typename E, int C>
 VDCORE_DEVICE void store_tile(const RowSums<C>& sums, const float (&factor)[2], const Tokens& to,
-                              const SequenceTile& tile, const bool (&final)[2], int D) {
-  unroll<2>([&](int h) { store_rows<E>(sums, h, factor[h], tile.row(to, h), final[h], D); });
+                              const SequenceTile& tile, int count, int D) {
+  unroll<2>([&](int h) { store_rows<E>(sums, h, factor[h], tile.row(to, h), tile.has(h, count), D); });
 }
 
 }  // namespace vdcore::cuda

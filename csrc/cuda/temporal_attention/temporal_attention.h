@@ -17,14 +17,20 @@ struct TemporalAttention {
   NormRope norm_rope;
 };
 
-// What the kernels hold.
-constexpr int kMostFrames = 256, kMostChannels = 256;
-constexpr bool temporal_fits(int64_t keys, int64_t channels) {
-  return keys <= kMostFrames && channels <= kMostChannels && channels % 8 == 0 && (keys <= 32 || channels <= 128);
+// What the kernels hold: of up to 32 queries and keys a line all pairs at once.
+constexpr int kShortFrames = 32, kMostFrames = 256, kMostChannels = 256;
+constexpr bool temporal_is_short(int64_t queries, int64_t keys) {
+  return queries <= kShortFrames && keys <= kShortFrames;
+}
+constexpr bool temporal_fits(int64_t queries, int64_t keys, int64_t channels) {
+  return keys <= kMostFrames && channels <= kMostChannels && channels % 8 == 0 &&
+         (temporal_is_short(queries, keys) || channels <= 128);
 }
 
 // Whether norm and RoPE are fused into the kernel: beyond, every warp of a sequence would repeat them for all keys.
-constexpr bool temporal_fuses_norm_rope(int64_t keys, int64_t channels) { return keys <= 32 && channels <= 128; }
+constexpr bool temporal_fuses_norm_rope(int64_t queries, int64_t keys, int64_t channels) {
+  return temporal_is_short(queries, keys) && channels <= 128;
+}
 
 void temporal_attention_forward(const Where& where, DType dtype, const TemporalAttention& args);
 
@@ -41,7 +47,7 @@ struct TemporalAttentionBackward {
 // Two kernels. The short one has scores and their gradients of all pairs of a warp's rows in registers at once, and,
 // with norm or RoPE, the rows of 64 queries and keys in shared memory; `shared`: query heads per key head.
 constexpr bool temporal_backward_is_short(int64_t frames, int64_t channels, int64_t shared) {
-  return shared == 1 && channels <= 128 && frames <= 32;
+  return shared == 1 && channels <= 128 && frames <= kShortFrames;
 }
 
 // Whether the norm/RoPE backward is fused into the kernel: beyond, its rows and sums are too many registers.
@@ -65,7 +71,7 @@ constexpr int64_t long_backward_shared_bytes(int64_t queries, int64_t keys, int6
 // `most`: bytes of shared memory that a block can ask for.
 constexpr bool temporal_backward_fits(int64_t queries, int64_t keys, int64_t channels, int64_t shared, int64_t most) {
   const int64_t frames = queries > keys ? queries : keys;
-  return temporal_fits(queries, channels) && temporal_fits(keys, channels) && shared <= 1024 &&
+  return temporal_fits(queries, keys, channels) && queries <= kMostFrames && shared <= 1024 &&
          (temporal_backward_is_short(frames, channels, shared) ||
           long_backward_shared_bytes(queries, keys, channels, shared) <= most);
 }

@@ -36,9 +36,10 @@ def why_not_temporal(c: TemporalCall) -> str | None:
     reason = why_not(c.q) or why_not_mask(c.mask) or why_not_rows(q=c.q, k=c.k, v=c.v) or why_not_norm(c.norm)
     if reason is not None:
         return reason
-    T_k, D = c.k.shape[1], c.q.shape[-1]
-    if not kernels().temporal_fits(T_k, D):
-        return f"it holds up to {MAX_FRAMES} key frames, or 32 beyond 128 channels; got {T_k} x {D}"
+    T, T_k, D = c.q.shape[1], c.k.shape[1], c.q.shape[-1]
+    if not kernels().temporal_fits(queries=T, keys=T_k, channels=D):
+        held = f"it holds up to {MAX_FRAMES} key frames, or 32 query and key frames beyond 128 channels"
+        return f"{held}; got {T} and {T_k} x {D}"
     if c.q_start + c.q.shape[1] >= 2**31 or c.q.shape[:-1].numel() >= 2**31:
         return "it counts frames and sequences in 32 bits"
     return None
@@ -72,7 +73,8 @@ def _arguments(
 def run_forward(c: TemporalCall, out: Tensor, lse: Tensor | None) -> None:
     """Fills out and lse."""
     q, k = c.q, c.k
-    fuses_norm_rope = _lanes_hold_pairs(c) and kernels().temporal_fuses_norm_rope(k.shape[1], q.shape[-1])
+    sizes = {"queries": q.shape[1], "keys": k.shape[1], "channels": q.shape[-1]}
+    fuses_norm_rope = _lanes_hold_pairs(c) and kernels().temporal_fuses_norm_rope(**sizes)
     if not fuses_norm_rope:
         q, k = normalized_rotated(q, k, c.norm, c.rope, c.q_start)
     kernels().temporal_attention_forward(**_arguments(c, q, k, out, lse, fuses_norm_rope))
