@@ -24,11 +24,18 @@ def job(op, workload, *, norm_rope=False):
 @pytest.mark.parametrize(
     ("workload", "given", "mode", "kernel", "blocks", "tensors"),
     [
-        ("latte-1-512", {}, "fwd", "temporal_forward_kernel<bf16, 2, 3, false>", 1024 * 16 // 4, 4),
-        ("latte-1-512", {}, "bwd", "temporal_backward_kernel<bf16, 2, 3, false>", 1024 * 16 // 4, 7),
-        ("mochi-1-480p", {}, "fwd", "temporal_forward_kernel<bf16, 4, 4, false>", 1590 * 24 * 2 // 4, 4),
-        ("mochi-1-480p", {}, "bwd", "temporal_backward_kernel<bf16, 4, 4, false>", 1590 * 24 // 2, 7),
-        ("mochi-1-480p", {"norm_rope": True}, "fwd", "temporal_forward_kernel<bf16, 4, 4, true>", 1590 * 24 // 2, 4),
+        ("latte-1-512", {}, "fwd", "temporal_forward_kernel<bf16, 2, 3, (Fused)0>", 1024 * 16 // 4, 4),
+        ("latte-1-512", {}, "bwd", "temporal_backward_kernel<bf16, 2, 3, (Fused)0>", 1024 * 16 // 4, 7),
+        ("mochi-1-480p", {}, "fwd", "temporal_forward_kernel<bf16, 4, 4, (Fused)0>", 1590 * 24 * 2 // 4, 4),
+        ("mochi-1-480p", {}, "bwd", "temporal_backward_kernel<bf16, 4, 4, (Fused)0>", 1590 * 24 // 2, 7),
+        (
+            "mochi-1-480p",
+            {"norm_rope": True},
+            "fwd",
+            "temporal_forward_kernel<bf16, 4, 4, (Fused)1>",
+            1590 * 24 // 2,
+            4,
+        ),
     ],
 )
 def test_temporal_attention(workload, given, mode, kernel, blocks, tensors):

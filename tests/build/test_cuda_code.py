@@ -59,17 +59,8 @@ def test_every_kernel_is_there_for_every_architecture(usage):
 # Bytes of stack a thread, by kernel, tiles of 8 keys, chunks of 32 channels: a register or two that are kept through
 # one part of a kernel, or a width that no model trains. All others: none.
 SPILLS = {
-    ("temporal_forward_kernel", 2, 3): 8,
-    ("temporal_forward_kernel", 2, 4): 32,
-    ("temporal_forward_kernel", 2, 8): 16,
-    ("temporal_forward_kernel", 4, 2): 32,
-    ("temporal_forward_kernel", 4, 3): 48,
-    ("temporal_forward_kernel", 4, 4): 8,
-    ("temporal_forward_kernel", 4, 8): 64,
-    ("temporal_backward_kernel", 2, 3): 64,
-    ("temporal_backward_kernel", 4, 3): 16,
-    ("temporal_backward_kernel", 4, 4): 48,
-    ("temporal_long_backward_kernel", 4, 0): 160,  # chunks alone, here and below
+    ("temporal_long_forward_kernel", 3, 0): 8,  # chunks alone, here and below
+    ("temporal_long_backward_kernel", 4, 0): 160,
     ("temporal_long_backward_kernel", 8, 0): 160,
     ("rows_norm_rope_kernel", 8, 0): 64,
     ("rows_norm_rope_backward_kernel", 8, 0): 448,  # 256 channels with norm or rope: no workload has them

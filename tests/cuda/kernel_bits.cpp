@@ -48,11 +48,13 @@ int main() {
   a.lse = floats(0);
   std::vector<float> sums(S * H * 4 * D, 0.f);
   if (KERNEL > 0) {
-    a.norm_rope.kind = NormKind::layer, a.norm_rope.eps = 1e-5f;
-    a.norm_rope.q = {floats(1), floats(2)}, a.norm_rope.k = {floats(2), floats(1)};
-    a.norm_rope.style = KERNEL == 4 ? RopeStyle::half : RopeStyle::interleaved, a.norm_rope.pairs = 16,
+    constexpr bool kLayer = KERNEL == 2 || KERNEL == 4;
+    a.norm_rope.kind = kLayer ? NormKind::layer : NormKind::rms, a.norm_rope.eps = 1e-5f;
+    a.norm_rope.q = {floats(1), kLayer ? floats(2) : nullptr},
+    a.norm_rope.k = {floats(2), kLayer ? floats(1) : nullptr};
+    a.norm_rope.style = KERNEL == 4 ? RopeStyle::half : RopeStyle::interleaved;
     a.norm_rope.cos = floats(2), a.norm_rope.sin = floats(3);
-    a.norm_rope.table_t = 16;
+    a.norm_rope.table_t = a.norm_rope.pairs = KERNEL == 4 ? 16 : D / 2;
     args.sums = sums.data();
   }
   for (int run = 0; run < 4; ++run) {
@@ -64,14 +66,15 @@ int main() {
       launch({"temporal_attention"}, temporal_long_backward_kernel<bf16, 2>, {S, 32 * 3, bytes},
              TemporalLongBackward{args, tiles_of(T), tiles_of(T), 3, Sequences(G, S)});
 #elif KERNEL == 3
-      launch_temporal<temporal_forward_kernel<bf16, 4, 2, true>>({"temporal_attention"},
-                                                                 TemporalForward({"temporal_attention"}, a),
-                                                                 kTemporalThreads / 32 * staged_bytes(4, 2));
+      launch_temporal<temporal_forward_kernel<bf16, 4, 2, Fused::rms>>({"temporal_attention"},
+                                                                       TemporalForward({"temporal_attention"}, a),
+                                                                       kTemporalThreads / 32 * staged_bytes(4, 2));
 #elif KERNEL == 4
       const RowsNormRope rows{a.q, args.dout, T * S * H, 0, T, S, H, D, a.norm_rope.q, a.norm_rope};
       rows_norm_rope_backward({"qk_norm_rope"}, DType::bf16, {rows, args.dq, false, args.sums});
 #else
-      temporal_backward_kernel_of<bf16, 4, 2, (KERNEL > 0)>({"temporal_attention"}, TemporalBackward(args));
+      temporal_backward_kernel_of<bf16, 4, 2, KERNEL ? Fused::rms : Fused::none>({"temporal_attention"},
+                                                                                 TemporalBackward(args));
 #endif
     } catch (const std::runtime_error& error) {
       std::printf("%s\n", error.what());

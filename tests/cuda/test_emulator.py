@@ -186,7 +186,8 @@ NORM, ROWS = "qk_norm_rope/norm_rope_backward.cuh", "core/rows.cuh"
 
 # Kernel of kernel_bits.cpp, header, what stands there, what to put in its place, how many such lines stand before.
 MUTANTS = [
-    (0, SHORT, "  sync_block();", "", 1),
+    (0, SHORT, "  sync_block();", "", 0),
+    (0, SHORT, "w[i % 2 * 2 + i / 2]", "w[i]", 0),
     (
         0,
         ROWS,
@@ -194,10 +195,11 @@ MUTANTS = [
         "transpose8x8(last.x[i].x[j]), transpose8x8(first",
         0,
     ),
+    (1, SHORT, "  kAlone ? sync_warp() : sync_block();", "", 0),
     (1, SHORT, "  sync_block();", "", 0),
-    (1, SHORT, "  sync_block();", "", 1),
     (1, NORM, "  sync_block();", "", 0),
-    (1, NORM, "-as_float(s.x[j])", "as_float(s.x[j])", 0),
+    (1, NORM, "2 * h + 1], j, -1);", "2 * h + 1], j);", 0),
+    (1, "qk_norm_rope/norm_rope.cuh", "odd ? upper : lower", "odd ? lower : upper", 0),
     (1, NORM, "half(2, four[e], four[e + 2])", "half(2, four[e + 2], four[e])", 0),
     (2, LONG, "  sync_block();", "", 0),
     (2, LONG, "  sync_block();", "", 1),

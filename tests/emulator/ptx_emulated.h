@@ -276,6 +276,7 @@ VDCORE_DEVICE float log2_approx(float x) { return std::log2(x); }
 VDCORE_DEVICE float reciprocal(float x) { return 1 / x; }
 VDCORE_DEVICE float reciprocal_root(float x) { return 1 / std::sqrt(x); }
 VDCORE_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
+VDCORE_DEVICE void forget(int&) {}
 VDCORE_DEVICE bool either_nan(float a, float b) { return std::isnan(a) || std::isnan(b); }
 VDCORE_DEVICE float infinity() { return std::numeric_limits<float>::infinity(); }
 

@@ -279,6 +279,22 @@ def test_hidden_frames(T, mask, name):
         assert torch.equal(poisoned[i][0, untouched], clean[i][0, untouched])
 
 
+@pytest.mark.parametrize("T", [7, 30, 70])
+def test_a_nan_of_a_hidden_frame_stays_out_of_rows_that_see_another(T):
+    """Hazard 11, channel by channel: a row that sees one NaN is not spoilt by the hidden one in another channel."""
+    q, k, v = (torch.randn(1, T, 3, 1, 40).bfloat16() for _ in "qkv")
+    results = []
+    for poison in (False, True):
+        if poison:
+            v[0, 1, :, 0, 3], v[0, 5, :, 0, 37] = torch.nan, torch.inf
+        results.append(vdcore.temporal_attention(q, k, v, mask=FrameMask.causal(), backend="cuda"))
+    clean, poisoned = results
+    assert poisoned[0, 1:, ..., 3].isnan().all() and poisoned[0, 5:, ..., 37].isinf().all()
+    expected = clean.clone()
+    expected[0, 1:, ..., 3], expected[0, 5:, ..., 37] = torch.nan, torch.inf
+    assert torch.equal(poisoned.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
 @pytest.mark.parametrize("T,moved", [(7, False), (7, True), (40, True)])
 def test_padded_frames_of_any_content(T, moved):
     """Hazards 10, 11: NaN past the lengths, in inputs and in the incoming gradient; norm and rope on the way."""

@@ -8,6 +8,9 @@
 
 namespace vdcore::cuda {
 
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
 // f(E{}) for the dtype's element E.
 template <typename F>
 void with_element(const Where& where, DType dtype, F f) {

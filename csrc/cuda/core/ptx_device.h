@@ -53,10 +53,10 @@ VDCORE_DEVICE void store_global(void* p, const V& v) {
 }
 
 VDCORE_DEVICE void store_global_if(void* p, const Vec4& v, bool there) {
-  asm volatile("{.reg .pred there; setp.ne.u32 there, %5, 0;\n @there st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(
-                   v.x[0]),
-               "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]), "l"(p), "r"(static_cast<uint32_t>(there))
-               : "memory");
+  asm volatile(
+      "{.reg .pred there; setp.ne.u32 there, %5, 0;\n @there st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(v.x[0]),
+      "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3]), "l"(p), "r"(static_cast<uint32_t>(there))
+      : "memory");
 }
 
 template <typename V>
@@ -165,6 +165,8 @@ VDCORE_DEVICE float reciprocal(float x) {  // one instruction; a division that r
 }
 VDCORE_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 VDCORE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+// What follows from x is computed anew behind it, not kept in registers from before.
+VDCORE_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 VDCORE_DEVICE bool either_nan(float a, float b) { return bool(a != a) | bool(b != b); }  // one instruction
 VDCORE_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 

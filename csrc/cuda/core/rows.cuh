@@ -224,8 +224,8 @@ VDCORE_DEVICE void seen_sums(RowSums<C>& sums, int tiles, Weights weights, bool 
   if (!hides || !warp_any(has_nan(sums))) return;
   rare();
   VDCORE_NO_UNROLL
-  for (int i = 0; i < C && 32 * i < D; ++i) {
-    RowSums<1> finite, others;  // others: how many values that are not finite a sum sees
+  for (int i = 0; i < C && has_chunk<C>(i, D); ++i) {  // past D, too: norm makes NaN of all of a row
+    RowSums<1> finite, others;                         // others: how many values that are not finite a sum sees
     clear(finite);
     clear(others);
     VDCORE_UNROLL_BY(kUnroll)

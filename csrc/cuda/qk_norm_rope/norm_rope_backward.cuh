@@ -77,69 +77,71 @@ VDCORE_DEVICE void store_weight_sums(float* workspace, float* sums, int warps, i
 }
 
 // Rotates gradients of pairs of neighbouring channels back. `table`: as in norm_rope.
-template <int C>
+template <bool kWhole, bool kLayer, int C>
 VDCORE_DEVICE void rope_backward(RowSums<C>& g, int h, bool live, const NormRope& how, int64_t table) {
+  const AngleTable<kWhole, filled_chunks(C, kLayer)> angles(how, table, live);
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
-    const int pair = 16 * i + 4 * lane_column();
-    const bool rotates = live && pair < how.pairs;
-    const Vec4 c = load_global_or(how.cos + table + pair, rotates, 0);
-    const Vec4 s = load_global_or(how.sin + table + pair, rotates, 0);
-    if (!rotates) continue;
-    unroll<4>([&](int j) { rotate(g.x[i][j][2 * h], g.x[i][j][2 * h + 1], as_float(c.x[j]), -as_float(s.x[j])); });
+    const Angles at = angles.chunk(i);
+    unroll<4>([&](int j) { at.turn(g.x[i][j][2 * h], g.x[i][j][2 * h + 1], j, -1); });
   }
 }
 
-// Gradients of normalized rows become those of the rows; adds to the weights' sums. row[h]: where the lane's row of
-// half h starts; a row that does not take part (`live`) is not read, adds nothing, and its gradient is 0.
-template <typename E, int C>
-VDCORE_DEVICE void norm_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2], const NormRope& how,
+// Gradients g of normalized rows become those of the rows x, whose moments are m; adds to the weights' sums. Of a row
+// that does not take part, x and g are 0; so are channels past the last one. kLayer: it may be layer norm.
+template <typename E, bool kLayer, int C>
+VDCORE_DEVICE void norm_backward(RowSums<C>& g, const Rows<C> (&x)[2], const RowMoments (&m)[2], const NormRope& how,
                                  const HeadNorm& norm, const WeightSums& sums, int D) {
-  Rows<C> x[2];
-  RowMoments m[2];
-  float total[2] = {0, 0}, along[2] = {0, 0};
-  unroll<2>([&](int h) { load_rows(x[h], row[h], live[h], D); });
-  unroll<2>([&](int h) { m[h] = moments<E>(x[h], live[h], how.kind, how.eps, D); });
-  const auto normalized = [&](int i, int h, int e) {
-    const Float2 both = unpack<E>(x[h].x[i].x[e / 2]);
-    return m[h](e % 2 ? both.hi : both.lo);
-  };
+  const bool layer = kLayer && how.kind == NormKind::layer;
+  float total[2] = {0, 0}, along[2] = {0, 0};  // sums of w dy, and of w dy x^, both divided by the deviation
   VDCORE_UNROLL
   for (int i = 0; i < C; ++i) {
+    if (sums.wanted && layer) {
+      float db[8];
+      unroll<8>([&](int e) { db[e] = g.x[i][e / 2][e % 2] + g.x[i][e / 2][2 + e % 2]; });
+      add_weight_sums(sums.bias, i, db);
+    }
     const int first = 32 * i + 8 * lane_column();
     const Float8 weight(norm.weight + first, norm.weight && has_channels(i, D), 1);
-    float dw[8], db[8];
-    unroll<8>([&](int e) { dw[e] = db[e] = 0; });
-    unroll<8, 2>([&](int e, int h) {
-      float& d = g.x[i][e / 2][2 * h + e % 2];
-      d = live[h] && has_channels(i, D) ? d : 0;
-      const float y = normalized(i, h, e);
-      dw[e] = fmaf(d, y, dw[e]);
-      db[e] += d;
-      d *= weight[e];
-      total[h] += d;
-      along[h] = fmaf(d, y, along[h]);
+    float dw[8];
+    unroll<8>([&](int e) { dw[e] = 0; });
+    unroll<4, 2>([&](int j, int h) {
+      const Float2 both = unpack<E>(x[h].x[i].x[j]);
+      unroll<2>([&](int e) {
+        float& d = g.x[i][j][2 * h + e];
+        const float of_row = e ? both.hi : both.lo;
+        dw[2 * j + e] = kLayer ? fmaf(d, m[h](of_row), dw[2 * j + e]) : fmaf(d * m[h].scale, of_row, dw[2 * j + e]);
+        d *= m[h].scale;
+        d *= weight[2 * j + e];
+        along[h] = fmaf(d, kLayer ? m[h](of_row) : of_row, along[h]);
+      });
     });
     if (sums.wanted) add_weight_sums(sums.weight, i, dw);
-    if (sums.wanted && how.kind == NormKind::layer) add_weight_sums(sums.bias, i, db);
   }
+  if (layer) unroll<C, 4, 2>([&](int i, int j, int h) { total[h] += g.x[i][j][2 * h] + g.x[i][j][2 * h + 1]; });
   const float each = reciprocal(static_cast<float>(D));
   unroll<2>([&](int h) {
-    const float mean = how.kind == NormKind::layer ? row_sum(total[h]) * each : 0, slope = row_sum(along[h]) * each;
-    unroll<C, 8>([&](int i, int e) {
-      float& d = g.x[i][e / 2][2 * h + e % 2];
-      d = (d - fmaf(normalized(i, h, e), slope, mean)) * m[h].scale;
+    // x^ = x scale + shift; `along` is of x in place of x^ where there is no shift
+    const float scale = m[h].scale, of_normalized = row_sum(along[h]) * each * (kLayer ? 1 : scale);
+    const float slope = of_normalized * scale;
+    const float constant = layer ? fmaf(of_normalized, m[h].shift, row_sum(total[h]) * each) : 0;
+    unroll<C, 4>([&](int i, int j) {
+      const Float2 both = unpack<E>(x[h].x[i].x[j]);
+      unroll<2>([&](int e) {
+        float& d = g.x[i][j][2 * h + e];
+        d = fmaf(-slope, e ? both.hi : both.lo, kLayer ? d - constant : d);
+      });
     });
   });
 }
 
-// Both, in their order.
-template <typename E, int C>
-VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const char* const (&row)[2], const bool (&live)[2],
-                                      const int64_t (&table)[2], const NormRope& how, const HeadNorm& norm,
-                                      const WeightSums& sums, int D) {
-  if (how.style == RopeStyle::interleaved) unroll<2>([&](int h) { rope_backward(g, h, live[h], how, table[h]); });
-  if (how.kind != NormKind::none) norm_backward<E>(g, row, live, how, norm, sums, D);
+// Both, in their order. live[h]: the lane's row of half h takes part.
+template <typename E, bool kLayer, bool kWhole, int C>
+VDCORE_DEVICE void norm_rope_backward(RowSums<C>& g, const Rows<C> (&x)[2], const RowMoments (&m)[2],
+                                      const bool (&live)[2], const int64_t (&table)[2], const NormRope& how,
+                                      const HeadNorm& norm, const WeightSums& sums, int D) {
+  unroll<2>([&](int h) { rope_backward<kWhole, kLayer>(g, h, live[h], how, table[h]); });
+  if (how.kind != NormKind::none) norm_backward<E, kLayer>(g, x, m, how, norm, sums, D);
 }
 
 }  // namespace vdcore::cuda

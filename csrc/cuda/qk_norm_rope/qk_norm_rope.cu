@@ -96,16 +96,17 @@ rows_norm_rope_kernel(const RowsForward f) {
   Rows<C> x[1];
   load_rows(x[0], row, there, D);
   if constexpr (kPairs == Pairs::neighbours) {
-    norm_rope<E>(x, {there}, a.how, a.norm, {table}, D);
+    const RowMoments m[1] = {moments<E, true>(x[0], there, a.how.kind, a.how.eps, D)};
+    norm_rope<E, true, false>(x, m, {there}, a.how, a.norm, {table}, D);
   } else if constexpr (kPairs == Pairs::halves) {
-    const RowMoments m = moments<E>(x[0], there, a.how.kind, a.how.eps, D);
+    const RowMoments m = moments<E, true>(x[0], there, a.how.kind, a.how.eps, D);
     float y[C][8];
     VDCORE_UNROLL
     for (int chunk = 0; chunk < C; ++chunk) {
-      const WeightBias of(a.norm, chunk, D);
+      const WeightBias<true> of(a.norm, chunk, D);
       unroll<8>([&](int e) {
         const Float2 both = unpack<E>(x[0].x[chunk].x[e / 2]);
-        y[chunk][e] = fmaf(m(e % 2 ? both.hi : both.lo), of.weight[e], of.bias[e]);
+        y[chunk][e] = of(m, e % 2 ? both.hi : both.lo, e);
       });
     }
     rotate_halves<C>(y, there, a.how, table, 1, shared_memory() + warp * 8 * exchange_pitch(C), D);
@@ -162,8 +163,7 @@ VDCORE_DEVICE void rotate_back(RowSums<C>& g, int h, const Rows<C>& dy, const ch
     });
   }
   unroll<C, 8>([&](int i, int e) { g.x[i][e / 2][2 * h + e % 2] = d[i][e]; });
-  if constexpr (kPairs == Pairs::neighbours)
-    if (how.style == RopeStyle::interleaved) rope_backward(g, h, live, how, table);
+  if constexpr (kPairs == Pairs::neighbours) rope_backward<false, true>(g, h, live, how, table);
 }
 
 template <typename E, int C, Pairs kPairs>
@@ -198,8 +198,13 @@ rows_norm_rope_backward_kernel(const RowsBackward f) {
       live[h] = takes_part(dy[h], f.of.skips_zeros) && there[h];
       rotate_back<E, kPairs>(g, h, dy[h], dy_row[h], live[h], how, table[h], rows_of_warp, D);
     });
-    if (how.kind != NormKind::none)
-      norm_backward<E>(g, rows, live, how, a.norm, weight_sums_of<C>(sums, false, f.of.sums != nullptr), D);
+    if (how.kind != NormKind::none) {
+      Rows<C> x[2];
+      RowMoments m[2];
+      unroll<2>([&](int h) { load_rows(x[h], rows[h], live[h], D); });
+      moments<E, true>(m, x, live, how.kind, how.eps, D);
+      norm_backward<E, true>(g, x, m, how, a.norm, weight_sums_of<C>(sums, false, f.of.sums != nullptr), D);
+    }
     unroll<2>([&](int h) { store_rows<E>(g, h, 1, to[h], there[h], D); });
   }
   if (f.of.sums) store_weight_sums<C>(f.of.sums, all_sums, kThreads / 32, D);
@@ -235,7 +240,7 @@ rope_table_backward_kernel(const RopeTableBackward f) {
     load_rows(rows, dy_row, valid, D);
     const bool live = takes_part(rows, f.of.skips_zeros) && valid;
     load_rows(rows, row, live, D);
-    const RowMoments m = moments<E>(rows, live, how.kind, how.eps, D);
+    const RowMoments m = moments<E, true>(rows, live, how.kind, how.eps, D);
     VDCORE_UNROLL
     for (int k = 0; k < 4 * C; ++k) {
       const int pair = 4 * k + lane_column(), lower = how.style == RopeStyle::half ? pair : 2 * pair;

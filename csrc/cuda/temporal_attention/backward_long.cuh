@@ -34,7 +34,7 @@ struct LongSide : BackwardSide {
 // A block. C: chunks of 32 channels.
 template <int C>
 struct LongBlock {
-  static constexpr bool kNormRope = temporal_backward_fuses_norm_rope(32 * C);
+  static constexpr Fused kFused = temporal_backward_fuses_norm_rope(32 * C) ? Fused::layer : Fused::none;
   const TemporalLongBackward& f;
   const TemporalAttentionBackward& g = f.a;
   const TemporalAttention& a = g.forward;
@@ -58,7 +58,7 @@ struct LongBlock {
   VDCORE_DEVICE void stage(const LongSide& side) const {
     VDCORE_NO_UNROLL
     for (int tile = warp; tile < side.tiles * side.heads; tile += f.warps)
-      stage_tile<E, C, kNormRope>(side, tile_of(side, tile), a.norm_rope, 16 * tile + lane_row(), D);
+      stage_tile<E, C, kFused>(side, tile_of(side, tile), a.norm_rope, 16 * tile + lane_row(), D);
   }
 };
 
@@ -200,8 +200,8 @@ struct LongGradient {
     if constexpr (kValues)
       store_tile<E>(sums, {1, 1}, block.g.dv, tile, own.count, D);
     else
-      store_gradient<E, LongBlock<C>::kNormRope>(sums, own, tile, {seen[0].any(), seen[1].any()}, a.norm_rope,
-                                                 block.warp_sums, block.g.sums != nullptr, D);
+      store_gradient<E, LongBlock<C>::kFused>(sums, own, tile, nullptr, {seen[0].any(), seen[1].any()}, a.norm_rope,
+                                              block.warp_sums, block.g.sums != nullptr, D);
   }
 };
 
@@ -210,7 +210,7 @@ VDCORE_KERNEL(32 * kLongBackwardWarps, 1)
 temporal_long_backward_kernel(const TemporalLongBackward f) {
   const LongBlock<C> block{f};
   const LongSide &queries = block.queries, &keys = block.keys;
-  if (block.kNormRope && f.a.sums) clear_weight_sums<C>(block.warp_sums);
+  if (block.kFused != Fused::none && f.a.sums) clear_weight_sums<C>(block.warp_sums);
   block.template stage<E>(queries);
   block.template stage<E>(keys);
   sync_block();
@@ -223,7 +223,7 @@ temporal_long_backward_kernel(const TemporalLongBackward f) {
     LongGradient<E, C, Gradient::v>(block, tile).run();
     LongGradient<E, C, Gradient::k>(block, tile).run();
   }
-  if (block.kNormRope && f.a.sums) store_weight_sums<C>(f.a.sums, block.block_sums, f.warps, block.D);
+  if (block.kFused != Fused::none && f.a.sums) store_weight_sums<C>(f.a.sums, block.block_sums, f.warps, block.D);
 }
 
 template <typename E>

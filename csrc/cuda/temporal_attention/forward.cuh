@@ -31,7 +31,7 @@ namespace vdcore::cuda {
 // Chosen so that nothing spills: ptxas takes what it may for loads in flight.
 constexpr int temporal_blocks_per_sm(int N, int C, bool norm_rope) {
   if (C <= 3) return norm_rope && (C == 3 || N == 4) ? 3 : 4;
-  return N == 2 && C == 4 ? 3 : 2;
+  return N == 2 && C == 4 && !norm_rope ? 3 : 2;
 }
 
 // What is loaded before the first product, beside the queries: tiles of keys at once, and whether all values, too.
@@ -44,10 +44,11 @@ constexpr bool holds_values(int N, int C, bool norm_rope) { return !norm_rope &&
 constexpr bool stages_keys(int N, bool norm_rope) { return N == 4 && norm_rope; }
 constexpr int staged_bytes(int N, int C) { return 8 * N * 64 * C; }  // of a sequence
 
-// E: element; N: tiles of 8 keys; C: chunks of 32 channels; kNormRope: with norm or RoPE.
-template <typename E, int N, int C, bool kNormRope>
-VDCORE_KERNEL(kTemporalThreads, temporal_blocks_per_sm(N, C, kNormRope))
+// E: element; N: tiles of 8 keys; C: chunks of 32 channels.
+template <typename E, int N, int C, Fused kFused>
+VDCORE_KERNEL(kTemporalThreads, temporal_blocks_per_sm(N, C, kFused != Fused::none))
 temporal_forward_kernel(const TemporalForward f) {
+  constexpr bool kNormRope = kFused != Fused::none, kLayer = kFused == Fused::layer;
   constexpr int kKeys = held_keys(N, C, kNormRope);
   constexpr bool kValues = holds_values(N, C, kNormRope), kStaged = stages_keys(N, kNormRope);
   const TemporalAttention& a = f.a;
@@ -76,8 +77,11 @@ temporal_forward_kernel(const TemporalForward f) {
 
   const SeenByRows visible = tile.seen_by_queries(f.seen, a.frames);
   if constexpr (kNormRope) {
-    const int64_t table[2] = {tile.angles(how, a.frames.start, 0), tile.angles(how, a.frames.start, 1)};
-    norm_rope<E>(q, valid, how, how.q, table, D);
+    const int64_t table[2] = {tile.angles(how, a.frames.start, 0, a.frames.queries),
+                              tile.angles(how, a.frames.start, 1, a.frames.queries)};
+    RowMoments m[2];
+    moments<E, kLayer>(m, q, valid, how.kind, how.eps, D);
+    norm_rope<E, kLayer, true>(q, m, valid, how, how.q, table, D);
   }
 
   const auto norm_keys = [&](int first) {
@@ -85,9 +89,12 @@ temporal_forward_kernel(const TemporalForward f) {
     int64_t table[kKeys];
     unroll<kKeys>([&](int n) {
       there[n] = tile.has_other(first + n, a.frames.keys);
-      table[n] = angles_at(how, tile.sequence, 0, lane_row()) + 8 * (first + n) * how.table_t;
+      const int frame = 8 * (first + n) + lane_row(), last = a.frames.keys - 1;
+      table[n] = angles_at(how, tile.sequence, 0, frame < last ? frame : last);
     });
-    norm_rope<E>(k, there, how, how.k, table, D);
+    RowMoments m[kKeys];
+    moments<E, kLayer>(m, k, there, how.kind, how.eps, D);
+    norm_rope<E, kLayer, true>(k, m, there, how, how.k, table, D);
   };
 
   float s[N][4];
@@ -141,13 +148,17 @@ temporal_forward_kernel(const TemporalForward f) {
 
 template <typename E, int N>
 void temporal_forward(const Where& where, const TemporalForward& f) {
-  with_chunks<2, 3, 4, 8>(where, f.a.head_dim, [&](auto chunks) {
+  const NormRope& how = f.a.norm_rope;
+  const auto fused = [&](auto chunks, auto kind) {
     constexpr int C = decltype(chunks)::value;
-    if constexpr (temporal_fuses_norm_rope(8 * N, 8 * N, 32 * C))
-      if (f.a.norm_rope.any())
-        return launch_temporal<temporal_forward_kernel<E, N, C, true>>(
-            where, f, stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
-    launch_temporal<temporal_forward_kernel<E, N, C, false>>(where, f);
+    launch_temporal<temporal_forward_kernel<E, N, C, decltype(kind)::value>>(
+        where, f, stages_keys(N, true) ? kTemporalThreads / 32 * staged_bytes(N, C) : 0);
+  };
+  if (how.kind == NormKind::layer) return fused(Constant<kLayerNormChunks>{}, Constant<Fused::layer>{});
+  if (how.any())
+    return with_chunks<2, 3, 4>(where, f.a.head_dim, [&](auto chunks) { fused(chunks, Constant<Fused::rms>{}); });
+  with_chunks<2, 3, 4, 8>(where, f.a.head_dim, [&](auto chunks) {
+    launch_temporal<temporal_forward_kernel<E, N, decltype(chunks)::value, Fused::none>>(where, f);
   });
 }
 
@@ -157,6 +168,7 @@ void temporal_attention_forward_of(const Where& where, const TemporalAttention& 
     launch_error(where, "no kernel for so many frames and channels");
   if (a.norm_rope.any() && !temporal_fuses_norm_rope(a.frames.queries, a.frames.keys, a.head_dim))
     launch_error(where, "no kernel for such norm or rope");
+  check_table(where, a);
   const TemporalForward f(where, a);
   if (!temporal_is_short(a.frames.queries, a.frames.keys)) return temporal_long_forward<E>(where, f);
   if (a.frames.keys <= 16) return temporal_forward<E, 2>(where, f);

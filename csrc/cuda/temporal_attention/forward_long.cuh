@@ -26,7 +26,11 @@ struct TemporalForward {
   uint32_t items;  // warps' worth of work
 
   TemporalForward(const Where& where, const TemporalAttention& a)
-      : a(a), sequences(a.heads, a.positions), tiles((a.frames.queries + 15) / 16), shared(a.heads / a.groups), seen(a.frames) {
+      : a(a),
+        sequences(a.heads, a.positions),
+        tiles((a.frames.queries + 15) / 16),
+        shared(a.heads / a.groups),
+        seen(a.frames) {
     const int64_t all = a.sequences * tiles.divisor;
     if (all >= int64_t{1} << 31) launch_error(where, "2147483648 tiles of 16 frames or more");
     items = static_cast<uint32_t>(all);
@@ -39,7 +43,7 @@ void launch_temporal(const Where& where, const TemporalForward& f, size_t shared
   launch<kKernel>(where, {(int64_t{f.items} + warps - 1) / warps, kTemporalThreads, shared_bytes}, f);
 }
 
-constexpr int temporal_long_blocks_per_sm(int C) { return 6 - C; }  // as many as without a spill
+constexpr int temporal_long_blocks_per_sm(int C) { return C == 4 ? 2 : 3; }  // as many as without a spill
 
 // E: element; C: chunks of 32 channels.
 template <typename E, int C>

@@ -60,6 +60,12 @@ VDCORE_DEVICE int64_t row_index(const TemporalAttention& a, const Sequence& at, 
   return ((static_cast<int64_t>(at.b) * a.frames.queries + frame) * a.positions + at.s) * a.heads + at.h;
 }
 
+// Of a call with norm or RoPE: fused kernels read pairs for all channels.
+inline void check_table(const Where& where, const TemporalAttention& a) {
+  if (a.norm_rope.any() && (a.norm_rope.style != RopeStyle::interleaved || 2 * a.norm_rope.pairs != a.head_dim))
+    launch_error(where, "a table of neighbouring pairs for all channels was expected");
+}
+
 // Where a row's angles are, without its pairs. `first`: row of the table of frame 0.
 VDCORE_DEVICE int64_t angles_at(const NormRope& how, const Sequence& at, int64_t first, int frame) {
   return Tokens::offset(static_cast<uint32_t>(first) + frame, how.table_t) + Tokens::offset(at.s, how.table_s) +
@@ -77,9 +83,9 @@ struct SequenceTile {
 
   VDCORE_DEVICE bool has(int h, int count) const { return there && frame[h] < count; }
   VDCORE_DEVICE char* row(const Tokens& x, int h) const { return sequence.row(x, frame[0]) + (h ? 8 * x.t : 0); }
-  // Where the row's angles are.
-  VDCORE_DEVICE int64_t angles(const NormRope& how, int64_t first, int h) const {
-    return angles_at(how, sequence, first, frame[0]) + (h ? 8 * how.table_t : 0);
+  // Where the row's angles are; of a row past the last frame the last one's.
+  VDCORE_DEVICE int64_t angles(const NormRope& how, int64_t first, int h, int count) const {
+    return angles_at(how, sequence, first, frame[h] < count ? frame[h] : count - 1);
   }
 
   // Which frames of the other side its rows see; frames past `lengths` see nothing and are not seen.

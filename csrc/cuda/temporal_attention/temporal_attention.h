@@ -32,6 +32,10 @@ constexpr bool temporal_fuses_norm_rope(int64_t queries, int64_t keys, int64_t c
   return temporal_is_short(queries, keys) && channels <= 128;
 }
 
+// Of norm and RoPE, what a kernel does on its way; rms: or no norm, with or without RoPE.
+enum class Fused { none, rms, layer };
+constexpr int kLayerNormChunks = 4;  // no released model with temporal attention has it: one kernel for all channels
+
 void temporal_attention_forward(const Where& where, DType dtype, const TemporalAttention& args);
 
 template <typename E>

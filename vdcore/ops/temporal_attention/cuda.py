@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vdcore.ops.call import mask_numbers
 from vdcore.ops.choose import Gradients, Implementation
@@ -23,6 +24,7 @@ from vdcore.ops.cuda import (
 )
 from vdcore.ops.native import capsule
 from vdcore.ops.qk_norm_rope.cuda import WEIGHTS, add_up, norm_rope_backward, normalized_rotated
+from vdcore.rope import Rope
 
 if TYPE_CHECKING:
     from vdcore.ops.temporal_attention import TemporalCall
@@ -50,6 +52,20 @@ def _lanes_hold_pairs(c: TemporalCall) -> bool:
     return c.rope is None or (c.rope.style == "interleaved" and c.rope.cos.shape[-1] % 4 == 0)
 
 
+def _whole_table(c: TemporalCall) -> Rope | None:
+    """The table as fused kernels read it: pairs for all channels of a head, 1 and 0 for those that do not rotate."""
+    pairs = c.q.shape[-1] // 2
+    if c.norm is None and c.rope is None:
+        return None
+    if c.rope is None:
+        cos = torch.ones(1, 1, pairs, dtype=torch.float32, device=c.q.device)
+        return Rope(cos, torch.zeros_like(cos))
+    missing = pairs - c.rope.cos.shape[-1]
+    if missing == 0:
+        return c.rope
+    return Rope(pad(c.rope.cos, (0, missing), value=1.0), pad(c.rope.sin, (0, missing)))
+
+
 def _arguments(
     c: TemporalCall, q: Tensor, k: Tensor, out: Tensor, lse: Tensor | None, fuses_norm_rope: bool
 ) -> dict[str, Any]:
@@ -66,7 +82,7 @@ def _arguments(
         "masked": c.lengths is not None or c.mask.past is not None or c.mask.future is not None,
         "scale": c.scale,
         "stream": stream(q),
-        **(norm_rope(c.norm, c.rope) if fuses_norm_rope else norm_rope(None, None)),
+        **(norm_rope(c.norm, _whole_table(c)) if fuses_norm_rope else norm_rope(None, None)),
     }
 
 
