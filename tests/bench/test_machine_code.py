@@ -110,6 +110,30 @@ LOOPS = """
 """
 
 
+RARELY = """
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   VOTE.ANY P0, P1 ;
+        /*0030*/              @!P0 BRA 0x90 ;
+        /*0040*/                   PMTRIG 0x1 ;
+        /*0050*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0070*/              @P1  BRA 0x50 ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0090*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*00a0*/               @P2 EXIT ;
+        /*00b0*/                   BRA P1, 0xd0 ;
+        /*00c0*/                   FADD R1, R2, R3 ;
+        /*00d0*/                   EXIT ;
+        /*00e0*/                   BRA 0xe0 ;
+"""
+
+
+def test_what_only_a_rare_branch_reaches_is_not_counted():
+    assert code_of(RARELY) == Code("LM", (16,), 8)
+    always = RARELY.replace("PMTRIG", "NOP")
+    assert code_of(always) == Code("LLMBM", (16, 16), 14, ((3, 1),))
+
+
 def test_innermost_loops_that_multiply_are_found_in_their_order():
     assert code_of(LOOPS).loops == ((3, 1), (4, 2)) and code_of(SASS).loops == ()
 

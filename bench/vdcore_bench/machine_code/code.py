@@ -102,7 +102,8 @@ def _width(opcode: str) -> int:
 
 
 def code_of(sass: str) -> Code:
-    """Of the text that nvdisasm or cuobjdump prints of one kernel."""
+    """Of the text that nvdisasm or cuobjdump prints of one kernel, without what only a rare branch reaches."""
+    sass = usual(sass)
     opcodes = _INSTRUCTION.findall(sass)
     order, sizes = "", []
     for opcode in opcodes:
@@ -120,6 +121,43 @@ def code_of(sass: str) -> Code:
     return Code(order, tuple(sizes), len(opcodes), _loops(sass))
 
 
+RARE = "PMTRIG"  # what a kernel's `rare()` is: it marks a branch that few calls ever take
+
+
+def usual(sass: str) -> str:
+    """The lines of a kernel that can be reached without a rare branch: all of them where none is marked."""
+    if RARE not in sass:
+        return sass
+    lines = [line for line in sass.splitlines() if _PLACE.search(line)]
+    code = [place for line in lines for place in _PLACE.findall(line)]
+    index = {int(at, 16): i for i, (at, _, _) in enumerate(code)}
+    jumps: dict[int, int] = {}  # where lines may go on, beside the next one
+    for i, (_, name, rest) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith(("BRA", "CALL")) else None
+        if target and int(target.group(1), 16) in index:
+            jumps[i] = index[int(target.group(1), 16)]
+    begins = {0, *jumps.values(), *(i + 1 for i, (_, name, _) in enumerate(code) if name.startswith(_ENDS))}
+    marked, block = set(), 0
+    for i, (_, name, _) in enumerate(code):
+        block = i if i in begins else block
+        if name.startswith(RARE):
+            marked.add(block)
+    reached: set[int] = set()
+    left = [0]
+    while left:
+        i = left.pop()
+        if i in reached or i in marked or i == len(code):
+            continue
+        reached.add(i)
+        if i in jumps:
+            left.append(jumps[i])
+        if not code[i][1].startswith(_ENDS) or _CONDITION.search(lines[i]):
+            left.append(i + 1)
+    return "\n".join(lines[i] for i in sorted(reached))
+
+
+_ENDS = ("BRA", "EXIT", "RET")  # of a block
+_CONDITION = re.compile(r"\*/\s+@|BRA(\.\w+)* !?U?P\d|BRA\.(DIV|CONV)")
 _PLACE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
