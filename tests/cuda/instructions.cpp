@@ -18,22 +18,7 @@ struct Arguments {
 
 constexpr int kThreads = 128;
 
-enum Fault {
-  kNone,
-  kNoBarrier,
-  kNoWarpBarrier,
-  kNoWait,
-  kTooFewWaits,
-  kNoGroup,
-  kLookedAt,
-  kToGlobal,
-  kHalfWarp,
-  kLostWarp,
-  kBeyond,
-  kRow,
-  kFromGlobal,
-  kHalfWarps
-};
+enum Fault { kNone, kNoBarrier, kNoWarpBarrier, kHalfWarp, kLostWarp, kBeyond, kRow, kHalfWarps };
 
 // Every thread hands its value to the thread at the other end of the block.
 template <Fault kFault>
@@ -58,23 +43,6 @@ void through_a_warp(const Arguments a) {
   store_global(a.out + i, ballot(true) ? x : 0);
 }
 
-// Two asynchronous copies in flight; the second one is read by the thread that made it.
-template <Fault kFault>
-void copied(const Arguments a) {
-  char* const cells = shared_memory();
-  const uint32_t i = thread_index();
-  const Vec4* in = reinterpret_cast<const Vec4*>(a.in);
-  for (uint32_t half = 0; half < 2; ++half) {
-    cp_async16(cells + 16 * (2 * (i % 16) + half) + 512 * (i / 16), in + 2 * (i % 16) + half, true);
-    cp_async_commit();
-  }
-  if (kFault == kNone) cp_async_wait<0>();
-  if (kFault == kTooFewWaits) cp_async_wait<1>();
-  const Vec4 x = load_shared<Vec4>(cells + 16 * (2 * (i % 16) + 1) + 512 * (i / 16));
-  if (kFault != kNone) cp_async_wait<0>();
-  store_global(a.out + i, x.x[0]);
-}
-
 // c = a b with a of 16 x 16 and b of 16 x 8 from shared memory: against a product taken element by element.
 template <Fault kFault>
 void product(const Arguments a) {
@@ -83,11 +51,10 @@ void product(const Arguments a) {
   if (i < 32)
     for (uint32_t x = lane; x < 384; x += 32) cells[x] = static_cast<uint16_t>(pack<bf16>(float(x * 7 % 31) - 15, 0));
   sync_block();
-  uint32_t left[4], right[4];
-  if (kFault == kFromGlobal) ldmatrix_x4(left, a.in + 4 * lane);
-  ldmatrix_x4(left, cells + (lane % 16) * 16 + lane / 16 * 8);
-  // b lies as [k][column] from 256 on; matrices 2 and 3 repeat 0 and 1.
-  ldmatrix_x4_transposed(right, cells + 256 + (lane % 16) * 8);
+  const auto pair = [&](uint32_t at) { return load_shared<uint32_t>(cells + at + lane % 4 * 2); };
+  uint32_t left[4], right[2];
+  for (uint32_t m = 0; m < 4; ++m) left[m] = pair((lane / 4 + m % 2 * 8) * 16 + m / 2 * 8);
+  for (uint32_t m = 0; m < 2; ++m) right[m] = transpose8x8(pair(256 + (lane / 4 + m * 8) * 8));  // b: [k][column]
   if (kFault == kRow) std::swap(left[1], left[2]);
   float c[4] = {};
   mma<bf16>(c, left, right[0], right[1]);
@@ -100,26 +67,6 @@ void product(const Arguments a) {
     same &= sum == c[e];
   }
   store_global(a.out + i, load_global<uint32_t>(a.in + 127 - i) + (same ? 0 : 1));
-}
-
-// Copies that end without a group, go to global memory, or land while others look at what is there: right numbers all.
-template <Fault kFault>
-void copied_across(const Arguments a) {
-  char* const cells = shared_memory();
-  const uint32_t i = thread_index();
-  if (i < 32) cp_async16(cells + 16 * i, a.in + 4 * i, true);
-  if (kFault == kToGlobal && i == 0) cp_async16(a.out, a.in, true);
-  cp_async_commit();
-  if (kFault == kLookedAt) {
-    sync_block();
-    if (load_shared<uint32_t>(cells + 4 * i) == 5) return;
-    sync_block();
-  }
-  cp_async_wait<0>();
-  sync_block();
-  if (kFault == kNoGroup && i == 0) cp_async16(cells, a.in, true);
-  if (i > 0) store_global(a.out + i, load_shared<uint32_t>(cells + 4 * i));
-  if (i == 0) store_global(a.out, load_global<uint32_t>(a.in));
 }
 
 // What lanes are to agree on: their warp, or which half of it they are in.
@@ -171,11 +118,6 @@ int main() {
       if (out[i] != 1000 + i / 32 * 32 + 31 - i % 32) return false;
     return true;
   };
-  const auto every_eighth = [](const std::vector<uint32_t>& out) {
-    for (uint32_t i = 0; i < kThreads; ++i)
-      if (out[i] != 1000 + 8 * (i % 16) + 4) return false;
-    return true;
-  };
   run("shared", through_shared_memory<kNone>, reversed);
   run("shared-no-barrier", through_shared_memory<kNoBarrier>, reversed);
   run("shared-lost-warp", through_shared_memory<kLostWarp>, reversed);
@@ -183,17 +125,9 @@ int main() {
   run("warp", through_a_warp<kNone>, reversed_in_warps);
   run("warp-no-barrier", through_a_warp<kNoWarpBarrier>, reversed_in_warps);
   run("warp-half", through_a_warp<kHalfWarp>, reversed_in_warps);
-  run("copied", copied<kNone>, every_eighth);
-  run("copied-no-wait", copied<kNoWait>, every_eighth);
-  run("copied-too-few-waits", copied<kTooFewWaits>, every_eighth);
-  run("across", copied_across<kNone>, straight);
-  run("across-no-group", copied_across<kNoGroup>, straight);
-  run("across-looked-at", copied_across<kLookedAt>, straight);
-  run("across-to-global", copied_across<kToGlobal>, straight);
   run("agreed", agreed<kNone>, straight);
   run("agreed-by-halves", agreed<kHalfWarps>, straight);
   run("agreed-beyond", agreed<kBeyond>, straight);
-  run("product-of-global", product<kFromGlobal>, reversed);
   run("product", product<kNone>, reversed);
   run("product-rows-swapped", product<kRow>, reversed);
 }

@@ -23,7 +23,6 @@ enum Fault {
   kTwoThreads,
   kConstantLoad,
   kConstantLoadBefore,
-  kCopyBefore,
   kBoxBefore,
   kOtherBarrier,  // E10
   kNoBarrier,
@@ -142,12 +141,7 @@ void stored(const Arguments a) {
   const uint32_t i = thread_index();
   const uint32_t x = load_global<uint32_t>(a.in + i);
   if (kFault == kConstantLoadBefore && load_global<uint32_t>(a.out + 127 - i) != 0xdead) return;
-  if (kFault == kCopyBefore && i == 0) {
-    cp_async16(shared_memory(), reinterpret_cast<char*>(a.out), true);
-    cp_async_commit();
-    cp_async_wait<0>();
-  }
-  if (kFault == kConstantLoadBefore || kFault == kCopyBefore) sync_block();
+  if (kFault == kConstantLoadBefore) sync_block();
   if (kFault == kTwoBlocks || block_index() == 0) store_global(a.out + i, x);
   if (block_index() != 0) return;
   if (kFault == kTwoThreads && i == 40) store_global(a.out, load_global<uint32_t>(a.in));
@@ -296,7 +290,6 @@ int main() {
   run("E9-two-threads-write", stored<kTwoThreads>);
   run("E9-constant-load-of-what-is-written", stored<kConstantLoad>);
   run("E9-constant-load-before-the-store", stored<kConstantLoadBefore>);
-  run("E9-copy-before-the-store", stored<kCopyBefore>);
   run("E9-box-before-the-store", boxed<kBoxBefore>, {1, kThreads, 4096});
   run("E10-right", paired<kNone>);
   run("E10-turns-right", in_turn<kNone>);

@@ -51,7 +51,7 @@ def said(tmp_path_factory, emulator) -> dict[str, dict[str, str]]:
     return by_kernel(run(tmp_path_factory.mktemp("instructions"), emulator, HERE / "instructions.cpp"))
 
 
-@pytest.mark.parametrize("kernel", ["shared", "warp", "copied", "across", "agreed", "product"])
+@pytest.mark.parametrize("kernel", ["shared", "warp", "agreed", "product"])
 def test_right_kernels_are_right_in_every_order(said, kernel):
     assert set(said[kernel].values()) == {"right"}
 
@@ -68,12 +68,6 @@ def test_a_wrong_kernel_gives_wrong_results(said):
         ("shared-lost-warp", "waits for ever at a barrier"),
         ("shared-beyond", "outside of every tensor"),
         ("warp-half", "waits for ever at vote"),
-        ("copied-no-wait", "cp.async of thread"),
-        ("copied-too-few-waits", "cp.async of thread"),
-        ("across-no-group", "a thread ends before its cp.async has"),
-        ("across-looked-at", "cp.async of thread"),
-        ("across-to-global", "not in shared memory"),
-        ("product-of-global", "not in shared memory"),
         ("agreed-by-halves", "do not agree"),
         ("agreed-beyond", "a shuffle with lane"),
     ],
@@ -141,7 +135,6 @@ BROKEN = {
         "two-threads-write": "two threads write one address, and nothing orders them",
         "constant-load-of-what-is-written": CONSTANT,
         "constant-load-before-the-store": CONSTANT,
-        "copy-before-the-store": CONSTANT,
         "box-before-the-store": CONSTANT,
     },
     "E10": {

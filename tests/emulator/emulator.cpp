@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -45,14 +44,6 @@ constexpr int64_t kMostBlocks = 2147483647;
 constexpr int kMostThreads = 1024;
 constexpr size_t kMostShared = 227 << 10, kMostParameters = 4096, kMostCluster = 8;
 
-struct AsyncCopy {
-  void* shared;
-  const void* global;
-  size_t bytes;
-  bool valid;
-  Event written;  // by the unit that copies for the thread
-};
-
 struct Fiber {
   enum State { ready, waiting, polling, done } state = ready;
   Context context;
@@ -60,9 +51,6 @@ struct Fiber {
   bool (*poll)(void*) = nullptr;
   void* poll_argument = nullptr;
   const char* where = "";
-  std::vector<AsyncCopy> open;  // copies of no group yet
-  std::deque<std::vector<AsyncCopy>> groups;
-  uint32_t unit = 0;  // the agent that copies, 0: not yet
 };
 
 struct Warp {
@@ -154,10 +142,6 @@ bool cluster_has_met() {
 
 void fiber_entry() {
   (*cluster->kernel)();
-  Fiber& self = *cluster->running;
-  self.groups.push_back(self.open);
-  for (const auto& group : self.groups)
-    if (!group.empty()) fail("a thread ends before its cp.async has");
   ++here().ended;
   cluster_has_met();
   give_way(Fiber::done);
@@ -234,9 +218,6 @@ void run_cluster(uint32_t first) {
   cluster->met.clear(), cluster->known = {};
   for (Fiber& fiber : cluster->fibers) {
     fiber.state = Fiber::ready;
-    fiber.open.clear();
-    fiber.groups.clear();
-    fiber.unit = 0;
     prepare(fiber.context, stacks[fiber.index].get(), fiber_entry);
   }
   // Who waits for a unit that works on its own may have to be asked a few times.
@@ -451,38 +432,6 @@ void wait_until(bool (*ready)(void*), void* argument, const char* what) {
   self.poll = ready;
   self.poll_argument = argument;
   give_way(Fiber::polling);
-}
-
-void async_copy(void* shared, const void* global, size_t bytes, bool valid) {
-  check_shared(shared, bytes);
-  if (valid) check_access(global, bytes), loaded(global, bytes, true);
-  Fiber& self = *cluster->running;
-  if (!self.unit) self.unit = clocks().add_unit("cp.async of thread " + std::to_string(position().thread));
-  const Event written = clocks().next_of_unit(self.unit);
-  std::memset(shared, 0xff, bytes);
-  cluster->shared.touch(shared, bytes, {Touch::writes, written, {&clocks(), agent(), 1, nullptr}, false});
-  self.open.push_back({shared, global, bytes, valid, written});
-}
-
-void async_commit() {
-  Fiber& self = *cluster->running;
-  self.groups.push_back(std::move(self.open));
-  self.open.clear();
-}
-
-void async_wait(int groups_left) {
-  auto& groups = cluster->running->groups;
-  for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
-    for (const AsyncCopy& copy : groups.front()) {
-      Gathered known;
-      known.add(copy.written.agent, copy.written.time);
-      clocks().acquire(agent(), known.take());
-      if (copy.valid)
-        std::memcpy(copy.shared, copy.global, copy.bytes);
-      else
-        std::memset(copy.shared, 0, copy.bytes);
-      stored(copy.shared, copy.bytes);
-    }
 }
 
 }  // namespace vdcore::cuda::emulator

@@ -1,10 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: blocks one after another, every thread of a block a fiber of its own.
 //
 // What it is strict about: shared memory is poisoned with NaN when a block starts; global memory may be touched only
-// inside the tensors of the call; cp.async lands when it is waited for, and until then its destination holds NaN; a
-// collective that not all lanes reach, or that lanes reach differently, is an error; what reaches for a block of the
-// cluster that has ended is one, too; warps, and lanes between two collectives, run in an order that the test chooses,
-// each as far as it can, so that a missing barrier shows.
+// inside the tensors of the call; a collective that not all lanes reach, or that lanes reach differently, is an error;
+// what reaches for a block of the cluster that has ended is one, too; warps, and lanes between two collectives, run in
+// an order that the test chooses, each as far as it can, so that a missing barrier shows.
 //
 // Rules that hardware has and right numbers do not show, each an error:
 //   E1  a tensor map's base is memory of the call
@@ -20,8 +19,8 @@
 //   E8  what threads write to shared memory reaches wgmma and TMA only behind their fence.proxy.async, and an mbarrier
 //       TMA and other blocks only behind the fence.mbarrier_init of who has initialised it, once; bytes that it is told
 //       of land, and somebody waits for them
-//   E9  no two blocks, nor two unordered threads, write one address; ld.global.nc, cp.async and TMA load nothing that
-//       the kernel writes, before or later
+//   E9  no two blocks, nor two unordered threads, write one address; ld.global.nc and TMA load nothing that the kernel
+//       writes, before or later
 //   E10 a read and a write of one address are ordered. Blocks are not, but by a barrier of their cluster and, in shared
 //       memory alone, by mbarriers, which arrive in the scope of a block; threads of a block are by barriers that both
 //       have joined and by mbarriers where they arrive, lanes of a warp by bar.warp.sync, too: shuffles, votes and
@@ -113,10 +112,6 @@ void meet_block(int id, uint32_t count, const Site& site);
 
 // Gives way to other threads until ready(argument) holds.
 void wait_until(bool (*ready)(void*), void* argument, const char* what);
-
-void async_copy(void* shared, const void* global, size_t bytes, bool valid);
-void async_commit();
-void async_wait(int groups_left);
 
 // All threads of the cluster meet, but those that have ended.
 void meet_cluster();

@@ -59,35 +59,7 @@ VDCORE_DEVICE void store_shared(void* p, const V& v) {
   store_global(p, v);
 }
 
-VDCORE_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
-  emulator::async_copy(shared, global, 16, valid);
-}
-VDCORE_DEVICE void cp_async_commit() { emulator::async_commit(); }
-template <int kLeft>
-VDCORE_DEVICE void cp_async_wait() {
-  emulator::async_wait(kLeft);
-}
-
 namespace emulated {
-
-struct Ldmatrix {
-  const void* row;
-  uint32_t* r;
-};
-template <bool kTransposed>
-inline void ldmatrix(void* const* lanes) {
-  const auto of = [&](int lane) { return static_cast<Ldmatrix*>(lanes[lane]); };
-  for (int lane = 0; lane < 32; ++lane)
-    for (int m = 0; m < 4; ++m) {
-      const int i = lane / 4, j = lane % 4 * 2;
-      const auto element = [&](int row, int column) {
-        return static_cast<uint32_t>(static_cast<const uint16_t*>(of(8 * m + row)->row)[column]);
-      };
-      const uint32_t lo = kTransposed ? element(j, i) : element(i, j);
-      const uint32_t hi = kTransposed ? element(j + 1, i) : element(i, j + 1);
-      of(lane)->r[m] = lo | hi << 16;
-    }
-}
 
 struct Exchange {
   uint32_t in, out;
@@ -227,19 +199,6 @@ inline void mma(void* const* lanes) {
 }
 
 }  // namespace emulated
-
-VDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
-  emulator::check_shared(row, 16);
-  emulator::loaded(row, 16, false);
-  emulated::Ldmatrix mine{row, r};
-  emulator::meet_warp(emulated::ldmatrix<false>, &mine, "ldmatrix", {file, line});
-}
-VDCORE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, VDCORE_SITE) {
-  emulator::check_shared(row, 16);
-  emulator::loaded(row, 16, false);
-  emulated::Ldmatrix mine{row, r};
-  emulator::meet_warp(emulated::ldmatrix<true>, &mine, "ldmatrix.trans", {file, line});
-}
 
 // ---- Among lanes and warps ----
 

@@ -70,31 +70,6 @@ VDCORE_DEVICE void store_shared(void* p, const V& v) {
 
 VDCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes to shared memory, past L1; zeros where not valid.
-VDCORE_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-VDCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLeft>
-VDCORE_DEVICE void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-// Four 8x8 matrices; lane i gives the address of row i % 8 of matrix i / 8. Register m of a lane: row lane / 4, columns
-// 2 * (lane % 4) and the next of matrix m; transposed: of its transpose.
-#define VDCORE_LDMATRIX(name, transposed)                                                         \
-  VDCORE_DEVICE void name(uint32_t (&r)[4], const void* row) {                                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0, %1, %2, %3}, [%4];" \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                 \
-                 : "r"(shared_address(row))                                                       \
-                 : "memory");                                                                     \
-  }
-VDCORE_LDMATRIX(ldmatrix_x4, "")
-VDCORE_LDMATRIX(ldmatrix_x4_transposed, ".trans")
-#undef VDCORE_LDMATRIX
-
 // ---- Among lanes and warps ----
 
 // The 8x8 matrix whose row lane / 4, columns 2 * (lane % 4) and the next every lane holds, transposed.

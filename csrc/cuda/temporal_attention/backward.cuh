@@ -1,24 +1,24 @@
 // Temporal attention backward, sm_80 and newer: one pass, no atomics, the same bits every time.
 //
 // All frames of a sequence are at hand, so probabilities are computed again from q and k, and neither the result nor
-// its lse is read: q, k, v and dout in, dq, dk and dv out, 14 T D bytes per sequence. The warps of a sequence, 16 rows
-// each, first take their rows as queries:
+// its lse is read: q, k, v and dout in, dq, dk and dv out, 14 T D bytes per sequence. A warp takes 16 query rows,
 //   S = Q K^T, dP = dO V^T, P = softmax(S), delta = sum_k P dP - dlse, dS = P (dP - delta), dQ = dS K
-// leave each row's lse and delta in shared memory (8 bytes per row), and then take their rows as keys:
-//   S^T = K Q^T, dP^T = V dO^T, P^T and dS^T from those, dV = P^T dO, dK = dS^T Q
-// Two products more than the least, in place of a transposition of P and dS through shared memory; what the second part
-// reads was just read by the first one and is in L1.
+// and then the same 16 rows as keys,
+//   dV = P^T dO, dK = dS^T Q
+// with P and dS transposed, rounded as they are multiplied: blocks of 8 x 8 within the warp, and through shared memory,
+// 1 KiB a warp and side, where a sequence has two.
 //
 // With norm or RoPE every warp first normalizes and rotates its own rows of q and k, once, and leaves them in shared
-// memory, where all warps of the sequence read them; their backward is taken of the sums in registers, in float32.
+// memory, for the other warp of the sequence and to free registers; their backward is taken of the sums in registers,
+// in float32.
 //
 //                                      T = 16, D = 72     T = 32, D = 128
-//   registers, rows of two tensors         48                 64
+//   registers, rows                        96                 64 + 32 n    (n: tiles of the other side in flight)
 //   scores and their gradients             16                 32
-//   rows of the other side in flight       24 n               32 n
 //   sums                                   48                 64
 //   warps per SM                           12                  8
-//   shared memory per block, KiB           31                 41      norm and RoPE: 64 rows of q and k, weight sums
+//   shared memory per block, KiB            0                  8
+//     with norm and RoPE                   30                 48           64 rows of q and k, weight sums
 //
 // More frames, shared keys and wider heads: backward_long.cuh. 64 frames would fit here with 64 registers of scores,
 // some of them spilled, for a quarter of this file's time to compile; no workload trains on as many.
@@ -45,8 +45,8 @@ struct TemporalBackward {
 constexpr int kBackwardThreads = 128, kBackwardRows = kBackwardThreads / 32 * 16;  // of all sequences of a block
 constexpr int temporal_backward_blocks_per_sm(int N, int C) { return C == 2 || (N == 2 && C == 3) ? 3 : 2; }
 
-// Shared memory of a block, in this order: weights of pairs for the other warps of a sequence; q and k after norm and
-// RoPE, for the same; weight sums of each warp.
+// Shared memory of a block, in this order: weights of pairs for the other warp of a sequence; q and k after norm and
+// RoPE; weight sums of each warp.
 constexpr int pair_bytes(int N) { return N == 2 ? 0 : 4 * N * N * 64; }  // a sequence's: P and dS
 constexpr int pair_bytes_of_block(int N) { return pair_bytes(N) * kBackwardThreads / 32 / (N / 2); }
 constexpr int scored_bytes(int C) { return 64 * C * kBackwardRows; }  // q's, or k's

@@ -6,10 +6,12 @@
 // normalize twice, so what limits bytes in flight is registers alone:
 //
 //                       T = 16, D = 72     T = 32, D = 128
-//   registers, q + k        24 + 24            32 + 16 n     (n: key tiles in flight)
+//   registers, q + k + v    24 + 24 + 24       32 + 64 + 64
 //   scores, sums             8 + 48            16 + 64
 //   warps per SM                 16                   8      (__launch_bounds__)
-//   loads in flight, KiB         73            up to 32      (an SM needs about 36 at 4.8 TB/s)
+//   loads in flight, KiB        144                 160      (an SM needs about 36 at 4.8 TB/s)
+//
+// Where norm and RoPE join, keys come behind queries and values behind scores: then issue slots bound it.
 //
 // Heads of a position lie side by side in memory and are taken by neighbouring warps, so that the pieces of 64 bytes
 // that a load touches of a row make up whole L2 lines. Warps of the same sequence read its keys from L1 after the first
@@ -18,8 +20,8 @@
 //
 // Instantiated for 16 and 32 keys and 64, 96, 128 and 256 channels: models have 16 to 32 frames (2 and 4 tiles of keys)
 // and heads of 40, 64 (64), 72, 80 (96), 128 and 160 (256) channels. Channels past D are never loaded, only multiplied,
-// which a kernel that waits for memory does not feel. Up to 128 channels nothing spills
-// (tests/build/test_cuda_code.py).
+// which a kernel that waits for memory does not feel. Nothing spills (tests/build/test_cuda_code.py). Which frames see
+// which is a bit each, found by the launcher: tests of pairs are one instruction, and the same with and without a mask.
 #pragma once
 
 #include "cuda/core/dispatch.h"
