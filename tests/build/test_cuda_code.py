@@ -28,7 +28,7 @@ PLAN = {
     "temporal_long_forward_kernel": 255,
     "temporal_backward_kernel": 255,
     "temporal_long_backward_kernel": 255,
-    "rows_norm_rope_kernel": 128,
+    "rows_norm_rope_kernel": 168,
     "rows_norm_rope_backward_kernel": 255,
     "rope_table_backward_kernel": 255,
 }
@@ -59,23 +59,35 @@ def test_every_kernel_is_there_for_every_architecture(usage):
 # Bytes of stack a thread, by kernel, tiles of 8 keys, chunks of 32 channels: a register or two that are kept through
 # one part of a kernel, or a width that no model trains. All others: none.
 SPILLS = {
+    ("temporal_forward_kernel", 2, 4): 56,
+    ("temporal_forward_kernel", 4, 8): 8,
+    ("temporal_backward_kernel", 2, 2): 8,
+    ("temporal_backward_kernel", 2, 3): 24,
+    ("temporal_backward_kernel", 2, 4): 88,
+    ("temporal_backward_kernel", 4, 2): 24,
+    ("temporal_backward_kernel", 4, 3): 8,
+    ("temporal_backward_kernel", 4, 4): 64,
     ("temporal_long_forward_kernel", 3, 0): 8,  # chunks alone, here and below
-    ("temporal_long_backward_kernel", 4, 0): 160,
-    ("temporal_long_backward_kernel", 8, 0): 160,
+    ("temporal_long_backward_kernel", 4, 0): 72,
+    ("temporal_long_backward_kernel", 8, 0): 16,
+    ("rows_norm_rope_kernel", 4, 0): 8,
     ("rows_norm_rope_kernel", 8, 0): 64,
-    ("rows_norm_rope_backward_kernel", 8, 0): 448,  # 256 channels with norm or rope: no workload has them
+    ("rows_norm_rope_backward_kernel", 8, 0): 464,  # 256 channels with norm or rope: no workload has them
 }
 
 
+def allowed_spills(u: Usage) -> int:
+    # A mangled name begins after its length; before it may stand a file's name, with a hash.
+    match = re.search(r"(?<=\d)((?:temporal|rows|rope)_\w+?_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
+    if match is None:
+        return 0
+    if u.arch == "sm_90" and match[1] in ("temporal_forward_kernel", "temporal_backward_kernel"):
+        return 0 if "FusedE2" not in u.name else SPILLS.get((match[1], int(match[2]), int(match[3])), 0)  # layer norm
+    return SPILLS.get((match[1], int(match[2]), int(match[3] or 0)), 0)
+
+
 def test_spills(usage):
-    found = []
-    for u in usage:
-        # A mangled name begins after its length; before it may stand a file's name, with a hash.
-        match = re.search(r"(?<=\d)((?:temporal|rows|rope)_\w+?_kernel)INS\w*?Li(\d+)E(?:Li(\d+)E)?", u.name)
-        allowed = SPILLS.get((match[1], int(match[2]), int(match[3] or 0)), 0) if match else 0
-        if u.local or u.stack > allowed:
-            found.append((u, allowed))
-    assert not found
+    assert not [(u, allowed_spills(u)) for u in usage if u.local or u.stack > allowed_spills(u)]
 
 
 @pytest.mark.parametrize("kernel", PLAN)

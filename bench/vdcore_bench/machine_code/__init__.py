@@ -1,7 +1,8 @@
 """What compilers made of the benchmarks' kernels, read from machine code: a score that changes move without a GPU.
 
 ``vdcore doctor --compile --json``: an object per kernel, workload and variant, for Triton's kernels compiled ahead of
-time, and for those of ``vdcore._cuda`` where it is built. Counts are of the code as it stands: a loop counts once.
+time, and for those of ``vdcore._cuda`` where it is built. Counts are of the code as it stands: a loop counts once, and
+what only a branch reaches that a CUDA kernel marks as rare (`rare()`) not at all: a sum that holds a NaN.
 Beside the counts stand what the model takes: ``programs`` of the launch, ``bytes`` of its tensors, ``flops`` of its
 products, ``trips`` to memory that wait for one another, and ``instructions``.
 

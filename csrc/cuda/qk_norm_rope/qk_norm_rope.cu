@@ -76,15 +76,15 @@ VDCORE_DEVICE void rotate_halves(float (&x)[C][8], bool there, const NormRope& h
   });
 }
 
+constexpr int rows_blocks_per_sm(int C) { return C == 2 ? 6 : C == 4 ? 5 : 3; }  // as many as without a spill
+
 struct RowsForward {
   RowsNormRope a;
   Places places;
 };
 
 template <typename E, int C, Pairs kPairs>
-VDCORE_KERNEL(kThreads, C == 2   ? 6
-                        : C == 4 ? 7
-                                 : 4)
+VDCORE_KERNEL(kThreads, rows_blocks_per_sm(C))
 rows_norm_rope_kernel(const RowsForward f) {
   const RowsNormRope& a = f.a;
   const uint32_t warp = thread_index() / 32, i = block_index() * kRowsPerBlock + warp * 8 + lane_row();
