@@ -199,6 +199,23 @@ def test_norm_and_rope(kind, style, T):
     check_what_runs(Case("temporal_attention", f"{kind} {style} {T}", build), torch.bfloat16)
 
 
+@pytest.mark.parametrize("T", [12, 25, 40])
+@pytest.mark.parametrize("moved", ["norm", "rope", "part of the channels", "heads"])
+def test_norm_or_rope_alone(moved, T):
+    """Fused kernels read a table of all channels: where there is none, or of fewer pairs, it is filled up."""
+
+    def build(d):
+        given = {**qkv(d, 2, T, 2, 2, 40), "mask": FrameMask.causal()}
+        if moved == "norm":
+            return {**given, "norm": QKNorm(None, d("k_weight", 40, around=1.0))}
+        if moved == "heads":
+            angle = torch.randn(T, 1, 2, 20, generator=torch.Generator("cpu").manual_seed(5), device="cpu")
+            return {**given, "rope": Rope(angle.cos().to(DEVICE), angle.sin().to(DEVICE))}
+        return {**given, "rope": fixed_rope(T, 2, 20 if moved == "rope" else 8)}
+
+    check_what_runs(Case("temporal_attention", f"{moved} of {T}", build), torch.bfloat16)
+
+
 # In the short kernel: two lines a tile, one, two warps a line. In the long one: long, wide or shared.
 @pytest.mark.parametrize(
     "T,T_k,H,G,D",
