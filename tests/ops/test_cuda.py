@@ -66,7 +66,9 @@ def fixed_rope(T, S, pairs):
 
 # Edges of the tiles of 8 and 16 frames, and of the kernels for 16 and 32 keys and for more.
 @pytest.mark.parametrize("mask", [FrameMask(), FrameMask(past=3, future=2, chunk=2, sink=3)], ids=["full", "runs"])
-@pytest.mark.parametrize("T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (32, 33), (65, 66), (5, 129)])
+@pytest.mark.parametrize(
+    "T,T_k", [(1, 1), (7, 8), (8, 9), (9, 3), (16, 17), (17, 16), (32, 33), (40, 9), (65, 66), (5, 129)]
+)
 def test_frames(T, T_k, mask):
     def build(d):
         return {**qkv(d, 1, T, 3, 1, 24, T_k=T_k), "mask": mask, "return_lse": True}
@@ -392,12 +394,13 @@ def test_every_order_of_warps(op):
 
 
 def test_what_is_refused():
-    q = torch.randn(1, 4, 3, 2, 24).bfloat16()
+    q, wide = torch.randn(1, 4, 3, 2, 24).bfloat16(), torch.randn(1, 40, 1, 1, 160).bfloat16()
     for args, reason in (
         ({"q": q.float(), "k": q.float(), "v": q.float()}, "float32"),
         ({"q": q[..., :20], "k": q[..., :20], "v": q[..., :20]}, "multiple of 8"),
         ({"q": torch.randn(1, 4, 3, 2, 28).bfloat16()[..., :24], "k": q, "v": q}, "16 bytes"),
         ({"q": q, "k": q.expand(1, 4, 3, 2, 24)[:, [0] * 257], "v": q[:, [0] * 257]}, "key frames"),
+        ({"q": wide, "k": wide[:, :9], "v": wide[:, :9]}, "32 query and key frames beyond 128 channels; got 40 and 9"),
         ({"q": q, "k": q, "v": q, "norm": QKNorm(torch.ones(48), torch.ones(48), over="all")}, "all heads"),
     ):
         with pytest.raises(vdcore.BackendError, match=reason):
