@@ -112,6 +112,62 @@ def test_held_frames_per_sample_under_a_clean_prediction(name, generator):
     torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", (*SCHEDULERS,))
+def test_the_mean_of_the_last_predictions(name, generator):
+    """With frames held: those come out as they are known."""
+    process, noise, guesses = Process(SCHEDULERS[name](), "sample"), torch.randn(SHAPE, generator=generator), []
+    known, held = torch.randn(SHAPE, generator=generator), torch.arange(6) < 2
+
+    def denoise(video, timestep):
+        guesses.append(network(video, timestep))
+        return guesses[-1]
+
+    given = {"held": held, "known": known, "generator": torch.Generator().manual_seed(1)}
+    found = sample(denoise, process, noise, 5, average=3, **given)
+    assert len(guesses) == 5 and torch.equal(found[:, :, :2], known[:, :, :2])
+    expected = torch.stack(guesses[-3:]).mean(0)
+    torch.testing.assert_close(found[:, :, 2:], expected[:, :, 2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("ddim", "flow"))
+def test_a_share_of_the_noise_is_new_in_every_step(name, generator):
+    """By the formula, step for step; what is drawn anew has the strength of what it replaces."""
+    process, noise, steps, share = (
+        Process(SCHEDULERS[name](), "sample"),
+        torch.randn(SHAPE, generator=generator),
+        4,
+        0.3,
+    )
+    random, levels = torch.Generator().manual_seed(1), timesteps(process, steps)
+    expected = noise
+    for now, then in pairwise(levels):
+        clean = network(expected, now.expand(2))
+        if then == levels[-1]:
+            expected = clean
+            break
+        (alpha, sigma), (alpha_then, sigma_then) = process.level(now), process.level(then)
+        e = (expected - alpha * clean) / sigma
+        e = (1 - share) ** 0.5 * e + share**0.5 * torch.randn(SHAPE, generator=random)
+        expected = alpha_then * clean + sigma_then * e
+
+    def draw(seed, fresh):
+        return sample(network, process, noise, steps, fresh=fresh, generator=torch.Generator().manual_seed(seed))
+
+    if name == "flow":  # DDIM's last step of diffusers ends at its first alpha, not at 1
+        torch.testing.assert_close(draw(1, share), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(draw(1, share), draw(2, share)) and torch.equal(draw(1, 0.0), draw(2, 0.0))
+    true = torch.zeros(2, 3, 6, 40, 40)
+    strong = torch.randn(true.shape, generator=generator)
+    seen = []
+
+    def perfect(video, timestep):
+        seen.append((video.std(), process.level(timestep)[1][0]))
+        return true
+
+    sample(perfect, process, strong, steps, fresh=share, generator=torch.Generator().manual_seed(3))
+    assert all(std == pytest.approx(float(sigma), rel=0.03) for std, sigma in seen)
+
+
 def test_guidance_in_one_batch(generator):
     noise, calls = torch.randn(SHAPE, generator=generator), []
     label, null = torch.tensor((0.5, -0.25)), torch.zeros(2)
@@ -150,6 +206,12 @@ def test_errors(generator):
         sample(network, process, noise, 2, held=torch.ones(6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"known must be \(2, 3, 6, 4, 4\), as noise, got \(2, 3, 5, 4, 4\)"):
         sample(network, process, noise, 2, held=torch.ones(6, dtype=torch.bool), known=noise[:, :, :5])
+    with pytest.raises(ValueError, match="average must be from 1 to 2, the calls of the model, got 3"):
+        sample(network, process, noise, 2, average=3)
+    with pytest.raises(ValueError, match=r"fresh must be from 0 to 1, .* got 0.5 with DPMSolverMultistepScheduler"):
+        sample(network, Process(SCHEDULERS["dpm-solver"]()), noise, 2, fresh=0.5)
+    with pytest.raises(ValueError, match=r"fresh must be from 0 to 1, .* got 1.5 with FlowMatchEuler"):
+        sample(network, process, noise, 2, fresh=1.5)
     with pytest.raises(ValueError, match=r"levels must be \(K \+ 1, T = 6\), got \(3, 5\)"):
         sample_frames(network, process, noise, torch.zeros(3, 5))
     with pytest.raises(ValueError, match="never rise"):

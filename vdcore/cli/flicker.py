@@ -117,7 +117,7 @@ def _model(target: Path, out: Path, frames: int | None, count: int, steps: int |
     from rich.console import Console
     from rich.table import Table
 
-    from vdcore.diffusion import runs
+    from vdcore.diffusion import best_steps, runs
     from vdcore.diffusion.temporal_share import across_frames
     from vdcore.diffusion.training import load_trained
     from vdcore.mask import FrameMask
@@ -131,7 +131,8 @@ def _model(target: Path, out: Path, frames: int | None, count: int, steps: int |
         kinds |= {
             f"window of {2 * r + 1} tokens": {"mask": FrameMask.symmetric(r)} for r in (1, 2) if 2 * r + 1 < tokens
         }
-    drawing: dict[str, Any] = {"frames": frames, "steps": steps or runs.STEPS, "device": device}
+    best = best_steps.load(target, trained.step) or best_steps.BestSteps()
+    drawing: dict[str, Any] = {"frames": frames, "steps": steps or best.draw, "device": device}
     rows: dict[str, dict[str, float]] = {}
     shown: list[Tensor] = []
     table = Table("attention across frames", "change, gray levels", "odd frames", "mean flow, pixels", box=None)

@@ -24,7 +24,9 @@ def sample(
         int | None, typer.Option(min=1, help="Per video; more than in training are spliced from clips.")
     ] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Frames that a spliced clip takes over from the last.")] = 2,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the scheduler; default: 4.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the sampler; default: the best that train measured, else 8.")
+    ] = None,
     fps: Annotated[float, typer.Option(min=0.1, help="Frames per second of the files.")] = 8.0,
     kind: Annotated[str, typer.Option("--format", help="mp4 or gif.")] = "mp4",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -35,7 +37,7 @@ def sample(
 
     Leaves sample-00.mp4 and so on, samples.png with real clips in its upper rows, and measures.json.
     """
-    from vdcore.diffusion import runs
+    from vdcore.diffusion import best_steps, runs
     from vdcore.diffusion.measure import REAL_CLIPS, against, measure_continued
     from vdcore.diffusion.training import load_trained
     from vdcore.video.files import contact_sheet, write_video
@@ -44,16 +46,16 @@ def sample(
     if kind not in ("mp4", "gif"):
         raise typer.BadParameter(f"{kind}: not known; known are mp4, gif", param_hint="--format")
     set_threads(threads)
-    steps = runs.STEPS if steps is None else steps
     with plain_errors():
         trained = load_trained(checkpoint, device)
+        best = best_steps.load(checkpoint, trained.step) or best_steps.BestSteps()
         with progress() as bar:
             task = bar.add_task("sampling", total=frames or trained.recipe.frames)
             videos = runs.draw_videos(
                 trained,
                 count,
                 frames=frames,
-                steps=steps,
+                steps=steps or best.draw,
                 overlap=overlap,
                 seed=seed,
                 device=device,
@@ -66,11 +68,11 @@ def sample(
         samples = list(videos[:8, :, : trained.recipe.frames])
         labels = ["real"] * len(rows) + ["sample"] * len(samples)
         contact_sheet(out / "samples.png", rows + samples, labels=labels)
-        print(f"{count} videos of {videos.shape[2]} frames and samples.png in {out}")
+        print(f"{count} videos of {videos.shape[2]} frames by {steps or best.draw} steps, and samples.png in {out}")
         if real is None:
             print("not measured: the clips of training are not here", file=sys.stderr)
         elif min(videos.shape[2], real.shape[2]) > 1:
-            more = runs.continue_clips(trained, real, steps=steps, seed=seed, device=device)
+            more = runs.continue_clips(trained, real, steps=steps or best.go_on, seed=seed, device=device)
             found = {} if more is None else measure_continued(real, *more)
             _report(against(real)(videos), found, out / "measures.json", trained.step)
 

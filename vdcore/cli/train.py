@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vdcore.diffusion.training import Recipe
     from vdcore.models import VDiTConfig
 
+LEAST_STEPS = 500  # of training, below which there is nothing to choose the sampler's steps by
+
 
 def train(
     clips: Annotated[
@@ -102,7 +104,27 @@ def train(
     if not run.finished:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130)
+    _measure_steps(run.checkpoint, device, recipe.steps)
     print(f"next: vdcore sample {run.checkpoint}")
+
+
+def _measure_steps(checkpoint: Path, device: str, trained_for: int) -> None:
+    """Keeps beside the checkpoint how many steps of the sampler suit it."""
+    if trained_for < LEAST_STEPS:
+        return
+    from vdcore.diffusion import best_steps
+    from vdcore.diffusion.training import load_trained
+    from vdcore_bench.report.terminal import progress
+
+    trained = load_trained(checkpoint, device)
+    if best_steps.load(checkpoint, trained.step) is not None:
+        return
+    with progress() as bar:
+        task = bar.add_task("measuring the sampler's steps", total=len(best_steps.TRIED))
+        found = best_steps.measure_steps(trained, device, on_tried=lambda steps: bar.advance(task))
+    if found is not None:
+        best_steps.save(found, checkpoint.parent)
+        print(f"best steps of the sampler: {found.draw} from noise, {found.go_on} to go on with a clip")
 
 
 def _source(clips: list[Path] | None, recipe: Recipe, **reading: Any) -> Source:

@@ -31,7 +31,16 @@ def horizon(seconds: float, fps: float, chunk: int, temporal_stride: int = 1, si
 
 @torch.no_grad()
 def roll(
-    model: Any, process: Process, noises: Iterable[Tensor], steps: int, cache: Any = None, **conditions: Any
+    model: Any,
+    process: Process,
+    noises: Iterable[Tensor],
+    steps: int,
+    cache: Any = None,
+    *,
+    generator: torch.Generator | None = None,
+    average: int = 1,
+    fresh: float = 0.0,
+    **conditions: Any,
 ) -> Iterator[Tensor]:
     """Denoises chunk after chunk; each sees the clean chunks before it, as far back as the model's mask reaches.
 
@@ -43,11 +52,13 @@ def roll(
         noises: one ``(B, C, chunk, H, W)`` for every chunk.
         steps: of the scheduler, for every chunk.
         cache: to go on from; ``None``: a new one.
+        generator, average, fresh: as :func:`sample` takes them.
     """
     for noise in noises:
         if cache is None:
             cache = model.new_cache(len(noise), *noise.shape[3:])
-        clean = sample(partial(model, cache=cache), process, noise, steps, **conditions)
+        given: dict[str, Any] = {"generator": generator, "average": average, "fresh": fresh, **conditions}
+        clean = sample(partial(model, cache=cache), process, noise, steps, **given)
         still = process.model_timestep(clean.new_full((len(clean),), process.clean))
         model(clean, still, cache=cache, keep=True, **conditions)
         yield clean

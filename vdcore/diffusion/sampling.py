@@ -12,6 +12,8 @@ from torch import Tensor
 from vdcore.diffusion import schedulers
 from vdcore.diffusion.process import Denoise, Process, hold_timesteps, per_frame
 
+RENEWED = ("FlowMatchEulerDiscreteScheduler", "DDIMScheduler")  # whose videos are alpha x + sigma e after every step
+
 
 class Sampler(Protocol):
     """Draws a clip of frames at the given positions; what is held comes out as it went in.
@@ -35,6 +37,8 @@ def sample(
     held: Tensor | None = None,
     known: Tensor | None = None,
     generator: torch.Generator | None = None,
+    average: int = 1,
+    fresh: float = 0.0,
     on_step: Callable[[int], None] | None = None,
     **conditions: Any,
 ) -> Tensor:
@@ -50,6 +54,10 @@ def sample(
         held: ``(T,)`` or ``(B, T)`` bool, frames taken from ``known``.
         known: ``(B, C, T, H, W)``.
         generator: for schedulers that add noise at every step; others do not get it.
+        average: so many last predictions of the clean video have their mean returned in place of the last step's
+            video. A small model errs as much at little noise as at more of it: the mean errs less than the last.
+        fresh: share of the noise's variance that every step but the last replaces by new noise, from ``generator``, in
+            which the model's errors so far drown. Of the plain steps of flow matching and DDIM only.
         on_step: called with the number of timesteps that are done.
         conditions: passed on to the denoiser.
     """
@@ -65,6 +73,12 @@ def sample(
         return video if held is None else torch.where(per_frame(held), known, video)  # type: ignore[arg-type]
 
     steps_at = schedulers.begin(scheduler, steps, process.mu, noise.device)
+    if not 1 <= average <= len(steps_at):
+        raise ValueError(f"sample: average must be from 1 to {len(steps_at)}, the calls of the model, got {average}")
+    if (fresh and type(scheduler).__name__ not in RENEWED) or not 0 <= fresh <= 1:
+        expected = f"from 0 to 1, and 0 but with {' and '.join(RENEWED)}"
+        raise ValueError(f"sample: fresh must be {expected}, got {fresh} with {type(scheduler).__name__}")
+    clean: list[Tensor] = []
     video = hold(schedulers.first_video(scheduler, noise))
     for i, t in enumerate(steps_at):
         timestep = t.to(torch.float32).expand(len(video))
@@ -72,11 +86,28 @@ def sample(
             timestep = hold_timesteps(timestep, held, process.clean)
         given = hold(schedulers.model_input(scheduler, video, t))
         output = denoise(given, process.model_timestep(timestep), **conditions)
+        guess = process.clean_and_noise(output, given, timestep)[0] if fresh or average > 1 else output
+        if average > 1 and i >= len(steps_at) - average:
+            clean.append(guess)
         output = process.output_for_scheduler(output, given, timestep)
-        video = hold(schedulers.step(scheduler, output, t, video, generator))
+        video = schedulers.step(scheduler, output, t, video, generator)
+        if fresh and i + 1 < len(steps_at):
+            video = _renewed(process, video, guess, steps_at[i + 1].float().expand(len(video)), fresh, generator)
+        video = hold(video)
         if on_step is not None:
             on_step(i + 1)
-    return video
+    return hold(torch.stack(clean).mean(0)) if clean else video
+
+
+def _renewed(
+    process: Process, video: Tensor, clean: Tensor, timestep: Tensor, share: float, generator: torch.Generator | None
+) -> Tensor:
+    """The video ``alpha x + sigma e`` of a clean guess, with a share of the noise's variance drawn anew."""
+    alpha, sigma = map(per_frame, process.level(timestep))
+    device = video.device if generator is None else generator.device
+    noise = torch.randn(video.shape, generator=generator, device=device, dtype=video.dtype).to(video.device)
+    kept = video - alpha * clean
+    return alpha * clean + (1 - share) ** 0.5 * kept + share**0.5 * sigma * noise
 
 
 def timesteps(process: Process, steps: int) -> Tensor:
@@ -149,6 +180,8 @@ def make_sampler(
     steps: int,
     *,
     generator: torch.Generator | None = None,
+    average: int = 1,
+    fresh: float = 0.0,
     device: torch.device | str | None = None,
     tell_positions: bool = False,
     **conditions: Any,
@@ -158,6 +191,7 @@ def make_sampler(
     Args:
         shape: ``(B, C, H, W)``.
         generator: of the noise, on the CPU or the device.
+        average, fresh: as :func:`sample` takes them.
         tell_positions: pass ``positions`` on to the denoiser, counted from the clip's first frame, so that a clip far
             into a video looks like those of training. Frames need not be neighbors then.
     """
@@ -167,6 +201,8 @@ def make_sampler(
         made_on = generator.device if generator is not None else device
         noise = torch.randn(B, C, len(positions), H, W, generator=generator, device=made_on).to(device)
         told: dict[str, Any] = {"positions": (positions - positions[0]).to(device)} if tell_positions else {}
-        return sample(denoise, process, noise, steps, held=held, known=known, generator=generator, **told, **conditions)
+        given: dict[str, Any] = {"held": held, "known": known, "generator": generator}
+        given |= {"average": average, "fresh": fresh}
+        return sample(denoise, process, noise, steps, **given, **told, **conditions)
 
     return draw
