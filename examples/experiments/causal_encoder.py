@@ -1,4 +1,9 @@
-"""Causal encoder: a clip coded in chunks is the clip coded whole, without a seam; one that looks ahead leaves seams."""
+"""Causal encoder: a clip coded in chunks is the clip coded whole, without a seam; one that looks ahead leaves seams.
+
+An autoencoder turns clips into latents that are 4 times shorter. Its convolutions over time see the past alone, so a
+clip may be coded in chunks as it arrives, and the result must be that of coding it whole. Beside it the same
+autoencoder whose convolutions also see the next frames: coded in chunks, those are missing at every border.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +98,10 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
             note="Latents coded in chunks against latents coded whole, per latent frame (largest over channels and "
             "pixels).",
         ),
+        captions={
+            f"{NAME}.png": "Difference of latents coded in chunks from latents coded whole, by latent frame.",
+            f"{NAME}_frames.png": "The clip, and what comes back from its latents (150 steps of training).",
+        },
     ).save(out)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vdcore_bench.report.page import write_whole
+from vdcore_bench.report.page import PICTURES, write_whole
 from vdcore_bench.report.table import Table
 from vdcore_bench.report.terminal import print_table
 
@@ -28,6 +28,7 @@ class Figure:
         passed: whether the claim holds.
         size: how small the experiment is: model, data, steps, time.
         files: names of pictures, tables and videos beside the JSON file.
+        captions: what a picture shows, by its name.
         table: the measurements in full; a file ``name.md`` too.
     """
 
@@ -39,12 +40,13 @@ class Figure:
     size: str
     files: list[str] = field(default_factory=list)
     table: Table | None = None
+    captions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Figure:
         """Writes ``folder/name.json``, whole or not at all, and prints and writes the table; returns the figure.
 
         Raises:
-            ValueError: if a number is not finite, or a file is not in the folder.
+            ValueError: if a number is not finite, a file is not in the folder, or a picture has no caption.
         """
         values: dict[str, Any] = dict(vars(self))
         if self.table is not None:
@@ -58,6 +60,9 @@ class Figure:
         missing = [name for name in values["files"] if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"Figure {self.name}: files must be in {folder}, missing {', '.join(missing)}")
+        unexplained = [name for name in self.files if Path(name).suffix in PICTURES and not self.captions.get(name)]
+        if unexplained:
+            raise ValueError(f"Figure {self.name}: captions must say what pictures show, missing {unexplained}")
         write_whole(folder / f"{self.name}.json", text + "\n")
         return self.load(folder / f"{self.name}.json")
 
@@ -73,7 +78,7 @@ class Figure:
         except json.JSONDecodeError as error:
             raise ValueError(f"Figure.load: {path}: not JSON: {error}") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(found, dict) or set(found) | {"table"} != names:
+        if not isinstance(found, dict) or set(found) | {"table", "captions"} != names:
             raise ValueError(f"Figure.load: {path}: must hold {', '.join(sorted(names))}")
         table = found.pop("table", None)
         return cls(**found, table=None if table is None else Table.of(**table))

@@ -114,6 +114,12 @@ def run(out: Path, config: TrainConfig = TrainConfig()) -> Figure:
         f"{time.monotonic() - started:.0f} s in all",
         files=[_plot(out, found), *_videos(out, sets)],
         table=_table(found),
+        captions={
+            f"{NAME}.png": "Means of every set of clips: temporal attention off and on, one frame repeated (still), "
+            "scenes that training did not show (real), and real films where they are at hand. On should lie near real.",
+            f"{NAME}_clips.png": "A clip in each row, its frames from left to right.",
+            f"{NAME}.gif": "Rows: temporal attention off, on, real scenes. The first row flickers.",
+        },
     ).save(out)
 
 

@@ -239,6 +239,12 @@ def run(out: Path, config: TrainConfig = TrainConfig(), nets: Sequence[tuple[int
         f"{config.clips} clips for every n; {time.monotonic() - started:.0f} s in all",
         files=[_plot(out, results), _sheet(out, results)],
         table=_table(results, config.clips),
+        captions={
+            f"{NAME}.png": "Share of clips in which the object returns in its own color and row. Each curve should "
+            "fall from 1 to chance at its dotted line, the reach of that net.",
+            f"{NAME}_frames.png": "A clip in each row, hidden for as long as the net reaches. All frames but the last "
+            "are given; the last is the net's prediction.",
+        },
     ).save(out)
 
 

@@ -1,4 +1,9 @@
-"""Inflation: an image model becomes a video model that begins, exactly, as the image model."""
+"""Inflation: an image model becomes a video model that begins, exactly, as the image model.
+
+A model of single frames is trained, then temporal layers are put into it whose last weights are zero: at step 0 nothing
+changes, to the bit. Then the image model and the inflated one are trained on, on the same clips, and part: the inflated
+one sees what the other frames show.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +96,7 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         f"{settings.batch} clips per step; losses are means of the last {tail}; {time.monotonic() - started:.0f} s",
         files=[_plot(out, before, after)],
         table=Table.of(header, rows, note="An image model and the video model made of it, on the same clips."),
+        captions={f"{NAME}.png": "Training loss: before inflation, and of both models after it."},
     ).save(out)
 
 

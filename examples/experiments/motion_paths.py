@@ -205,6 +205,11 @@ def run(out: Path, config: TrainConfig = TrainConfig()) -> Figure:
         f"clips; {config.clips} clips of each speed; {time.monotonic() - started:.0f} s in all",
         files=[_plot(out, full, temporal), _sheet(out)],
         table=_table(full, temporal),
+        captions={
+            f"{NAME}.png": "Above: how much the object's token in the middle frame looks at each frame and column; "
+            "the dark cells should follow the slanted line. Below: the same along the line and at the same position.",
+            f"{NAME}_clips.png": "Clips of each speed, clean and as the nets are given them.",
+        },
     ).save(out)
 
 

@@ -1,4 +1,9 @@
-"""Splicing: 64 frames with memory for 8. Peak memory against the whole clip's, and how visible the seams are."""
+"""Splicing: 64 frames with memory for 8. Peak memory against the whole clip's, and how visible the seams are.
+
+A long video is drawn in chunks of 8 frames, each of which is given the last two frames of the chunk before and goes on
+from them (spliced), beside two other ways: all chunks in one draw with their overlaps cross-faded (blended), and chunks
+that know nothing of one another (cut). A seam is visible where the frame that begins a chunk changes more than others.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from torch import Tensor
 from experiments import train_sample
 from experiments.figure import Figure
 from experiments.show import OFF, ON, THIRD, draw_curves, new_plot, progress, save_plot
-from vdcore.diffusion import blended, make_sampler, sample, splice
+from vdcore.diffusion import blended, make_sampler, runs, sample, splice
 from vdcore.diffusion.training import Recipe, Trained, load_trained, process_for
 from vdcore.models import VDiT
 from vdcore.video import contact_sheet, write_video
@@ -39,7 +44,7 @@ class Settings:
     frames: Sequence[int] = (8, 16, 32, FRAMES)
     together: int = 16
     videos: int = 8
-    steps: int = 12
+    steps: int = runs.STEPS
 
 
 def peak_memory(frames: int, videos: int, spliced: bool) -> int:
@@ -119,6 +124,12 @@ def run(out: Path, settings: Settings = Settings()) -> Figure:
         f"the model of train_sample ({trained.step} steps); {time.monotonic() - started:.0f} s",
         files=[_plot(out, memory, videos), *_videos(out, videos)],
         table=_table(memory),
+        captions={
+            f"{NAME}.png": "Left: peak memory by length, of a whole clip and spliced. Right: change from each frame to "
+            "the next; without overlap it jumps wherever a chunk begins.",
+            f"{NAME}_frames.png": "One video in each row, every fourth frame.",
+            f"{NAME}.gif": "From left to right: spliced, blended, cut.",
+        },
     ).save(out)
 
 
@@ -126,15 +137,15 @@ def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Te
     """``(count, 3, FRAMES, H, W)`` in [0, 1], and where its chunks begin."""
     recipe = trained.recipe
     process, random = process_for(recipe.target, recipe.sampling_shift), torch.Generator().manual_seed(0)
-    shape = (count, recipe.model.in_channels, *recipe.size)
+    shape, how = (count, recipe.model.in_channels, *recipe.size), runs.how_to_sample(steps, random)
     if kind == "blended":
         # The whole video in one draw; chunks begin where they are half faded in.
         noise = torch.randn(count, shape[1], FRAMES, *recipe.size, generator=random)
-        video = sample(blended(trained.model, CHUNK, CHUNK // 2), process, noise, steps)
+        video = sample(blended(trained.model, CHUNK, CHUNK // 2), process, noise, steps, **how)
         seams = range(CHUNK // 2 + CHUNK // 4, FRAMES, CHUNK // 2)
     else:
         overlap = OVERLAP if kind == "spliced" else 0
-        sampler = make_sampler(trained.model, process, shape, steps, generator=random)
+        sampler = make_sampler(trained.model, process, shape, steps, **how)
         video = torch.cat(list(splice(sampler, FRAMES, CHUNK, overlap)), 2)
         seams = range(CHUNK, FRAMES, CHUNK - overlap)
     return ((video + 1) / 2).clamp(0, 1), list(seams)

@@ -101,7 +101,8 @@ def experiment(name, passed=True):
         table = Table.of(("a", "b"), [("x", 1)], note="A table of <things>.")
         files = [f"{name}.png", f"{name}.mp4"]
         numbers, limits = {"n": {"deep": 1.5}}, {"limit": 2}
-        return Figure(name, f"claim of {name}", numbers, limits, passed, "small", files, table).save(out)
+        captions = {f"{name}.png": f"Picture of {name}."}
+        return Figure(name, f"claim of {name}", numbers, limits, passed, "small", files, table, captions).save(out)
 
     return run
 
@@ -133,7 +134,12 @@ def test_all_of_it(stubs, tmp_path):
     assert summary["passed"] and list(summary["figures"]) == calls and not summary["missing"]
     assert summary["figures"]["horizon"]["numbers"] == {"n": {"deep": 1.5}}
     page = (tmp_path / "report.html").read_text()
-    assert all(f"claim of {name}" in page for name in calls)
+    assert all(f"claim of {name}" in page and f"Picture of {name}." in page for name in calls)
+    for name in calls:  # each says to a stranger what was done
+        section = page[page.index(f'id="{name}"') :]
+        said = re.findall(r"<p>([^<].+?)</p>", section[: section.find("<h2", 5)], re.DOTALL)
+        assert len(" ".join(said)) > 200, name
+    assert "<code>x + v dt</code>" in page
     assert "n: deep" in page and "A table of &lt;things&gt;." in page and "<td>1</td>" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # opens offline, wherever it is moved
 

@@ -24,7 +24,7 @@ def figure(**changes) -> Figure:
 
 def test_saved_and_loaded(tmp_path):
     (tmp_path / "plot.png").touch()
-    saved = figure(files=["plot.png"])
+    saved = figure(files=["plot.png"], captions={"plot.png": "Forty and two."})
     assert saved.save(tmp_path) == saved == Figure.load(tmp_path / "answer.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answer.json", "plot.png"]
 
@@ -54,13 +54,20 @@ def test_missing_files_are_refused(tmp_path):
         figure(files=["plot.png"]).save(tmp_path)
 
 
+def test_pictures_without_a_caption_are_refused(tmp_path):
+    (tmp_path / "plot.png").touch()
+    with pytest.raises(ValueError, match=r"captions must say what pictures show, missing \['plot\.png'\]"):
+        figure(files=["plot.png"], captions={"other.png": "Another."}).save(tmp_path)
+    assert not (tmp_path / "answer.json").exists()
+
+
 def test_other_files_are_no_figures(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         Figure.load(path)
     path.write_text('{"name": "a"}')
-    with pytest.raises(ValueError, match="must hold claim, compared_with"):
+    with pytest.raises(ValueError, match="must hold captions, claim, compared_with"):
         Figure.load(path)
 
 
@@ -73,10 +80,10 @@ def test_a_table_is_kept_and_written_as_markdown(tmp_path, capsys):
     assert "0.123" in capsys.readouterr().out
 
 
-def test_figures_from_before_there_were_tables(tmp_path):
+def test_figures_from_before_there_were_tables_and_captions(tmp_path):
     path = tmp_path / "answer.json"
     figure().save(tmp_path)
     values = json.loads(path.read_text())
-    del values["table"]
+    del values["table"], values["captions"]
     path.write_text(json.dumps(values))
     assert Figure.load(path) == figure()
