@@ -32,6 +32,13 @@ NOTE = (
     "clips against the other."
 )
 
+CAPTIONS = {
+    f"{NAME}.png": "A clip in each row, its frames from left to right: four that training did not show, below them "
+    "samples, as they come.",
+    f"{NAME}.gif": "Samples, moving.",
+    f"{NAME}_losses.png": "The training loss by step.",
+}
+
 
 def checkpoint(out: Path) -> Path:
     """Of the model that is trained, below the demo's folder."""
@@ -114,10 +121,5 @@ def run(
             f"{NAME}_losses.png",
         ],
         table=Table.of(("measure", "samples", "real clips"), rows, note=NOTE),
-        captions={
-            f"{NAME}.png": "A clip in each row, its frames from left to right: four that training did not show, below "
-            "them samples, as they come.",
-            f"{NAME}.gif": "Samples, moving.",
-            f"{NAME}_losses.png": "The training loss by step.",
-        },
+        captions=CAPTIONS,
     ).save(out)
