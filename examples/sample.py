@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vdcore.diffusion import make_sampler, splice
+from vdcore.diffusion.runs import how_to_sample
 from vdcore.diffusion.training import load_trained, process_for
 from vdcore.video import write_video
 
@@ -18,7 +19,7 @@ def main(arguments=None):
     parser.add_argument("checkpoint", nargs="?", default="out/examples/checkpoint.safetensors")
     parser.add_argument("--count", type=int, default=4, help="videos")
     parser.add_argument("--frames", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=4, help="of the scheduler")
+    parser.add_argument("--steps", type=int, default=8, help="of the sampler")
     parser.add_argument("--out", type=Path, default=Path("out/examples"))
     options = parser.parse_args(arguments)
     trained = load_trained(options.checkpoint)
@@ -26,7 +27,8 @@ def main(arguments=None):
     process = process_for(recipe.target, recipe.sampling_shift)
     generator = torch.Generator().manual_seed(0)
     shape = (options.count, recipe.model.in_channels, *recipe.size)
-    sampler = make_sampler(trained.model, process, shape, options.steps, generator=generator)
+    how = how_to_sample(options.steps, generator)
+    sampler = make_sampler(trained.model, process, shape, options.steps, **how)
     videos = torch.cat(list(splice(sampler, options.frames, recipe.frames, overlap=2)), 2)
     row = torch.cat(list((videos + 1) / 2), -1)
     print(write_video(options.out / "samples.gif", row, 8, scale=4))
