@@ -27,7 +27,7 @@ def main(arguments=None):
     process = process_for(recipe.target, recipe.sampling_shift)
     generator = torch.Generator().manual_seed(0)
     shape = (options.count, recipe.model.in_channels, *recipe.size)
-    how = how_to_sample(options.steps, generator)
+    how = how_to_sample(options.steps, generator, spliced=True)
     sampler = make_sampler(trained.model, process, shape, options.steps, **how)
     videos = torch.cat(list(splice(sampler, options.frames, recipe.frames, overlap=2)), 2)
     row = torch.cat(list((videos + 1) / 2), -1)

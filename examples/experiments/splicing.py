@@ -44,7 +44,7 @@ class Settings:
     frames: Sequence[int] = (8, 16, 32, FRAMES)
     together: int = 16
     videos: int = 8
-    steps: int = runs.STEPS
+    steps: int = 12
 
 
 def peak_memory(frames: int, videos: int, spliced: bool) -> int:
@@ -137,7 +137,7 @@ def long_videos(trained: Trained, kind: str, count: int, steps: int) -> tuple[Te
     """``(count, 3, FRAMES, H, W)`` in [0, 1], and where its chunks begin."""
     recipe = trained.recipe
     process, random = process_for(recipe.target, recipe.sampling_shift), torch.Generator().manual_seed(0)
-    shape, how = (count, recipe.model.in_channels, *recipe.size), runs.how_to_sample(steps, random)
+    shape, how = (count, recipe.model.in_channels, *recipe.size), runs.how_to_sample(steps, random, spliced=True)
     if kind == "blended":
         # The whole video in one draw; chunks begin where they are half faded in.
         noise = torch.randn(count, shape[1], FRAMES, *recipe.size, generator=random)

@@ -162,7 +162,7 @@ def draw_videos(
         (count, recipe.model.in_channels, *recipe.size),
         steps,
         device=device,
-        **how_to_sample(steps, torch.Generator().manual_seed(seed)),
+        **how_to_sample(steps, torch.Generator().manual_seed(seed), spliced=frames > recipe.frames),
     )
     parts: list[Tensor] = []
     for part in splice(sampler, frames, recipe.frames, overlap if frames > recipe.frames else 0):
@@ -172,9 +172,13 @@ def draw_videos(
     return torch.cat(parts, 2)
 
 
-def how_to_sample(steps: int, generator: torch.Generator) -> dict[str, Any]:
-    """What :func:`sample`, :func:`roll` and :func:`make_sampler` are given to draw from a trained model."""
-    return {"generator": generator, "average": max(int(steps * AVERAGED), 1), "fresh": FRESH}
+def how_to_sample(steps: int, generator: torch.Generator, *, spliced: bool = False) -> dict[str, Any]:
+    """What :func:`sample`, :func:`roll` and :func:`make_sampler` are given to draw from a trained model.
+
+    Args:
+        spliced: no mean of predictions, which is smoother than the frames that it goes on from: seams would show.
+    """
+    return {"generator": generator, "average": 1 if spliced else max(int(steps * AVERAGED), 1), "fresh": FRESH}
 
 
 def _pixels(video: Tensor) -> Tensor:
