@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vdcore_bench.measure.journal import FILE, Journal, Watch, parse
-from vdcore_bench.suites.models import given
+from vdcore_bench.suites.models import calls, given
 from vdcore_bench.suites.sweep import Settings
 
 MODELS = """
@@ -103,7 +103,7 @@ def test_a_function_that_returns_something_else():
     with pytest.raises(TypeError, match=r"my_models:nothing: must return a module and .*, got 3"):
         given.GivenPoint("my_models:nothing", given.HOST, 3).make()
     with pytest.raises(TypeError, match=r"a model must return a tensor, .* got NoneType"):
-        given.first_tensor(None)
+        calls.first_tensor(None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")

@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
-from inside import AttentionCalls, breakdown
+from inside import AttentionCalls
 from torch import Tensor, nn
 from zoo import MODELS, output
 
@@ -24,6 +24,7 @@ from vdcore.integrations.diffusers import Report
 from vdcore.testing import error_ratio
 from vdcore_bench.measure.machine import heap, touch_heap
 from vdcore_bench.measure.memory import peak_of
+from vdcore_bench.measure.parts import breakdown
 from vdcore_bench.measure.timing import race_calls
 from vdcore_bench.suites.models.host_blocks import BLOCKS
 from vdcore_bench.suites.models.hosts import HostPoint, exact

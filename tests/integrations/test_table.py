@@ -7,7 +7,6 @@ pytest.importorskip("diffusers")
 
 import table
 from host_runs import MODELS
-from inside import breakdown
 
 from vdcore.testing import error_ratio
 from vdcore_bench.measure.memory import peak_of, predicted_peak
@@ -34,13 +33,6 @@ def test_blocks_of_real_width_are_the_hosts(name):
     host, ours = (HostPoint(name, provider, 3, grid=(2, 4)) for provider in ("diffusers", "vdcore"))
     assert host.size() == (3, 2, 4)
     assert error_ratio(ours.make().call(), exact(host), [host.make().call()]).worst <= 1
-
-
-def test_breakdown_knows_its_operators():
-    x, w = torch.randn(64, 64), torch.randn(64, 64)
-    found = breakdown(lambda: torch.nn.functional.layer_norm(x @ w, (64,)), rounds=1).groups
-    assert found["matrix products"] > 0 and found["norms and modulation"] > 0
-    assert found["attention"] == 0
 
 
 def test_peak_memory_is_that_of_the_call():

@@ -92,7 +92,7 @@ def models_named(given: list[str] | None, device: str, blocks_alone: bool = Fals
         blocks_alone: of diffusers only blocks are known, no whole models.
     """
     from vdcore_bench.suites import models
-    from vdcore_bench.suites.models import hosts
+    from vdcore_bench.suites.models import hosts, steps
 
     own = models.PROFILED if blocks_alone else models.OWN
     if not set(split(given)) - set(own):
@@ -105,7 +105,8 @@ def models_named(given: list[str] | None, device: str, blocks_alone: bool = Fals
         print(f"vdcore: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    return known("--model", given, [*own, *([] if blocks_alone else hosts.models()), *hosts.blocks()])
+    whole = [] if blocks_alone else [*hosts.models(), *steps.names()]
+    return known("--model", given, [*own, *whole, *hosts.blocks()])
 
 
 def record(out: Path, measure: Callable[[Journal, Watch], None]) -> None:

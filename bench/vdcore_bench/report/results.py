@@ -10,7 +10,7 @@ from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
 from vdcore_bench.report import curves, page, pictures, summary
 from vdcore_bench.report.table import Table
 from vdcore_bench.suites import gpu, gradients, grid_masks, kept, masks, ranks, tangents
-from vdcore_bench.suites.models import block, given, hosts
+from vdcore_bench.suites.models import block, given, hosts, step_tables
 
 # ---- Tables ----
 
@@ -90,6 +90,13 @@ def swap_table(rows: Sequence[Row]) -> Table:
     return Table.of(hosts.HEADER, hosts.cells(swapped), "Models before and after the swap")
 
 
+def step_tables_of(rows: Sequence[Row]) -> list[Table]:
+    """Denoising steps: the numbers, and what to know about them."""
+    table = Table.of(step_tables.HEADER, step_tables.cells(rows), "A denoising step", note=step_tables.LEGEND)
+    notes = Table.of(step_tables.NOTES, step_tables.notes(rows), "What ran in these steps", text=True)
+    return [one for one in (table, notes) if one.rows]
+
+
 def ranks_table(rows: Sequence[Row]) -> Table:
     note = "Bytes and memory of the rank with most, counted. ~: time predicted for the link, without overlap."
     return Table.of(ranks.HEADER, ranks.cells(rows), "Models on several ranks", note=note)
@@ -129,7 +136,7 @@ def others(rows: Sequence[Row]) -> Iterator[list[Table]]:
         if one.rows:
             yield [one]
     of_masks = (mask_tables(rows), grid_mask_tables(rows), kept_tables(rows))
-    for several in (gpu.tables(rows), *of_masks, profile_tables(rows)):
+    for several in (step_tables_of(rows), gpu.tables(rows), *of_masks, profile_tables(rows)):
         if several:
             yield several
 

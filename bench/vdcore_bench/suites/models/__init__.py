@@ -1,11 +1,11 @@
-"""Whole models: a block of a video DiT, VDiTs against frames, models of diffusers before and after the swap."""
+"""Whole models: a block of a video DiT, VDiTs against frames, diffusers' blocks and steps before and after the swap."""
 
 from __future__ import annotations
 
 from vdcore_bench.jobs.base import DTYPES
 from vdcore_bench.measure.journal import Journal, Watch
 from vdcore_bench.suites import Options
-from vdcore_bench.suites.models import block, given, hosts, vdit
+from vdcore_bench.suites.models import block, given, hosts, steps, vdit
 from vdcore_bench.suites.sweep import Settings
 
 TAKES = frozenset({"models", "modes", "dtypes", "batch", "seconds", "rounds", "memory_limit", "full_size", "until"})
@@ -27,11 +27,15 @@ def run(options: Options, journal: Journal, watch: Watch) -> None:
                     limits = Settings(FRAMES, mode=mode, dtype=dtype, device=options.device, memory_limit=options.limit)
                     vdit.run(variants, limits, journal, watch)
     others = [name for name in names if name not in OWN]
+    whole = [name for name in others if name.startswith(steps.ALL) or name.endswith(f" {steps.OP}")]
+    others = [name for name in others if name not in whole]
     if others:
         with watch.part("Models before and after the swap"):
             for number, name in enumerate(others):
                 watch.step(name, number, len(others))
                 watch.done(hosts.compare(name, dtypes, options.rounds, journal))
+    if whole:
+        steps.run(whole, options, journal, watch)
 
 
 def profile(

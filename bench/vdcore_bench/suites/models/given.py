@@ -17,13 +17,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.journal import PROFILE, Journal, Row, Watch, row_here
 from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
 from vdcore_bench.own import own_function
+from vdcore_bench.suites.models.calls import call_of
 from vdcore_bench.suites.sweep import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
 
 OP = "given"
@@ -85,16 +86,7 @@ class GivenPoint:
 
     def _call(self, module: nn.Module, given: Any) -> Callable[[], Any]:
         run = partial(module, **given) if isinstance(given, Mapping) else given
-        parameters = [p for p in module.parameters() if p.requires_grad]
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return run()
-
-        def backward() -> Any:
-            return torch.autograd.grad(first_tensor(run()).float().sum(), parameters, allow_unused=True)
-
-        call = backward if "bwd" in self.mode else forward
+        call = call_of(module, run, self.mode)
         if self.provider != NAIVE:
             return call
 
@@ -120,21 +112,6 @@ class GivenPoint:
             original={"T": self.frames},
             shape={"T": self.frames},
         )
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Of what a model returned: a tensor, or the first one of a tuple or of a mapping, which diffusers' outputs are.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    inside = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for x in inside:
-        if isinstance(x, Tensor):
-            return x
-    raise TypeError(f"a model must return a tensor, or a tuple or mapping with one in it, got {type(output).__name__}")
 
 
 # ---- What runs ----

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vdcore import FrameMask
 from vdcore.models import VDiT, VDiTConfig
@@ -19,6 +18,7 @@ from vdcore.testing import TORCH_FORMS
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.journal import PROFILE, Journal, Row, Watch, row_here
 from vdcore_bench.measure.memory import Peak, Timed, peak_of, predicted_peak, time_warm
+from vdcore_bench.suites.models.calls import call_of
 from vdcore_bench.suites.sweep import Estimate, Settings, follow, lacks_gpu, rows_of, without_gpu
 
 WINDOW = 8  # frames of the past that the windowed variants see
@@ -120,16 +120,7 @@ def _step(point: ModelPoint, frames: int) -> tuple[VDiT, Callable[[], Any]]:
             video, timestep = torch.randn(1, SIZE[0], frames, *SIZE[1:]), torch.full((1,), 500.0)
     finally:
         torch.set_default_dtype(usual)
-    parameters = list(model.parameters())
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return model(video, timestep)
-
-    def backward() -> Any:
-        return torch.autograd.grad(model(video, timestep).float().sum(), parameters)
-
-    return model, backward if "bwd" in point.mode else forward
+    return model, call_of(model, partial(model, video, timestep), point.mode)
 
 
 @machine.returning_memory()
