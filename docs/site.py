@@ -212,6 +212,9 @@ class Site:
         if path.suffix in (".png", ".svg"):
             self.add(f"pictures/{path.name}", path.read_bytes())
             return f"pictures/{path.name}"
+        if path.suffix == ".ipynb":  # to download
+            self.add(f"sources/{name}", path.read_bytes())
+            return f"sources/{name}"
         if path.suffix in LANGUAGES:
             shown = f"sources/{name}.md"
             self.add(shown, f"# {name}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text()}```\n")

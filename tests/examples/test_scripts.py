@@ -35,6 +35,30 @@ def test_same_video(script, tmp_path):
     assert float(re.search(r"PSNR (\S+) dB", changed).group(1)) < 80
 
 
+@pytest.mark.parametrize("name", ["animatediff", "svd", "wan"])
+def test_swap_pipelines(script, name):
+    output = script("swap_pipelines", name, "--frames", 5, "--steps", 1)
+    assert name in output and "served: " in output
+    assert float(re.search(r"PSNR (\S+) dB", output).group(1)) > 100
+
+
+def test_windowed_wan(script):
+    """Dense is dense; what sees less changes the result more."""
+    output = script("windowed_wan", "dense", "neighborhood:3/5/5", "radial", "--calls", 1)
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines()[2:]]
+    visible, change = ({row[0]: float(row[i].rstrip("%")) for row in rows} for i in (1, 3))
+    assert visible["dense"] == 100 > visible["radial"] > visible["neighborhood:3/5/5"]
+    assert change["dense"] < 1e-5 < change["radial"] < change["neighborhood:3/5/5"]
+
+
+def test_memory_before(script):
+    rows = [line.strip("| ").split(" | ") for line in script("memory_before", "--frames", 2, 6).splitlines()[2:]]
+    sizes = {int(row[0]): [float(cell.split()[0].replace(",", "")) for cell in row[1:]] for row in rows}
+    for host, naive, swapped in sizes.values():
+        assert naive > host >= swapped > 0
+    assert sizes[6][1] - sizes[6][0] > 4 * (sizes[2][1] - sizes[2][0])  # naive scores grow with the square
+
+
 def test_train_and_sample(script, tmp_path):
     checkpoint = tmp_path / "model.safetensors"
     output = script("train", "--steps", 12, "--width", 48, "--out", checkpoint)
@@ -91,4 +115,5 @@ def test_beside_ulysses(script):
 def test_every_script_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     tested = re.findall(r'script\("(\w+)"', Path(__file__).read_text())
-    assert names == {*tested, "peer", "tiny_models"}  # what the commands take as module:function: tests/bench
+    # What the commands take as module:function, and tests/bench runs.
+    assert names == {*tested, "peer", "tiny_models", "tiny_pipelines"}
