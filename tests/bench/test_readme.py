@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from small import row
 
+import vdcore
+from vdcore.ops.choose import BACKENDS
+from vdcore.ops.operator import capture
+from vdcore.testing.cases import cases_of
 from vdcore_bench.measure.journal import MASKS, PROFILE
 from vdcore_bench.report import readme
 
@@ -20,6 +25,18 @@ def test_the_operator_table_of_the_readme_is_up_to_date():
     text = (ROOT / "README.md").read_text()
     if "<!-- table:operators -->" in text:
         assert readme.operators(ROOT) in text
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "sdpa"])
+def test_backends_take_the_dtypes_that_the_table_says(backend):
+    """Every operator of a backend, in every dtype: an objection to it, or none."""
+    its = BACKENDS[backend]
+    for op in its.operators:
+        plain = cases_of(op, tag="plain")[0]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            call = capture(getattr(vdcore, op), **plain.inputs(dtype).args)
+            said = its.why_not(call) or ""
+            assert (f"it has no {dtype}" in said) == bool(its.dtypes and dtype not in its.dtypes), (op, dtype, said)
 
 
 def test_the_operator_table_has_every_operator_and_backend():

@@ -12,7 +12,6 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import diffusers
 import torch
@@ -20,14 +19,13 @@ from inside import AttentionCalls
 from torch import Tensor, nn
 from zoo import MODELS, output
 
-from vdcore.integrations.diffusers import Report
 from vdcore.testing import error_ratio
 from vdcore_bench.measure.machine import heap, touch_heap
 from vdcore_bench.measure.memory import peak_of
 from vdcore_bench.measure.parts import breakdown
 from vdcore_bench.measure.timing import race_calls
 from vdcore_bench.suites.models.host_blocks import BLOCKS
-from vdcore_bench.suites.models.hosts import HostPoint, exact
+from vdcore_bench.suites.models.hosts import Host, HostPoint, exact
 
 MIB = 2**20
 
@@ -48,8 +46,7 @@ def model_row(name: str, rounds: int) -> dict[str, str]:
         host, ours = (TinyPoint(name, provider, dtype=dtype).make() for provider in ("diffusers", "vdcore"))
         before, after = host.call, ours.call
         if dtype == torch.float32:
-            assert ours.report is not None
-            row |= _calls(before, after, ours.report)
+            row |= _calls(host, ours)
             times = race_calls({"host": before, "vdcore": after}, rounds)
             row["ms"] = f"{1e3 * times['host'].p50:.1f} / {1e3 * times['vdcore'].p50:.1f}"
             row["peak MiB"] = f"{peak_of(before).bytes / MIB:.1f} / {peak_of(after).bytes / MIB:.1f}"
@@ -58,17 +55,23 @@ def model_row(name: str, rounds: int) -> dict[str, str]:
     return row
 
 
-def _calls(before: Callable[[], Any], after: Callable[[], Any], report: Report) -> dict[str, str]:
-    with AttentionCalls() as host:
-        before()
-    with AttentionCalls() as ours:
-        after()
-    reasons = Counter(f"{entry.kind}: {entry.what}" for entry in report.left)
-    served = ", ".join(f"{n} {op.removesuffix('_attention')}" for op, n in sorted(ours.operators().items()))
+def calls_row(name: str) -> dict[str, str]:
+    """What of a row no machine changes: calls of attention, who serves them, what is left."""
+    return _calls(*(TinyPoint(name, provider).make() for provider in ("diffusers", "vdcore")))
+
+
+def _calls(host: Host, ours: Host) -> dict[str, str]:
+    with AttentionCalls() as before:
+        host.call()
+    with AttentionCalls() as after:
+        ours.call()
+    assert ours.report is not None
+    reasons = Counter(f"{entry.kind}: {entry.what}" for entry in ours.report.left)
+    served = ", ".join(f"{n} {op.removesuffix('_attention')}" for op, n in sorted(after.operators().items()))
     return {
-        "calls": str(host.torch.total()),
-        "served": f"{ours.served} ({served})",
-        "left to torch": str(ours.torch.total()),
+        "calls": str(before.torch.total()),
+        "served": f"{after.served} ({served})",
+        "left to torch": str(after.torch.total()),
         "why": "; ".join(f"{n} x {reason}" for reason, n in reasons.items()),
     }
 

@@ -1,5 +1,7 @@
 """The table of models and the measurements that it is made of."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +23,27 @@ def test_rows(capsys):
     assert cells["calls"] == "2" and cells["served"] == "2 (2 cross)" and cells["left to torch"] == "0"
     assert "SanaLinearAttnProcessor3_0" in cells["why"]
     assert 0 < float(cells["error float32"]) <= 1
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "diffusers.md"
+NEAR = ("Latte", "SVD", "Wan", "SanaVideo", "Mochi", "HunyuanVideo")  # every kind of swap; the rest nightly
+
+
+def rows_of_the_page():
+    """Model -> calls, served, left to torch and why, as docs/diffusers.md has them."""
+    lines = PAGE.read_text().partition("| model | calls |")[2].partition("\n\n")[0].splitlines()[2:]
+    return {cells[0]: cells[1:5] for cells in ([x.strip() for x in line.strip("|").split("|")] for line in lines)}
+
+
+def test_the_page_has_every_model():
+    assert list(rows_of_the_page()) == list(MODELS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NEAR else pytest.mark.slow) for n in MODELS])
+def test_the_page_says_what_is_served_and_what_is_left(name):
+    """`python tests/integrations/table.py` makes it anew."""
+    row = table.calls_row(name)
+    assert rows_of_the_page()[name] == [row[column] for column in ("calls", "served", "left to torch", "why")]
 
 
 def test_unknown_names_are_answered_with_the_known(capsys):

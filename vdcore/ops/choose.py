@@ -62,10 +62,17 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations; ``missing()`` is the reason why none can run on this machine, or None."""
+    """A set of implementations; ``missing()`` is the reason why none can run on this machine, or None.
+
+    Args:
+        device: of the tensors that it takes, in words.
+        dtypes: of these tensors; empty: every floating one that torch computes with.
+    """
 
     name: str
     missing: Callable[[], str | None]
+    device: str = "any"
+    dtypes: tuple[torch.dtype, ...] = ()
     operators: dict[str, Implementation] = field(default_factory=dict)
 
     def why_not(self, call: Call, direction: str = "fwd") -> str | None:
@@ -88,9 +95,9 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("reference", lambda: None),
-        Backend("cpu", native.missing),
-        Backend("triton", triton.missing),
-        Backend("cuda", cuda.missing),
+        Backend("cpu", native.missing, "CPU", native.DTYPES),
+        Backend("triton", triton.missing, "NVIDIA or AMD GPU", triton.DTYPES),
+        Backend("cuda", cuda.missing, "NVIDIA GPU", cuda.DTYPES),
         Backend("sdpa", lambda: None),
     )
 }

@@ -19,7 +19,7 @@ from vdcore.ops.check import unit_stride
 
 MAX_HEAD_DIM = 256
 MAX_BOX_DIM = 128
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Versions of Triton whose results are wrong, with the kernel and the configuration that shows it.
 VERSION_DENYLIST: dict[str, str] = {}
@@ -55,7 +55,7 @@ def _too_old(index: int) -> str | None:
 
 
 def why_not(x: Tensor) -> str | None:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"it has no {x.dtype}"
     if x.device.type == "cuda":
         return _too_old(x.device.index)

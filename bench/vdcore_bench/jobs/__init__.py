@@ -355,7 +355,10 @@ def operators_of(backend: str) -> tuple[str, ...]:
 
 
 def operator_table() -> dict[str, dict[str, str]]:
-    """Operator -> backend -> ``"fwd + bwd"``, ``"fwd"`` or ``""``: what each backend has, on any machine."""
+    """Operator -> backend -> ``"fwd + bwd"``, ``"fwd"`` or ``""``: what each backend has, on any machine.
+
+    Operators in the order of their jobs, then those without one.
+    """
 
     def has(op: str, backend: str) -> str:
         implementation = BACKENDS[backend].operators.get(op)
@@ -363,7 +366,8 @@ def operator_table() -> dict[str, dict[str, str]]:
             return ""
         return "fwd" if implementation.backward is None else "fwd + bwd"
 
-    return {op: {backend: has(op, backend) for backend in BACKENDS} for op in JOBS}
+    ops = dict.fromkeys([*JOBS, *BACKENDS["reference"].operators])
+    return {op: {backend: has(op, backend) for backend in BACKENDS} for op in ops}
 
 
 def make(

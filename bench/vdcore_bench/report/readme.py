@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vdcore.ops.choose import BACKENDS, Backend
 from vdcore_bench.jobs import operator_table
 from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row, newest, parse
 from vdcore_bench.report import curves, results, summary
@@ -40,11 +41,16 @@ def committed(root: Path) -> list[Row]:
 
 
 def operators(root: Path) -> str:
-    """Operators x backends: forward, backward."""
+    """Operators x backends: forward, backward; and the devices and dtypes of each backend."""
     table = operator_table()
-    names = list(next(iter(table.values())))
-    rows = ((f"`{op}`", *(has[name] or "-" for name in names)) for op, has in table.items())
-    return Table.of(("operator", *(f"`{name}`" for name in names)), rows, text=True).markdown()
+    rows = [(f"`{op}`", *(has[name] or "-" for name in BACKENDS)) for op, has in table.items()]
+    rows.append(("*tensors on*", *(backend.device for backend in BACKENDS.values())))
+    rows.append(("*dtypes*", *map(_dtypes, BACKENDS.values())))
+    return Table.of(("operator", *(f"`{name}`" for name in BACKENDS)), rows, text=True).markdown()
+
+
+def _dtypes(backend: Backend) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes) or "every float"
 
 
 def _machine_of(row: Row) -> tuple[str | None, ...]:
