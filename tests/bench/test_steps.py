@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vdcore_bench.measure.journal import FILE, Journal, Watch, parse
-from vdcore_bench.report import results
+from vdcore_bench.report import pictures, results
 from vdcore_bench.suites import Options
 from vdcore_bench.suites.models import step_tables, steps
 from vdcore_bench.suites.models.pipelines import PIPELINES, Pipeline
@@ -99,16 +99,18 @@ def test_a_mask_changes_the_result_and_says_so(rows):
     (_, swapped, masked, _), *_ = step_tables.lines(rows).values()
     assert change(swapped.reason) < 1e-5 and "mask" not in swapped.reason
     assert "the mask changes the result" in masked.reason and change(masked.reason) > 1e-3
-    assert "52 % of the pairs of frames" in masked.reason and masked.job.variant == "mask: 1 frames to either side"
+    assert "52 % of the pairs of frames" in masked.reason and masked.job.variant == "frames:1"
 
 
 def test_tables_and_report(rows):
     cells = step_tables.cells(rows)
     assert len(cells) == 4 and all(len(line) == len(step_tables.HEADER) for line in cells)
-    assert [line[4] for line in cells][::3] == ["1.00x", "-"]  # decoding is not raced
+    assert [line[3] for line in cells][::3] == ["1.00x", "-"]  # decoding is not raced
     said = step_tables.sentences(rows)
     assert len(said) == 3 and "which change the result" in said[0] and "of the host's time" in said[1]
-    page = results.report(rows, {})
+    page = results.report(rows, pictures.draw(rows))
+    assert page.index("which change the result") < page.index("What the time of a step goes to")
+    assert page.index("What the time of a step goes to") < page.index("A denoising step") < page.index("Machine and")
     assert "A denoising step" in page and "What ran in these steps" in page
 
 

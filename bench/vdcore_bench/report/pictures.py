@@ -9,6 +9,7 @@ from vdcore_bench.measure.journal import Row
 from vdcore_bench.report import curves, summary
 from vdcore_bench.report.plot import BEST, COPY, NAIVE, OURS, new_plot, png
 from vdcore_bench.suites import grid_masks, kept, masks
+from vdcore_bench.suites.models import step_tables
 
 COLORS = {"vdcore": OURS, "sdpa": BEST, "naive": NAIVE}
 Pictures = dict[str, tuple[str, bytes]]  # file stem -> title, PNG
@@ -29,6 +30,8 @@ def draw(rows: Sequence[Row]) -> Pictures:
             pictures[name] = (title, _bars(title, drawable))
     if races := grid_masks.races(rows):
         pictures["masks"] = ("Speed-up against density", grid_masks.picture(races))
+    if parts := step_tables.picture(rows):
+        pictures["steps"] = ("What the time of a step goes to", parts)
     if lengths := masks.picture(rows):
         pictures["lengths"] = ("Time against frames under masks", lengths)
     for i, model in enumerate(kept.models(rows)):

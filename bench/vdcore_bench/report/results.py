@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row
-from vdcore_bench.report import curves, page, pictures, summary
+from vdcore_bench.report import curves, page, pictures, said, summary
 from vdcore_bench.report.table import Table
 from vdcore_bench.suites import gpu, gradients, grid_masks, kept, masks, ranks, tangents
 from vdcore_bench.suites.models import block, given, hosts, step_tables
@@ -182,13 +182,13 @@ def report(rows: Sequence[Row], drawn: pictures.Pictures, noise: str = "") -> st
     """
     found = summary.lines(rows)
     images = {name: page.image(png, title) for name, (title, png) in drawn.items()}
-    parts = [page.said(summary.sentences(found)) + page.note(noise if rows else "There are no rows.")]
+    parts = ["".join(map(page.said, said.sentences(rows))) + page.note(noise if rows else "There are no rows.")]
     wrong = summary.wrong(found)
     if wrong:
         parts.append("<ul>" + "".join(f'<li class="no">{page.escaped(x)}</li>' for x in wrong) + "</ul>")
+    parts += images.values()
     if summary.bars(found):
         parts.append(page.titled(bar_table(found), 2))
-    parts += images.values()
     if found:
         parts.append(page.heading("Operators") + page.note(summary.LEGEND))
         parts += [
@@ -215,7 +215,7 @@ def _machine(rows: Sequence[Row]) -> Table:
     allocators = [*dict.fromkeys(row.allocator for row in rows if row.status == "ok")]
     facts += [("allocator", allocator) for allocator in allocators[:3]]
     if len(allocators) > 3:
-        facts += [("allocator", f"and {len(allocators) - 3} others, in results.jsonl")]
+        facts += [("allocator", f"{len(allocators) - 3} more, in results.jsonl")]
     return Table.of(("machine", ""), facts, text=True)
 
 

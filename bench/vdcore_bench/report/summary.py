@@ -208,6 +208,13 @@ def _job_text(line: Line) -> str:
     return f"{job.op}{case_of(line)}, {job.workload}, {job.dtype}, {job.mode}: {line.speedup:.2f}x of {best}"
 
 
+def between(found: dict[str, float], form: str) -> str:
+    """``"0.9 (a) to 12 (b)"``: the least and the largest, with their names."""
+    low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    text = f"{form.format(found[low])} ({low})"
+    return text if low == high else f"{text} to {form.format(found[high])} ({high})"
+
+
 def absent(found: Sequence[Line]) -> dict[str, list[str]]:
     """Why providers are missing: reason -> providers, each once."""
     reasons: dict[str, list[str]] = {}

@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vdcore_bench.measure import machine, parts
-from vdcore_bench.measure.journal import Row
+from vdcore_bench.measure.journal import Row, text_of
+from vdcore_bench.report.plot import BEST, NAIVE, OURS, THIRD, new_plot, png
+from vdcore_bench.report.summary import between
 from vdcore_bench.suites.models.steps import DECODING, HOST, OP, PART, SWAPPED
 
 COLUMNS = {
     "attention": (parts.ATTENTION,),
     "products": (parts.PRODUCTS,),
     "convolutions": (parts.CONVOLUTIONS,),
-    "norms, element by element": (parts.NORMS, parts.ACTIVATIONS, parts.ELEMENTS),
+    "norms, elementwise": (parts.NORMS, parts.ACTIVATIONS, parts.ELEMENTS),
     "copies": (parts.COPIES,),
     "the rest": (parts.REST,),
 }
-HEADER = ("step", "dtype", "who", "time", "host / it", "peak memory", *COLUMNS)
+HEADER = ("step", "who", "time", "host / it", "memory", *COLUMNS)
 LEGEND = (
-    "One call of a pipeline's model, real width, few layers, random weights. Parts are shares of a call's time under "
-    "torch's profiler; they add up to it, and the rest is Python's. Layers are alike, so that shares are those of a "
-    "whole model but for what stands around its layers; with the number of tokens attention's share grows."
+    "One call of a pipeline's model: real width, few layers, random weights; its peak memory beyond them. Parts are "
+    "shares of a call's time under torch's profiler; they add up to it, and the rest is Python's. Layers are alike, so "
+    "that shares are those of a whole model but for what stands around its layers; with the number of tokens "
+    "attention's share grows."
 )
 NOTES = ("step", "who", "what ran", "what to know")
 
@@ -46,7 +49,7 @@ class Line:
 
     @property
     def who(self) -> str:
-        return ", ".join(filter(None, (self.job.provider, self.job.variant)))
+        return DECODING if self.job.variant == DECODING else text_of(self.job.provider, self.job.variant)
 
     @property
     def reason(self) -> str:
@@ -80,8 +83,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             shares = [line.share(column) for column in COLUMNS]
             made.append(
                 (
-                    name,
-                    dtype,
+                    f"{name}, {dtype}",
                     line.who,
                     machine.seconds_text(seconds) if seconds else "-",
                     f"{host / seconds:.2f}x" if raced and host and seconds else "-",
@@ -97,6 +99,30 @@ def notes(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [
         (name, line.who, line.job.scaling, line.reason) for (name, *_), group in lines(rows).items() for line in group
     ]
+
+
+def picture(rows: Sequence[Row]) -> bytes | None:
+    """Every call as a bar of its parts, in shares; None without rows."""
+    named = [
+        (name, line)
+        for (name, *_), group in lines(rows).items()
+        for line in group
+        if line.share("attention") is not None
+    ]
+    if not named:
+        return None
+    figure, axes = new_plot(10.0, 1.2 + 0.32 * len(named))
+    axis, left = axes[0][0], [0.0] * len(named)
+    for color, column in zip((OURS, BEST, THIRD, "#8c6bb1", NAIVE, "#d0d0d0"), COLUMNS):
+        shares = [100 * (line.share(column) or 0.0) for _, line in named]
+        axis.barh(range(len(named)), shares, left=left, color=color, label=column)
+        left = [a + b for a, b in zip(left, shares)]
+    axis.set_yticks(range(len(named)), [f"{name}: {line.who}" for name, line in named], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("% of a call's time")
+    figure.legend(loc="outside upper center", ncols=len(COLUMNS), fontsize=8, frameon=False)
+    return png(figure)
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
@@ -117,25 +143,18 @@ def sentences(rows: Sequence[Row]) -> list[str]:
                 products[name] = 100 * ((line.share("products") or 0.0) + (line.share("convolutions") or 0.0))
     said = []
     if plain:
-        under = f", under masks, which change the result, {_range(masked, '{:.2f}')} times" if masked else ""
-        said.append(f"Swapped, a step is {_range(plain, '{:.2f}')} times as fast as the host's{under}.")
+        under = f", under masks, which change the result, {between(masked, '{:.2f}')} times" if masked else ""
+        said.append(f"Swapped, a step is {between(plain, '{:.2f}')} times as fast as the host's{under}.")
     if attention:
-        around = _range(products, "{:.0f} %")
+        around = between(products, "{:.0f} %")
         said.append(
-            f"Attention is {_range(attention, '{:.0f} %')} of the host's time, products and convolutions {around}."
+            f"Attention is {between(attention, '{:.0f} %')} of the host's time, products and convolutions {around}."
         )
     if decoded:
-        said.append(f"Decoding all latents takes as long as {_range(decoded, '{:.1f}')} such steps of few layers.")
+        said.append(f"Decoding all latents takes as long as {between(decoded, '{:.1f}')} such steps of few layers.")
     return said
 
 
 def _positions(group: Sequence[Line]) -> int:
     """Of the latents of a step."""
     return math.prod(next(line.job.shape.values() for line in group if line.job.variant != DECODING))
-
-
-def _range(found: dict[str, float], form: str) -> str:
-    """The least and the largest, with their names."""
-    low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
-    text = f"{form.format(found[low])} ({low})"
-    return text if low == high else f"{text} to {form.format(found[high])} ({high})"

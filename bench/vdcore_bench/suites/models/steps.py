@@ -144,13 +144,14 @@ def racers(step: Step) -> Iterator[Racer]:
             note = f"differs from the host's by {change:.0e} of the largest value"
         if masked:
             density = f"{100 * step.mask.density(step.size[0]):.0f} % of the pairs of frames"
-            note = f"the mask changes the result: {note}; {density}"
+            near = f"{step.pipeline.mask} frames to either side are visible, {density}"
+            note = f"the mask changes the result: {note}; {near}"
         row = replace(step.row(), provider=provider, variant=_mask_text(step) if masked else "", reason=note)
         yield Racer(row, call)
 
 
 def _mask_text(step: Step) -> str:
-    return f"mask: {step.pipeline.mask} frames to either side"
+    return f"frames:{step.pipeline.mask}"  # as command lines name it
 
 
 # ---- Counting ----
