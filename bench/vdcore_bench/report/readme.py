@@ -16,6 +16,7 @@ from vdcore_bench.jobs import operator_table
 from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row, newest, parse
 from vdcore_bench.report import curves, results, summary
 from vdcore_bench.report.table import Table
+from vdcore_bench.suites.models import step_tables
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"
@@ -59,8 +60,9 @@ def _machine_of(row: Row) -> tuple[str | None, ...]:
 
 def _measured(root: Path, device: str) -> list[Row]:
     rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
-    elsewhere = (MASKS, GRID_MASKS)  # these, and errors of gradients, have tables of their own
-    return [row for row in rows if row.metric != "gradient_error" and not row.case.startswith(elsewhere)]
+    elsewhere = (MASKS, GRID_MASKS)  # these, steps and errors of gradients have tables of their own
+    rows = [row for row in rows if row.op != step_tables.OP and row.metric != "gradient_error"]
+    return [row for row in rows if not row.case.startswith(elsewhere)]
 
 
 def _by_machine(rows: Iterable[Row]) -> list[list[Row]]:
@@ -215,6 +217,12 @@ def _untitled(made: Callable[[Sequence[Row]], Table], otherwise: str) -> Callabl
     return tables
 
 
+def steps(root: Path) -> str:
+    """Denoising steps of pipelines."""
+    rows = [row for row in committed(root) if row.op == step_tables.OP]
+    return _of_each_machine(rows, results.step_tables_of, "No step is committed.")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "headline": headline,
@@ -224,6 +232,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "masks": _of_masks(MASKS, results.mask_tables),  # over frames
     "grid-masks": _of_masks(GRID_MASKS, results.grid_mask_tables),  # windows in frames, rows and columns
     "block": _untitled(results.block_table, "No results of a block are committed."),  # of V-DiT
+    "steps": steps,
     "memory": memory,
     "models": models,
     "gradients": _untitled(
