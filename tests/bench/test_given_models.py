@@ -26,6 +26,19 @@ MODELS = """
     def plain(frames):
         return Attention(), {"x": torch.randn(1, 500 * frames, 32)}
 
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in "abc")
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    def residual(frames):
+        return Residual(), {"x": torch.randn(4096 * frames, 64)}
+
     def called(frames):
         model, x = Attention(), torch.randn(1, 64 * frames, 32)
         return model, lambda: model(x)
@@ -62,6 +75,15 @@ def test_prediction_is_near_what_is_measured():
     for who in (given.HOST, given.NAIVE):
         point = given.GivenPoint("my_models:plain", who, 8)
         assert 0.8 < given.measure_memory(point).bytes / given.predict_memory(point) < 1.25
+
+
+@pytest.mark.parametrize(("mode", "buffers"), [("fwd", 3), ("fwd+bwd", 10)])
+def test_prediction_counts_every_buffer_of_a_residual_net(mode, buffers):
+    """Forward holds the sum, what is added, and the new sum; training 3 a block, and the gradient on its way."""
+    point = given.GivenPoint("my_models:residual", given.HOST, 4, mode=mode)
+    one = 4 * 4096 * 64 * 4
+    predicted, measured = given.predict_memory(point), given.measure_memory(point).bytes
+    assert predicted == pytest.approx(buffers * one, rel=0.03) and measured == pytest.approx(predicted, rel=0.05)
 
 
 def test_a_gradient_is_of_the_parameters():

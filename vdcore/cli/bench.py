@@ -44,7 +44,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Most rounds of one job.")] = 9,
     memory_limit: Annotated[str | None, typer.Option(help="What one provider may need, such as 8GiB.")] = None,
     full_size: Annotated[bool, typer.Option("--full-size", help="Do not cut workloads to this machine.")] = False,
-    model: Annotated[list[str] | None, several("Of the suite models: VDiTs, models and blocks of diffusers.")] = None,
+    model: Annotated[list[str] | None, several("Of the suite models: VDiTs, blocks and steps of diffusers.")] = None,
     only: Annotated[list[str] | None, several("Parts of the suite gpu.")] = None,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(help="Two results: files, folders, or commits with results.")

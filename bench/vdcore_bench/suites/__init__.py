@@ -24,7 +24,7 @@ SUITES = {
     "operators": "every operator against its baselines",
     "masks": "time per visible pair of masks over frames, and of windows on a grid",
     "memory": "peak memory and time against frames",
-    "models": "a video DiT's block, VDiTs against frames, models of diffusers before and after the swap",
+    "models": "a video DiT's block, VDiTs against frames, blocks and steps of diffusers before and after the swap",
     "overhead": "the time of a call beside its kernel",
     "tangents": "Jacobian-vector products of attention against forward",
     "gradients": "errors of gradients in half precision against the number of tokens",
