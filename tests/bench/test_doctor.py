@@ -13,6 +13,7 @@ import pytest
 
 from vdcore import cli, extras
 from vdcore.cli import doctor
+from vdcore.ops.choose import BACKENDS
 
 EXTRAS = [module for modules in extras.EXTRAS.values() for module in modules]
 
@@ -52,6 +53,8 @@ def test_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["reference"] is None
     assert facts["operators"]["temporal_attention"]["cpu"] == "fwd + bwd"
+    assert facts["operators"]["tile_attention"]["cpu"] == "fwd + bwd"
+    assert set(facts["chosen"]) == set(facts["operators"]) == set(BACKENDS["reference"].operators)
     assert facts["chosen"]["temporal_attention"]["cpu"] in facts["backends"]
     assert facts["peers"]["torch"] and facts["memory"]["available"]
     assert facts["extras"]["bench"] == []

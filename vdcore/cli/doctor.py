@@ -17,7 +17,7 @@ import torch
 import vdcore
 from vdcore import extras
 from vdcore.testing import cases_of
-from vdcore_bench.jobs import JOBS, operator_table, operators_of
+from vdcore_bench.jobs import operator_table, operators_of
 from vdcore_bench.measure import machine
 from vdcore_bench.measure.products import products
 from vdcore_bench.peers import PEERS
@@ -40,7 +40,7 @@ def chosen() -> dict[str, dict[str, str]]:
     """Operator -> device -> the backend that `auto` takes for a plain float32 call with gradients."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     found: dict[str, dict[str, str]] = {}
-    for op in JOBS:
+    for op in operator_table():
         case = next(case for case in cases_of(op) if "plain" in case.tags)
         for device in devices:
             inputs = case.inputs(torch.float32, requires_grad=True, device=device)
