@@ -16,7 +16,8 @@ from vdcore_bench.jobs import operator_table
 from vdcore_bench.measure.journal import GRID_MASKS, MASKS, Row, newest, parse
 from vdcore_bench.report import curves, results, summary
 from vdcore_bench.report.table import Table
-from vdcore_bench.suites.models import step_tables
+from vdcore_bench.suites.gradients import METRIC as GRADIENT_ERROR
+from vdcore_bench.suites.models import block, step_tables
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 RESULTS = Path("bench") / "results"
@@ -61,7 +62,7 @@ def _machine_of(row: Row) -> tuple[str | None, ...]:
 def _measured(root: Path, device: str) -> list[Row]:
     rows = [row for row in committed(root) if row.device.startswith(device) and not curves.is_profile(row)]
     elsewhere = (MASKS, GRID_MASKS)  # these, steps and errors of gradients have tables of their own
-    rows = [row for row in rows if row.op != step_tables.OP and row.metric != "gradient_error"]
+    rows = [row for row in rows if row.op != step_tables.OP and row.metric != GRADIENT_ERROR]
     return [row for row in rows if not row.case.startswith(elsewhere)]
 
 
@@ -208,19 +209,27 @@ def _of_masks(prefix: str, made: Callable[[Sequence[Row]], list[Table]]) -> Call
     return tables
 
 
-def _untitled(made: Callable[[Sequence[Row]], Table], otherwise: str) -> Callable[[Path], str]:
-    """One table, whose page has a heading for it."""
-
-    def tables(root: Path) -> str:
-        return _of_each_machine(committed(root), lambda rows: [replace(made(rows), title="")], otherwise)
-
-    return tables
+def blocks(root: Path) -> str:
+    """A whole V-DiT block."""
+    rows = [row for row in committed(root) if row.op == block.OP]
+    return _of_each_machine(rows, _untitled(results.block_table), "No results of a block are committed.")
 
 
 def steps(root: Path) -> str:
     """Denoising steps of pipelines."""
     rows = [row for row in committed(root) if row.op == step_tables.OP]
     return _of_each_machine(rows, results.step_tables_of, "No step is committed.")
+
+
+def gradients(root: Path) -> str:
+    """Errors of gradients in half precision against tokens."""
+    rows = [row for row in committed(root) if row.metric == GRADIENT_ERROR]
+    return _of_each_machine(rows, _untitled(results.gradients_table), "No errors of gradients are committed.")
+
+
+def _untitled(made: Callable[[Sequence[Row]], Table]) -> Callable[[Sequence[Row]], list[Table]]:
+    """One table, whose page has a heading for it."""
+    return lambda rows: [replace(made(rows), title="")]
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -231,13 +240,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu": _results("cuda"),
     "masks": _of_masks(MASKS, results.mask_tables),  # over frames
     "grid-masks": _of_masks(GRID_MASKS, results.grid_mask_tables),  # windows in frames, rows and columns
-    "block": _untitled(results.block_table, "No results of a block are committed."),  # of V-DiT
+    "block": blocks,
     "steps": steps,
     "memory": memory,
     "models": models,
-    "gradients": _untitled(
-        results.gradients_table, "No errors of gradients are committed."
-    ),  # half precision, by tokens
+    "gradients": gradients,
 }
 
 
