@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_said(tmp_path):
 
 
 def test_a_model_that_fails_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "predicted_need", lambda step: 0)
+    monkeypatch.setattr(steps, "predicted_need", lambda step: (0, 0))
     monkeypatch.setattr(steps, "measure", lambda *given: 1 / 0)
     (row,) = measured(tmp_path)
     assert row.status == "failed" and "ZeroDivisionError" in row.reason
@@ -187,9 +187,8 @@ def test_heads_are_those_of_the_workload(name):
     assert (workload.heads, workload.head_dim) in widths
 
 
-@pytest.mark.parametrize(
-    "name", ["Latte step", *(pytest.param(name, marks=pytest.mark.slow) for name in list(PIPELINES)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
 def test_attentions_share_grows_to_the_pipelines_own_size(name, monkeypatch):
     monkeypatch.setitem(PIPELINES, name, REAL[name])
     assert 0 < steps.counted_share(Step(name)) < steps.counted_share(Step(name, full=True)) < 1

@@ -178,16 +178,17 @@ def counted_share(step: Step) -> float:
     return found.get(torch.ops.aten.bmm, 0) / sum(found.values())
 
 
-def predicted_need(step: Step) -> int:
-    """Bytes of weights and of a host's call, by a run on fake tensors."""
+def predicted_need(step: Step) -> tuple[int, int]:
+    """Bytes of weights, and of a host's call beyond them, by a run on fake tensors."""
     from torch._subclasses import FakeTensorMode
 
     plain = replace(step, dtype=torch.float32)  # fake modules cannot be cast
     with FakeTensorMode():
         model = plain.made(plain.pipeline.model)
         call = call_of(model, partial(model, **plain.drawn(plain.pipeline.inputs, plain.size)), "fwd")
-        need = sum(p.nbytes for p in model.parameters()) + predicted_peak(model, call)
-    return need * step.dtype.itemsize // torch.float32.itemsize
+        found = sum(p.nbytes for p in model.parameters()), predicted_peak(model, call)
+    weights, peak = (size * step.dtype.itemsize // torch.float32.itemsize for size in found)
+    return weights, peak
 
 
 # ---- Measuring ----
@@ -202,22 +203,25 @@ def run(chosen: Sequence[str], options: Options, journal: Journal, watch: Watch)
         for number, step in enumerate(steps):
             watch.step(step.name, number, len(steps))
             begin = len(journal.rows)
-            need = predicted_need(step)
-            if need > options.limit:
-                journal.add([row_of(step.row(), too_large("all", need, options.limit))])
+            weights, peak = predicted_need(step)
+            if weights + peak > options.limit:
+                journal.add([row_of(step.row(), too_large("all", weights + peak, options.limit))])
             else:
                 try:
-                    measure(step, options, journal, watch)
+                    measure(step, peak, options, journal, watch)
                     measure_decoding(step, journal, watch)
                 except Exception as error:  # the host's own
                     journal.add([replace(step.row(), provider="all", status="failed", reason=first_line(error))])
             watch.done(journal.rows[begin:])
 
 
-def measure(step: Step, options: Options, journal: Journal, watch: Watch) -> None:
+def measure(step: Step, need: int, options: Options, journal: Journal, watch: Watch) -> None:
     """Rows of memory and of the parts of the time of each, as soon as there are any; then the race.
 
     If it is interrupted, its rows are of the rounds that were run.
+
+    Args:
+        need: bytes of a call.
     """
     racing: list[Racer] = []
     watch.doing("building")
@@ -232,7 +236,7 @@ def measure(step: Step, options: Options, journal: Journal, watch: Watch) -> Non
         watch.doing("building")
     watch.doing("rounds")
     clock = clock_for("cpu")
-    machine.touch_heap(min(2 * predicted_need(step), machine.memory_limit()))
+    machine.touch_heap(min(2 * need, machine.memory_limit()))
     by_name = {str(i): racer.contender for i, racer in enumerate(racing)}
     affordable = int(options.seconds / sum(contender.estimate for contender in by_name.values()))
     rounds = max(FEWEST_BEHIND, min(options.rounds, affordable))
