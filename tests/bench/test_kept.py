@@ -60,6 +60,10 @@ def test_tables_and_page(rows):
     (name, (title, picture)), *more = results.pictures.draw(rows).items()
     assert (name, more) == ("kept", []) and "tiny" in title and picture.startswith(b"\x89PNG")
     page = results.report(rows, results.pictures.draw(rows))
+    (model,) = kept.models(rows)
+    chosen = [name for names in model.choices().values() for name in names]
+    masked = sum(name != kept.DENSE for name in chosen)
+    assert f"tiny: {masked} of {len(chosen)} heads are recommended a mask, the cheapest that keeps 50%" in page
     assert every.title in page and heads.title in page
 
 

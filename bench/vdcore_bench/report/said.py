@@ -89,7 +89,7 @@ def _of_kept(rows: Sequence[Row]) -> list[str]:
         dense = sum(name == kept.DENSE for name in names)
         cost = sum(model.cost(name) for name in names) / len(names)
         said.append(
-            f"{model.name}: {len(names) - dense} of {len(names)} heads bear a mask that keeps {model.keep:.0%} of their"
-            f" softmax; with the cheapest of them attention takes {cost:.2f} of dense attention's time."
+            f"{model.name}: {len(names) - dense} of {len(names)} heads are recommended a mask, the cheapest that keeps"
+            f" {model.keep:.0%} of their softmax; attention takes {cost:.2f} of its dense time then."
         )
     return said
