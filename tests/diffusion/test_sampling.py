@@ -168,6 +168,15 @@ def test_a_share_of_the_noise_is_new_in_every_step(name, generator):
     assert all(std == pytest.approx(float(sigma), rel=0.03) for std, sigma in seen)
 
 
+@pytest.mark.parametrize("clip", [{"clip_sample": True}, {"clip_sample": False, "thresholding": True}], ids=str)
+def test_guesses_are_clipped_as_the_scheduler_clips_them(clip, generator):
+    """What is averaged, and what noise is drawn anew around, lies where the scheduler steps from."""
+    process, noise = Process(DDIMScheduler(**clip)), torch.randn(SHAPE, generator=generator)
+    for given in ({"average": 3}, {"fresh": 0.9}, {"average": 2, "fresh": 1.0}):
+        drawn = sample(lambda video, t: -2 * video, process, noise, 5, **given, generator=torch.Generator())
+        assert drawn.abs().max() <= 1
+
+
 def test_guidance_in_one_batch(generator):
     noise, calls = torch.randn(SHAPE, generator=generator), []
     label, null = torch.tensor((0.5, -0.25)), torch.zeros(2)

@@ -218,6 +218,17 @@ def test_norm_or_rope_alone(moved, T):
     check_what_runs(Case("temporal_attention", f"{moved} of {T}", build), torch.bfloat16)
 
 
+@pytest.mark.parametrize("T,T_k", [(17, 17), (32, 20), (18, 32)])
+def test_staged_keys_of_an_odd_number_of_sequences(T, T_k):
+    """Two warps without a sequence in the last block: each stages its own half all the same."""
+
+    def build(d):
+        given = {"q": d("q", 1, T, 3, 1, 40), "k": d("k", 1, T_k, 3, 1, 40), "v": d("v", 1, T_k, 3, 1, 40)}
+        return {**given, "norm": QKNorm(d("q_weight", 40, around=1.0), None)}
+
+    check_what_runs(Case("temporal_attention", f"{T} frames of {T_k}", build), torch.bfloat16)
+
+
 # In the short kernel: two lines a tile, one, two warps a line. In the long one: long, wide or shared.
 @pytest.mark.parametrize(
     "T,T_k,H,G,D",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import FAST, backends_of, check, dtypes_of
 
+import vdcore
 from vdcore import Rope
 from vdcore.testing import Case
 
@@ -41,3 +42,18 @@ def test_tables(name, style, op, backend):
         return {"q": q, "k": k, **values, "rope": Rope(*DRAWS[name](d), style)}
 
     check(Case(op, name, build), backend, dtypes_of(backend)[-1] if backend == "cpu" else torch.float16)
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("pairs", [1, 3, 8])
+def test_channels_that_are_not_rotated_stay_as_they_are(backend, style, pairs):
+    """Bit by bit: an infinite neighbor stays out of them, and a negative zero is one."""
+    q = torch.ones(1, F, S, 2, 24, dtype=torch.float16)
+    q[..., 2 * pairs :: 3] = float("inf")
+    q[..., 2 * pairs + 1 :: 3] = -0.0
+    angle = torch.full((F, S, pairs), 0.5)
+    found = vdcore.qk_norm_rope(q, q, rope=Rope(angle.cos(), angle.sin(), style), backend=backend)
+    for y in found:
+        same_bits = y[..., 2 * pairs :].view(torch.int16) == q[..., 2 * pairs :].view(torch.int16)
+        assert same_bits.all() and y[..., : 2 * pairs].isfinite().all()

@@ -86,7 +86,9 @@ def sample(
             timestep = hold_timesteps(timestep, held, process.clean)
         given = hold(schedulers.model_input(scheduler, video, t))
         output = denoise(given, process.model_timestep(timestep), **conditions)
-        guess = process.clean_and_noise(output, given, timestep)[0] if fresh or average > 1 else output
+        guess = output
+        if fresh or average > 1:
+            guess = schedulers.clipped(scheduler, process.clean_and_noise(output, given, timestep)[0])
         if average > 1 and i >= len(steps_at) - average:
             clean.append(guess)
         output = process.output_for_scheduler(output, given, timestep)

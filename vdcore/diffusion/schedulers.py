@@ -58,6 +58,17 @@ def step(
     return scheduler.step(output, timestep, video, **({"generator": generator} if takes else {})).prev_sample
 
 
+def clipped(scheduler: Any, clean: Tensor) -> Tensor:
+    """A prediction of the clean video as the scheduler itself would step from it."""
+    config = getattr(scheduler, "config", None)
+    if getattr(config, "thresholding", False) and hasattr(scheduler, "_threshold_sample"):
+        return scheduler._threshold_sample(clean)
+    if getattr(config, "clip_sample", False):
+        limit = getattr(config, "clip_sample_range", 1.0)
+        return clean.clamp(-limit, limit)
+    return clean
+
+
 def ratios(scheduler: Any, timestep: Tensor) -> Tensor:
     """``sigma / alpha`` of the scheduler's timesteps, which may lie between those of its table; float64.
 

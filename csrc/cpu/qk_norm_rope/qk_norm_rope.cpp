@@ -36,9 +36,8 @@ struct Tiles {
     turned = arena.floats(row);
     for (float** p : {&mean, &rstd, &sum, &sum_x}) *p = arena.floats(round_up(heads));
     table_row = arena.floats(round_up(pairs));
-    const int64_t angles_row = larger(2 * round_up(pairs), row);
     for (Angles* p : {&angles, &angle_sums})
-      *p = {arena.floats(angles_row), arena.floats(angles_row), pairs, a.rope.style};
+      *p = {arena.floats(2 * round_up(pairs)), arena.floats(2 * round_up(pairs)), pairs, a.rope.style};
     for (int i = 0; i < 2; ++i) {
       const int64_t n = (a.norm.over_all ? sides[i].heads() : 1) * row;
       weight[i] = sides[i].weight ? arena.floats(n) : nullptr;
@@ -125,8 +124,6 @@ class Item {
     cos_of = cos;
     sin_of = sin;
     with_dtype(a.rope.cos.dtype, [&](auto type) { t.angles.read<decltype(type)::value>(cos, sin, t.table_row); });
-    if (t.angles.style == RopeStyle::half) return;
-    for (int64_t c = 2 * t.angles.pairs; c < head_row(D); ++c) t.angles.cos[c] = 1, t.angles.sin[c] = 0;
   }
 
   template <DType T>
@@ -165,20 +162,19 @@ class Item {
       store_partial<T>(row + c, y, D - c);
     };
     const Angles& angles = t.angles;
-    const int64_t pairs = angles.pairs;
-    if (pairs && angles.style == RopeStyle::interleaved) {
-      for (int64_t c = 0; c < D; c += W) {
-        const vf y = normed(c);
-        emit(c, y * load(angles.cos + c) + swap_pairs(y) * load(angles.sin + c));
-      }
-      return;
+    const int64_t rotated = 2 * angles.pairs, half = angles.pairs;
+    const bool neighbors = rotated && angles.style == RopeStyle::interleaved;
+    // Channels that are not rotated stay as they are: nothing of a neighbor that is no number comes into them.
+    for (int64_t c = 0; neighbors && c < rotated; c += W) {
+      const vf y = normed(c), z = y * load(angles.cos + c) + swap_pairs(y) * load(angles.sin + c);
+      emit(c, c + W <= rotated ? z : select(iota() < static_cast<int32_t>(rotated - c), z, y));
     }
-    for (int64_t c = 0; c < pairs; c += W) {
-      const vf y = normed(c), z = normed(c + pairs), cosine = load(angles.cos + c), sine = load(angles.sin + c);
+    for (int64_t c = 0; !neighbors && c < half; c += W) {
+      const vf y = normed(c), z = normed(c + half), cosine = load(angles.cos + c), sine = load(angles.sin + c);
       emit(c, y * cosine - z * sine);
-      emit(c + pairs, z * cosine + y * sine);
+      emit(c + half, z * cosine + y * sine);
     }
-    for (int64_t c = 2 * pairs; c < D; c += W) emit(c, normed(c));
+    for (int64_t c = round_up(rotated); c < D; c += W) emit(c, normed(c));
   }
 
   // Where a half of the rotated channels is no whole number of vectors.

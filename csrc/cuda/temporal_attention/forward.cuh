@@ -58,9 +58,9 @@ temporal_forward_kernel(const TemporalForward f) {
   const uint32_t warp = thread_index() / 32, number = block_index() * (kTemporalThreads / 32) + warp;
   const bool is_item = number < f.items;
   if (!kStaged && !is_item) return;
-  uint32_t item = is_item ? number : 0;
+  uint32_t item = number;  // of a block's warps past the last item, two of one sequence still stage its two halves
   const int D = a.head_dim, of_sequence = static_cast<int>(f.tiles.split(item));
-  SequenceTile tile(f.sequences.at(item), of_sequence, is_item);
+  SequenceTile tile(f.sequences.at(is_item ? item : 0), of_sequence, is_item);
   tile.other.h = f.shared.quotient(tile.sequence.h);
 
   bool valid[2];
