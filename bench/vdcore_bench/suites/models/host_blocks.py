@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
+
+from vdcore_bench.suites.models.pipelines import latte
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,6 @@ class Block:
     ours: Callable[[Any, Any], Tensor]
     size: tuple[int, int, int]
     small: tuple[int, int, int]
-
-
-def _latte() -> Any:
-    return LatteTransformer3DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=1152,
-        attention_bias=True,
-        sample_size=64,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=8,
-        video_length=16,
-    )
 
 
 def _latte_inputs(T: int, H: int, W: int) -> Any:
@@ -132,7 +113,9 @@ def _wan_call(block: Any, given: Any) -> Tensor:
 
 
 BLOCKS: dict[str, Block] = {
-    "Latte temporal block": Block(_latte, _latte_inputs, _latte_host, _latte_ours, (16, 32, 32), (16, 16, 16)),
+    "Latte temporal block": Block(
+        partial(latte, captions=8), _latte_inputs, _latte_host, _latte_ours, (16, 32, 32), (16, 16, 16)
+    ),
     "AnimateDiff motion module": Block(_animatediff, _images, _motion, _motion, (16, 64, 64), (16, 32, 32)),
     "SVD temporal block": Block(_svd, _svd_inputs, _svd_host, _svd_ours, (14, 72, 128), (14, 32, 32)),
     "Wan 1.3B block": Block(_wan, _wan_inputs, _wan_call, _wan_call, (21, 30, 52), (3, 15, 26)),

@@ -64,7 +64,12 @@ def _stable_diffusion() -> Any:
     )
 
 
-def _latte() -> Any:
+def latte(captions: int = 4096) -> Any:
+    """Latte-1 of one pair of blocks.
+
+    Args:
+        captions: channels of the text encoder's result.
+    """
     return diffusers.LatteTransformer3DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -80,7 +85,7 @@ def _latte() -> Any:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        caption_channels=4096,
+        caption_channels=captions,
         video_length=16,
     )
 
@@ -161,7 +166,7 @@ def _ltx_inputs(T: int, H: int, W: int) -> dict[str, Any]:
 
 PIPELINES: dict[str, Pipeline] = {
     "Latte step": Pipeline(
-        model=_latte,
+        model=latte,
         inputs=_latte_inputs,
         autoencoder=_stable_diffusion,
         latents=_images,
