@@ -82,8 +82,14 @@ def test_prediction_counts_every_buffer_of_a_residual_net(mode, buffers):
     """Forward holds the sum, what is added, and the new sum; training 3 a block, and the gradient on its way."""
     point = given.GivenPoint("my_models:residual", given.HOST, 4, mode=mode)
     one = 4 * 4096 * 64 * 4
-    predicted, measured = given.predict_memory(point), given.measure_memory(point).bytes
-    assert predicted == pytest.approx(buffers * one, rel=0.03) and measured == pytest.approx(predicted, rel=0.05)
+    assert given.predict_memory(point) == pytest.approx(buffers * one, rel=0.03)
+
+
+@pytest.mark.slow  # beside other tests a buffer of theirs may come back while it measures
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_a_residual_net_takes_what_is_predicted(mode):
+    point = given.GivenPoint("my_models:residual", given.HOST, 4, mode=mode)
+    assert given.measure_memory(point).bytes == pytest.approx(given.predict_memory(point), rel=0.05)
 
 
 def test_a_gradient_is_of_the_parameters():
