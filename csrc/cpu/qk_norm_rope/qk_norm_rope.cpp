@@ -127,12 +127,11 @@ class Item {
   }
 
   template <DType T>
-  void write(const Side& side, const TensorView& out, int64_t b, int64_t frame, int64_t s, int64_t h,
-             const float* row) const {
+  void write(const Side& side, char* out, const float* row) const {
     if (side.stream)
-      stream_row<T>(out.at(b, frame, s, h), D, row, 1.f);
+      stream_row<T>(out, D, row, 1.f);
     else
-      write_row<T>(out.at(b, frame, s, h), D, row, 1.f);
+      write_row<T>(out, D, row, 1.f);
   }
 
   // The vector of a head's row at channel c, normed.
@@ -182,10 +181,7 @@ class Item {
   void finish_uneven_head(const Side& side, const Normed& normed, float* x, char* out) const {
     for (int64_t c = 0; c < D; c += W) store(x + c, normed(c));
     rotate_head<false>(x, D, t.angles, t.turned);
-    if (side.stream)
-      stream_row<T>(out, D, t.turned, 1.f);
-    else
-      write_row<T>(out, D, t.turned, 1.f);
+    write<T>(side, out, t.turned);
   }
 
   template <DType T>
@@ -224,7 +220,7 @@ class Item {
     if (norm) head_moments(a.norm, t.x, heads, D, t.mean, t.rstd);
     if (t.angles.pairs) rotate_back(i, frame, s, table_offset);
     if (norm) norm_gradient(i);
-    for (int64_t h = 0; h < heads; ++h) write<T>(side, side.dx, b, frame, s, h, t.dy[h]);
+    for (int64_t h = 0; h < heads; ++h) write<T>(side, side.dx.at(b, frame, s, h), t.dy[h]);
   }
 
   void rotate_back(int i, int64_t frame, int64_t s, int64_t table_offset) {
